@@ -1,0 +1,22 @@
+"""What one study does: suggest, schedule, prune and promote trials, and retrain the winner.
+
+Ray and Tune read these variables when they are imported, so they are set here, before any module of
+this package can import Ray. A value that the user has set wins.
+"""
+
+import os
+
+_RAY_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",  # set explicitly, or every start prints a warning (Ray 2.60)
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune's boxes; search/progress.py shows the study
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a relative --data means the same in a worker
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # Ray's default of 15 starves trials on a shared host
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # reports.jsonl is the record
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # search/run.py answers Ctrl-C within seconds
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # Tune's own snapshots are never read
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+for _name, _value in _RAY_ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)

@@ -1,0 +1,124 @@
+"""Which trials go on? The asynchronous successive halving algorithm (ASHA), without Ray.
+
+Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning", algorithm 2. Two variants:
+``promote`` holds every trial at each rung and lets the best paused one go on whenever a worker is
+free; ``stop`` decides as a trial arrives. Values are maximised. Unlike Ray 2.60's ASHAScheduler, a
+diverged or missing value ranks last, tied trials are ordered by arrival and never promoted
+wholesale, and the state is a function of the reports: whoever has them can rebuild it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+PRUNERS = ("promote", "stop", "none")
+WORST = -math.inf  # of diverged, failed and missing values: ranks last, is never promoted
+
+
+def rung_epochs(grace: int, eta: int, epochs: int) -> tuple[int, ...]:
+    """Returns the epochs at which ASHA decides: grace·etaᵏ below epochs, rising.
+
+    Raises:
+        ValueError: No such rungs exist.
+    """
+    if eta < 2:
+        raise ValueError(f"--eta={eta} is not possible; ASHA keeps 1 of eta trials, give at least 2")
+    if grace < 1:
+        raise ValueError(f"--grace={grace} is not possible; give at least 1 epoch")
+    if grace > epochs:
+        raise ValueError(
+            f"--grace={grace} exceeds --epochs={epochs}: no trial would ever be pruned; "
+            f"give --grace of at most {epochs}, or --pruner none"
+        )
+    rungs = []
+    while grace < epochs:
+        rungs.append(grace)
+        grace *= eta
+    return tuple(rungs)
+
+
+def ranked(values: Iterable[tuple[str, float]]) -> list[str]:
+    """Returns trial ids, best value first; ties stay in the order given."""
+    return [trial_id for trial_id, value in sorted(values, key=lambda item: -item[1])]
+
+
+class Asha:
+    """The rungs of one study.
+
+    Args:
+        rungs: Epochs at which to decide, rising; none means no pruning.
+        eta: One of eta trials of a rung goes on.
+    """
+
+    def __init__(self, rungs: tuple[int, ...], eta: int) -> None:
+        self.rungs = rungs
+        self.eta = eta
+        self.values: dict[int, dict[str, float]] = {rung: {} for rung in rungs}  # in order of arrival
+        self.promoted: dict[int, set[str]] = {rung: set() for rung in rungs}  # from that rung
+
+    def record(self, trial_id: str, epoch: int, value: float | None) -> None:
+        """Takes in a report; one beyond a rung says that the trial was promoted from it."""
+        for rung in self.rungs:
+            if epoch == rung:
+                missing = value is None or math.isnan(value)
+                self.values[rung][trial_id] = WORST if missing else float(value)  # type: ignore[arg-type]
+            elif epoch > rung:
+                self.promoted[rung].add(trial_id)
+
+    def record_failure(self, trial_id: str, epoch: int) -> None:
+        """Counts a trial that ended after this epoch as last of the next rung, and of this one."""
+        for rung in self.rungs:
+            if rung == epoch:
+                self.values[rung][trial_id] = WORST
+            if rung > epoch:
+                self.values[rung][trial_id] = WORST
+                break
+
+    def promote(self, trial_id: str, rung: int) -> None:
+        """Marks a trial as gone on from a rung."""
+        self.promoted[rung].add(trial_id)
+
+    def survives(self, trial_id: str, rung: int) -> bool:
+        """Says whether the ``stop`` variant lets a trial go on from a rung that it has reported.
+
+        It must stand among the best ``n // eta`` of the n reports so far, itself included; while
+        there are fewer than eta, it must be the best.
+        """
+        values = self.values[rung]
+        best = ranked(values.items())[: max(1, len(values) // self.eta)]
+        return trial_id in best and values[trial_id] > WORST
+
+    def promotable(self, no_more_trials: bool = False) -> tuple[str, int] | None:
+        """Returns the trial that the ``promote`` variant lets go on next, and its rung.
+
+        The highest rung is asked first. Of n trials that reached a rung, the best ``n // eta`` may
+        go on.
+
+        Args:
+            no_more_trials: Nothing runs and nothing will start: then the best of each rung goes on
+                even where ``n < eta``, so that every study's best trial sees all its epochs.
+        """
+        for rung in reversed(self.rungs):
+            values = self.values[rung]
+            quota = len(values) // self.eta
+            if no_more_trials:
+                quota = max(1, quota)
+            if len(self.promoted[rung]) >= quota:
+                continue
+            for trial_id in ranked(values.items())[:quota]:
+                if trial_id not in self.promoted[rung] and values[trial_id] > WORST:
+                    return trial_id, rung
+        return None
+
+
+def expected_epochs(trials: int, rungs: tuple[int, ...], eta: int, epochs: int) -> int:
+    """Returns the epochs that ``promote`` spends on n trials, none of which fails.
+
+    One trial in eta of each rung goes on, at least one: trials·r₀ + (trials // eta)·(r₁ - r₀) + …
+    """
+    spent, reached, alive = 0, 0, trials
+    for rung in (*rungs, epochs):
+        spent += alive * (rung - reached)
+        reached, alive = rung, max(1, alive // eta)
+    return spent

@@ -1,0 +1,145 @@
+"""How do a study's decisions reach Ray Tune? One job is one Tune trial on a reused worker.
+
+Tune does what it is good at: starting workers, placing them on CPUs, GPUs and nodes, restarting the
+lost ones. It is told what to do by two thin adapters around ``Jobs``. Two traps of Ray 2.60 stand
+behind their form (NOTES.md, "Workers"):
+
+- With ``reuse_actors`` Tune gives a just-freed worker to a pending trial whose own worker is still
+  starting, and kills that one: short trials then all run on one worker. So each trial is offered
+  once, and the searcher offers another as soon as a worker is free.
+- A custom searcher gets one pending trial, so workers start one after another, unless
+  ``TUNE_MAX_PENDING_TRIALS_PG`` says otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from search.jobs import Jobs
+from trainables.trial import Trial, TrialContext
+
+
+class JobSearcher(Searcher):
+    """Asks for a job whenever a slot is free, and never for more."""
+
+    def __init__(self, jobs: Jobs, slots: int) -> None:
+        super().__init__(metric="val_accuracy", mode="max")
+        self.jobs, self.slots = jobs, slots
+        self.live: set[str] = set()  # Tune's trial ids, pending or running
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """Returns the next job as Tune's config; None: not now."""
+        if len(self.live) >= self.slots:
+            return None
+        job = self.jobs.next_job()
+        if job is None:
+            return Searcher.FINISHED if self.jobs.finished else None  # type: ignore[return-value]  # a str, says Ray
+        self.live.add(trial_id)
+        return {"trial_id": job.trial_id, "config": job.config, "reported": job.reported, "final": job.final}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Frees the slot."""
+        self.live.discard(trial_id)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Writes nothing: reports.jsonl is what a study resumes from."""
+        Path(checkpoint_path).touch()
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Is never called."""
+        raise NotImplementedError("studies resume from reports.jsonl")
+
+
+class JobScheduler(FIFOScheduler):
+    """Hands reports to the study and stops a trial where the study says so."""
+
+    def __init__(self, jobs: Jobs) -> None:
+        super().__init__()
+        self.jobs = jobs
+        self._not_offered: deque[TuneTrial] = deque()
+
+    def on_trial_add(self, tune_controller: TuneController, trial: TuneTrial) -> None:
+        """Queues a new trial."""
+        self._not_offered.append(trial)
+
+    def choose_trial_to_run(self, tune_controller: TuneController) -> TuneTrial | None:
+        """Offers each trial once; a restarted one Tune schedules by itself."""
+        return self._not_offered.popleft() if self._not_offered else None
+
+    def on_trial_result(
+        self, tune_controller: TuneController, trial: TuneTrial, result: dict[str, Any]
+    ) -> str:
+        """Records the report; STOP ends the job, be it paused, pruned or done."""
+        prefix = "report/"  # Tune flattens results
+        report = {key.removeprefix(prefix): value for key, value in result.items() if key.startswith(prefix)}
+        goes_on = self.jobs.report(trial.config["trial_id"], report)
+        return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
+
+    def on_trial_error(self, tune_controller: TuneController, trial: TuneTrial) -> None:
+        """Records a trial whose worker was lost more often than max_failures."""
+        self.jobs.fail(trial.config["trial_id"], f"its worker was lost: {trial.get_pickled_error()}")
+
+
+class StepCallback(tune.Callback):
+    """Calls a function at each turn of Tune's loop, about ten times a second or more."""
+
+    def __init__(self, on_step: Any) -> None:
+        self.on_step = on_step
+
+    def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
+        """Passes the turn on."""
+        self.on_step()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles callbacks; a live display cannot be
+
+
+def run_jobs(
+    jobs: Jobs,
+    context: TrialContext,
+    *,
+    slots: int,
+    resources: dict[str, float],
+    max_failures: int,
+    on_step: Any,
+) -> None:
+    """Runs all jobs of a study on the connected Ray cluster; returns when none is left.
+
+    Args:
+        jobs: The study's decisions.
+        context: What its trials share.
+        slots: How many trials run at once.
+        resources: ``{"cpu", "gpu"}`` of one trial.
+        max_failures: How often a trial's worker may be lost before the trial counts as failed.
+        on_step: Called without arguments at each turn of the loop.
+    """
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)
+    trainable = tune.with_resources(tune.with_parameters(Trial, context=context), resources)
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=JobSearcher(jobs, slots),
+            scheduler=JobScheduler(jobs),
+            num_samples=-1,  # until the searcher says FINISHED
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name="ray",
+            storage_path=str(context.study_dir),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=max_failures),
+            callbacks=[StepCallback(on_step)],
+        ),
+    )
+    tuner.fit()

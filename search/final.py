@@ -1,0 +1,70 @@
+"""How good is the winner, honestly? Fresh seeds, retrained in full; the test split opened once each.
+
+The seeds run through the same engine as every trial (search/jobs.py starts them when the search is
+over); this file says what their results mean.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+
+from search.journal import TrialRecord
+
+
+def summarise(values: list[float]) -> dict[str, Any]:
+    """Returns mean, standard deviation and Student's 95 % interval of the mean over seeds.
+
+    Args:
+        values: One test_accuracy per seed, fractions 0..1.
+
+    Returns:
+        ``values``, ``mean``, ``sd`` (n - 1 in the denominator) and ``interval95``; the last two are
+        None for fewer than two seeds. The interval speaks of the seeds, not of other test images.
+    """
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return {"values": values, "mean": mean, "sd": None, "interval95": None}
+    sd = float(np.std(values, ddof=1))
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * sd / math.sqrt(len(values))
+    return {
+        "values": values,
+        "mean": mean,
+        "sd": sd,
+        "interval95": [max(0.0, mean - half), min(1.0, mean + half)],
+    }
+
+
+def final_results(trials: dict[str, TrialRecord]) -> dict[str, Any] | None:
+    """Returns ``final`` of study.json from the seeds that are done; None where there is none."""
+    done = [trial for trial in trials.values() if trial.is_final and trial.status == "done"]
+    if not done:
+        return None
+    accuracies = [trial.reports[trial.epoch]["test_accuracy"] for trial in done]
+    return {"seeds": [trial.config["seed"] for trial in done], "test_accuracy": summarise(accuracies)}
+
+
+def keep_best(study_dir: Path, trials: dict[str, TrialRecord]) -> None:
+    """Fills best/ from the first finished seed: checkpoint.pt, predictions.parquet, first_layer.npy.
+
+    first_layer.npy is the first layer's weights ``(out, in, k, k)`` or ``(out, in)``, of the head
+    where the backbone is frozen, whose own first layer was not trained.
+    """
+    done = [trial for trial in trials.values() if trial.is_final and trial.status == "done"]
+    if not done:
+        return
+    best = study_dir / "best"
+    checkpoint = study_dir / "checkpoints" / f"{done[0].trial_id}.pt"
+    if checkpoint.exists():
+        network = torch.load(checkpoint, map_location="cpu", weights_only=True)["network"]
+        first = next(tensor for tensor in network.values() if tensor.dim() >= 2)
+        np.save(best / "first_layer.npy", first.float().numpy())
+        checkpoint.replace(best / "checkpoint.pt")
+    predictions = best / f"predictions-{done[0].trial_id}.parquet"
+    if predictions.exists():
+        predictions.replace(best / "predictions.parquet")

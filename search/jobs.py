@@ -1,0 +1,205 @@
+"""What does a free worker do next? The study's decisions, without Ray.
+
+A *job* is a trial and the epoch from which to go on. A free worker asks ``next_job`` and gets, in
+this order: a trial that a crash interrupted, the best promotable trial, a new suggestion, and at the
+end the winner's fresh seeds; every report comes back through ``report``, which says whether to go on.
+That is ASHA's own formulation (``get_job`` in Li et al. 2020). A paused trial is thus a checkpoint
+and nothing else: Tune's PAUSE, whose trials count as live, block suggestions and lose workers (Ray
+2.60), is not used, and search/engine.py runs each job as a Tune trial of its own.
+
+All state follows from the journal. ``replay`` feeds an old journal through the same code, so a
+resumed study stands where the killed one stood: rungs, searcher and random state included.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from search.asha import Asha
+from search.journal import FINAL, Journal, TrialRecord, winner
+from search.suggest import Sampler
+
+
+@dataclass(frozen=True)
+class Job:
+    """A trial to run on a worker, from its checkpoint where it has one."""
+
+    trial_id: str
+    config: dict[str, Any]
+    reported: int  # epochs whose reports the study has
+    final: bool  # ends with the test split
+
+
+class Jobs:
+    """The state of one study.
+
+    Args:
+        sampler: Where new trials' hyperparameters come from.
+        asha: The rungs.
+        pruner: promote, stop or none.
+        trials: How many trials the search may start.
+        fixed: Config values that are not sampled.
+        final_seeds: How many fresh seeds the winner is retrained on.
+        journal: Where every event is written before it acts.
+        seconds: Time budget of the search from now; None: no limit. Trials stop at their next report.
+        clock: Seconds, for the budget.
+    """
+
+    def __init__(
+        self,
+        *,
+        sampler: Sampler,
+        asha: Asha,
+        pruner: str,
+        trials: int,
+        fixed: dict[str, Any],
+        final_seeds: int,
+        journal: Journal,
+        seconds: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.sampler, self.asha, self.pruner = sampler, asha, pruner
+        self.max_trials, self.fixed, self.final_seeds = trials, fixed, final_seeds
+        self.journal, self.clock = journal, clock
+        self.deadline = None if seconds is None else clock() + seconds
+        self.trials: dict[str, TrialRecord] = {}
+        self.running: set[str] = set()
+        self.interrupted: deque[str] = deque()  # at work when the driver died; they go first
+        self.search_is_over = False
+        self.finished = False
+
+    @property
+    def searched(self) -> list[TrialRecord]:
+        """Returns the trials of the search, without the winner's seeds."""
+        return [trial for trial in self.trials.values() if not trial.is_final]
+
+    def next_job(self) -> Job | None:
+        """Returns what a free worker should do; None: wait, or all is done (``finished``)."""
+        if self.interrupted:
+            return self._job(self.interrupted.popleft())
+        if not self.search_is_over:
+            job = self._next_search_job()
+            if job or self.running:
+                return job
+            self.search_is_over = True
+        return self._next_final_job()
+
+    def report(self, trial_id: str, report: dict[str, Any]) -> bool:
+        """Takes in a worker's report; returns whether the worker should go on with this trial."""
+        trial = self.trials[trial_id]
+        self.journal.append({"trial_id": trial_id, **report})
+        if report.get("epoch", trial.epoch + 1) <= trial.epoch:
+            return True  # a restarted worker says again what was decided already
+        goes_on = self._apply(trial, report) and not (self._time_is_up() and not trial.is_final)
+        if not goes_on:
+            self.running.discard(trial_id)
+        return goes_on
+
+    def fail(self, trial_id: str, error: str) -> None:
+        """Takes in that a worker is lost for good, and its trial with it."""
+        self.report(trial_id, {"status": "error", "error": error})
+
+    def replay(self, events: list[dict[str, Any]]) -> None:
+        """Goes through an old journal's events as if they happened now, without writing them again.
+
+        Raises:
+            ValueError: The searcher suggests other trials than it did: the code or a library changed.
+        """
+        for event in events:
+            trial_id = event["trial_id"]
+            if event.get("epoch") == 0:
+                self._start_again(trial_id, event["config"])
+            elif "promoted_from" in event:
+                self.asha.promote(trial_id, event["promoted_from"])
+                self.running.add(trial_id)
+            else:
+                trial = self.trials[trial_id]
+                if event.get("epoch", trial.epoch + 1) > trial.epoch and not self._apply(trial, event):
+                    self.running.discard(trial_id)
+        self.interrupted.extend(sorted(self.running))
+        self.running.clear()
+
+    def _start_again(self, trial_id: str, config: dict[str, Any]) -> None:
+        if trial_id.startswith(FINAL):
+            self.search_is_over = True
+        elif (again := self._suggest(trial_id)) != config:
+            raise ValueError(
+                f"trial {trial_id} was {config} and would now be {again}: the code or a library differs "
+                "from when the study began; go back to the versions in study.json"
+            )
+        self.trials[trial_id] = TrialRecord(trial_id, config)
+        self.running.add(trial_id)
+
+    def _next_search_job(self) -> Job | None:
+        if self._time_is_up():
+            return None
+        promotable = self.pruner == "promote" and self.asha.promotable()
+        if not promotable and len(self.searched) < self.max_trials:
+            trial_id = f"{len(self.searched):04d}"
+            config = self._suggest(trial_id)
+            if config is not None:
+                return self._start(trial_id, config)
+            self.max_trials = len(self.searched)  # a grid is exhausted
+        if not promotable and self.pruner == "promote" and not self.running:
+            promotable = self.asha.promotable(no_more_trials=True)
+        if not promotable:
+            return None
+        trial_id, rung = promotable
+        self.journal.append({"trial_id": trial_id, "promoted_from": rung})
+        self.asha.promote(trial_id, rung)
+        return self._job(trial_id)
+
+    def _next_final_job(self) -> Job | None:
+        best = winner(self.trials)
+        for k in range(1, self.final_seeds + 1):
+            if best is None or f"{FINAL}{k}" in self.trials:
+                continue
+            return self._start(f"{FINAL}{k}", best.config | {"seed": best.config["seed"] + k})
+        self.finished = not self.running
+        return None
+
+    def _suggest(self, trial_id: str) -> dict[str, Any] | None:
+        sampled = self.sampler.suggest(trial_id)
+        return None if sampled is None else self.fixed | sampled
+
+    def _start(self, trial_id: str, config: dict[str, Any]) -> Job:
+        self.journal.append({"trial_id": trial_id, "epoch": 0, "config": config})
+        self.trials[trial_id] = TrialRecord(trial_id, config)
+        return self._job(trial_id)
+
+    def _job(self, trial_id: str) -> Job:
+        trial = self.trials[trial_id]
+        self.running.add(trial_id)
+        return Job(trial_id, trial.config, trial.epoch, trial.is_final)
+
+    def _apply(self, trial: TrialRecord, report: dict[str, Any]) -> bool:
+        """Updates rungs and searcher by a report; returns whether the trial goes on now."""
+        trial.take(report)
+        if trial.is_final:
+            return trial.status is None
+        if trial.status not in (None, "done"):
+            self.asha.record_failure(trial.trial_id, trial.epoch)
+            self.sampler.observe(trial.trial_id, 0.0)
+            return False
+        self.asha.record(trial.trial_id, trial.epoch, trial.val_accuracy)
+        if trial.status is None and self._goes_on(trial):
+            return True
+        self.sampler.observe(trial.trial_id, trial.val_accuracy or 0.0)
+        return False
+
+    def _goes_on(self, trial: TrialRecord) -> bool:
+        if trial.epoch not in self.asha.rungs:
+            return True
+        if self.pruner == "stop":
+            return self.asha.survives(trial.trial_id, trial.epoch)
+        if self.asha.promotable() == (trial.trial_id, trial.epoch):
+            self.asha.promote(trial.trial_id, trial.epoch)  # no pause, no reload
+            return True
+        return False
+
+    def _time_is_up(self) -> bool:
+        return self.deadline is not None and self.clock() >= self.deadline

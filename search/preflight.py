@@ -1,0 +1,188 @@
+"""What must be true before the first trial? Found out in seconds, each fault with its remedy."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from search.asha import expected_epochs
+from search.spaces import find_space
+from search.study import StudyOptions, cpu_count
+from trainables.config import TrainConfig
+from trainables.data import ImageData
+from trainables.levers import Levers
+from trainables.training import TrainingRun
+
+MEASURED_STEPS = 10  # optimizer steps that forecast an epoch
+START_SECONDS = 12  # Ray and its first workers, on two cores
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What each trial gets, and how many run at once."""
+
+    slots: int
+    cpus_per_trial: float
+    gpus_per_trial: float
+
+    @property
+    def threads(self) -> int:
+        """Returns the threads of one trial's worker."""
+        return max(1, int(self.cpus_per_trial))
+
+    @property
+    def of_trial(self) -> dict[str, float]:
+        """Returns the resources of one trial as Tune takes them."""
+        return {"cpu": self.cpus_per_trial} | ({"gpu": self.gpus_per_trial} if self.gpus_per_trial else {})
+
+
+def machine() -> tuple[float, float]:
+    """Returns the CPUs and GPUs that trials may use: of the cluster where there is one, else of this host."""
+    if os.environ.get("RAY_ADDRESS"):
+        import ray
+
+        if not ray.is_initialized():
+            connect()
+        total = ray.cluster_resources()
+        return total.get("CPU", 0), total.get("GPU", 0)
+    return cpu_count(), torch.cuda.device_count()
+
+
+def connect() -> None:
+    """Starts Ray on this host, or joins the cluster that RAY_ADDRESS names; silent."""
+    import logging
+
+    import ray
+
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+
+
+def plan(options: StudyOptions, levers: Levers, cpus: float, gpus: float) -> Resources:
+    """Divides CPUs and GPUs among trials.
+
+    Raises:
+        ValueError: They do not suffice; shows the arithmetic.
+    """
+    gpus_per_trial = options.gpus_per_trial
+    if gpus_per_trial is None:
+        gpus_per_trial = find_space(options.space).gpus_per_trial if levers.device == "cuda" else 0.0
+    if gpus_per_trial > gpus:
+        raise ValueError(
+            f"--gpus-per-trial={gpus_per_trial:g}, but there are {gpus:g} GPUs; "
+            f"give at most {gpus:g}, or --device cpu --gpus-per-trial 0"
+        )
+    if gpus_per_trial > 1 and gpus_per_trial != int(gpus_per_trial):
+        raise ValueError(f"--gpus-per-trial={gpus_per_trial:g}: above 1 Ray takes whole GPUs only")
+    by_gpu = math.inf
+    if gpus_per_trial:
+        by_gpu = gpus // gpus_per_trial if gpus_per_trial >= 1 else gpus * (1 // gpus_per_trial)
+    cpus_per_trial = options.cpus_per_trial
+    if cpus_per_trial is None:
+        wanted = options.concurrency or by_gpu
+        cpus_per_trial = 1.0 if wanted == math.inf or not by_gpu < math.inf else max(1.0, cpus // wanted)
+    by_cpu = math.floor(cpus / cpus_per_trial + 1e-9)
+    fits = int(min(by_cpu, by_gpu))
+    slots = options.concurrency or fits
+    if fits < 1 or slots > fits:
+        asked = f"{slots} × " if options.concurrency else ""
+        need = f"{asked}{cpus_per_trial:g} CPUs" + (
+            f" and {asked}{gpus_per_trial:g} GPUs" if gpus_per_trial else ""
+        )
+        remedy = (
+            f"give --concurrency of at most {fits}, or a smaller --cpus-per-trial"
+            if fits
+            else f"give --cpus-per-trial of at most {cpus:g}"
+        )
+        raise ValueError(f"trials need {need}, but there are {cpus:g} CPUs and {gpus:g} GPUs; {remedy}")
+    assert options.trials is not None
+    slots = min(slots, max(options.trials, options.final_seeds))
+    return Resources(slots, cpus_per_trial, gpus_per_trial)
+
+
+def example(options: StudyOptions, fixed: dict[str, Any]) -> TrainConfig:
+    """Returns the space's published best as a config of this study: what preflight builds and times."""
+    return TrainConfig.from_dict(fixed | dict(find_space(options.space).published))
+
+
+def checkpoint_bytes(run: TrainingRun) -> int:
+    """Returns the size of a checkpoint after a step, when the optimizer has its state."""
+    buffer = io.BytesIO()
+    torch.save(run.state_dict(), buffer)
+    return buffer.tell()
+
+
+def forecast(options: StudyOptions, resources: Resources, run: TrainingRun) -> dict[str, float]:
+    """Measures a few steps and returns what the study will take.
+
+    Returns:
+        epoch_seconds (of the published best, on one worker), epochs (of the search, in expectation),
+        final_epochs, seconds, and checkpoint_bytes in all.
+    """
+    torch.set_num_threads(resources.threads)
+    batch, whole = run.config.batch_size, run.inputs
+    count = min(len(whole.train_y), MEASURED_STEPS * batch)
+    val_count = min(len(whole.val_y), count)
+    run.inputs = replace(
+        whole,
+        train_x=whole.train_x[:count],
+        train_y=whole.train_y[:count],
+        val_x=whole.val_x[:val_count],
+        val_y=whole.val_y[:val_count],
+    )
+    run.train_epoch()  # warms caches and lazy initialisation
+    report = run.epoch()
+    run.inputs = whole
+    images = len(whole.train_y) + len(whole.val_y)
+    epoch_seconds = report["epoch_seconds"] * images / (count + val_count)
+    assert options.trials is not None
+    assert options.epochs is not None
+    epochs = expected_epochs(options.trials, options.rungs, options.eta, options.epochs)
+    final_epochs = options.final_seeds * options.epochs
+    waves = math.ceil(options.final_seeds / resources.slots) * options.epochs
+    return {
+        "epoch_seconds": epoch_seconds,
+        "epochs": epochs,
+        "final_epochs": final_epochs,
+        "seconds": START_SECONDS + epoch_seconds * (epochs / resources.slots + waves),
+        "checkpoint_bytes": checkpoint_bytes(run) * (options.trials + options.final_seeds),
+    }
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Raises ValueError where a study's folder has not the space that its checkpoints need."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ValueError(
+            f"the study needs up to {needed / 1e9:.1f} GB for checkpoints in {folder}, and {free / 1e9:.1f} GB "
+            "are free; give --study-dir on a larger disk, or fewer --trials"
+        )
+
+
+def prepare_inputs(
+    options: StudyOptions, data: ImageData, levers: Levers, fixed: dict[str, Any]
+) -> TrainingRun:
+    """Builds the published best with all cores, which prepares the inputs that the trials share.
+
+    Raises:
+        ValueError: Weights, sizes or data do not fit the architecture.
+    """
+    torch.set_num_threads(cpu_count())
+    return TrainingRun(example(options, fixed), data, levers, Path(options.data_dir))
+
+
+def clock(seconds: float) -> str:
+    """Returns 75 as 1 min 15 s."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes_left = divmod(minutes, 60)
+    return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {rest:02d} s"

@@ -1,0 +1,153 @@
+"""What is the study doing now? One live table in a terminal, one plain line a few seconds apart elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from search.asha import expected_epochs
+from search.jobs import Jobs
+from search.journal import TrialRecord, winner
+from search.preflight import clock
+from search.study import StudyOptions
+
+TERMINAL_SECONDS = 0.5  # between refreshes
+PLAIN_SECONDS = 5.0  # between lines in a log file
+SHOWN = ("lr", "weight_decay", "momentum", "batch_size", "hidden", "kernel_size", "schedule", "augment")
+
+
+class Progress:
+    """Shows one study; ``update`` may be called as often as one likes.
+
+    Args:
+        jobs: The study.
+        options: What was asked for.
+        slots: How many trials run at once.
+        console: Where to; a terminal gets the table, anything else plain lines.
+    """
+
+    def __init__(self, jobs: Jobs, options: StudyOptions, slots: int, console: Console) -> None:
+        self.jobs, self.options, self.slots, self.console = jobs, options, slots, console
+        self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        self.began = time.monotonic()
+        self.shown_at = -float("inf")
+        self.epochs_before = epochs_of(jobs)  # of an earlier run of a resumed study
+
+    def __enter__(self) -> Progress:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def update(self) -> None:
+        """Shows the study's state, unless it was shown just now."""
+        now = time.monotonic()
+        if now - self.shown_at < (TERMINAL_SECONDS if self.live else PLAIN_SECONDS):
+            return
+        self.shown_at = now
+        facts = self.facts(now)
+        if self.live:
+            self.live.update(table(facts), refresh=True)
+        else:
+            self.console.print(line(facts), soft_wrap=True, highlight=False)
+
+    def facts(self, now: float) -> dict[str, Any]:
+        """Returns everything that is shown."""
+        jobs, options = self.jobs, self.options
+        assert options.trials is not None
+        assert options.epochs is not None
+        elapsed = now - self.began
+        done = epochs_of(jobs)
+        expected = expected_epochs(jobs.max_trials, options.rungs, options.eta, options.epochs)
+        searched = sum(trial.epoch for trial in jobs.searched)
+        if jobs.search_is_over:
+            expected = searched
+        total = max(expected, searched) + options.final_seeds * options.epochs
+        rate = (done - self.epochs_before) / elapsed if elapsed > 0 else 0.0
+        return {
+            "space": options.space,
+            "phase": "final seeds" if jobs.search_is_over else "search",
+            "counts": counts(jobs),
+            "rungs": {rung: len(values) for rung, values in jobs.asha.values.items()},
+            "started": len(jobs.searched),
+            "trials": jobs.max_trials,
+            "slots": self.slots,
+            "epochs": done,
+            "expected_epochs": total,
+            "epochs_per_second": rate,
+            "elapsed": elapsed,
+            "eta": (total - done) / rate if rate else None,
+            "best": winner(jobs.trials),
+        }
+
+
+def counts(jobs: Jobs) -> Counter[str]:
+    """Returns how many trials are running, paused (or pruned, once the search is over), done, …."""
+    left = "pruned" if jobs.search_is_over or jobs.pruner == "stop" else "paused"
+    return Counter(
+        trial.status or ("running" if trial.trial_id in jobs.running else left)
+        for trial in jobs.trials.values()
+    )
+
+
+def epochs_of(jobs: Jobs) -> int:
+    """Returns the epochs reported so far, the final seeds' included."""
+    return sum(trial.epoch for trial in jobs.trials.values())
+
+
+def describe(best: TrialRecord | None) -> str:
+    """Returns the best trial in words."""
+    if best is None:
+        return "none yet"
+    config = best.config
+    values = ", ".join(
+        f"{name} {config[name]:.3g}" if isinstance(config[name], float) else f"{name} {config[name]}"
+        for name in SHOWN
+        if config.get(name) is not None
+    )
+    return f"{best.val_accuracy or 0:.4f} after {best.epoch} epochs (trial {best.trial_id}: {values})"
+
+
+def line(facts: dict[str, Any]) -> str:
+    """Returns the state as one line."""
+    counted = ", ".join(f"{number} {status}" for status, number in sorted(facts["counts"].items()))
+    best = facts["best"]
+    value = f"{best.val_accuracy:.4f}" if best else "-"
+    left = f", about {clock(facts['eta'])} left" if facts["eta"] else ""
+    return (
+        f"{facts['space']} {facts['phase']}: {facts['started']}/{facts['trials']} trials ({counted}), "
+        f"{facts['epochs']}/{facts['expected_epochs']} epochs, {facts['epochs_per_second']:.2f} epochs/s, "
+        f"best val_accuracy {value}, {clock(facts['elapsed'])}{left}"
+    )
+
+
+def table(facts: dict[str, Any]) -> Group:
+    """Returns the state as a table that fits 80 columns."""
+    counted = facts["counts"]
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold")
+    grid.add_column()
+    grid.add_row("trials", f"{facts['started']} of {facts['trials']} started, {facts['slots']} at once")
+    states = ("running", "paused", "pruned", "done", "diverged", "out_of_memory", "error")
+    grid.add_row(
+        "", ", ".join(f"{counted[state]} {state}" for state in states if counted[state]) or "starting"
+    )
+    if facts["rungs"]:
+        grid.add_row("rungs", "  ".join(f"epoch {rung}: {number}" for rung, number in facts["rungs"].items()))
+    grid.add_row(
+        "epochs",
+        f"{facts['epochs']} of about {facts['expected_epochs']}, {facts['epochs_per_second']:.2f} a second",
+    )
+    left = clock(facts["eta"]) if facts["eta"] is not None else "unknown yet"
+    grid.add_row("time", f"{clock(facts['elapsed'])}, left: {left}")
+    grid.add_row("best", describe(facts["best"]))
+    return Group(Text(f"{facts['space']}: {facts['phase']}", style="bold cyan"), grid)

@@ -1,0 +1,187 @@
+"""What is searched, per architecture? Ranges, fixed values, budgets and the published best.
+
+The published bests are those of the course report that this project starts from (README.md); each is
+the first trial of its study, so no study of the same budget does worse than to repeat it.
+
+Why the ranges are what they are: lr spans two decades on either side of what works with a batch of
+128 to 512; weight decay and momentum are short lists, because between neighbours nothing changes
+that 64 trials could see; batch sizes are powers of two from where steps are cheap to where fewer
+steps still suffice; schedule and augmentation are the two levers that the report lacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ray import tune
+from ray.tune.search.sample import Domain
+
+from models import ARCHITECTURES
+from trainables.config import TrainConfig, check_name
+
+
+@dataclass(frozen=True)
+class Space:
+    """One row of SPACES."""
+
+    ranges: Mapping[str, Domain]  # what is sampled
+    published: Mapping[str, Any]  # a value for each range: the first trial
+    published_accuracy: float  # of the report, a fraction of its test images
+    epochs: int  # default of --epochs
+    trials: int = 32  # default of --trials
+    fixed: Mapping[str, Any] | None = None  # what is neither sampled nor TrainConfig's default
+    gpus_per_trial: float = 1.0  # default where there are GPUs; small networks share one
+    leaves_chance_by: int | None = 10  # epochs; an accuracy at chance from then on is a divergence
+
+
+LR = tune.loguniform(1e-4, 1e-1)
+WEIGHT_DECAY = tune.choice([0.0, 1e-5, 1e-4, 5e-4, 1e-3, 1e-2])
+MOMENTUM = tune.choice([0.0, 0.5, 0.7, 0.85, 0.9, 0.95, 0.98, 0.99])
+BATCH_SIZE = tune.choice([64, 128, 256, 512])
+SCHEDULE = tune.choice(["constant", "cosine"])
+AUGMENT = tune.choice([False, True])
+SGD = {
+    "lr": LR,
+    "weight_decay": WEIGHT_DECAY,
+    "momentum": MOMENTUM,
+    "batch_size": BATCH_SIZE,
+    "schedule": SCHEDULE,
+}
+KERNEL_SIZE = tune.choice([3, 5])
+
+
+def _published(
+    weight_decay: float, momentum: float, batch_size: int, lr: float, **others: Any
+) -> dict[str, Any]:
+    """Returns a published best in the order of the report's table; its schedule was constant."""
+    return {
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "momentum": momentum,
+        "batch_size": batch_size,
+        "schedule": "constant",
+        **others,
+    }
+
+
+SPACES: dict[str, Space] = {
+    "softmax": Space(SGD, _published(0.0, 0.0, 512, 0.01), 0.4002, epochs=27, gpus_per_trial=0.25),
+    # Adam, as published: its lr lives a decade lower, and it has no momentum to search
+    "twolayernn": Space(
+        {
+            "lr": tune.loguniform(1e-5, 1e-2),
+            "weight_decay": WEIGHT_DECAY,
+            "batch_size": BATCH_SIZE,
+            "schedule": SCHEDULE,
+            "hidden": tune.choice([100, 250, 500, 1000]),
+            "augment": AUGMENT,
+        },
+        {
+            "lr": 1e-4,
+            "weight_decay": 1e-4,
+            "batch_size": 256,
+            "schedule": "constant",
+            "hidden": 250,
+            "augment": False,
+        },
+        0.5102,
+        epochs=27,
+        fixed={"optimizer": "adam"},
+        gpus_per_trial=0.25,
+    ),
+    # 3·hidden channels: hidden 100 is twice the published width, at twice the time
+    "convnet": Space(
+        SGD | {"hidden": tune.choice([20, 50, 100]), "kernel_size": KERNEL_SIZE, "augment": AUGMENT},
+        _published(0.01, 0.9, 512, 0.001, hidden=50, kernel_size=5, augment=False),
+        0.5836,
+        epochs=27,
+        gpus_per_trial=0.5,
+    ),
+    "mymodel": Space(
+        SGD | {"hidden": tune.choice([32, 64, 96]), "kernel_size": KERNEL_SIZE, "augment": AUGMENT},
+        _published(0.001, 0.98, 128, 0.001, hidden=64, kernel_size=5, augment=False),
+        0.76,
+        epochs=27,
+    ),
+    "resnet_softmax": Space(SGD, _published(1e-4, 0.99, 128, 0.001), 0.5835, epochs=27, gpus_per_trial=0.25),
+    "resnet_twolayernn": Space(
+        SGD | {"hidden": tune.choice([50, 100, 250, 500])},
+        _published(0.001, 0.7, 128, 0.03, hidden=100),
+        0.5858,
+        epochs=27,
+        gpus_per_trial=0.25,
+    ),
+    "resnet_conv": Space(
+        SGD | {"hidden": tune.choice([50, 100, 150])},
+        _published(5e-4, 0.9, 128, 0.05, hidden=150),
+        0.6820,
+        epochs=27,
+        fixed={"kernel_size": 3},
+        gpus_per_trial=0.5,
+    ),
+    # conv2_x leaves 8×8 maps at 32×32: three poolings fit behind a kernel of 3, none behind 5
+    "resnet_mymodel": Space(
+        SGD | {"hidden": tune.choice([32, 64, 128])},
+        _published(1e-4, 0.85, 128, 0.04, hidden=128),
+        0.7917,
+        epochs=27,
+        fixed={"kernel_size": 3},
+    ),
+    "resnet_softmax_updatable": Space(
+        SGD | {"augment": AUGMENT}, _published(0.001, 0.0, 128, 0.01, augment=False), 0.8296, epochs=27
+    ),
+    "resnet_twolayernn_updatable": Space(
+        SGD | {"hidden": tune.choice([100, 150, 250]), "augment": AUGMENT},
+        _published(0.0, 0.99, 128, 0.001, hidden=150, augment=False),
+        0.8075,
+        epochs=27,
+    ),
+    "resnet_conv_updatable": Space(
+        SGD | {"hidden": tune.choice([32, 64, 128]), "augment": AUGMENT},
+        _published(0.001, 0.98, 128, 0.001, hidden=64, augment=False),
+        0.8091,
+        epochs=27,
+        fixed={"kernel_size": 3},
+    ),
+    "resnet_mymodel_updatable": Space(
+        SGD | {"hidden": tune.choice([64, 128]), "augment": AUGMENT},
+        _published(1e-4, 0.7, 128, 0.04, hidden=128, augment=False),
+        0.8007,
+        epochs=27,
+        fixed={"kernel_size": 3},
+    ),
+    "resnet_finetune": Space(
+        SGD | {"augment": AUGMENT}, _published(0.001, 0.0, 128, 0.01, augment=False), 0.8312, epochs=27
+    ),
+}
+
+
+def find_space(name: str) -> Space:
+    """Returns a row of SPACES.
+
+    Raises:
+        ValueError: There is none of that name; names the nearest.
+    """
+    check_name("--space", name, SPACES)
+    return SPACES[name]
+
+
+def fixed_values(name: str, *, epochs: int, image_size: int, weights: str, seed: int) -> dict[str, Any]:
+    """Returns every TrainConfig value that a study of this space does not sample.
+
+    Raises:
+        ValueError: A value is impossible.
+    """
+    space = find_space(name)
+    values = {
+        "architecture": name,
+        "epochs": epochs,
+        "image_size": image_size,
+        "weights": weights if ARCHITECTURES[name].cut else "none",
+        "seed": seed,
+        **(space.fixed or {}),
+    }
+    config = TrainConfig.from_dict(values | dict(space.published)).to_dict()
+    return {key: value for key, value in config.items() if key not in space.ranges}

@@ -1,0 +1,165 @@
+"""What does a network read in each step? Tensors prepared once per node and shared by all its trials.
+
+Three kinds, chosen by the config alone:
+
+- ``features``: outputs of a frozen backbone, when nothing is augmented (trainables/features.py)
+- ``normalised``: images as the network sees them, when nothing is augmented or enlarged
+- ``images``: uint8, augmented, normalised and enlarged per batch on the device
+
+On the CPU the tensors are memory-mapped from ``data_dir/prepared``, so all workers of a node share
+one copy in the page cache; no worker decodes, normalises or computes a feature twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from models import ARCHITECTURES
+from trainables.config import TrainConfig
+from trainables.data import ImageData, load_split, split_sha256, split_validation
+from trainables.features import extractor, weights_sha256
+from trainables.levers import Levers
+from trainables.pipeline import Pipeline
+
+FORMAT_VERSION = 1  # of the files under data_dir/prepared
+FLAT_HEADS = ("softmax", "twolayernn")  # read pixels in NCHW order
+PREPARE_BATCH = 512  # images
+LOADED_MAX = 2  # inputs that a worker keeps open: a study has one kind, or two where it may augment
+
+# A reused worker opens its inputs once and not once per trial.
+_loaded: dict[tuple[Any, ...], Inputs] = {}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The training and validation tensors of a trial, on its device.
+
+    ``train_x`` and ``val_x`` are uint8 images ``(N, 3, H, W)``, normalised images of the same shape
+    or features ``(N, …)``; labels are int64 ``(N,)``.
+    """
+
+    kind: str
+    train_x: Tensor
+    train_y: Tensor
+    val_x: Tensor
+    val_y: Tensor
+    split_sha256: str
+
+
+def kind_of(config: TrainConfig, data: ImageData) -> str:
+    """Returns which kind of inputs a config reads: features, normalised or images."""
+    if config.augment:
+        return "images"
+    if ARCHITECTURES[config.architecture].frozen:
+        return "features"
+    return "normalised" if config.image_size == data.image_shape[1] else "images"
+
+
+def load_inputs(config: TrainConfig, data: ImageData, levers: Levers, data_dir: Path) -> Inputs:
+    """Loads the inputs of a config onto the device, preparing them first where no trial has yet.
+
+    Args:
+        config: The trial.
+        data: The decoded images.
+        levers: The device's choices.
+        data_dir: Where prepared tensors are cached, on this node.
+    """
+    row = ARCHITECTURES[config.architecture]
+    kind = kind_of(config, data)
+    flat = row.cut is None and row.head in FLAT_HEADS
+    backbone = None
+    if kind == "features":
+        seed = config.seed if config.weights == "none" else None  # random weights are the seed's
+        backbone = (row.cut, weights_sha256(config.weights), seed)
+    # Only what the tensors depend on may stand in the key: trials that differ elsewhere share them.
+    key = (
+        FORMAT_VERSION,
+        kind,
+        data.sha256,
+        None if kind == "images" else (Pipeline.of(config, data, levers), levers.dtype),
+        levers.channels_last and not flat,
+        backbone,
+    )
+    if key not in _loaded:
+        if len(_loaded) >= LOADED_MAX:
+            _loaded.pop(next(iter(_loaded)))
+        _loaded[key] = _load(key, config, data, levers, Path(data_dir))
+    return _loaded[key]
+
+
+def _load(
+    key: tuple[Any, ...], config: TrainConfig, data: ImageData, levers: Levers, data_dir: Path
+) -> Inputs:
+    channels_last = key[4]
+    images, labels = load_split(data, "train")
+    train, val = split_validation(labels)
+    split = split_sha256(train, val)
+    folder = data_dir / "prepared" / hashlib.sha256(repr((key, split)).encode()).hexdigest()[:32]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):  # one worker prepares, the others wait and read
+        if not folder.exists():
+            prepare = _preparation(config, data, levers)
+            partial = folder.with_suffix(".partial")  # what a kill leaves goes here
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            for name, index in (("train", train), ("val", val)):
+                _write(partial / f"{name}.npy", images, index, prepare, channels_last)
+            partial.replace(folder)
+    device = torch.device(levers.device)
+    return Inputs(
+        kind=key[1],
+        train_x=_read(folder / "train.npy", channels_last).to(device),
+        train_y=torch.from_numpy(labels[train]).to(device),
+        val_x=_read(folder / "val.npy", channels_last).to(device),
+        val_y=torch.from_numpy(labels[val]).to(device),
+        split_sha256=split,
+    )
+
+
+def _preparation(config: TrainConfig, data: ImageData, levers: Levers) -> Callable[[Tensor], Tensor]:
+    kind = kind_of(config, data)
+    if kind == "images":
+        return lambda images: images
+    pipeline = Pipeline.of(config, data, levers)
+    return pipeline if kind == "normalised" else extractor(config, data, levers, pipeline)
+
+
+def _write(
+    file: Path,
+    images: np.ndarray,
+    index: np.ndarray,
+    prepare: Callable[[Tensor], Tensor],
+    channels_last: bool,
+) -> None:
+    """Writes prepare(images[index]) as one array, a batch at a time; bfloat16 as the bits of int16."""
+    out = None
+    for start in range(0, len(index), PREPARE_BATCH):
+        rows = index[start : start + PREPARE_BATCH]
+        batch = prepare(torch.from_numpy(images[rows]))
+        if batch.dim() == 4 and channels_last:
+            batch = batch.permute(0, 2, 3, 1)
+        if batch.dtype == torch.bfloat16:
+            batch = batch.contiguous().view(torch.int16)
+        if out is None:
+            dtype = batch.numpy().dtype
+            shape = (len(index), *batch.shape[1:])
+            out = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
+        out[start : start + len(rows)] = batch.numpy()
+
+
+def _read(file: Path, channels_last: bool) -> Tensor:
+    # "c" is copy-on-write: shared pages like "r", without torch's warning about read-only arrays
+    tensor = torch.from_numpy(np.load(file, mmap_mode="c"))
+    if tensor.dtype == torch.int16:
+        tensor = tensor.view(torch.bfloat16)
+    return tensor.permute(0, 3, 1, 2) if tensor.dim() == 4 and channels_last else tensor

@@ -1,0 +1,71 @@
+"""How does a batch of uint8 images become what the network sees? On the device, in one pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models import ARCHITECTURES
+from trainables.config import TrainConfig
+from trainables.data import ImageData
+from trainables.levers import Levers
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # what torchvision's weights were trained with
+IMAGENET_STD = (0.229, 0.224, 0.225)
+CROP_PADDING = 1 / 8  # of the side: 4 pixels at 32
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Turns uint8 images into what the network sees, on the device, a batch at a time."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    image_size: int
+    levers: Levers
+
+    @classmethod
+    def of(cls, config: TrainConfig, data: ImageData, levers: Levers) -> Pipeline:
+        """Builds the pipeline of a config: ImageNet's statistics where a backbone brings weights."""
+        pretrained = ARCHITECTURES[config.architecture].cut is not None and config.weights != "none"
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if pretrained else (data.mean, data.std)
+        return cls(mean, std, config.image_size, levers)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Normalises and enlarges uint8 ``(N, 3, H, W)`` to float ``(N, 3, image_size, image_size)``.
+
+        Uses ``x * (1 / (255 std)) - mean / std`` in place: one pass over memory for each half.
+        """
+        std = torch.tensor(self.std, device=images.device).view(1, 3, 1, 1)
+        mean = torch.tensor(self.mean, device=images.device).view(1, 3, 1, 1)
+        x = images.to(torch.float32).mul_(1 / (255 * std)).sub_(mean / std)
+        if x.shape[-1] != self.image_size:
+            x = F.interpolate(x, size=self.image_size, mode="bilinear", antialias=True)
+        return x.to(self.levers.dtype)
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Crops at random from zero-padded images and flips half of them, in one gather.
+
+    Args:
+        images: uint8 ``(N, 3, H, W)``.
+        generator: CPU generator, part of the checkpoint.
+
+    Returns:
+        uint8 ``(N, 3, H, W)`` in channels_last memory.
+    """
+    count, _, height, width = images.shape
+    padding = round(height * CROP_PADDING)
+    offsets = torch.randint(0, 2 * padding + 1, (2, count, 1), generator=generator)
+    flipped = torch.rand(count, 1, generator=generator) < 0.5
+    rows = offsets[0] + torch.arange(height)
+    columns = torch.arange(width).expand(count, width)
+    columns = offsets[1] + torch.where(flipped, columns.flip(1), columns)
+    rows, columns = rows.to(images.device), columns.to(images.device)
+    padded = F.pad(images, (padding, padding, padding, padding))
+    image = torch.arange(count, device=images.device).view(-1, 1, 1)
+    # Index tensors around a slice put the slice last: (N, H, W, 3), which is channels_last.
+    return padded[image, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)

@@ -1,0 +1,305 @@
+"""How is one configuration trained? TrainingRun: config + data + device -> epoch() -> report.
+
+By hand, with the same code a trial uses; prints one line per epoch and writes nothing::
+
+    python -m trainables.training --space convnet --data digits --lr 0.03 --epochs 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trainables.config import TrainConfig, check_integer
+from trainables.data import DATA_DIR, ImageData, prepare
+from trainables.features import build_model
+from trainables.inputs import load_inputs
+from trainables.levers import Levers, choose, has_convolution, micro_batch
+from trainables.pipeline import Pipeline, augment
+
+EVAL_BATCH_BYTES = 32 * 2**20  # inputs of one evaluation batch; activations are some 50 times that
+FLAG_TYPES: dict[str, Any] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "bool": lambda text: {"true": True, "false": False}[text.lower()],
+}
+CHANCE_MARGIN = 3  # standard deviations of a guesser's accuracy that still count as chance
+
+
+class TrainingRun:
+    """One trial's network, optimizer and place in its schedule.
+
+    Args:
+        config: The trial.
+        data: The decoded images.
+        levers: How the device is used.
+        data_dir: Where prepared inputs are cached.
+        leaves_chance_by: Epoch from which an accuracy at chance means that it diverged; None: never.
+
+    Raises:
+        ValueError: The architecture cannot be built from the config.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: ImageData,
+        levers: Levers,
+        data_dir: Path,
+        leaves_chance_by: int | None = None,
+    ) -> None:
+        self.config, self.data, self.levers = config, data, levers
+        self.device = torch.device(levers.device)
+        self.leaves_chance_by = leaves_chance_by
+        self.inputs = load_inputs(config, data, levers, data_dir)
+        self.pipeline = Pipeline.of(config, data, levers)
+        self.model = build_model(config, data).to(self.device)
+        # On cached features the backbone is done: what is trained, saved and evaluated is the head.
+        self.network = self.model.head if self.inputs.kind == "features" else self.model
+        if levers.channels_last and has_convolution(self.model):
+            self.model.to(memory_format=torch.channels_last)
+        self.trained = [p for p in self.network.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(config, self.trained, fused=self.device.type == "cuda")
+        self.generator = torch.Generator().manual_seed(config.seed)  # order and augmentation
+        torch.manual_seed(config.seed)  # dropout draws from the device's own generator
+        self.steps_per_epoch = math.ceil(len(self.inputs.train_y) / config.batch_size)
+        self.epochs_done = 0
+        self.report: dict[str, Any] = {}
+        self.network.train()
+        sample = self.to_network(self.inputs.train_x[:1])
+        self.micro_batch = micro_batch(levers, self.network, sample, config.batch_size)
+
+    def epoch(self) -> dict[str, Any]:
+        """Trains and evaluates one epoch.
+
+        Returns:
+            epoch, train_loss, train_accuracy, val_loss, val_accuracy (fractions 0..1), lr (of the
+            epoch's last step), epoch_seconds, finished_at (seconds since 1970) and diverged. The
+            train figures are means over the epoch, measured as its steps went by.
+        """
+        began = time.perf_counter()
+        train_loss, train_correct = self.train_epoch()
+        val_loss, val_correct = self.evaluate(self.inputs.val_x, self.inputs.val_y)
+        self.epochs_done += 1
+        train_count, val_count = len(self.inputs.train_y), len(self.inputs.val_y)
+        val_accuracy = val_correct.item() / val_count
+        self.report = {
+            "epoch": self.epochs_done,
+            "train_loss": train_loss.item() / train_count,
+            "train_accuracy": train_correct.item() / train_count,
+            "val_loss": val_loss.item() / val_count,
+            "val_accuracy": val_accuracy,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "epoch_seconds": time.perf_counter() - began,
+            "finished_at": time.time(),
+        }
+        finite = math.isfinite(self.report["train_loss"]) and math.isfinite(self.report["val_loss"])
+        self.report["diverged"] = not finite or self._is_at_chance(val_accuracy, val_count)
+        return self.report
+
+    def train_epoch(self) -> tuple[Tensor, Tensor]:
+        """Takes one optimizer step per batch of every training image, in a new order.
+
+        Returns:
+            Summed loss and number of correct predictions, on the device: no step waits for either.
+        """
+        config, inputs = self.config, self.inputs
+        self.network.train()
+        loss_sum = torch.zeros((), device=self.device)
+        correct = torch.zeros((), device=self.device, dtype=torch.int64)
+        order = torch.randperm(len(inputs.train_y), generator=self.generator).to(self.device)
+        for step, batch in enumerate(order.split(config.batch_size)):
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr_at(config, self.epochs_done + (step + 0.5) / self.steps_per_epoch)
+            for part in batch.split(self.micro_batch):
+                x, y = inputs.train_x[part], inputs.train_y[part]
+                if config.augment:
+                    x = augment(x, self.generator)
+                with self.autocast():
+                    logits = self.network(self.to_network(x))
+                logits = logits.float()
+                loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=config.label_smoothing)
+                (loss / len(batch)).backward()  # parts add up to the mean over the batch
+                loss_sum += loss.detach()
+                correct += (logits.detach().argmax(1) == y).sum()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return loss_sum, correct
+
+    @torch.inference_mode()
+    def evaluate(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns summed loss and number of correct predictions over all of x ``(N, …)``."""
+        self.network.eval()
+        loss_sum = torch.zeros((), device=self.device)
+        correct = torch.zeros((), device=self.device, dtype=torch.int64)
+        for part_x, part_y in zip(self._eval_batches(x), self._eval_batches(x, y), strict=True):
+            with self.autocast():
+                logits = self.network(self.to_network(part_x))
+            loss_sum += F.cross_entropy(logits.float(), part_y, reduction="sum")
+            correct += (logits.argmax(1) == part_y).sum()
+        return loss_sum, correct
+
+    @torch.inference_mode()
+    def predict(self, images: Tensor) -> Tensor:
+        """Returns class probabilities ``(N, classes)`` of uint8 images ``(N, 3, H, W)``, on the CPU."""
+        self.model.eval()
+        probabilities = []
+        for part in self._eval_batches(images):
+            with self.autocast():
+                logits = self.model(self.pipeline(part.to(self.device)))
+            probabilities.append(logits.float().softmax(1).cpu())
+        return torch.cat(probabilities)
+
+    def to_network(self, x: Tensor) -> Tensor:
+        """Returns inputs as the network reads them: uint8 images pass the pipeline, others are ready."""
+        return self.pipeline(x) if self.inputs.kind == "images" else x
+
+    def autocast(self) -> torch.autocast:
+        """Returns the context in which the network runs."""
+        enabled = self.levers.precision == "bf16"
+        return torch.autocast(self.device.type, self.levers.dtype, enabled=enabled)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all that resuming needs, readable with ``weights_only=True``."""
+        return {
+            "config": self.config.to_dict(),
+            "split_sha256": self.inputs.split_sha256,
+            "epochs_done": self.epochs_done,
+            "report": self.report,
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes back to a saved state.
+
+        Raises:
+            ValueError: The state is another trial's, or was made on another validation split.
+        """
+        if TrainConfig.from_dict(state["config"]) != self.config:
+            raise ValueError("the checkpoint belongs to another configuration")
+        if state["split_sha256"] != self.inputs.split_sha256:
+            raise ValueError("the checkpoint was trained on another training/validation split")
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"])
+        self.epochs_done, self.report = state["epochs_done"], state["report"]
+
+    def save(self, file: Path) -> None:
+        """Writes a checkpoint whole, then renames it: a kill leaves the old one or the new one."""
+        temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+        torch.save(self.state_dict(), temporary)
+        temporary.replace(file)
+
+    def load(self, file: Path) -> None:
+        """Reads a checkpoint; tensors and plain values only."""
+        self.load_state_dict(torch.load(file, map_location=self.device, weights_only=True))
+
+    def _eval_batches(self, x: Tensor, of: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Splits ``of`` (default x) into batches as large as x allows."""
+        enlarged = (self.config.image_size / self.data.image_shape[1]) ** 2
+        image_bytes = x[0].numel() * 4 * (enlarged if x.dtype == torch.uint8 else 1)
+        on_cpu = self.device.type == "cpu" and has_convolution(self.model)
+        batch = self.micro_batch if on_cpu else max(1, int(EVAL_BATCH_BYTES / image_bytes))
+        return (x if of is None else of).split(batch)
+
+    def _is_at_chance(self, val_accuracy: float, count: int) -> bool:
+        if self.leaves_chance_by is None or self.epochs_done < self.leaves_chance_by:
+            return False
+        chance = 1 / len(self.data.classes)
+        return val_accuracy <= chance + CHANCE_MARGIN * math.sqrt(chance * (1 - chance) / count)
+
+
+def lr_at(config: TrainConfig, epochs: float) -> float:
+    """Returns the lr of the step whose middle lies this many (fractional) epochs after the start.
+
+    Warm-up rises linearly to ``config.lr``; cosine then falls to 0 at ``config.epochs``
+    (Loshchilov & Hutter 2017, without restarts).
+    """
+    if epochs < config.warmup_epochs:
+        return config.lr * epochs / config.warmup_epochs
+    if config.schedule == "constant":
+        return config.lr
+    done = (epochs - config.warmup_epochs) / max(config.epochs - config.warmup_epochs, 1e-9)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+def make_optimizer(config: TrainConfig, parameters: Sequence[Tensor], fused: bool) -> torch.optim.Optimizer:
+    """Builds the optimizer; the lr of every step comes from lr_at."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=config.nesterov,
+            fused=fused,
+        )
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Trains one configuration by hand; every field of TrainConfig is a flag."""
+    parser = argparse.ArgumentParser(prog="python -m trainables.training", description=main.__doc__)
+    for field in dataclasses.fields(TrainConfig):
+        flag = "--space" if field.name == "architecture" else f"--{field.name.replace('_', '-')}"
+        kind = FLAG_TYPES[str(field.type).removesuffix(" | None")]
+        required = field.name == "architecture"
+        parser.add_argument(
+            flag,
+            dest=field.name,
+            type=kind,
+            required=required,
+            default=argparse.SUPPRESS,
+            help=str(field.type),
+        )
+    parser.add_argument("--data", default="cifar10", help="cifar10, digits, or an image folder or archive")
+    parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="cache folder (%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the CPU (%(default)s)")
+    options = vars(parser.parse_args(arguments))
+    where = {name: options.pop(name) for name in ("data", "data_dir", "device", "precision", "threads")}
+    try:
+        config = TrainConfig.from_dict(options)
+        check_integer("--threads", where["threads"], 1)
+        torch.set_num_threads(where["threads"])
+        data = prepare(where["data"], where["data_dir"], config.image_size)
+        run = TrainingRun(config, data, choose(where["device"], where["precision"]), where["data_dir"])
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for _ in range(config.epochs):
+        report = run.epoch()
+        print(
+            f"epoch {report['epoch']}/{config.epochs}  train_loss {report['train_loss']:.4f}  "
+            f"val_accuracy {report['val_accuracy']:.4f}  {report['epoch_seconds']:.2f} s",
+            flush=True,
+        )
+        if report["diverged"]:
+            print("diverged: the loss is no longer a finite number; give a smaller --lr")
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
