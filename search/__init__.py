@@ -14,6 +14,7 @@ _RAY_ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # Ray's default of 15 starves trials on a shared host
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # reports.jsonl is the record
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # they stand in reports.jsonl
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # search/run.py answers Ctrl-C within seconds
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # Tune's own snapshots are never read
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",

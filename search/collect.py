@@ -85,7 +85,7 @@ def trials_table(searched: list[TrialRecord], study: dict[str, Any]) -> pd.DataF
                     sum(report.get("epoch_seconds") or 0.0 for report in trial.reports.values()), 3
                 ),
                 "node": last.get("node"),
-                **trial.config,
+                **{name: value for name, value in trial.config.items() if name != "epochs"},  # the horizon
             }
         )
     return pd.DataFrame(rows)

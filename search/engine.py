@@ -32,7 +32,7 @@ class JobSearcher(Searcher):
     """Asks for a job whenever a slot is free, and never for more."""
 
     def __init__(self, jobs: Jobs, slots: int) -> None:
-        super().__init__(metric="val_accuracy", mode="max")
+        super().__init__()
         self.jobs, self.slots = jobs, slots
         self.live: set[str] = set()  # Tune's trial ids, pending or running
 
@@ -139,6 +139,7 @@ def run_jobs(
             storage_path=str(context.study_dir),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=max_failures),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # trials write their own
             callbacks=[StepCallback(on_step)],
         ),
     )

@@ -30,8 +30,7 @@ SPLIT_SEED = 0  # draws the validation images, and the test images of a source t
 VALIDATION_FRACTION = 0.1  # of the training images
 TEST_FRACTION = 0.2  # of a source that has no test images
 FORMAT_VERSION = 1  # of the decoded folder; raise it when the same source would be decoded differently
-CIFAR10_SIZE = 32  # pixels per side
-DIGITS_SIZE = 32  # pixels per side; the originals' 8 leave nothing after three poolings
+BUILT_IN_SIZE = 32  # pixels per side; CIFAR-10's own, and the digits' 8 leave nothing after three poolings
 HASH_IMAGES = 1024  # images per step of the hash and the statistics
 
 Split = Literal["train", "test"]
@@ -79,7 +78,9 @@ def prepare(source: str, data_dir: Path, image_size: int = 32, progress: Progres
         raise ValueError(f"image_size={image_size} is impossible; give the pixels per side, 1 or more")
     data_dir = data_dir.expanduser().absolute()
     path = Path(source).expanduser()
-    if source not in BUILT_IN and not path.exists():
+    if source in BUILT_IN:
+        image_size = min(image_size, BUILT_IN_SIZE)  # one folder for every larger size
+    elif not path.exists():
         close = difflib.get_close_matches(source.lower(), BUILT_IN, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise ValueError(
@@ -205,7 +206,7 @@ def _write_cifar10(folder: Path, data_dir: Path, image_size: int) -> tuple[str, 
             "train/CLASS/*.png and test/CLASS/*.png"
         ) from error
     for split, images in sets.items():
-        _write_images(folder, split, map(Image.fromarray, images.data), min(CIFAR10_SIZE, image_size))
+        _write_images(folder, split, map(Image.fromarray, images.data), image_size)
         np.save(folder / f"{split}_labels.npy", np.array(images.targets, dtype=np.int64))
     return tuple(sets["train"].classes)
 
@@ -214,14 +215,12 @@ def _write_digits(folder: Path, image_size: int) -> tuple[str, ...]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    size = min(DIGITS_SIZE, image_size)
+    size = (image_size, image_size)
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)  # the originals' range is 0..16
     is_test = _draw_test(digits.target)
     for split, chosen in (("train", ~is_test), ("test", is_test)):
-        images = (
-            Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR) for image in grey[chosen]
-        )
-        _write_images(folder, split, images, size)
+        images = (Image.fromarray(image).resize(size, Image.Resampling.BILINEAR) for image in grey[chosen])
+        _write_images(folder, split, images, image_size)
         np.save(folder / f"{split}_labels.npy", digits.target[chosen].astype(np.int64))
     return tuple(str(name) for name in digits.target_names)
 

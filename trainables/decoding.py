@@ -125,9 +125,8 @@ def pixels(image: Image.Image, size: int) -> np.ndarray:
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"mode {image.mode} has more than 8 bits per channel")
     if image.size != (size, size):
-        image.draft(
-            "RGB", (2 * size, 2 * size)
-        )  # a JPEG is then decoded at 1/2, 1/4 or 1/8, no smaller than this
+        # A JPEG is then decoded at 1/2, 1/4 or 1/8, but no smaller than this.
+        image.draft("RGB", (2 * size, 2 * size))
     if image.mode == "P":
         image = image.convert("RGBA")  # straight to RGB, Pillow warns about transparent colours
     if image.mode != "RGB":
@@ -144,9 +143,7 @@ class _OtherSizeError(Exception):
 def _allocate(folder: Path, counts: dict[str, int], size: int) -> dict[str, np.ndarray]:
     needed, free = sum(counts.values()) * 3 * size * size, shutil.disk_usage(folder).free
     if needed > free:  # a full disk under a memory map would kill the process
-        raise ValueError(
-            f"--data-dir needs {needed:,} bytes and has {free:,} free; free some or give another"
-        )
+        raise ValueError(f"--data-dir needs {needed:,} bytes, has {free:,} free; free some or give another")
     return {
         split: np.lib.format.open_memmap(
             folder / f"{split}_images.npy", mode="w+", dtype=np.uint8, shape=(count, 3, size, size)
@@ -217,9 +214,7 @@ def _errors_naming(path: Path, name: str) -> Iterator[None]:
 def _check_classes(tree: Tree) -> None:
     """Each class needs a test image and, for the validation split, two training images."""
     if len(tree.classes) < 2:
-        raise ValueError(
-            f"--data={tree.path} holds one class only, {tree.classes[0]!r}; two or more are needed"
-        )
+        raise ValueError(f"--data={tree.path} holds one class only, {tree.classes[0]!r}; give two or more")
     counts = {"": tree.labels}
     if tree.is_test is not None:
         counts = {"train/": tree.labels[~tree.is_test], "test/": tree.labels[tree.is_test]}

@@ -12,6 +12,7 @@ import lzma
 import os
 import posixpath
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -31,6 +32,18 @@ DECOMPRESSORS: dict[bytes, Callable[..., Any]] = {
     b"BZh": bz2.open,
     b"\xfd7zXZ\x00": lzma.open,
 }
+# What the readers of archives raise where bytes are missing or wrong.
+DAMAGE = (
+    OSError,
+    EOFError,
+    NotImplementedError,
+    UnicodeDecodeError,
+    struct.error,
+    zlib.error,
+    lzma.LZMAError,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+)
 
 
 def image_files(path: Path, *, read: bool) -> Iterator[tuple[str, bytes]]:
@@ -61,7 +74,7 @@ def image_files(path: Path, *, read: bool) -> Iterator[tuple[str, bytes]]:
                 f"--data={path} is neither a folder nor an archive (.tar, .tar.gz, .tar.bz2, .tar.xz, .zip)"
             )
         yield from _tar_files(path, DECOMPRESSORS[kind] if kind else Path.open, read)
-    except (OSError, EOFError, tarfile.TarError, lzma.LZMAError, zlib.error, zipfile.BadZipFile) as error:
+    except DAMAGE as error:
         raise ValueError(f"--data={path} is truncated or corrupt ({error}); copy it again") from error
 
 

@@ -13,7 +13,6 @@ one copy in the page cache; no worker decodes, normalises or computes a feature 
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from models import ARCHITECTURES
 from trainables.config import TrainConfig
-from trainables.data import ImageData, load_split, split_sha256, split_validation
+from trainables.data import ImageData, load_split, split_sha256, split_validation, written_whole
 from trainables.features import extractor, weights_sha256
 from trainables.levers import Levers
 from trainables.pipeline import Pipeline
@@ -109,12 +108,9 @@ def _load(
     with FileLock(folder.with_suffix(".lock")):  # one worker prepares, the others wait and read
         if not folder.exists():
             prepare = _preparation(config, data, levers)
-            partial = folder.with_suffix(".partial")  # what a kill leaves goes here
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            for name, index in (("train", train), ("val", val)):
-                _write(partial / f"{name}.npy", images, index, prepare, channels_last)
-            partial.replace(folder)
+            with written_whole(folder) as partial:
+                for name, index in (("train", train), ("val", val)):
+                    _write(partial / f"{name}.npy", images, index, prepare, channels_last)
     device = torch.device(levers.device)
     return Inputs(
         kind=key[1],

@@ -1,0 +1,117 @@
+"""What is searched, against the table of DESIGN.md."""
+
+import pytest
+from ray.tune.search.sample import Categorical
+
+from models import ARCHITECTURES, build_args
+from search.asha import rung_epochs
+from search.spaces import SPACES, find_space, fixed_values
+from search.suggest import grid_values
+from trainables.config import TrainConfig
+
+# DESIGN.md, "The thirteen architectures": weight_decay, momentum, batch_size, lr, hidden, kernel_size,
+# optimizer, accuracy; a dash there is None here
+PUBLISHED = {
+    "softmax": (0, 0, 512, 0.01, None, None, "sgd", 0.4002),
+    "twolayernn": (1e-4, None, 256, 1e-4, 250, None, "adam", 0.5102),
+    "convnet": (0.01, 0.9, 512, 0.001, 50, 5, "sgd", 0.5836),
+    "mymodel": (0.001, 0.98, 128, 0.001, 64, 5, "sgd", 0.76),
+    "resnet_softmax": (1e-4, 0.99, 128, 0.001, None, None, "sgd", 0.5835),
+    "resnet_twolayernn": (0.001, 0.7, 128, 0.03, 100, None, "sgd", 0.5858),
+    "resnet_conv": (5e-4, 0.9, 128, 0.05, 150, 3, "sgd", 0.6820),
+    "resnet_mymodel": (1e-4, 0.85, 128, 0.04, 128, 3, "sgd", 0.7917),
+    "resnet_softmax_updatable": (0.001, 0, 128, 0.01, None, None, "sgd", 0.8296),
+    "resnet_twolayernn_updatable": (0, 0.99, 128, 0.001, 150, None, "sgd", 0.8075),
+    "resnet_conv_updatable": (0.001, 0.98, 128, 0.001, 64, 3, "sgd", 0.8091),
+    "resnet_mymodel_updatable": (1e-4, 0.7, 128, 0.04, 128, 3, "sgd", 0.8007),
+    "resnet_finetune": (0.001, 0, 128, 0.01, None, None, "sgd", 0.8312),
+}
+each_space = pytest.mark.parametrize("name", SPACES)
+
+
+def fixed(name, **changes):
+    return fixed_values(name, **({"epochs": 9, "image_size": 32, "weights": "imagenet", "seed": 7} | changes))
+
+
+def test_there_is_a_space_for_each_architecture():
+    assert list(SPACES) == list(ARCHITECTURES)
+    assert len(SPACES) == 13
+
+
+@each_space
+def test_published_best_is_the_one_of_the_design(name):
+    weight_decay, momentum, batch_size, lr, hidden, kernel_size, optimizer, accuracy = PUBLISHED[name]
+    config = TrainConfig(**fixed(name), **SPACES[name].published)
+    assert (config.weight_decay, config.batch_size, config.lr) == (weight_decay, batch_size, lr)
+    assert config.momentum == (0 if momentum is None else momentum)
+    assert (config.hidden, config.kernel_size, config.optimizer) == (hidden, kernel_size, optimizer)
+    assert (config.schedule, config.augment, config.label_smoothing) == ("constant", False, 0)
+    assert find_space(name).published_accuracy == accuracy
+
+
+@each_space
+def test_published_best_has_a_value_inside_each_range_and_no_other(name):
+    space = SPACES[name]
+    assert set(space.published) == set(space.ranges)
+    for key, domain in space.ranges.items():
+        value = space.published[key]
+        if isinstance(domain, Categorical):
+            assert value in domain.categories
+            assert type(value) in {type(category) for category in domain.categories}
+        else:
+            assert domain.lower <= value <= domain.upper
+
+
+@each_space
+def test_fixed_values_and_ranges_make_a_whole_config_without_overlap(name):
+    space, given = SPACES[name], fixed(name)
+    assert not set(given) & set(space.ranges)
+    assert set(given) | set(space.ranges) == set(TrainConfig(name).to_dict())
+    assert TrainConfig.from_dict(given | dict(space.published)).to_dict() == given | dict(space.published)
+    assert (given["architecture"], given["epochs"], given["image_size"], given["seed"]) == (name, 9, 32, 7)
+
+
+@each_space
+def test_only_an_architecture_with_a_backbone_gets_weights(name):
+    assert fixed(name)["weights"] == ("imagenet" if name.startswith("resnet") else "none")
+
+
+@each_space
+def test_space_gives_the_model_the_arguments_it_takes_and_no_other(name):
+    config = fixed(name) | dict(SPACES[name].published)
+    given = [key for key in ("hidden", "kernel_size") if config[key] is not None]
+    assert given == list(build_args(name))
+
+
+@each_space
+def test_every_value_of_every_range_builds_a_config(name):
+    space = SPACES[name]
+    base = fixed(name) | dict(space.published)
+    for key, domain in space.ranges.items():
+        values = grid_values(domain)
+        assert len(values) == len(set(values)) >= 2
+        for value in values:
+            assert getattr(TrainConfig(**base | {key: value}), key) == value
+
+
+@each_space
+def test_defaults_of_a_space_make_a_study_with_rungs(name):
+    space = SPACES[name]
+    assert rung_epochs(1, 3, space.epochs)
+    assert space.trials >= 9  # of fewer, ASHA with eta 3 promotes none twice
+    assert 0 < space.gpus_per_trial <= 1
+
+
+def test_misspelt_space_is_an_error_naming_the_nearest():
+    with pytest.raises(
+        ValueError, match=r"^--space=resnet_cnv is unknown; did you mean resnet_conv\? Choose from: softmax, "
+    ):
+        find_space("resnet_cnv")
+    with pytest.raises(ValueError, match="--space=sofmax is unknown; did you mean softmax"):
+        fixed("sofmax")
+
+
+@pytest.mark.parametrize(("key", "value"), [("epochs", 0), ("image_size", -1), ("seed", -1)])
+def test_impossible_value_of_a_study_is_an_error_before_it_starts(key, value):
+    with pytest.raises(ValueError, match=f"^{key}={value} is not possible"):
+        fixed("softmax", **{key: value})
