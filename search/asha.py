@@ -28,8 +28,7 @@ def rung_epochs(grace: int, eta: int, epochs: int) -> tuple[int, ...]:
         raise ValueError(f"--grace={grace} is not possible; give at least 1 epoch")
     if grace > epochs:
         raise ValueError(
-            f"--grace={grace} exceeds --epochs={epochs}: no trial would ever be pruned; "
-            f"give --grace of at most {epochs}, or --pruner none"
+            f"--grace={grace} exceeds --epochs={epochs}; give --grace of at most {epochs}, or more --epochs"
         )
     rungs = []
     while grace < epochs:
@@ -67,11 +66,9 @@ class Asha:
                 self.promoted[rung].add(trial_id)
 
     def record_failure(self, trial_id: str, epoch: int) -> None:
-        """Counts a trial that ended after this epoch as last of the next rung, and of this one."""
+        """Counts a trial that failed at or after this epoch as last of the rung that it was to reach."""
         for rung in self.rungs:
-            if rung == epoch:
-                self.values[rung][trial_id] = WORST
-            if rung > epoch:
+            if rung >= epoch and trial_id not in self.values[rung]:
                 self.values[rung][trial_id] = WORST
                 break
 
@@ -93,19 +90,18 @@ class Asha:
         """Returns the trial that the ``promote`` variant lets go on next, and its rung.
 
         The highest rung is asked first. Of n trials that reached a rung, the best ``n // eta`` may
-        go on.
+        go on, and no more than ``n // eta`` ever do: in the paper each newcomer to the best adds a
+        promotion, which spends a quarter more epochs on the same best trial (NOTES.md).
 
         Args:
             no_more_trials: Nothing runs and nothing will start: then the best of each rung goes on
-                even where ``n < eta``, so that every study's best trial sees all its epochs.
+                in any case, so that every study's best trial sees all its epochs.
         """
         for rung in reversed(self.rungs):
             values = self.values[rung]
             quota = len(values) // self.eta
-            if no_more_trials:
-                quota = max(1, quota)
             if len(self.promoted[rung]) >= quota:
-                continue
+                quota = 1 if no_more_trials else 0
             for trial_id in ranked(values.items())[:quota]:
                 if trial_id not in self.promoted[rung] and values[trial_id] > WORST:
                     return trial_id, rung
@@ -113,9 +109,9 @@ class Asha:
 
 
 def expected_epochs(trials: int, rungs: tuple[int, ...], eta: int, epochs: int) -> int:
-    """Returns the epochs that ``promote`` spends on n trials, none of which fails.
+    """Returns the epochs that ``promote`` spends at least on n trials, none of which fails.
 
-    One trial in eta of each rung goes on, at least one: trials·r₀ + (trials // eta)·(r₁ - r₀) + …
+    More where the best trial comes when its rung's quota is spent. One trial in eta of each rung goes on, at least one: trials·r₀ + (trials // eta)·(r₁ - r₀) + …
     """
     spent, reached, alive = 0, 0, trials
     for rung in (*rungs, epochs):

@@ -34,7 +34,7 @@ class JobSearcher(Searcher):
     def __init__(self, jobs: Jobs, slots: int) -> None:
         super().__init__()
         self.jobs, self.slots = jobs, slots
-        self.live: set[str] = set()  # Tune's trial ids, pending or running
+        self.live: dict[str, str] = {}  # pending or running: Tune's trial id -> ours
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """Returns the next job as Tune's config; None: not now."""
@@ -43,14 +43,16 @@ class JobSearcher(Searcher):
         job = self.jobs.next_job()
         if job is None:
             return Searcher.FINISHED if self.jobs.finished else None  # type: ignore[return-value]  # a str, says Ray
-        self.live.add(trial_id)
+        self.live[trial_id] = job.trial_id
         return {"trial_id": job.trial_id, "config": job.config, "reported": job.reported, "final": job.final}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Frees the slot."""
-        self.live.discard(trial_id)
+        """Frees the slot; with error the trial's worker was lost once too often."""
+        ours = self.live.pop(trial_id)
+        if error:
+            self.jobs.fail(ours, "its worker was lost more often than --max-failures allows")
 
     def save(self, checkpoint_path: str) -> None:
         """Writes nothing: reports.jsonl is what a study resumes from."""
@@ -74,7 +76,7 @@ class JobScheduler(FIFOScheduler):
         self._not_offered.append(trial)
 
     def choose_trial_to_run(self, tune_controller: TuneController) -> TuneTrial | None:
-        """Offers each trial once; a restarted one Tune schedules by itself."""
+        """Offers each trial once, and again when its worker was lost (Tune then adds it again)."""
         return self._not_offered.popleft() if self._not_offered else None
 
     def on_trial_result(
@@ -85,10 +87,6 @@ class JobScheduler(FIFOScheduler):
         report = {key.removeprefix(prefix): value for key, value in result.items() if key.startswith(prefix)}
         goes_on = self.jobs.report(trial.config["trial_id"], report)
         return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
-
-    def on_trial_error(self, tune_controller: TuneController, trial: TuneTrial) -> None:
-        """Records a trial whose worker was lost more often than max_failures."""
-        self.jobs.fail(trial.config["trial_id"], f"its worker was lost: {trial.get_pickled_error()}")
 
 
 class StepCallback(tune.Callback):

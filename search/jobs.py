@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from search.asha import Asha
-from search.journal import FINAL, Journal, TrialRecord, winner
+from search.journal import FINAL, Journal, TrialRecord, finite, winner
 from search.suggest import Sampler
 
 
@@ -91,9 +91,10 @@ class Jobs:
     def report(self, trial_id: str, report: dict[str, Any]) -> bool:
         """Takes in a worker's report; returns whether the worker should go on with this trial."""
         trial = self.trials[trial_id]
+        report = {key: finite(value) for key, value in report.items()}  # as a replay will read them
         self.journal.append({"trial_id": trial_id, **report})
         if report.get("epoch", trial.epoch + 1) <= trial.epoch:
-            return True  # a restarted worker says again what was decided already
+            return trial.status is None  # a restarted worker says again what was decided already
         goes_on = self._apply(trial, report) and not (self._time_is_up() and not trial.is_final)
         if not goes_on:
             self.running.discard(trial_id)
@@ -126,6 +127,7 @@ class Jobs:
     def _start_again(self, trial_id: str, config: dict[str, Any]) -> None:
         if trial_id.startswith(FINAL):
             self.search_is_over = True
+            self.running = {running for running in self.running if self.trials[running].is_final}
         elif (again := self._suggest(trial_id)) != config:
             raise ValueError(
                 f"trial {trial_id} was {config} and would now be {again}: the code or a library differs "

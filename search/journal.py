@@ -34,7 +34,9 @@ class Journal:
         line = json.dumps({key: finite(value) for key, value in event.items()}) + "\n"
         descriptor = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, line.encode())
+            left = line.encode()
+            while left:  # a nearly full disk takes a part
+                left = left[os.write(descriptor, left) :]
         finally:
             os.close(descriptor)
 

@@ -7,7 +7,6 @@ no observation until the study is over (Ray 2.60 tells searchers only of complet
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -123,12 +122,11 @@ def grid_values(domain: Domain) -> list[Any]:
     if isinstance(domain, Categorical):
         return list(domain.categories)
     assert isinstance(domain, Float | Integer), domain
-    if isinstance(domain.get_sampler(), LogUniform):
-        values = np.geomspace(domain.lower, domain.upper, GRID_POINTS)
-    else:
-        values = np.linspace(domain.lower, domain.upper, GRID_POINTS)
+    upper = domain.upper - isinstance(domain, Integer)  # Ray's integer ranges exclude their end
+    spaced = np.geomspace if isinstance(domain.get_sampler(), LogUniform) else np.linspace
+    values = spaced(domain.lower, upper, GRID_POINTS)
     if isinstance(domain, Integer):
-        return sorted({math.floor(value) for value in values})
+        return sorted({round(value) for value in values})
     return [float(value) for value in values]
 
 

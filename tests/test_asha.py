@@ -55,7 +55,7 @@ def test_rungs_are_grace_times_powers_of_eta_below_epochs(grace, eta, epochs, ru
     [
         (1, 1, 9, r"^--eta=1 is not possible.*at least 2$"),
         (1, 0, 9, r"^--eta=0 is not possible.*at least 2$"),
-        (20, 3, 9, r"^--grace=20 exceeds --epochs=9: .* at most 9, or --pruner none$"),
+        (20, 3, 9, r"^--grace=20 exceeds --epochs=9: .* at most 9, or more --epochs$"),
         (0, 3, 9, r"^--grace=0 is not possible.*at least 1 epoch$"),
     ],
 )
@@ -145,7 +145,6 @@ def test_diverged_report_at_a_rung_ranks_last_there():
     assert asha.values[1] == {"a": WORST}
 
 
-@pytest.mark.xfail(strict=True, reason="record_failure counts a trial at a rung that it never set out for")
 def test_diverged_report_at_a_rung_does_not_count_at_the_next():
     asha = Asha((1, 3), 3)
     for trial_id in "abc":
@@ -183,7 +182,6 @@ def test_best_of_a_small_rung_waits_until_no_more_trials_come():
     assert asha.promotable(no_more_trials=True) is None  # one, not all
 
 
-@pytest.mark.xfail(strict=True, reason="a used-up quota holds back a best trial that arrives late")
 def test_best_of_a_rung_goes_on_in_the_end_even_where_the_quota_is_used_up():
     asha = Asha((1,), 3)
     for number, value in enumerate([0.1, 0.2, 0.3]):

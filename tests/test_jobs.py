@@ -135,7 +135,9 @@ def test_promote_spends_the_expected_epochs_and_leaves_nobody_waiting(tmp_path, 
     jobs = make_jobs(tmp_path / "reports.jsonl", trials=trials)
     work(jobs, workers)
     assert_sound(jobs, trials)
-    assert epochs_spent(jobs) == expected_epochs(trials, RUNGS, ETA, EPOCHS)
+    late_best = EPOCHS - RUNGS[0]  # one best trial that came when its rung's quota was spent goes all the way
+    expected = expected_epochs(trials, RUNGS, ETA, EPOCHS)
+    assert expected <= epochs_spent(jobs) <= expected + late_best
 
 
 @pytest.mark.parametrize("searcher", SEARCHERS)
@@ -525,7 +527,6 @@ def test_replay_refuses_a_journal_with_other_fixed_values(tmp_path):
         make_jobs(tmp_path / "b", fixed=FIXED | {"epochs": 27}).replay(whole.journal.read())
 
 
-@pytest.mark.xfail(strict=True, reason="replay takes trials that ran out of time for interrupted ones")
 def test_resume_during_the_finals_searches_no_further(tmp_path):
     jobs = make_jobs(tmp_path / "a", pruner="none", seconds=10, clock=(clock := Clock()))
     for _ in range(2):
@@ -538,7 +539,6 @@ def test_resume_during_the_finals_searches_no_further(tmp_path):
     assert [again.next_job().trial_id for _ in range(2)] == ["final-1", "final-2"]
 
 
-@pytest.mark.xfail(strict=True, reason="a live NaN is no None, as it is when it was read from the journal")
 def test_value_that_is_not_finite_is_the_same_live_and_replayed(tmp_path):
     jobs = make_jobs(tmp_path / "a", values=[0.1, 0.2, 0.3])
     jobs.next_job()

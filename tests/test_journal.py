@@ -105,7 +105,6 @@ def test_finite_leaves_every_other_value_alone(value):
     assert finite(value) is value
 
 
-@pytest.mark.xfail(strict=True, reason="append ignores how many bytes os.write wrote")
 def test_short_write_is_completed(journal, monkeypatch):
     write_all = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: write_all(descriptor, data[:10]))

@@ -179,7 +179,6 @@ def test_grid_of_integers_has_integers_once_each():
     assert len(grid_values(tune.randint(0, 100))) == 4
 
 
-@pytest.mark.xfail(strict=True, reason="grid_values includes upper, which Ray's integer ranges exclude")
 @pytest.mark.parametrize(
     ("domain", "values"),
     [

@@ -1,0 +1,293 @@
+"""How much faster is an epoch of ours than the obvious training loop, and does it learn as well?
+
+Prints, per architecture, seconds per epoch of TrainingRun.train_epoch and of the obvious loop (below,
+ObviousRun), timed in turn (A B B A …), and the ratio; writes nothing but the caches under --data-dir::
+
+    python -m benchmarks.epoch --data digits softmax
+    python -m benchmarks.epoch --data cifar10 --threads 1
+    python -m benchmarks.epoch --data cifar10 --accuracy --repeat 0
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import resnet18
+
+from trainables.config import TrainConfig, check_integer, check_name
+from trainables.data import DATA_DIR, ImageData, load_split, prepare, split_validation
+from trainables.levers import Levers, choose
+from trainables.training import TrainingRun
+
+SEEDS = (0, 1, 2)  # of --accuracy
+ACCURACY_EPOCHS = 3
+EVAL_BATCH = 500  # images, of the obvious loop
+
+
+def plain_softmax(classes: int) -> nn.Module:
+    """Softmax regression as one would write it."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, classes))
+
+
+def plain_twolayernn(classes: int) -> nn.Module:
+    """Two linear layers as one would write them."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 250), nn.ReLU(), nn.Linear(250, classes))
+
+
+def plain_convnet(classes: int) -> nn.Module:
+    """Convolution, ReLU, pooling, in the textbook's order."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 150, 5), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(150 * 14 * 14, classes)),
+    )
+
+
+def plain_mymodel(classes: int) -> nn.Module:
+    """Three such stages and three linear layers with dropout."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 64, 5, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(64, 128, 5, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(128, 256, 5, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(256 * 2 * 2, 320), nn.ReLU(), nn.Dropout(0.2)),
+        *(nn.Linear(320, 50), nn.ReLU(), nn.Dropout(0.2), nn.Linear(50, classes)),
+    )
+
+
+def plain_resnet(classes: int) -> nn.Module:
+    """Torchvision's ResNet-18 with as many outputs as classes."""
+    return resnet18(num_classes=classes)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An architecture at its published hyperparameters."""
+
+    plain: Callable[[int], nn.Module]  # the obvious network, given the number of classes
+    values: dict[str, Any]  # of TrainConfig
+    batches: int | None = None  # of an epoch that are timed unless --images says more; None: all
+
+
+CASES = {
+    "softmax": Case(plain_softmax, {"batch_size": 512, "lr": 0.01}),
+    "twolayernn": Case(
+        plain_twolayernn, {"batch_size": 256, "lr": 1e-4, "weight_decay": 1e-4, "optimizer": "adam"}
+    ),
+    "convnet": Case(
+        plain_convnet, {"batch_size": 512, "lr": 0.001, "weight_decay": 0.01, "momentum": 0.9}, batches=4
+    ),
+    "mymodel": Case(
+        plain_mymodel, {"batch_size": 128, "lr": 0.001, "weight_decay": 0.001, "momentum": 0.98}, batches=12
+    ),
+    "resnet_softmax_updatable": Case(
+        plain_resnet, {"batch_size": 128, "lr": 0.01, "weight_decay": 0.001}, batches=8
+    ),
+}
+
+
+class ObviousRun:
+    """The loop one writes first, on the whole tensor: fp32, NCHW, whole batches, Conv → ReLU → MaxPool.
+
+    It starts from the weights of ``like`` and takes its images in the same order.
+    """
+
+    def __init__(
+        self, plain: Callable[[int], nn.Module], like: TrainingRun, images: Tensor, y: Tensor
+    ) -> None:
+        self.config, self.device = like.config, like.device
+        self.images, self.y = images.to(self.device), y.to(self.device)
+        mean, std = like.pipeline.mean, like.pipeline.std
+        self.mean = torch.tensor(mean, device=self.device).view(1, 3, 1, 1)
+        self.std = torch.tensor(std, device=self.device).view(1, 3, 1, 1)
+        self.network = plain(len(like.data.classes)).to(self.device)
+        ours = [*like.model.parameters(), *like.model.buffers()]
+        for mine, theirs in zip([*self.network.parameters(), *self.network.buffers()], ours, strict=True):
+            mine.data.copy_(theirs)
+        c = self.config
+        if c.optimizer == "adam":
+            self.optimizer: torch.optim.Optimizer = torch.optim.Adam(
+                self.network.parameters(), lr=c.lr, weight_decay=c.weight_decay
+            )
+        else:
+            self.optimizer = torch.optim.SGD(
+                self.network.parameters(), lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay
+            )
+        self.generator = torch.Generator().manual_seed(c.seed)
+
+    def train_epoch(self) -> tuple[Tensor, Tensor]:
+        """Returns summed loss and number of correct predictions, like TrainingRun's."""
+        self.network.train()
+        loss_sum = torch.zeros((), device=self.device)
+        correct = torch.zeros((), device=self.device)
+        order = torch.randperm(len(self.y), generator=self.generator).to(self.device)
+        for batch in order.split(self.config.batch_size):
+            x = (self.images[batch].float() / 255 - self.mean) / self.std
+            y = self.y[batch]
+            logits = self.network(x)
+            loss = F.cross_entropy(logits, y)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            loss_sum += loss.detach() * len(batch)
+            correct += (logits.argmax(1) == y).sum()
+        return loss_sum, correct
+
+    @torch.no_grad()
+    def accuracy(self, images: Tensor, y: Tensor) -> float:
+        """Returns the fraction of images ``(N, 3, H, W)`` whose class is predicted."""
+        self.network.eval()
+        correct = 0
+        for part, part_y in zip(images.split(EVAL_BATCH), y.split(EVAL_BATCH), strict=True):
+            x = (part.to(self.device).float() / 255 - self.mean) / self.std
+            correct += int((self.network(x).argmax(1).cpu() == part_y).sum())
+        return correct / len(y)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the whole run shares."""
+
+    data: ImageData
+    data_dir: Path
+    levers: Levers
+    weights: str
+    images: str  # auto, all or a number
+    clock: Callable[[], float]  # seconds
+
+    def pair(self, name: str, seed: int) -> tuple[TrainingRun, ObviousRun]:
+        """Builds both arms over the same images, a random part of the training split or all of it."""
+        case = CASES[name]
+        weights = self.weights if name.startswith("resnet") else "none"
+        config = TrainConfig(name, epochs=ACCURACY_EPOCHS, seed=seed, weights=weights, **case.values)
+        ours = TrainingRun(config, self.data, self.levers, self.data_dir)
+        images, labels = load_split(self.data, "train")
+        train, _ = split_validation(labels)
+        if self.images == "auto":
+            wanted = len(train) if case.batches is None else case.batches * config.batch_size
+        else:
+            wanted = len(train) if self.images == "all" else int(self.images)
+        if wanted < len(train):
+            chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:wanted]
+            train = train[chosen.numpy()]
+            x = ours.inputs.train_x[chosen]
+            x = x.to(memory_format=torch.channels_last) if _is_channels_last(ours.inputs.train_x) else x
+            ours.inputs = replace(ours.inputs, train_x=x, train_y=ours.inputs.train_y[chosen])
+        return ours, ObviousRun(
+            case.plain, ours, torch.from_numpy(images[train]), torch.from_numpy(labels[train])
+        )
+
+    def compare_seconds(self, name: str, repeat: int) -> None:
+        """Prints one row: seconds of both arms, and the median of the pairs' ratios."""
+        arms: tuple[Any, Any] = self.pair(name, seed=0)
+        seconds: tuple[list[float], list[float]] = ([], [])
+        losses = [0.0, 0.0]
+        for turn in range(repeat + 1):
+            for arm in (0, 1) if turn % 2 == 0 else (1, 0):
+                began = self.clock()
+                losses[arm] = arms[arm].train_epoch()[0].item()  # waits for the device
+                seconds[arm].append(self.clock() - began)
+        ours, obvious = (times[1:] for times in seconds)  # the first turn warms caches and allocators
+        ratios = [theirs / mine for mine, theirs in zip(ours, obvious, strict=True)]
+        count = len(arms[0].inputs.train_y)
+        scale = len(split_validation(load_split(self.data, "train")[1])[0]) / count
+        mine, theirs = statistics.median(ours), statistics.median(obvious)
+        print(
+            f"{name:26}{count:7}{arms[0].micro_batch:7}{mine:9.2f}{theirs:9.2f}"
+            f"{scale * mine:9.1f}{scale * theirs:9.1f}"
+            f"{statistics.median(ratios):8.2f}  {min(ratios):.2f}..{max(ratios):.2f}"
+            f"   {losses[0] / count:.4f} {losses[1] / count:.4f}",
+            flush=True,
+        )
+
+    def compare_accuracy(self, name: str) -> None:
+        """Prints val_accuracy of both arms after a few epochs, over seeds."""
+        images, labels = load_split(self.data, "train")
+        _, val = split_validation(labels)
+        x, y = torch.from_numpy(images[val]), torch.from_numpy(labels[val])
+        found: tuple[list[float], list[float]] = ([], [])
+        for seed in SEEDS:
+            ours, obvious = self.pair(name, seed)
+            for _ in range(ACCURACY_EPOCHS):
+                ours.train_epoch()
+                obvious.train_epoch()
+            correct = ours.evaluate(ours.inputs.val_x, ours.inputs.val_y)[1]
+            found[0].append(correct.item() / len(y))
+            found[1].append(obvious.accuracy(x, y))
+        (a, sd_a), (b, sd_b) = ((statistics.mean(arm), statistics.stdev(arm)) for arm in found)
+        print(
+            f"{name:26}{len(ours.inputs.train_y):7}   {a:.4f} ± {sd_a:.4f}   {b:.4f} ± {sd_b:.4f}", flush=True
+        )
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Times both arms of every named architecture."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.epoch", description=__doc__.split("\n")[0])
+    parser.add_argument("architectures", nargs="*", metavar="ARCH", help=f"of: {', '.join(CASES)}")
+    parser.add_argument("--data", default="cifar10", help="cifar10, digits, or an image folder or archive")
+    parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="cache folder (%(default)s)")
+    parser.add_argument(
+        "--images", default="auto", help="per epoch: a number, all, or auto: as many as are quick"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU (%(default)s)")
+    parser.add_argument("--repeat", type=int, default=3, help="pairs timed, after one untimed (%(default)s)")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="time CPU seconds instead: on a machine that others load too"
+    )
+    parser.add_argument("--accuracy", action="store_true", help="also compare val_accuracy over seeds")
+    parser.add_argument("--weights", default="none", help="of ResNets: imagenet, none or a path")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--precision", default="auto", help="of ours: auto, fp32 or bf16")
+    options = parser.parse_args(arguments)
+    try:
+        names = options.architectures or list(CASES)
+        for name in names:
+            check_name("ARCH", name, CASES)
+        check_integer("--threads", options.threads, 1)
+        check_integer("--repeat", options.repeat, 0)
+        if options.images not in ("auto", "all") and not (options.images.isdigit() and int(options.images)):
+            raise ValueError(f"--images={options.images} is not possible; give auto, all or a number")
+        data = prepare(options.data, options.data_dir)
+        if data.image_shape != (3, 32, 32):
+            raise ValueError(f"--data={options.data} has images {data.image_shape}; give one of 3×32×32")
+        levers = choose(options.device, options.precision)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    torch.set_num_threads(options.threads)
+    capability = torch.backends.cpu.get_cpu_capability()
+    print(f"torch {torch.__version__}, {capability}, {options.threads} thread(s), data {data.name}")
+    print(f"levers {levers.to_dict()}")
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    bench = Bench(data, options.data_dir, levers, options.weights, options.images, clock)
+    if options.repeat:
+        print(f"\n{'':40}{'s measured':>18}{'s per whole epoch':>18}{'obvious / ours':>16}   train_loss")
+        print(
+            f"{'architecture':26}{'images':>7}{'micro':>7}"
+            + f"{'ours':>9}{'obvious':>9}" * 2
+            + f"{'ratio':>8}  range"
+        )
+        for name in names:
+            bench.compare_seconds(name, options.repeat)
+    if options.accuracy:
+        print(f"\nval_accuracy after {ACCURACY_EPOCHS} epochs, mean ± sd over {len(SEEDS)} seeds")
+        print(f"{'architecture':26}{'images':>7}   {'ours':18}obvious")
+        for name in names:
+            bench.compare_accuracy(name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""Fixtures that several files share: a cache folder for the whole run, and studies of digits."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """One cache for all tests, so that digits are decoded once."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def cli(data_dir, tmp_path):
+    """Starts ``python search/run.py …`` as a user does, in a folder of its own; returns the process."""
+    started = []
+
+    def start(*arguments, **options):
+        command = [sys.executable, str(ROOT / "search" / "run.py"), *map(str, arguments)]
+        process = subprocess.Popen(
+            [*command, "--data-dir", str(data_dir)],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=os.environ | {"COLUMNS": "80"},
+            **options,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()

@@ -1,0 +1,171 @@
+"""Jobs through Ray Tune on real workers: who runs where, and what survives. One cluster for the file."""
+
+import os
+import signal
+import threading
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+
+from search.asha import PRUNERS
+from search.collect import collect, read_study
+from search.engine import run_jobs
+from search.journal import Journal, records
+from search.preflight import prepare_inputs
+from search.study import Study, StudyOptions
+from search.suggest import SEARCHERS
+from trainables.data import prepare
+from trainables.levers import choose
+
+pytestmark = pytest.mark.ray
+
+SLOTS = 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    import ray
+
+    from search.preflight import connect
+
+    os.environ.pop("RAY_ADDRESS", None)
+    connect()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def study(tmp_path, data_dir):
+    """Makes and runs softmax studies of digits; trials take milliseconds, workers seconds to start."""
+
+    def run(name="study", on_step=lambda: None, slots=SLOTS, **options):
+        options = StudyOptions(space="softmax", data="digits", data_dir=str(data_dir), **options)
+        data = prepare("digits", Path(data_dir))
+        levers = choose("cpu", "fp32")
+        made = Study(tmp_path / name, options, data, levers)
+        fixed = made.fixed_values()
+        split = prepare_inputs(options, data, levers, fixed).inputs.split_sha256
+        made = Study.create(tmp_path / name, options, data, levers, split)
+        with made.running({}):
+            jobs = made.jobs(fixed)
+            run_jobs(
+                jobs,
+                made.context(threads=1),
+                slots=slots,
+                resources={"cpu": 1},
+                max_failures=2,
+                on_step=on_step,
+            )
+        return made.folder, jobs
+
+    return run
+
+
+def reports_of(folder):
+    return [event for event in Journal(folder / "reports.jsonl").read() if "pid" in event]
+
+
+@pytest.mark.parametrize("searcher", SEARCHERS)
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_sixty_four_short_trials_run_on_exactly_two_workers(study, pruner, searcher):
+    folder, jobs = study(pruner=pruner, searcher=searcher, trials=64, epochs=3, final_seeds=2)
+    pids = Counter(report["pid"] for report in reports_of(folder) if not report["trial_id"].startswith("final"))
+    assert len(pids) == SLOTS, pids
+    assert min(pids.values()) >= 10, pids
+    assert len(jobs.searched) == 64
+    assert jobs.finished
+    assert not jobs.running
+    assert {status for status in read_study(folder)["statuses"]} <= {"done", "pruned", "diverged"}
+    if pruner == "promote":
+        assert jobs.asha.promotable(no_more_trials=True) is None
+    for trial in records(Journal(folder / "reports.jsonl").read()).values():
+        assert sorted(trial.reports) == list(range(1, trial.epoch + 1))
+
+
+def test_same_seed_at_concurrency_one_gives_the_same_trials_csv(study):
+    tables = []
+    for name in ("one", "two"):
+        folder, _ = study(name, slots=1, trials=14, epochs=9, final_seeds=1)
+        header, *rows = (folder / "trials.csv").read_text().splitlines()
+        seconds = header.split(",").index("seconds")
+        tables.append([[cell for k, cell in enumerate(row.split(",")) if k != seconds] for row in rows])
+        tables[-1].append(read_study(folder)["final"])
+    assert tables[0] == tables[1]
+
+
+def test_killed_worker_is_restarted_from_its_checkpoint(study, tmp_path):
+    killed = []
+
+    def kill_once():
+        reports = reports_of(tmp_path / "study") if (tmp_path / "study" / "reports.jsonl").exists() else []
+        if not killed and len(reports) > 20:
+            killed.append(reports[-1])
+            os.kill(reports[-1]["pid"], signal.SIGKILL)
+
+    folder, jobs = study(on_step=kill_once, pruner="none", trials=3, epochs=40, final_seeds=0)
+    assert killed
+    assert {trial.status for trial in jobs.searched} <= {"done", "diverged"}
+    victim = killed[0]["trial_id"]
+    epochs = [r["epoch"] for r in reports_of(folder) if r["trial_id"] == victim]
+    assert max(epochs) == 40
+    assert sorted(set(epochs)) == list(range(1, 41))
+    assert len(epochs) <= 41  # at most one report was said twice
+    assert len({r["pid"] for r in reports_of(folder) if r["trial_id"] == victim}) == 2
+
+
+def test_a_bug_in_a_trial_is_recorded_and_the_study_goes_on(study, tmp_path):
+    """A checkpoint folder that cannot be written stands for any exception in a worker."""
+    broken = []
+
+    def break_folder():
+        folder = tmp_path / "study" / "checkpoints"
+        if not broken and folder.exists():
+            broken.append(folder)
+            folder.rmdir()
+            folder.write_text("in the way")
+        elif broken and folder.is_file() and len(reports_of(tmp_path / "study")) >= 1:
+            folder.unlink()
+            folder.mkdir()
+
+    folder, jobs = study(on_step=break_folder, trials=6, epochs=2, final_seeds=1)
+    statuses = Counter(trial.status for trial in jobs.searched)
+    assert statuses["error"] >= 1
+    assert "Error" in next(trial.error for trial in jobs.searched if trial.status == "error")
+    assert len(jobs.searched) == 6
+    assert read_study(folder)["final"] is not None
+
+
+def test_workers_and_memory_stay_flat_over_sixty_four_trials(study):
+    workers, sizes = set(), {}
+
+    def look():
+        for process in psutil.Process().children(recursive=True):
+            try:
+                if "ResourceTrainable" in " ".join(process.cmdline()) or "Trial" in process.name():
+                    workers.add(process.pid)
+                    sizes.setdefault(process.pid, []).append(process.memory_info().rss)
+            except psutil.Error:
+                continue
+
+    stop = threading.Event()
+
+    def watch():
+        while not stop.wait(0.2):
+            look()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    folder, _ = study(trials=64, epochs=9, pruner="none", searcher="random", final_seeds=0)
+    stop.set()
+    watcher.join()
+    pids = {report["pid"] for report in reports_of(folder)}
+    assert len(pids) == SLOTS
+    assert pids <= workers
+    for pid in pids:
+        settled = sizes[pid][len(sizes[pid]) // 2 :]
+        assert max(settled) - min(settled) < 0.1 * max(settled), (min(settled), max(settled))
+    assert collect(folder)["busy_fraction"] > 0
+
+
