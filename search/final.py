@@ -6,6 +6,7 @@ over); this file says what their results mean.
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -50,15 +51,17 @@ def final_results(trials: dict[str, TrialRecord]) -> dict[str, Any] | None:
 
 
 def keep_best(study_dir: Path, trials: dict[str, TrialRecord]) -> None:
-    """Fills best/ from the first finished seed: checkpoint.pt, predictions.parquet, first_layer.npy.
+    """Fills best/ from the first finished seed.
 
-    first_layer.npy is the first layer's weights ``(out, in, k, k)`` or ``(out, in)``, of the head
+    config.json, checkpoint.pt, predictions.parquet and first_layer.npy: the
+    first layer's weights ``(out, in, k, k)`` or ``(out, in)``, of the head
     where the backbone is frozen, whose own first layer was not trained.
     """
     done = [trial for trial in trials.values() if trial.is_final and trial.status == "done"]
     if not done:
         return
     best = study_dir / "best"
+    (best / "config.json").write_text(json.dumps(done[0].config, indent=2) + "\n")
     checkpoint = study_dir / "checkpoints" / f"{done[0].trial_id}.pt"
     if checkpoint.exists():
         network = torch.load(checkpoint, map_location="cpu", weights_only=True)["network"]
@@ -68,3 +71,5 @@ def keep_best(study_dir: Path, trials: dict[str, TrialRecord]) -> None:
     predictions = best / f"predictions-{done[0].trial_id}.parquet"
     if predictions.exists():
         predictions.replace(best / "predictions.parquet")
+    for others in best.glob("predictions-*.parquet"):
+        others.unlink()

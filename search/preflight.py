@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import os
 import shutil
+import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,12 +59,13 @@ def machine() -> tuple[float, float]:
 
 def connect() -> None:
     """Starts Ray on this host, or joins the cluster that RAY_ADDRESS names; silent."""
-    import logging
-
     import ray
 
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    # ray.init puts a handler in place that prints a C++ stack and aborts (2.60); a SIGTERM, which a
+    # cluster sends before it takes a node, shall be a Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def plan(options: StudyOptions, levers: Levers, cpus: float, gpus: float) -> Resources:

@@ -98,7 +98,6 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     console = Console()
     do, options = parse(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's stop is a Ctrl-C
     try:
         if do.list_spaces:
             return list_spaces(console)

@@ -1,0 +1,146 @@
+"""A study as a user sees it: run, stopped by Ctrl-C, killed, resumed; each a process of its own."""
+
+import json
+import random
+import re
+import signal
+import time
+from collections import Counter
+
+import pytest
+
+from search.journal import Journal, records
+
+pytestmark = pytest.mark.ray
+
+STUDY = ["--space", "softmax", "--data", "digits", "--trials", 12, "--epochs", 27, "--final-seeds", 1]
+SECONDS = 90  # a study takes some 15 s on two free cores
+
+
+def finish(process):
+    out, err = process.communicate(timeout=SECONDS)
+    return process.returncode, out, err
+
+
+def wait_for_lines(folder, count, process):
+    """Waits until a study's journal has so many lines."""
+    deadline = time.monotonic() + SECONDS
+    file = folder / "reports.jsonl"
+    while not file.exists() or file.read_bytes().count(b"\n") < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def table(folder):
+    """Returns trials.csv without the column of times."""
+    header, *rows = (folder / "trials.csv").read_text().splitlines()
+    seconds = header.split(",").index("seconds")
+    return [[cell for k, cell in enumerate(row.split(",")) if k != seconds] for row in (header, *rows)]
+
+
+def epoch_lines(folder):
+    return Counter(
+        (event["trial_id"], event["epoch"])
+        for event in Journal(folder / "reports.jsonl").read()
+        if event.get("epoch")
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, data_dir):
+    """The same study, left alone: what every resumed one must equal."""
+    import subprocess
+    import sys
+
+    from tests.conftest import ROOT
+
+    folder = tmp_path_factory.mktemp("undisturbed") / "study"
+    command = [sys.executable, ROOT / "search" / "run.py", *STUDY, "--concurrency", 1]
+    result = subprocess.run(
+        [*map(str, command), "--study-dir", str(folder), "--data-dir", str(data_dir)],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def test_study_prints_its_result_and_nothing_of_rays(undisturbed):
+    folder, result = undisturbed
+    assert re.search(r"test_accuracy 0\.9\d\d\d", result.stdout)
+    assert result.stderr == ""
+    assert "Ray" not in result.stdout
+    assert "Tune" not in result.stdout
+
+
+def test_study_folder_holds_what_the_readme_says(undisturbed):
+    folder, _ = undisturbed
+    study = json.loads((folder / "study.json").read_text())
+    assert study["status"] == "done"
+    assert study["trials"] == 12
+    assert study["epochs_spent"] == sum(int(row[2]) for row in table(folder)[1:])
+    assert study["epochs_unpruned"] == 12 * 27
+    assert len(study["final"]["test_accuracy"]["values"]) == 1
+    assert 0 < study["busy_fraction"] <= 1
+    names = {path.name for path in folder.iterdir()}
+    assert names == {".lock", "best", "epochs.parquet", "reports.jsonl", "study.json", "trials.csv"}
+    best = {path.name for path in (folder / "best").iterdir()}
+    assert best == {"checkpoint.pt", "config.json", "first_layer.npy", "predictions.parquet"}
+
+
+@pytest.mark.parametrize("draw", [1, 2])
+def test_killed_driver_resumes_to_the_same_study(cli, tmp_path, undisturbed, draw):
+    kept, _ = undisturbed
+    lines = sum(1 for _ in (kept / "reports.jsonl").open())
+    kill_at = random.Random(draw).randrange(2, lines - 2)
+    process = cli(*STUDY, "--concurrency", 1, "--study-dir", "study")
+    folder = tmp_path / "study"
+    wait_for_lines(folder, kill_at, process)
+    process.kill()
+    process.wait()
+    before = records(Journal(folder / "reports.jsonl").read())
+    code, out, err = finish(cli("--resume", "study"))
+    assert (code, err) == (0, ""), out
+    after = records(Journal(folder / "reports.jsonl").read())
+    for trial_id, trial in before.items():
+        assert after[trial_id].config == trial.config
+        for epoch, report in trial.reports.items():
+            assert after[trial_id].reports[epoch]["val_loss"] == report["val_loss"]
+    assert max(epoch_lines(folder).values()) == 1  # nothing was trained or said twice
+    assert table(folder) == table(kept)
+    studies = [json.loads((path / "study.json").read_text()) for path in (folder, kept)]
+    assert studies[0]["best"] == studies[1]["best"]
+    assert studies[0]["final"] == studies[1]["final"]
+
+
+def test_ctrl_c_stops_within_ten_seconds_and_says_how_to_go_on(cli, tmp_path):
+    process = cli(*STUDY, "--study-dir", "study", "--pruner", "none")
+    folder = tmp_path / "study"
+    wait_for_lines(folder, 40, process)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    code, out, err = finish(process)
+    assert time.monotonic() - began < 10
+    assert code == 3
+    assert "Traceback" not in err
+    assert err.strip().splitlines()[-1].endswith("python search/run.py --resume study")
+    assert json.loads((folder / "study.json").read_text())["status"] == "stopped"
+    assert (folder / "trials.csv").exists()
+    code, out, err = finish(cli("--resume", "study"))
+    assert code == 0, err
+    assert len(table(folder)) == 1 + 12
+
+
+def test_two_drivers_of_one_study_are_refused(cli, tmp_path):
+    first = cli(*STUDY, "--trials", 1000, "--study-dir", "study", "--pruner", "none", "--searcher", "random")
+    wait_for_lines(tmp_path / "study", 5, first)
+    code, _, err = finish(cli("--resume", "study"))
+    assert code == 2
+    assert "another process is running" in err
+    first.send_signal(signal.SIGTERM)
+    code, _, err = finish(first)
+    assert code == 3, err
+    assert "--resume study" in err

@@ -1,0 +1,179 @@
+"""The command line: what a wrong argument prints, and that nothing is written then."""
+
+import io
+import re
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+
+from search.run import main
+
+
+@pytest.fixture
+def run(data_dir, tmp_path, monkeypatch, capsys):
+    """Runs search/run.py in an empty folder; returns exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ray.init", lambda *a, **k: pytest.fail("Ray was started"))
+
+    def call(*arguments, data="digits"):
+        given = [str(argument) for argument in arguments]
+        if data and "--data" not in given:
+            given += ["--data", data]
+        code = main([*given, "--data-dir", str(data_dir)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def assert_one_line_error(result, *needles):
+    code, _, err = result
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, err
+    assert "Traceback" not in err
+    for needle in needles:
+        assert needle in err, err
+
+
+def write_images(folder, classes=("cat", "dog"), count=6, color=40):
+    for split in ("train", "test"):
+        for k, name in enumerate(classes):
+            (folder / split / name).mkdir(parents=True)
+            for n in range(count):
+                image = Image.new("RGB", (32, 32), (color * (k + 1), 10 * n, 90))
+                image.save(folder / split / name / f"{n}.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needles"),
+    [
+        (["--space", "resnet_cnv"], ["resnet_cnv is unknown", "did you mean resnet_conv?"]),
+        ([], ["give --space NAME"]),
+        (["--space", "softmax", "--eta", 1], ["--eta=1", "at least 2"]),
+        (["--space", "softmax", "--grace", 20, "--epochs", 9], ["--grace=20", "--epochs=9"]),
+        (["--space", "softmax", "--grace", 0], ["--grace=0"]),
+        (["--space", "softmax", "--trials", 0], ["--trials=0", "at least 1"]),
+        (["--space", "softmax", "--epochs", 0], ["--epochs=0"]),
+        (["--space", "softmax", "--concurrency", 0], ["--concurrency=0"]),
+        (["--space", "softmax", "--concurrency", 10_000], ["10000 × 1 CPUs", "--concurrency of at most"]),
+        (["--space", "softmax", "--cpus-per-trial", 10_000], ["10000 CPUs", "give --cpus-per-trial"]),
+        (["--space", "softmax", "--gpus-per-trial", 64], ["--gpus-per-trial=64", "GPUs"]),
+        (["--space", "softmax", "--time-budget", -1], ["--time-budget=-1"]),
+        (["--space", "softmax", "--data", "nothing/here"], ["nothing/here does not exist"]),
+        (["--space", "softmax", "--data", "digit"], ["did you mean digits?"]),
+        (["--resume", "nothing"], ["nothing holds no study"]),
+        (["--resume", "nothing", "--space", "softmax"], ["--resume takes space"]),
+        (["--space", "resnet_softmax", "--weights", "nothing.pth"], ["nothing.pth"]),
+        (["--space", "resnet_mymodel", "--weights", "none", "--image-size", 8], ["kernel_size=3", "larger images"]),
+    ],
+)
+def test_bad_argument_is_one_line_and_writes_nothing(run, tmp_path, arguments, needles):
+    data = None if "--resume" in arguments else "digits"
+    assert_one_line_error(run(*arguments, data=data), *needles)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["--trials", "many"], ["--pruner", "median"], ["--no-such-flag"]])
+def test_argument_of_the_wrong_kind_is_one_line(run, capsys, arguments):
+    with pytest.raises(SystemExit) as exit_:
+        run("--space", "softmax", *arguments)
+    assert exit_.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_folder_of_another_study_is_left_alone(run, tmp_path):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "study.json").write_text("{}")
+    assert_one_line_error(run("--space", "softmax", "--study-dir", folder), "another study", "--resume")
+    assert (folder / "study.json").read_text() == "{}"
+
+
+def test_folder_with_files_is_left_alone(run, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    assert_one_line_error(run("--space", "softmax", "--study-dir", tmp_path / "notes"), "no empty folder")
+    assert [file.name for file in (tmp_path / "notes").iterdir()] == ["mine.txt"]
+
+
+def test_finished_study_is_not_resumed(run, tmp_path):
+    (tmp_path / "study.json").write_text('{"status": "done"}')
+    assert_one_line_error(run("--resume", tmp_path, data=None), "is done")
+
+
+def test_resume_refuses_what_would_change_results(run, tmp_path):
+    (tmp_path / "study.json").write_text('{"status": "stopped"}')
+    assert_one_line_error(run("--resume", tmp_path, "--eta", 4, data=None), "--eta cannot change")
+
+
+@pytest.mark.parametrize("damage", ["empty", "one class", "corrupt image", "no test"])
+def test_unusable_folder_of_images_is_one_line(run, tmp_path, damage):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    if damage != "empty":
+        write_images(folder, ("cat",) if damage == "one class" else ("cat", "dog"))
+    if damage == "corrupt image":
+        (folder / "train" / "cat" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    if damage == "no test":
+        (folder / "test").rename(tmp_path / "elsewhere")
+    before = sorted(tmp_path.iterdir())
+    assert_one_line_error(run("--space", "softmax", "--data", folder), "images")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_archive_that_climbs_out_is_refused(run, tmp_path):
+    content = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(content, "PNG")
+    with tarfile.open(tmp_path / "bad.tar", "w") as archive:
+        member = tarfile.TarInfo("../outside/train/cat/0.png")
+        member.size = len(content.getvalue())
+        archive.addfile(member, io.BytesIO(content.getvalue()))
+    assert_one_line_error(run("--space", "softmax", "--data", tmp_path / "bad.tar"), "..")
+    assert not (tmp_path.parent / "outside").exists()
+
+
+def test_truncated_archive_is_one_line(run, tmp_path):
+    with tarfile.open(tmp_path / "whole.tar.gz", "w:gz") as archive:
+        archive.add(write_images(tmp_path / "images"), "images")
+    whole = (tmp_path / "whole.tar.gz").read_bytes()
+    (tmp_path / "cut.tar.gz").write_bytes(whole[: len(whole) // 2])
+    assert_one_line_error(run("--space", "softmax", "--data", tmp_path / "cut.tar.gz"), "cut.tar.gz")
+
+
+def test_weights_of_another_network_are_one_line(run, tmp_path):
+    torch.save({"fc.weight": torch.zeros(10, 5)}, tmp_path / "other.pth")
+    result = run("--space", "resnet_softmax", "--weights", tmp_path / "other.pth")
+    assert_one_line_error(result, "other.pth", "ResNet-18")
+
+
+def test_no_network_names_the_offline_ways(run, monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.CIFAR10.download", refuse)
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", refuse)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
+    assert_one_line_error(run("--space", "softmax", "--data", "cifar10"), "--data PATH")
+    assert_one_line_error(run("--space", "resnet_softmax", "--weights", "imagenet"), "--weights PATH")
+
+
+def test_dry_run_forecasts_and_writes_no_study(run, tmp_path):
+    code, out, err = run("--space", "softmax", "--dry-run", "--trials", 9, "--epochs", 9, "--concurrency", 1)
+    assert (code, err) == (0, "")
+    # 9 trials to epoch 1, 3 of them to 3, 1 to 9: 9 + 3·2 + 1·6
+    assert "21 expected (81 unpruned), rungs [1, 3]" in out
+    assert re.search(r"time +about \d", out)
+    assert "1295 train, 143 validation, 359 test" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_list_spaces_names_all_thirteen(run):
+    code, out, _ = run("--list-spaces")
+    assert code == 0
+    assert sum("published" in line for line in out.splitlines()) == 13
