@@ -111,7 +111,8 @@ class Asha:
 def expected_epochs(trials: int, rungs: tuple[int, ...], eta: int, epochs: int) -> int:
     """Returns the epochs that ``promote`` spends at least on n trials, none of which fails.
 
-    More where the best trial comes when its rung's quota is spent. One trial in eta of each rung goes on, at least one: trials·r₀ + (trials // eta)·(r₁ - r₀) + …
+    More where the best trial comes when its rung's quota is spent. One trial in eta of each rung goes
+    on, at least one: trials·r₀ + (trials // eta)·(r₁ - r₀) + …
     """
     spent, reached, alive = 0, 0, trials
     for rung in (*rungs, epochs):

@@ -61,7 +61,9 @@ def connect() -> None:
     """Starts Ray on this host, or joins the cluster that RAY_ADDRESS names; silent."""
     import ray
 
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    # without an address ray.init would join whatever cluster this host happens to run
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     # ray.init puts a handler in place that prints a C++ stack and aborts (2.60); a SIGTERM, which a
     # cluster sends before it takes a node, shall be a Ctrl-C
@@ -165,8 +167,8 @@ def check_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise ValueError(
-            f"the study needs up to {needed / 1e9:.1f} GB for checkpoints in {folder}, and {free / 1e9:.1f} GB "
-            "are free; give --study-dir on a larger disk, or fewer --trials"
+            f"checkpoints in {folder} need up to {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
+            "give --study-dir on a larger disk, or fewer --trials"
         )
 
 

@@ -69,7 +69,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Returns what to do, and the study's options as far as they were given; defaults stay with StudyOptions."""
+    """Returns what to do, and the study's options that were given; defaults stay with StudyOptions."""
     parser = Parser(prog="python search/run.py", description=__doc__.split("\n")[0])
     parser.add_argument("--space", help="architecture to search, or all; --list-spaces shows them")
     parser.add_argument("--list-spaces", action="store_true", help="print the spaces and end")
@@ -183,8 +183,8 @@ def carry_out(study: Study, resources: preflight.Resources, fixed: dict[str, Any
 
     options = study.options
     console.print(
-        f"[bold]{options.space}[/] on {study.data.name}: {options.trials} trials of up to {options.epochs} epochs, "
-        f"{resources.slots} at once, {study.levers.device} {study.levers.precision} -> {shown(study.folder)}",
+        f"[bold]{options.space}[/] on {study.data.name}: {options.trials} trials of up to {options.epochs} "
+        f"epochs, {resources.slots} at once, {study.levers.device} {study.levers.precision} -> {shown(study.folder)}",
         highlight=False,
         soft_wrap=True,
     )
@@ -218,7 +218,10 @@ def print_result(folder: Path, console: Console) -> int:
     study = read_study(folder)
     best, final = study["best"], study["final"]
     failed = {status: n for status, n in study["statuses"].items() if status in ("error", "out_of_memory")}
-    print_line = lambda text: console.print(text, highlight=False, soft_wrap=True)  # noqa: E731
+
+    def print_line(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
     print_line("")
     if best is None:
         print_line(
@@ -226,10 +229,9 @@ def print_result(folder: Path, console: Console) -> int:
         )
         return 1
     print_line(f"[bold]best val_accuracy[/] {best['val_accuracy']:.4f}, trial {best['trial_id']}:")
-    fixed = ("architecture", "epochs", "seed")
-    for name, value in best["config"].items():
-        if value is not None and name not in fixed:
-            print_line(f"  {name} {value:.4g}" if isinstance(value, float) else f"  {name} {value}")
+    for name in SPACES[study["space"]].ranges:
+        value = best["config"][name]
+        print_line(f"  {name} {value:.4g}" if isinstance(value, float) else f"  {name} {value}")
     if final:
         test = final["test_accuracy"]
         spread = ""
@@ -256,13 +258,13 @@ def print_forecast(study: Study, resources: preflight.Resources, run: Any, conso
         f"space      {options.space}: {ARCHITECTURES[options.space].summary}",
         f"data       {study.data.name}, {len(run.inputs.train_y)} train, {len(run.inputs.val_y)} validation, "
         f"{study.data.test_count} test images",
-        f"trials     {options.trials}, {resources.slots} at once, each {resources.cpus_per_trial:g} CPU{gpus}, "
-        f"{study.levers.precision}",
+        f"trials     {options.trials}, {resources.slots} at once, each {resources.cpus_per_trial:g} CPU{gpus}"
+        f", {study.levers.precision}",
         f"epochs     {facts['epochs']} expected ({(options.trials or 0) * (options.epochs or 0)} unpruned), "
         f"rungs {list(options.rungs)}, {options.pruner}",
         f"final      {options.final_seeds} seeds, {facts['final_epochs']} epochs",
-        f"time       about {preflight.clock(facts['seconds'])}, from {facts['epoch_seconds']:.2f} s an epoch of the "
-        "published best",
+        f"time       about {preflight.clock(facts['seconds'])}, from {facts['epoch_seconds']:.2f} s an epoch "
+        "of the published best",
         f"disk       up to {facts['checkpoint_bytes'] / 1e6:.0f} MB of checkpoints while it runs",
         f"folder     {shown(study.folder)}, not written",
     ]

@@ -169,9 +169,7 @@ class Study:
         fixed = [flag(name) for name in changes if name not in RESUMABLE]
         if fixed:
             allowed = ", ".join(flag(name) for name in RESUMABLE)
-            raise ValueError(
-                f"{', '.join(fixed)} cannot change when a study is resumed; leave out, or change only {allowed}"
-            )
+            raise ValueError(f"{', '.join(fixed)} cannot change when a study is resumed; what can: {allowed}")
         if content["status"] == "done":
             raise ValueError(f"{folder} is done; there is nothing to resume")
         options = StudyOptions(**(content["options"] | changes))
@@ -260,7 +258,7 @@ def check_free(folder: Path) -> None:
     """Raises ValueError where a new study's folder holds something already."""
     if (folder / "study.json").exists():
         raise ValueError(
-            f"--study-dir={folder} holds another study; give a new folder, or --resume {folder} to go on with it"
+            f"--study-dir={folder} holds another study; give a new folder, or go on with --resume {folder}"
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--study-dir={folder} is no empty folder; give a new one")

@@ -71,13 +71,15 @@ def reports_of(folder):
 @pytest.mark.parametrize("pruner", PRUNERS)
 def test_sixty_four_short_trials_run_on_exactly_two_workers(study, pruner, searcher):
     folder, jobs = study(pruner=pruner, searcher=searcher, trials=64, epochs=3, final_seeds=2)
-    pids = Counter(report["pid"] for report in reports_of(folder) if not report["trial_id"].startswith("final"))
+    pids = Counter(
+        report["pid"] for report in reports_of(folder) if not report["trial_id"].startswith("final")
+    )
     assert len(pids) == SLOTS, pids
     assert min(pids.values()) >= 10, pids
     assert len(jobs.searched) == 64
     assert jobs.finished
     assert not jobs.running
-    assert {status for status in read_study(folder)["statuses"]} <= {"done", "pruned", "diverged"}
+    assert set(read_study(folder)["statuses"]) <= {"done", "pruned", "diverged"}
     if pruner == "promote":
         assert jobs.asha.promotable(no_more_trials=True) is None
     for trial in records(Journal(folder / "reports.jsonl").read()).values():
@@ -167,5 +169,3 @@ def test_workers_and_memory_stay_flat_over_sixty_four_trials(study):
         settled = sizes[pid][len(sizes[pid]) // 2 :]
         assert max(settled) - min(settled) < 0.1 * max(settled), (min(settled), max(settled))
     assert collect(folder)["busy_fraction"] > 0
-
-

@@ -69,7 +69,7 @@ def undisturbed(tmp_path_factory, data_dir):
 
 
 def test_study_prints_its_result_and_nothing_of_rays(undisturbed):
-    folder, result = undisturbed
+    _, result = undisturbed
     assert re.search(r"test_accuracy 0\.9\d\d\d", result.stdout)
     assert result.stderr == ""
     assert "Ray" not in result.stdout
@@ -129,7 +129,7 @@ def test_ctrl_c_stops_within_ten_seconds_and_says_how_to_go_on(cli, tmp_path):
     assert err.strip().splitlines()[-1].endswith("python search/run.py --resume study")
     assert json.loads((folder / "study.json").read_text())["status"] == "stopped"
     assert (folder / "trials.csv").exists()
-    code, out, err = finish(cli("--resume", "study"))
+    code, _, err = finish(cli("--resume", "study"))
     assert code == 0, err
     assert len(table(folder)) == 1 + 12
 

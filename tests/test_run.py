@@ -68,7 +68,10 @@ def write_images(folder, classes=("cat", "dog"), count=6, color=40):
         (["--resume", "nothing"], ["nothing holds no study"]),
         (["--resume", "nothing", "--space", "softmax"], ["--resume takes space"]),
         (["--space", "resnet_softmax", "--weights", "nothing.pth"], ["nothing.pth"]),
-        (["--space", "resnet_mymodel", "--weights", "none", "--image-size", 8], ["kernel_size=3", "larger images"]),
+        (
+            ["--space", "resnet_mymodel", "--weights", "none", "--image-size", 8],
+            ["kernel_size=3", "larger images"],
+        ),
     ],
 )
 def test_bad_argument_is_one_line_and_writes_nothing(run, tmp_path, arguments, needles):

@@ -22,7 +22,9 @@ def extractor(
 ) -> Callable[[Tensor], Tensor]:
     """Returns a function from uint8 images ``(N, 3, H, W)`` to features ``(N, …)`` on the CPU."""
     model = build_model(config, data).to(levers.device).eval()
-    backbone = model.to(memory_format=torch.channels_last).backbone if levers.channels_last else model.backbone
+    backbone = (
+        model.to(memory_format=torch.channels_last).backbone if levers.channels_last else model.backbone
+    )
 
     def extract(images: Tensor) -> Tensor:
         enabled = levers.precision == "bf16"

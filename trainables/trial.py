@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +75,6 @@ class Trial(tune.Trainable):
         return {"report": report}  # without Tune's "done", which would pass the study's scheduler by
 
     def _epoch(self) -> dict[str, Any]:
-        began = time.time()
         if self.run is None:
             self.run = self._resumed()
         run, trial_id = self.run, self.job["trial_id"]
@@ -85,7 +83,7 @@ class Trial(tune.Trainable):
             run.epoch()
             run.save(self.context.checkpoint(trial_id))
         self.job["reported"] = run.epochs_done
-        report = dict(run.report, started_at=began)
+        report = dict(run.report)
         if report["diverged"]:
             report["status"] = "diverged"
         elif run.epochs_done == run.config.epochs:

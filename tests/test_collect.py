@@ -1,0 +1,107 @@
+import json
+import math
+
+import pandas as pd
+import pytest
+
+from search.collect import busy_fraction, collect, main
+from search.journal import Journal, records
+
+
+def report(trial_id, epoch, value, **more):
+    return {
+        "trial_id": trial_id,
+        "epoch": epoch,
+        "train_loss": 1.5,
+        "train_accuracy": 0.3,
+        "val_loss": 1.25,
+        "val_accuracy": value,
+        "lr": 0.1,
+        "epoch_seconds": 2.0,
+        "finished_at": 100.0 + 3 * epoch,
+        "pid": 7,
+        "node": "here",
+        **more,
+    }
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A study of four trials: done, paused at 1, diverged at 2, lost; and one final seed."""
+    journal = Journal(tmp_path / "reports.jsonl")
+    for k in range(4):
+        config = {"architecture": "softmax", "epochs": 9, "lr": 0.1 * (k + 1), "seed": 0}
+        journal.append({"trial_id": f"000{k}", "epoch": 0, "config": config})
+    for epoch in range(1, 10):
+        more = {"status": "done"} if epoch == 9 else {}
+        journal.append(report("0000", epoch, 0.5 + 0.01 * epoch if epoch != 5 else 0.9, **more))
+    journal.append(report("0001", 1, 0.4))
+    journal.append(report("0002", 1, 0.3))
+    journal.append(report("0002", 2, math.nan, status="diverged", val_loss=None))
+    journal.append({"trial_id": "0003", "status": "error", "error": "lost"})
+    journal.append({"trial_id": "final-1", "epoch": 0, "config": {"epochs": 9, "seed": 1}})
+    journal.append(report("final-1", 1, 0.8, status="done", test_accuracy=0.75))
+    study = {"status": "done", "rungs": [1, 3], "options": {"epochs": 9}, "space": "softmax"}
+    (tmp_path / "study.json").write_text(json.dumps(study))
+    return tmp_path
+
+
+def test_trials_csv_has_a_row_per_trial_with_what_it_reached(folder):
+    collect(folder)
+    table = pd.read_csv(folder / "trials.csv", dtype={"trial_id": str})
+    assert list(table.trial_id) == ["0000", "0001", "0002", "0003"]
+    assert list(table.status) == ["done", "pruned", "diverged", "error"]
+    assert list(table.epochs) == [9, 1, 2, 0]
+    assert list(table["rung"]) == [2, 1, 1, 0]
+    assert table.val_accuracy[0] == pytest.approx(0.59)
+    assert table.best_val_accuracy[0] == pytest.approx(0.9)
+    assert math.isnan(table.val_accuracy[2])
+    assert table.best_val_accuracy[2] == pytest.approx(0.3)
+    assert list(table.seconds) == [18.0, 2.0, 4.0, 0.0]
+    assert list(table.lr) == pytest.approx([0.1, 0.2, 0.3, 0.4])
+
+
+def test_epochs_parquet_has_a_row_per_report_and_repeats_are_replaced(folder):
+    Journal(folder / "reports.jsonl").append(report("0001", 1, 0.41))
+    collect(folder)
+    table = pd.read_parquet(folder / "epochs.parquet")
+    assert len(table) == 9 + 1 + 2 + 0 + 1
+    assert table[table.trial_id == "0001"].val_accuracy.tolist() == [0.41]
+    assert table.epoch.dtype == "int64"
+
+
+def test_study_json_counts_epochs_and_names_the_best(folder):
+    study = collect(folder)
+    assert study["trials"] == 4
+    assert study["statuses"] == {"done": 1, "pruned": 1, "diverged": 1, "error": 1}
+    assert (study["epochs_spent"], study["epochs_unpruned"]) == (12, 36)
+    assert study["best"]["trial_id"] == "0000"
+    assert study["final"]["test_accuracy"]["values"] == [0.75]
+    assert json.loads((folder / "study.json").read_text()) == study
+
+
+def test_live_study_is_collected_and_left_as_it_is(folder):
+    study = json.loads((folder / "study.json").read_text())
+    (folder / "study.json").write_text(json.dumps(study | {"status": "running"}))
+    with (folder / "reports.jsonl").open("a") as stream:
+        stream.write('{"trial_id": "0001", "epo')  # being written just now
+    before = (folder / "reports.jsonl").read_bytes()
+    assert main([str(folder)]) == 0
+    assert (folder / "reports.jsonl").read_bytes() == before
+    assert pd.read_csv(folder / "trials.csv").status.tolist() == ["done", "paused", "diverged", "error"]
+
+
+def test_folder_without_a_study_is_one_line(tmp_path, capsys):
+    assert main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path} holds no study: there is no study.json in it\n"
+
+
+def test_busy_fraction_is_epoch_seconds_over_each_workers_span():
+    def events(pid, ends):
+        yield {"trial_id": str(pid), "epoch": 0, "config": {}}
+        for n, end in enumerate(ends, start=1):
+            yield {"trial_id": str(pid), "epoch": n, "pid": pid, "epoch_seconds": 2.0, "finished_at": end}
+
+    # worker 1: 2 + 2 s in 0..10, worker 2: 2 s in 3..5
+    trials = records([*events(1, [2.0, 10.0]), *events(2, [5.0])])
+    assert busy_fraction(trials) == pytest.approx(6 / 12)

@@ -1,0 +1,71 @@
+"""The test accuracy is the naive loop's, and predictions.parquet shows how it came about."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from trainables.config import TrainConfig
+from trainables.data import SPLITS, ImageData, load_split
+from trainables.evaluate import evaluate_test
+from trainables.levers import Levers
+from trainables.training import TrainingRun
+
+FP32 = Levers("cpu", "fp32", channels_last=True, micro_batch_bytes=2**18)
+CASES = [
+    ("softmax", {}),
+    ("mymodel", {"hidden": 4, "kernel_size": 3}),  # dropout
+    ("convnet", {"hidden": 4, "augment": True}),
+    ("convnet", {"hidden": 4, "image_size": 48}),
+    ("resnet_softmax", {}),  # the head was trained on features, the test images are pixels
+    ("resnet_softmax_updatable", {"batch_size": 10}),
+]
+
+
+@pytest.fixture
+def data(tmp_path) -> ImageData:
+    rng = np.random.default_rng(0)
+    for split, count in zip(SPLITS, (40, 23), strict=True):
+        np.save(tmp_path / f"{split}_images.npy", rng.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8))
+        np.save(tmp_path / f"{split}_labels.npy", np.arange(count) % 4)
+    third = (0.3, 0.3, 0.3)
+    return ImageData("made", str(tmp_path), tuple("abcd"), (3, 32, 32), 40, 23, third, third, "2" * 64)
+
+
+def trained(data: ImageData, tmp_path, architecture: str, values: dict) -> TrainingRun:
+    run = TrainingRun(TrainConfig(architecture, **({"batch_size": 8} | values)), data, FP32, tmp_path)
+    run.train_epoch()
+    return run
+
+
+@pytest.mark.parametrize(("architecture", "values"), CASES)
+def test_accuracy_and_predictions_are_the_naive_loops(data, tmp_path, architecture, values):
+    run = trained(data, tmp_path, architecture, values)
+    file = tmp_path / "predictions.parquet"
+    accuracy = evaluate_test(run, file)
+
+    images, labels = load_split(data, "test")
+    run.model.eval()
+    with torch.no_grad():
+        logits = [run.model(run.pipeline(torch.from_numpy(image.copy())[None])) for image in images]
+    probabilities = torch.cat(logits).softmax(1).numpy()
+    predicted = probabilities.argmax(1)
+    assert accuracy == (predicted == labels).mean()
+
+    table = pd.read_parquet(file)
+    assert table.columns.tolist() == ["index", "label", "predicted", "confidence", "p0", "p1", "p2", "p3"]
+    assert table["index"].tolist() == list(range(23))
+    assert table["label"].tolist() == labels.tolist()
+    assert table["predicted"].tolist() == predicted.tolist()
+    shown = table[["p0", "p1", "p2", "p3"]].to_numpy()
+    np.testing.assert_allclose(shown, probabilities, rtol=1e-3, atol=1e-5)
+    np.testing.assert_array_equal(table["confidence"], shown.max(1))
+    assert [path.name for path in tmp_path.glob("predictions*")] == [file.name]
+
+
+def test_testing_twice_gives_the_same_and_changes_nothing(data, tmp_path):
+    run = trained(data, tmp_path, "resnet_softmax_updatable", {"batch_size": 10})
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    assert evaluate_test(run) == evaluate_test(run)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
+    assert not list(tmp_path.glob("*.parquet"))

@@ -1,0 +1,61 @@
+import pytest
+import torch
+from scipy import stats
+
+from search.final import final_results, keep_best, summarise
+from search.journal import TrialRecord
+
+
+def final(k, accuracy, status="done"):
+    record = TrialRecord(f"final-{k}", {"seed": k, "lr": 0.1})
+    record.take({"epoch": 1, "val_accuracy": 0.5, "status": status, "test_accuracy": accuracy})
+    return record
+
+
+def test_summary_is_student_s_interval_of_the_mean():
+    summary = summarise([0.70, 0.72, 0.77])
+    assert summary["mean"] == pytest.approx(0.73)
+    assert summary["sd"] == pytest.approx(0.036056, abs=1e-6)
+    expected = stats.t.interval(0.95, 2, loc=0.73, scale=0.036056 / 3**0.5)
+    assert summary["interval95"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_one_seed_has_no_spread():
+    assert summarise([0.7]) == {"values": [0.7], "mean": 0.7, "sd": None, "interval95": None}
+
+
+def test_interval_stays_between_zero_and_one():
+    low, high = summarise([0.9, 1.0])["interval95"]
+    assert 0 <= low < high == 1.0
+
+
+def test_only_finished_seeds_count():
+    trials = {"a": final(1, 0.5), "b": final(2, 0.7), "c": final(3, None, status="error")}
+    results = final_results(trials)
+    assert results["seeds"] == [1, 2]
+    assert results["test_accuracy"]["mean"] == pytest.approx(0.6)
+
+
+def test_study_without_a_finished_seed_has_no_final():
+    assert final_results({"a": final(1, None, status="diverged")}) is None
+
+
+def test_best_folder_keeps_the_first_seed_and_may_be_filled_twice(tmp_path):
+    for name in ("best", "checkpoints"):
+        (tmp_path / name).mkdir()
+    weight = torch.arange(6.0).view(2, 3)
+    torch.save(
+        {"network": {"0.bias": torch.zeros(2), "0.weight": weight}}, tmp_path / "checkpoints" / "final-1.pt"
+    )
+    for k in (1, 2):
+        (tmp_path / "best" / f"predictions-final-{k}.parquet").write_text(str(k))
+    trials = {"a": final(1, 0.5), "b": final(2, 0.7)}
+    keep_best(tmp_path, trials)
+    keep_best(tmp_path, trials)  # a kill in between makes a resumed study do it again
+    assert {path.name for path in (tmp_path / "best").iterdir()} == {
+        "checkpoint.pt",
+        "config.json",
+        "first_layer.npy",
+        "predictions.parquet",
+    }
+    assert (tmp_path / "best" / "predictions.parquet").read_text() == "1"

@@ -1,0 +1,231 @@
+"""What a network reads is prepared once, is what the pipeline says, and is shared by all who may share it."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torchvision.models import resnet18
+
+from models import load_weights
+from trainables import inputs as inputs_module
+from trainables.config import TrainConfig
+from trainables.data import SPLITS, ImageData, load_split, split_sha256, split_validation
+from trainables.features import build_model
+from trainables.inputs import LOADED_MAX, kind_of, load_inputs
+from trainables.levers import Levers
+from trainables.pipeline import Pipeline
+
+FP32 = Levers("cpu", "fp32", channels_last=True, micro_batch_bytes=8 * 2**20)
+BF16 = dataclasses.replace(FP32, precision="bf16")
+NCHW = dataclasses.replace(FP32, channels_last=False)
+
+
+def save_images(folder, counts=(40, 8), size=32) -> ImageData:
+    """Writes random images of four classes in the decoded format."""
+    rng = np.random.default_rng(0)
+    for split, count in zip(SPLITS, counts, strict=True):
+        np.save(folder / f"{split}_images.npy", rng.integers(0, 256, (count, 3, size, size), dtype=np.uint8))
+        np.save(folder / f"{split}_labels.npy", np.arange(count) % 4)
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    return ImageData("made", str(folder), tuple("abcd"), (3, size, size), *counts, mean, std, "0" * 64)
+
+
+@pytest.fixture
+def data(tmp_path) -> ImageData:
+    return save_images(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def opened(monkeypatch) -> dict:
+    """Gives each test a worker that has opened nothing yet."""
+    empty: dict = {}
+    monkeypatch.setattr(inputs_module, "_loaded", empty)
+    return empty
+
+
+def prepared(tmp_path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "prepared").iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "values", "kind"),
+    [
+        ("softmax", {}, "normalised"),
+        ("convnet", {"augment": True}, "images"),
+        ("convnet", {"image_size": 64}, "images"),
+        ("resnet_softmax", {}, "features"),
+        ("resnet_softmax", {"image_size": 64}, "features"),
+        ("resnet_softmax", {"augment": True}, "images"),
+        ("resnet_softmax_updatable", {}, "normalised"),
+        ("resnet_finetune", {"image_size": 64}, "images"),
+    ],
+)
+def test_the_config_alone_chooses_the_kind(data, architecture, values, kind):
+    assert kind_of(TrainConfig(architecture, **values), data) == kind
+
+
+@pytest.mark.parametrize("levers", [FP32, BF16, NCHW])
+@pytest.mark.parametrize("architecture", ["softmax", "convnet"])
+def test_normalised_inputs_are_the_pipelines(tmp_path, data, architecture, levers):
+    config = TrainConfig(architecture)
+    inputs = load_inputs(config, data, levers, tmp_path)
+    images, labels = load_split(data, "train")
+    pipeline = Pipeline.of(config, data, levers)
+    for x, y, index in zip(
+        (inputs.train_x, inputs.val_x),
+        (inputs.train_y, inputs.val_y),
+        split_validation(labels),
+        strict=True,
+    ):
+        assert x.dtype == levers.dtype
+        assert torch.equal(x, pipeline(torch.from_numpy(images[index])))
+        assert y.tolist() == labels[index].tolist()
+
+
+def test_uint8_images_are_the_splits(tmp_path, data):
+    inputs = load_inputs(TrainConfig("convnet", augment=True), data, FP32, tmp_path)
+    images, labels = load_split(data, "train")
+    train, val = split_validation(labels)
+    assert np.array_equal(inputs.train_x.numpy(), images[train])
+    assert np.array_equal(inputs.val_x.numpy(), images[val])
+    assert inputs.split_sha256 == split_sha256(train, val)
+
+
+@pytest.mark.parametrize(("architecture", "last"), [("convnet", True), ("softmax", False)])
+def test_convolutions_read_channels_last_and_linear_layers_do_not(tmp_path, data, architecture, last):
+    x = load_inputs(TrainConfig(architecture), data, FP32, tmp_path).train_x
+    assert x.is_contiguous(memory_format=torch.channels_last) == last
+    assert x[torch.tensor([3, 1])].is_contiguous(memory_format=torch.channels_last) == last
+
+
+def test_no_image_is_in_both_parts_and_none_is_lost(tmp_path, data):
+    inputs = load_inputs(TrainConfig("softmax", augment=True), data, FP32, tmp_path)
+    train, val = ({image.numpy().tobytes() for image in x} for x in (inputs.train_x, inputs.val_x))
+    assert not train & val
+    assert len(train) + len(val) == data.train_count
+
+
+@pytest.mark.parametrize("architecture", ["resnet_softmax", "resnet_mymodel"])
+def test_features_are_the_backbones_in_eval_mode(tmp_path, data, architecture):
+    config = TrainConfig(architecture, seed=3)
+    inputs = load_inputs(config, data, FP32, tmp_path)
+    images, labels = load_split(data, "train")
+    train, _ = split_validation(labels)
+    backbone = build_model(config, data).backbone.eval()
+    with torch.no_grad():
+        expected = backbone(Pipeline.of(config, data, FP32)(torch.from_numpy(images[train])))
+    torch.testing.assert_close(inputs.train_x, expected, rtol=1e-4, atol=1e-5)
+    assert not inputs.train_x.requires_grad
+
+
+def test_features_are_computed_once(tmp_path, data, monkeypatch, opened):
+    config = TrainConfig("resnet_softmax")
+    first = load_inputs(config, data, FP32, tmp_path)
+    monkeypatch.setattr(inputs_module, "extractor", lambda *_: pytest.fail("computed again"))
+    assert load_inputs(config, data, FP32, tmp_path) is first
+    opened.clear()  # another worker of the node
+    assert torch.equal(load_inputs(config, data, FP32, tmp_path).train_x, first.train_x)
+
+
+def test_configs_that_differ_elsewhere_share_one_preparation(tmp_path, data):
+    first = load_inputs(TrainConfig("resnet_softmax", lr=0.1), data, FP32, tmp_path)
+    other = TrainConfig("resnet_twolayernn", lr=0.2, batch_size=7, hidden=9, momentum=0.5, epochs=3)
+    assert load_inputs(other, data, FP32, tmp_path) is first
+    assert len(prepared(tmp_path)) == 1
+
+
+def test_seeds_share_normalised_images(tmp_path, data):
+    first = load_inputs(TrainConfig("convnet", seed=0), data, FP32, tmp_path)
+    assert load_inputs(TrainConfig("mymodel", seed=1), data, FP32, tmp_path) is first
+
+
+def test_pretrained_features_do_not_depend_on_the_seed(tmp_path, data):
+    weights = tmp_path / "resnet18.pth"
+    torch.save(resnet18(weights=None).state_dict(), weights)
+    first = load_inputs(TrainConfig("resnet_softmax", weights=str(weights), seed=0), data, FP32, tmp_path)
+    second = load_inputs(TrainConfig("resnet_softmax", weights=str(weights), seed=1), data, FP32, tmp_path)
+    assert second is first
+
+
+def test_cut_weights_seed_and_size_have_their_own_features(tmp_path, data):
+    weights = tmp_path / "resnet18.pth"
+    torch.save(resnet18(weights=None).state_dict(), weights)
+    configs = [
+        TrainConfig("resnet_softmax"),
+        TrainConfig("resnet_conv"),
+        TrainConfig("resnet_softmax", seed=1),
+        TrainConfig("resnet_softmax", weights=str(weights)),
+        TrainConfig("resnet_softmax", image_size=48),
+    ]
+    for config in configs:
+        load_inputs(config, data, FP32, tmp_path)
+    assert len(prepared(tmp_path)) == len(configs)
+
+
+def test_precisions_and_memory_formats_have_their_own_files(tmp_path, data):
+    for levers in (FP32, BF16, NCHW):
+        load_inputs(TrainConfig("convnet"), data, levers, tmp_path)
+    assert len(prepared(tmp_path)) == 3
+
+
+def test_other_weights_under_the_same_path_are_other_features(tmp_path, data):
+    weights = tmp_path / "resnet18.pth"
+    config = TrainConfig("resnet_softmax", weights=str(weights))
+    state = resnet18(weights=None).state_dict()
+    features = []
+    for scale in (1, 2):
+        torch.save(state | {"conv1.weight": scale * state["conv1.weight"]}, weights)
+        load_weights.cache_clear()  # another worker
+        features.append(load_inputs(config, data, FP32, tmp_path).train_x)
+    assert not torch.equal(*features)
+
+
+def test_a_worker_keeps_few_inputs_open(tmp_path, data, opened):
+    configs = [
+        TrainConfig("softmax"),
+        TrainConfig("convnet"),
+        TrainConfig("convnet", augment=True),
+        TrainConfig("softmax"),
+    ]
+    for config in configs:
+        load_inputs(config, data, FP32, tmp_path)
+        assert len(opened) <= LOADED_MAX
+    assert len(opened) == LOADED_MAX
+    assert len(prepared(tmp_path)) == 3  # what was closed is still prepared
+
+
+def test_a_failed_preparation_leaves_nothing(tmp_path, data, monkeypatch, opened):
+    write = inputs_module._write
+
+    def fail_on_val(file, *rest):
+        write(file, *rest)
+        if file.name == "val.npy":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(inputs_module, "_write", fail_on_val)
+    with pytest.raises(KeyboardInterrupt):
+        load_inputs(TrainConfig("softmax"), data, FP32, tmp_path)
+    assert prepared(tmp_path) == []
+    assert not opened
+
+
+def test_what_a_kill_left_is_not_taken_for_whole(tmp_path, data, monkeypatch):
+    config = TrainConfig("softmax")
+    whole = load_inputs(config, data, FP32, tmp_path).val_x.clone()
+    (name,) = prepared(tmp_path)
+    folder = tmp_path / "prepared" / name
+    partial = folder.rename(folder.with_name(f"{name}.partial"))  # as if killed before the rename
+    np.save(partial / "val.npy", np.zeros(1))
+    monkeypatch.setattr(inputs_module, "_loaded", {})
+    assert torch.equal(load_inputs(config, data, FP32, tmp_path).val_x, whole)
+    assert prepared(tmp_path) == [name]
+
+
+def test_writing_to_inputs_does_not_reach_the_file(tmp_path, data, opened):
+    config = TrainConfig("softmax")
+    inputs = load_inputs(config, data, FP32, tmp_path)
+    before = inputs.train_x.clone()
+    inputs.train_x.zero_()
+    opened.clear()
+    assert torch.equal(load_inputs(config, data, FP32, tmp_path).train_x, before)

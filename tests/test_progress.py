@@ -1,0 +1,81 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from search.asha import Asha
+from search.jobs import Jobs
+from search.journal import Journal
+from search.progress import PLAIN_SECONDS, Progress, counts, line, table
+from search.study import StudyOptions
+from search.suggest import make_sampler
+
+
+@pytest.fixture
+def jobs(tmp_path):
+    """Three trials of a promote study: one paused at epoch 1, one diverged, one running."""
+    from ray import tune
+
+    ranges = {"lr": tune.loguniform(1e-4, 1e-1)}
+    jobs = Jobs(
+        sampler=make_sampler("random", ranges, {"lr": 0.01}, 0),
+        asha=Asha((1, 3), 3),
+        pruner="promote",
+        trials=9,
+        fixed={"seed": 0},
+        final_seeds=2,
+        journal=Journal(tmp_path / "reports.jsonl"),
+    )
+    for _ in range(3):
+        jobs.next_job()
+    jobs.report("0000", {"epoch": 1, "val_accuracy": 0.4321})
+    jobs.report("0001", {"epoch": 1, "val_accuracy": None, "status": "diverged"})
+    return jobs
+
+
+def progress(jobs, terminal):
+    console = Console(file=io.StringIO(), width=80, force_terminal=terminal)
+    return Progress(jobs, StudyOptions(space="softmax", trials=9, epochs=9, final_seeds=2), 2, console)
+
+
+def test_counts_tell_what_each_trial_is_doing(jobs):
+    assert counts(jobs) == {"paused": 1, "diverged": 1, "running": 1}
+    jobs.search_is_over = True
+    assert counts(jobs)["pruned"] == 1
+
+
+def test_plain_line_carries_trials_epochs_best_and_time(jobs):
+    shown = progress(jobs, terminal=False)
+    text = line(shown.facts(shown.began + 10))
+    # 9 trials: 9·1 + 3·2 + 1·6 = 21 epochs, and 2 seeds of 9; nothing was done before this run but 2 epochs
+    assert "3/9 trials (1 diverged, 1 paused, 1 running), 2/39 epochs" in text
+    assert "best val_accuracy 0.4321, 10 s" in text
+
+
+def test_plain_lines_come_some_seconds_apart(jobs):
+    shown = progress(jobs, terminal=False)
+    for _ in range(100):
+        shown.update()
+    assert shown.console.file.getvalue().count("\n") == 1
+    shown.shown_at -= PLAIN_SECONDS
+    shown.update()
+    assert shown.console.file.getvalue().count("\n") == 2
+
+
+def test_table_fits_eighty_columns_and_names_the_best(jobs):
+    shown = progress(jobs, terminal=True)
+    shown.console.print(table(shown.facts(shown.began + 10)))
+    text = shown.console.file.getvalue()
+    assert "0.4321 after 1 epochs" in text
+    assert "epoch 1: 2" in text
+    with shown:
+        shown.update()
+
+
+def test_eta_counts_the_epochs_of_this_run_only(jobs):
+    shown = progress(jobs, terminal=False)
+    assert shown.facts(shown.began + 10)["eta"] is None  # resumed just now: no rate yet
+    jobs.report("0002", {"epoch": 1, "val_accuracy": 0.1})
+    facts = shown.facts(shown.began + 10)
+    assert facts["epochs_per_second"] == pytest.approx(0.1)
+    assert facts["eta"] == pytest.approx((39 - 3) / 0.1)
