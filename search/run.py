@@ -184,7 +184,8 @@ def carry_out(study: Study, resources: preflight.Resources, fixed: dict[str, Any
     options = study.options
     console.print(
         f"[bold]{options.space}[/] on {study.data.name}: {options.trials} trials of up to {options.epochs} "
-        f"epochs, {resources.slots} at once, {study.levers.device} {study.levers.precision} -> {shown(study.folder)}",
+        f"epochs, {resources.slots} at once, {study.levers.device} {study.levers.precision} "
+        f"-> {shown(study.folder)}",
         highlight=False,
         soft_wrap=True,
     )

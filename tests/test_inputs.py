@@ -31,6 +31,15 @@ def save_images(folder, counts=(40, 8), size=32) -> ImageData:
     return ImageData("made", str(folder), tuple("abcd"), (3, size, size), *counts, mean, std, "0" * 64)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two threads on a busy core wait for each other: an epoch of ResNet takes 20 times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def data(tmp_path) -> ImageData:
     return save_images(tmp_path)

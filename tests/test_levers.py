@@ -70,7 +70,7 @@ def test_levers_survive_json():
 )
 def test_impossible_device_or_precision_is_named(monkeypatch, arguments, message):
     set_flags(monkeypatch)
-    with pytest.raises(ValueError, match="^--") as error:
+    with pytest.raises(ValueError, match=r"^--") as error:
         choose(*arguments)
     assert str(error.value) == message
 

@@ -122,7 +122,7 @@ def test_ctrl_c_stops_within_ten_seconds_and_says_how_to_go_on(cli, tmp_path):
     wait_for_lines(folder, 40, process)
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
-    code, out, err = finish(process)
+    code, _, err = finish(process)
     assert time.monotonic() - began < 10
     assert code == 3
     assert "Traceback" not in err

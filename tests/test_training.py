@@ -21,6 +21,15 @@ FROZEN = [name for name, row in ARCHITECTURES.items() if row.frozen]
 TIMES = ("epoch_seconds", "finished_at")  # of a report: all that may differ between equal runs
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two threads on a busy core wait for each other: an epoch of ResNet takes 20 times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> ImageData:
     """72 training and 8 validation images, whose class is the brightest quarter."""
