@@ -10,7 +10,6 @@ import shutil
 import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -82,7 +81,7 @@ def plan(options: StudyOptions, levers: Levers, cpus: float, gpus: float) -> Res
     if gpus_per_trial > gpus:
         raise ValueError(
             f"--gpus-per-trial={gpus_per_trial:g}, but there are {gpus:g} GPUs; "
-            f"give at most {gpus:g}, or --device cpu --gpus-per-trial 0"
+            + (f"give at most {gpus:g}" if gpus else "leave it out to train on CPUs")
         )
     if gpus_per_trial > 1 and gpus_per_trial != int(gpus_per_trial):
         raise ValueError(f"--gpus-per-trial={gpus_per_trial:g}: above 1 Ray takes whole GPUs only")
@@ -112,9 +111,10 @@ def plan(options: StudyOptions, levers: Levers, cpus: float, gpus: float) -> Res
     return Resources(slots, cpus_per_trial, gpus_per_trial)
 
 
-def example(options: StudyOptions, fixed: dict[str, Any]) -> TrainConfig:
+def example(options: StudyOptions) -> TrainConfig:
     """Returns the space's published best as a config of this study: what preflight builds and times."""
-    return TrainConfig.from_dict(fixed | dict(find_space(options.space).published))
+    first = options.points[0] if options.points else dict(find_space(options.space).published)
+    return TrainConfig.from_dict(options.fixed_values() | first)
 
 
 def checkpoint_bytes(run: TrainingRun) -> int:
@@ -172,16 +172,14 @@ def check_disk(folder: Path, needed: int) -> None:
         )
 
 
-def prepare_inputs(
-    options: StudyOptions, data: ImageData, levers: Levers, fixed: dict[str, Any]
-) -> TrainingRun:
+def prepare_inputs(options: StudyOptions, data: ImageData, levers: Levers) -> TrainingRun:
     """Builds the published best with all cores, which prepares the inputs that the trials share.
 
     Raises:
         ValueError: Weights, sizes or data do not fit the architecture.
     """
     torch.set_num_threads(cpu_count())
-    return TrainingRun(example(options, fixed), data, levers, Path(options.data_dir))
+    return TrainingRun(example(options), data, levers, Path(options.data_dir))
 
 
 def clock(seconds: float) -> str:

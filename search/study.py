@@ -28,7 +28,7 @@ from search.final import keep_best
 from search.jobs import Jobs
 from search.journal import Journal
 from search.spaces import find_space, fixed_values
-from search.suggest import SEARCHERS, make_sampler
+from search.suggest import SEARCHERS, PointSampler, Sampler, make_sampler
 from trainables.config import check_integer, check_name, check_number
 from trainables.data import DATA_DIR, ImageData
 from trainables.levers import Levers
@@ -67,9 +67,12 @@ class StudyOptions:
     gpus_per_trial: float | None = None  # resume; None: the space's where there are GPUs
     max_failures: int = 3  # resume; lost workers per trial
     time_budget: float | None = None  # resume; seconds of search, None: no limit
+    points: list[dict[str, Any]] | None = None  # run these instead of sampling: config values per trial
 
     def __post_init__(self) -> None:
         space = find_space(self.space)
+        if self.points:
+            object.__setattr__(self, "trials", len(self.points))
         if self.trials is None:
             object.__setattr__(self, "trials", space.trials)
         if self.epochs is None:
@@ -100,6 +103,20 @@ class StudyOptions:
         assert self.epochs is not None
         rungs = rung_epochs(self.grace, self.eta, self.epochs)
         return () if self.pruner == "none" else rungs
+
+    def fixed_values(self) -> dict[str, Any]:
+        """Returns every config value that is not sampled."""
+        assert self.epochs is not None
+        return fixed_values(
+            self.space, epochs=self.epochs, image_size=self.image_size, weights=self.weights, seed=self.seed
+        )
+
+    def sampler(self) -> Sampler:
+        """Returns where the study's trials come from, at its beginning."""
+        if self.points:
+            return PointSampler(self.points)
+        space = find_space(self.space)
+        return make_sampler(self.searcher, space.ranges, dict(space.published), self.seed)
 
 
 RESUMABLE = ("data_dir", "concurrency", "cpus_per_trial", "gpus_per_trial", "max_failures", "time_budget")
@@ -176,37 +193,25 @@ class Study:
         data = ImageData.from_dict(content["data"])
         return cls(folder, options, data, Levers(**content["levers"]))
 
-    def jobs(self, fixed: dict[str, Any]) -> Jobs:
+    def jobs(self) -> Jobs:
         """Returns the study's decisions, standing where its journal ends."""
-        options, space = self.options, find_space(self.options.space)
+        options = self.options
         assert options.trials is not None
         journal = Journal(self.folder / "reports.jsonl")
         events = journal.read()
         journal.mend()
         jobs = Jobs(
-            sampler=make_sampler(options.searcher, space.ranges, dict(space.published), options.seed),
+            sampler=options.sampler(),
             asha=Asha(options.rungs, options.eta),
             pruner=options.pruner,
             trials=options.trials,
-            fixed=fixed,
+            fixed=options.fixed_values(),
             final_seeds=options.final_seeds,
             journal=journal,
             seconds=options.time_budget,
         )
         jobs.replay(events)
         return jobs
-
-    def fixed_values(self) -> dict[str, Any]:
-        """Returns every config value that is not sampled."""
-        options = self.options
-        assert options.epochs is not None
-        return fixed_values(
-            options.space,
-            epochs=options.epochs,
-            image_size=options.image_size,
-            weights=options.weights,
-            seed=options.seed,
-        )
 
     def context(self, threads: int) -> TrialContext:
         """Returns what the study's trials share."""

@@ -96,7 +96,21 @@ class RandomSampler:
         """Learns nothing."""
 
 
-class GridSampler:
+class PointSampler:
+    """Given points, in their order; a study of them can be resumed with more at the end."""
+
+    def __init__(self, points: list[dict[str, Any]]) -> None:
+        self._points = iter(points)
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """Returns the next point; None when all are out."""
+        return next(self._points, None)
+
+    def observe(self, trial_id: str, value: float) -> None:
+        """Learns nothing."""
+
+
+class GridSampler(PointSampler):
     """Every combination once, in an order shuffled by the seed, so that its beginning is a fair sample."""
 
     def __init__(self, ranges: Ranges, first: dict[str, Any] | None, seed: int) -> None:
@@ -107,14 +121,7 @@ class GridSampler:
         np.random.default_rng(seed).shuffle(points)
         if first is not None:
             points = [dict(first), *(point for point in points if point != first)]
-        self._points = iter(points)
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """Returns the next point; None when the grid is exhausted."""
-        return next(self._points, None)
-
-    def observe(self, trial_id: str, value: float) -> None:
-        """Learns nothing."""
+        super().__init__(points)
 
 
 def grid_values(domain: Domain) -> list[Any]:

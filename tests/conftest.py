@@ -1,6 +1,7 @@
 """Fixtures that several files share: a cache folder for the whole run, and studies of digits."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,8 @@ def cli(data_dir, tmp_path):
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # a runner started in the background ignores SIGINT, and its children inherit that
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             env=os.environ | {"COLUMNS": "80"},
             **options,
         )

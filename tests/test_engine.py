@@ -44,12 +44,10 @@ def study(tmp_path, data_dir):
         options = StudyOptions(space="softmax", data="digits", data_dir=str(data_dir), **options)
         data = prepare("digits", Path(data_dir))
         levers = choose("cpu", "fp32")
-        made = Study(tmp_path / name, options, data, levers)
-        fixed = made.fixed_values()
-        split = prepare_inputs(options, data, levers, fixed).inputs.split_sha256
+        split = prepare_inputs(options, data, levers).inputs.split_sha256
         made = Study.create(tmp_path / name, options, data, levers, split)
         with made.running({}):
-            jobs = made.jobs(fixed)
+            jobs = made.jobs()
             run_jobs(
                 jobs,
                 made.context(threads=1),

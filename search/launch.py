@@ -1,0 +1,132 @@
+"""From checked options to a finished study: what search/run.py and search/lr_study.py have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from rich.console import Console
+
+from search import preflight
+from search.engine import run_jobs
+from search.printing import print_forecast, print_result, shown
+from search.progress import Progress
+from search.study import Study, StudyOptions, check_free, default_folder
+from trainables.data import prepare
+from trainables.levers import choose
+
+Finish = Callable[[Path, Console], int]  # says what a finished study found; returns the exit code
+
+
+def start(
+    options: StudyOptions,
+    folder: Path | None,
+    console: Console,
+    *,
+    dry_run: bool = False,
+    finish: Finish = print_result,
+    script: str = "search/run.py",
+) -> int:
+    """Begins a new study; returns the exit code.
+
+    Args:
+        options: What was asked for.
+        folder: The study's, new or empty; None: one under studies/.
+        console: Where to print.
+        dry_run: Forecast the study and write nothing.
+        finish: Called with the folder of a finished study.
+        script: What resumes it with ``--resume``.
+
+    Raises:
+        ValueError: Something stands against it; nothing was written.
+    """
+    folder = folder or default_folder(options.space, options.data)
+    check_free(folder)
+    levers = choose(options.device, options.precision)
+    resources = preflight.plan(options, levers, *preflight.machine())
+    with console.status(f"reading {options.data}"):
+        data = prepare(options.data, Path(options.data_dir), options.image_size)
+    with console.status("preparing inputs"):
+        run = preflight.prepare_inputs(options, data, levers)
+    if dry_run:
+        return print_forecast(options, folder, resources, run, console)
+    preflight.check_disk(folder, preflight.checkpoint_bytes(run) * (options.trials or 0))
+    study = Study.create(folder, options, data, levers, run.inputs.split_sha256)
+    del run
+    return carry_out(study, resources, console, finish, script)
+
+
+def resume(
+    folder: Path,
+    changes: dict[str, Any],
+    console: Console,
+    *,
+    finish: Finish = print_result,
+    script: str = "search/run.py",
+) -> int:
+    """Goes on with a study; returns the exit code.
+
+    Args:
+        folder: The study's.
+        changes: New values of options that change no result.
+        console: Where to print.
+        finish: Called with the folder of a finished study.
+        script: What resumes it, should it be stopped again.
+
+    Raises:
+        ValueError: There is no study, it is done, or it cannot go on as asked.
+    """
+    study = Study.open(folder, changes)
+    options = study.options
+    resources = preflight.plan(options, study.levers, *preflight.machine())
+    data = prepare(options.data, Path(options.data_dir), options.image_size)
+    if data.sha256 != study.data.sha256:
+        raise ValueError(
+            f"--data={options.data} is not what the study began with (sha256 {data.sha256[:12]}, was "
+            f"{study.data.sha256[:12]}); give the old images back"
+        )
+    study.data = data  # it may lie in another cache folder now
+    preflight.prepare_inputs(options, data, study.levers)
+    return carry_out(study, resources, console, finish, script)
+
+
+def carry_out(
+    study: Study, resources: preflight.Resources, console: Console, finish: Finish, script: str
+) -> int:
+    """Runs a study to its end or to a Ctrl-C, and prints what came of it."""
+    options = study.options
+    console.print(
+        f"[bold]{options.space}[/] on {study.data.name}: {options.trials} trials of up to {options.epochs} "
+        f"epochs, {resources.slots} at once, {study.levers.device} {study.levers.precision} "
+        f"-> {shown(study.folder)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    try:
+        with study.running(dataclasses.asdict(resources)):
+            jobs = study.jobs()
+            if not ray.is_initialized():
+                preflight.connect()
+            with Progress(jobs, options, resources.slots, console) as progress:
+                run_jobs(
+                    jobs,
+                    study.context(resources.threads),
+                    slots=resources.slots,
+                    resources=resources.of_trial,
+                    max_failures=options.max_failures,
+                    on_step=progress.update,
+                )
+            study.tidy(jobs)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left takes a second or two
+        print(
+            f"\nstopped; nothing is lost. To go on: python {script} --resume {shown(study.folder)}",
+            file=sys.stderr,
+        )
+        return 3
+    return finish(study.folder, console)

@@ -1,0 +1,98 @@
+"""What does a study say, before it starts and when it is done? Text for people, 80 columns wide."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from models import ARCHITECTURES
+from search import preflight
+from search.collect import read_study
+from search.spaces import SPACES
+from search.study import StudyOptions
+from trainables.training import TrainingRun
+
+
+def print_result(folder: Path, console: Console) -> int:
+    """Prints what a finished study found; returns the exit code."""
+    study = read_study(folder)
+    best, final = study["best"], study["final"]
+    failed = {status: n for status, n in study["statuses"].items() if status in ("error", "out_of_memory")}
+
+    def print_line(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    print_line("")
+    if best is None:
+        print_line(
+            "[bold]no trial[/] left chance: " + ", ".join(f"{n} {s}" for s, n in study["statuses"].items())
+        )
+        return 1
+    print_line(f"[bold]best val_accuracy[/] {best['val_accuracy']:.4f}, trial {best['trial_id']}:")
+    for name in SPACES[study["space"]].ranges:
+        value = best["config"][name]
+        print_line(f"  {name} {value:.4g}" if isinstance(value, float) else f"  {name} {value}")
+    if final:
+        test = final["test_accuracy"]
+        spread = ""
+        if test["sd"] is not None:
+            low, high = test["interval95"]
+            spread = f" ± {test['sd']:.4f} sd, 95 % interval of the mean {low:.4f} to {high:.4f}"
+        print_line(f"[bold]test_accuracy[/] {test['mean']:.4f}{spread}, {len(test['values'])} fresh seeds")
+    print_line(
+        f"{study['trials']} trials, {study['epochs_spent']} epochs of {study['epochs_unpruned']} unpruned, "
+        f"{preflight.clock(study['seconds'])}, busy {study['busy_fraction'] or 0:.2f} -> {shown(folder)}"
+    )
+    if failed:
+        print_line(f"failed: {failed}; the errors stand in {shown(folder / 'reports.jsonl')}")
+    return 1 if failed else 0
+
+
+def print_forecast(
+    options: StudyOptions, folder: Path, resources: preflight.Resources, run: TrainingRun, console: Console
+) -> int:
+    """Prints what --dry-run promises; returns 0.
+
+    Raises:
+        ValueError: The disk is too small for the study.
+    """
+    facts = preflight.forecast(options, resources, run)
+    preflight.check_disk(folder, int(facts["checkpoint_bytes"]))
+    gpus = f" and {resources.gpus_per_trial:g} GPU" if resources.gpus_per_trial else ""
+    lines = [
+        f"space      {options.space}: {ARCHITECTURES[options.space].summary}",
+        f"data       {run.data.name}, {len(run.inputs.train_y)} train, {len(run.inputs.val_y)} validation, "
+        f"{run.data.test_count} test images",
+        f"trials     {options.trials}, {resources.slots} at once, each {resources.cpus_per_trial:g} CPU{gpus}"
+        f", {run.levers.precision}",
+        f"epochs     {facts['epochs']} expected ({(options.trials or 0) * (options.epochs or 0)} unpruned), "
+        f"rungs {list(options.rungs)}, {options.pruner}",
+        f"final      {options.final_seeds} seeds, {facts['final_epochs']} epochs",
+        f"time       about {preflight.clock(facts['seconds'])}, from {facts['epoch_seconds']:.2f} s an epoch "
+        "of the published best",
+        f"disk       up to {facts['checkpoint_bytes'] / 1e6:.0f} MB of checkpoints while it runs",
+        f"folder     {shown(folder)}, not written",
+    ]
+    for text in lines:
+        console.print(text, highlight=False, soft_wrap=True)
+    return 0
+
+
+def list_spaces(console: Console) -> int:
+    """Prints each space: what it is and what it samples."""
+    for name, space in SPACES.items():
+        console.print(f"[bold]{name}[/]: {ARCHITECTURES[name].summary}", highlight=False)
+        console.print(f"    samples {', '.join(space.ranges)}", highlight=False)
+        published = ", ".join(f"{key} {value}" for key, value in space.published.items())
+        console.print(
+            f"    published {100 * space.published_accuracy:.2f} % with {published}", highlight=False
+        )
+    return 0
+
+
+def shown(folder: Path) -> str:
+    """Returns a path as short as the reader's working directory allows."""
+    relative = os.path.relpath(folder)
+    return str(folder) if relative.startswith("..") else relative
