@@ -83,7 +83,8 @@ def print_forecast(
 def list_spaces(console: Console) -> int:
     """Prints each space: what it is and what it samples."""
     for name, space in SPACES.items():
-        console.print(f"[bold]{name}[/]: {ARCHITECTURES[name].summary}", highlight=False)
+        budget = f"{space.trials} trials of up to {space.epochs} epochs"
+        console.print(f"[bold]{name}[/]: {ARCHITECTURES[name].summary}; {budget}", highlight=False)
         console.print(f"    samples {', '.join(space.ranges)}", highlight=False)
         published = ", ".join(f"{key} {value}" for key, value in space.published.items())
         console.print(

@@ -75,8 +75,10 @@ class Progress:
         rate = (done - self.epochs_before) / elapsed if elapsed > 0 else 0.0
         return {
             "space": options.space,
-            "phase": "final seeds" if jobs.search_is_over else "search",
-            "counts": counts(jobs),
+            "phase": "final" if jobs.search_is_over else "search",
+            "counts": counts(jobs.searched, jobs),
+            "finals": counts([trial for trial in jobs.trials.values() if trial.is_final], jobs),
+            "final_seeds": options.final_seeds,
             "rungs": {rung: len(values) for rung, values in jobs.asha.values.items()},
             "started": len(jobs.searched),
             "trials": jobs.max_trials,
@@ -90,13 +92,18 @@ class Progress:
         }
 
 
-def counts(jobs: Jobs) -> Counter[str]:
+def counts(trials: list[TrialRecord], jobs: Jobs) -> Counter[str]:
     """Returns how many trials are running, paused (or pruned, once the search is over), done, …."""
     left = "pruned" if jobs.search_is_over or jobs.pruner == "stop" else "paused"
     return Counter(
-        trial.status or ("running" if trial.trial_id in jobs.running else left)
-        for trial in jobs.trials.values()
+        trial.status or ("running" if trial.trial_id in jobs.running else left) for trial in trials
     )
+
+
+def finals(facts: dict[str, Any]) -> str:
+    """Returns how far the winner's seeds are."""
+    done, running = facts["finals"]["done"], facts["finals"]["running"]
+    return f"{done} of {facts['final_seeds']} seeds done, {running} running"
 
 
 def epochs_of(jobs: Jobs) -> int:
@@ -120,12 +127,15 @@ def describe(best: TrialRecord | None) -> str:
 def line(facts: dict[str, Any]) -> str:
     """Returns the state as one line."""
     counted = ", ".join(f"{number} {status}" for status, number in sorted(facts["counts"].items()))
+    if facts["phase"] == "final":
+        counted += f"; {finals(facts)}"
     best = facts["best"]
     value = f"{best.val_accuracy:.4f}" if best else "-"
     left = f", about {clock(facts['eta'])} left" if facts["eta"] else ""
     return (
         f"{facts['space']} {facts['phase']}: {facts['started']}/{facts['trials']} trials ({counted}), "
-        f"{facts['epochs']}/{facts['expected_epochs']} epochs, {facts['epochs_per_second']:.2f} epochs/s, "
+        + ("" if facts["epochs_per_second"] else "workers are starting, ")
+        + f"{facts['epochs']}/{facts['expected_epochs']} epochs, {facts['epochs_per_second']:.2f} epochs/s, "
         f"best val_accuracy {value}, {clock(facts['elapsed'])}{left}"
     )
 
@@ -138,9 +148,10 @@ def table(facts: dict[str, Any]) -> Group:
     grid.add_column()
     grid.add_row("trials", f"{facts['started']} of {facts['trials']} started, {facts['slots']} at once")
     states = ("running", "paused", "pruned", "done", "diverged", "out_of_memory", "error")
-    grid.add_row(
-        "", ", ".join(f"{counted[state]} {state}" for state in states if counted[state]) or "starting"
-    )
+    waiting = "" if facts["epochs_per_second"] else "; workers are starting"
+    grid.add_row("", ", ".join(f"{counted[state]} {state}" for state in states if counted[state]) + waiting)
+    if facts["phase"] == "final":
+        grid.add_row("final", finals(facts))
     if facts["rungs"]:
         grid.add_row("rungs", "  ".join(f"epoch {rung}: {number}" for rung, number in facts["rungs"].items()))
     grid.add_row(

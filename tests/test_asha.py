@@ -55,7 +55,7 @@ def test_rungs_are_grace_times_powers_of_eta_below_epochs(grace, eta, epochs, ru
     [
         (1, 1, 9, r"^--eta=1 is not possible.*at least 2$"),
         (1, 0, 9, r"^--eta=0 is not possible.*at least 2$"),
-        (20, 3, 9, r"^--grace=20 exceeds --epochs=9: .* at most 9, or more --epochs$"),
+        (20, 3, 9, r"^--grace=20 exceeds --epochs=9; .* at most 9, or more --epochs$"),
         (0, 3, 9, r"^--grace=0 is not possible.*at least 1 epoch$"),
     ],
 )

@@ -178,18 +178,21 @@ def test_resnet_architectures_take_images_of_any_size(name):
 
 
 @EVERY_ARCHITECTURE
-def test_build_args_are_exactly_what_build_needs(name):
-    takes = build_args(name)
+def test_build_args_are_exactly_what_build_takes(name):
     for arg in ("hidden", "kernel_size"):
-        without = {other: HEAD_ARGS[other] for other in takes if other != arg}
-        if arg in takes:
+        if arg in build_args(name):
             with pytest.raises(
-                ValueError, match=rf"^{arg}=None is not possible; give an integer of at least 1$"
+                ValueError, match=rf"^{arg}=0 is not possible; give an integer of at least 1$"
             ):
-                build(name, 10, CIFAR10, **without)
+                build(name, 10, CIFAR10, **{arg: 0})
         else:
             with pytest.raises(ValueError, match=rf"^{arg}=4 is not possible: {name} takes no {arg}; leave"):
-                build(name, 10, CIFAR10, **without, **{arg: 4})
+                build(name, 10, CIFAR10, **{arg: 4})
+
+
+def test_an_argument_left_out_is_the_published_one():
+    assert build("convnet", 10, CIFAR10).head[0].out_channels == 3 * 50
+    assert build("mymodel", 10, CIFAR10).head[0].kernel_size == (5, 5)
 
 
 @pytest.mark.parametrize(

@@ -39,9 +39,9 @@ def progress(jobs, terminal):
 
 
 def test_counts_tell_what_each_trial_is_doing(jobs):
-    assert counts(jobs) == {"paused": 1, "diverged": 1, "running": 1}
+    assert counts(jobs.searched, jobs) == {"paused": 1, "diverged": 1, "running": 1}
     jobs.search_is_over = True
-    assert counts(jobs)["pruned"] == 1
+    assert counts(jobs.searched, jobs)["pruned"] == 1
 
 
 def test_plain_line_carries_trials_epochs_best_and_time(jobs):
