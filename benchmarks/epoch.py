@@ -34,64 +34,43 @@ ACCURACY_EPOCHS = 3
 EVAL_BATCH = 500  # images, of the obvious loop
 
 
-def plain_softmax(classes: int) -> nn.Module:
-    """Softmax regression as one would write it."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(3072, classes))
-
-
-def plain_twolayernn(classes: int) -> nn.Module:
-    """Two linear layers as one would write them."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 250), nn.ReLU(), nn.Linear(250, classes))
-
-
-def plain_convnet(classes: int) -> nn.Module:
-    """Convolution, ReLU, pooling, in the textbook's order."""
-    return nn.Sequential(
-        *(nn.Conv2d(3, 150, 5), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Flatten(), nn.Linear(150 * 14 * 14, classes)),
-    )
-
-
-def plain_mymodel(classes: int) -> nn.Module:
-    """Three such stages and three linear layers with dropout."""
-    return nn.Sequential(
-        *(nn.Conv2d(3, 64, 5, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(64, 128, 5, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(128, 256, 5, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Flatten(), nn.Linear(256 * 2 * 2, 320), nn.ReLU(), nn.Dropout(0.2)),
-        *(nn.Linear(320, 50), nn.ReLU(), nn.Dropout(0.2), nn.Linear(50, classes)),
-    )
-
-
-def plain_resnet(classes: int) -> nn.Module:
-    """Torchvision's ResNet-18 with as many outputs as classes."""
-    return resnet18(num_classes=classes)
-
-
 @dataclass(frozen=True)
 class Case:
     """An architecture at its published hyperparameters."""
 
-    plain: Callable[[int], nn.Module]  # the obvious network, given the number of classes
     values: dict[str, Any]  # of TrainConfig
     batches: int | None = None  # of an epoch that are timed unless --images says more; None: all
 
 
 CASES = {
-    "softmax": Case(plain_softmax, {"batch_size": 512, "lr": 0.01}),
-    "twolayernn": Case(
-        plain_twolayernn, {"batch_size": 256, "lr": 1e-4, "weight_decay": 1e-4, "optimizer": "adam"}
-    ),
-    "convnet": Case(
-        plain_convnet, {"batch_size": 512, "lr": 0.001, "weight_decay": 0.01, "momentum": 0.9}, batches=4
-    ),
-    "mymodel": Case(
-        plain_mymodel, {"batch_size": 128, "lr": 0.001, "weight_decay": 0.001, "momentum": 0.98}, batches=12
-    ),
-    "resnet_softmax_updatable": Case(
-        plain_resnet, {"batch_size": 128, "lr": 0.01, "weight_decay": 0.001}, batches=8
-    ),
+    "softmax": Case({"batch_size": 512, "lr": 0.01}),
+    "twolayernn": Case({"batch_size": 256, "lr": 1e-4, "weight_decay": 1e-4, "optimizer": "adam"}),
+    "convnet": Case({"batch_size": 512, "lr": 0.001, "weight_decay": 0.01, "momentum": 0.9}, batches=4),
+    "mymodel": Case({"batch_size": 128, "lr": 0.001, "weight_decay": 0.001, "momentum": 0.98}, batches=12),
+    "resnet_softmax_updatable": Case({"batch_size": 128, "lr": 0.01, "weight_decay": 0.001}, batches=8),
 }
+
+
+def obvious_network(name: str, classes: int) -> nn.Module:
+    """Builds an architecture in the textbook's order of layers, at its published width."""
+    if name == "resnet_softmax_updatable":
+        return resnet18(num_classes=classes)
+    layers: dict[str, tuple[nn.Module, ...]] = {
+        "softmax": (nn.Flatten(), nn.Linear(3072, classes)),
+        "twolayernn": (nn.Flatten(), nn.Linear(3072, 250), nn.ReLU(), nn.Linear(250, classes)),
+        "convnet": (
+            *(nn.Conv2d(3, 150, 5), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Flatten(), nn.Linear(150 * 14 * 14, classes)),
+        ),
+        "mymodel": (
+            *(nn.Conv2d(3, 64, 5, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(64, 128, 5, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(128, 256, 5, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Flatten(), nn.Linear(256 * 2 * 2, 320), nn.ReLU(), nn.Dropout(0.2)),
+            *(nn.Linear(320, 50), nn.ReLU(), nn.Dropout(0.2), nn.Linear(50, classes)),
+        ),
+    }
+    return nn.Sequential(*layers[name])
 
 
 class ObviousRun:
@@ -100,15 +79,13 @@ class ObviousRun:
     It starts from the weights of ``like`` and takes its images in the same order.
     """
 
-    def __init__(
-        self, plain: Callable[[int], nn.Module], like: TrainingRun, images: Tensor, y: Tensor
-    ) -> None:
+    def __init__(self, like: TrainingRun, images: Tensor, y: Tensor) -> None:
         self.config, self.device = like.config, like.device
         self.images, self.y = images.to(self.device), y.to(self.device)
         mean, std = like.pipeline.mean, like.pipeline.std
         self.mean = torch.tensor(mean, device=self.device).view(1, 3, 1, 1)
         self.std = torch.tensor(std, device=self.device).view(1, 3, 1, 1)
-        self.network = plain(len(like.data.classes)).to(self.device)
+        self.network = obvious_network(like.config.architecture, len(like.data.classes)).to(self.device)
         ours = [*like.model.parameters(), *like.model.buffers()]
         for mine, theirs in zip([*self.network.parameters(), *self.network.buffers()], ours, strict=True):
             mine.data.copy_(theirs)
@@ -181,9 +158,7 @@ class Bench:
             x = ours.inputs.train_x[chosen]
             x = x.to(memory_format=torch.channels_last) if _is_channels_last(ours.inputs.train_x) else x
             ours.inputs = replace(ours.inputs, train_x=x, train_y=ours.inputs.train_y[chosen])
-        return ours, ObviousRun(
-            case.plain, ours, torch.from_numpy(images[train]), torch.from_numpy(labels[train])
-        )
+        return ours, ObviousRun(ours, torch.from_numpy(images[train]), torch.from_numpy(labels[train]))
 
     def compare_seconds(self, name: str, repeat: int) -> None:
         """Prints one row: seconds of both arms, and the median of the pairs' ratios."""

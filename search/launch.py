@@ -56,7 +56,7 @@ def start(
     if dry_run:
         return print_forecast(options, folder, resources, run, console)
     preflight.check_disk(folder, preflight.checkpoint_bytes(run) * (options.trials or 0))
-    study = Study.create(folder, options, data, levers, run.inputs.split_sha256)
+    study = Study.create(folder, options, data, levers, run.inputs)
     del run
     return carry_out(study, resources, console, finish, script)
 

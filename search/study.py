@@ -31,6 +31,7 @@ from search.spaces import find_space, fixed_values
 from search.suggest import SEARCHERS, PointSampler, Sampler, make_sampler
 from trainables.config import check_integer, check_name, check_number
 from trainables.data import DATA_DIR, ImageData
+from trainables.inputs import Inputs
 from trainables.levers import Levers
 from trainables.trial import TrialContext
 
@@ -138,7 +139,7 @@ class Study:
 
     @classmethod
     def create(
-        cls, folder: Path, options: StudyOptions, data: ImageData, levers: Levers, split_sha256: str
+        cls, folder: Path, options: StudyOptions, data: ImageData, levers: Levers, inputs: Inputs
     ) -> Study:
         """Makes a new study's folder and writes its study.json.
 
@@ -157,7 +158,9 @@ class Study:
                 "rungs": list(options.rungs),
                 "data": dataclasses.asdict(data),
                 "data_sha256": data.sha256,
-                "split_sha256": split_sha256,
+                "split_sha256": inputs.split_sha256,
+                "train_count": len(inputs.train_y),
+                "validation_count": len(inputs.val_y),
                 "levers": levers.to_dict(),
                 "seed": options.seed,
                 "commit": commit(),

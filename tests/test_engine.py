@@ -44,8 +44,8 @@ def study(tmp_path, data_dir):
         options = StudyOptions(space="softmax", data="digits", data_dir=str(data_dir), **options)
         data = prepare("digits", Path(data_dir))
         levers = choose("cpu", "fp32")
-        split = prepare_inputs(options, data, levers).inputs.split_sha256
-        made = Study.create(tmp_path / name, options, data, levers, split)
+        inputs = prepare_inputs(options, data, levers).inputs
+        made = Study.create(tmp_path / name, options, data, levers, inputs)
         with made.running({}):
             jobs = made.jobs()
             run_jobs(

@@ -1,0 +1,274 @@
+"""How does accuracy depend on the learning rate, everything else fixed? Several seeds per value.
+
+::
+
+    python search/lr_study.py --space resnet_softmax_updatable
+    python search/lr_study.py --space twolayernn --from studies/NAME --lrs 1e-4 1e-3 1e-2
+    python search/lr_study.py --extend studies/NAME
+
+Takes a study's best configuration, or the published one, and runs a log grid of lr through the same
+engine as a search; the worse half of all trials stops at half time. Writes a study folder with
+``lr_curve.csv`` beside the usual files. Accuracies are those of the validation images: the test split
+stays closed. Exit codes as of search/run.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+import search  # noqa: F401  sets Ray's environment before anything imports Ray
+from search.collect import read_study, write_study
+from search.final import summarise
+from search.journal import Journal, TrialRecord, records
+from search.launch import resume, start
+from search.printing import shown
+from search.run import Parser, add_options
+from search.spaces import find_space
+from search.study import StudyOptions
+from trainables.config import TrainConfig, check_integer, check_number
+
+GRID = 12  # values
+DECADES = 4.0  # that the grid spans, its middle at the best lr known
+EXTENSION = 3  # values that --extend adds at the edge, in the grid's own ratio
+SEEDS = 3
+EPOCHS_SHARE = 1 / 3  # of the space's: enough to rank lrs, and 36 trials are many
+SCRIPT = "search/lr_study.py"
+OPTIONS = (
+    *("data", "data_dir", "image_size", "weights", "epochs", "seed", "device", "precision"),
+    *("concurrency", "cpus_per_trial", "gpus_per_trial", "max_failures"),
+)
+OF_THE_STUDY = ("data", "image_size", "weights")  # what --from takes over, unless it is given
+
+
+def lr_grid(middle: float) -> list[float]:
+    """Returns GRID values, DECADES wide, evenly spaced in log lr around the middle."""
+    exponents = np.linspace(-DECADES / 2, DECADES / 2, GRID)
+    return [float(f"{middle * 10**exponent:.3g}") for exponent in exponents]
+
+
+def extended(lrs: list[float], best: float) -> list[float]:
+    """Returns the values that continue a grid beyond the edge at which its best stands, nearest first.
+
+    Raises:
+        ValueError: The best stands inside; nothing is to be gained.
+    """
+    lrs = sorted(lrs)
+    if best not in (lrs[0], lrs[-1]):
+        raise ValueError(f"the best lr {best:g} stands inside {lrs[0]:g} to {lrs[-1]:g}; nothing to extend")
+    ratio = (lrs[-1] / lrs[0]) ** (1 / (len(lrs) - 1)) if len(lrs) > 1 else 10 ** (DECADES / (GRID - 1))
+    step = ratio if best == lrs[-1] else 1 / ratio
+    return [float(f"{best * step**k:.3g}") for k in range(1, EXTENSION + 1)]
+
+
+def points(config: dict[str, Any], lrs: list[float], seeds: list[int]) -> list[dict[str, Any]]:
+    """Returns a point per (seed, lr), all lrs of one seed before the next seed.
+
+    The lrs nearest to the config's own come first: were they given in rising order, the first to
+    arrive at half time would be hopeless ones, and go on for want of better.
+    """
+    rest = {name: value for name, value in config.items() if name not in ("lr", "seed")}
+    lrs = sorted(lrs, key=lambda lr: abs(math.log(lr / config["lr"])))
+    return [rest | {"lr": lr, "seed": seed} for seed in seeds for lr in lrs]
+
+
+def lr_curve(trials: list[TrialRecord], chance: float) -> pd.DataFrame:
+    """Returns a row per lr, rising.
+
+    Args:
+        trials: All trials of the study.
+        chance: val_accuracy up to which a network knows nothing.
+
+    Returns:
+        lr, seeds, done and diverged (seeds that ended so), epochs (of the seeds that went furthest), n
+        (of those), mean, sd, low and high (Student's 95 % interval of the mean) of their val_accuracy,
+        empty where every seed diverged, and verdict: done, pruned (stopped at half time), diverged
+        (most seeds) or at chance.
+    """
+    rows = []
+    for lr in sorted({trial.config["lr"] for trial in trials}):
+        of_lr = [trial for trial in trials if trial.config["lr"] == lr]
+        able = [t for t in of_lr if t.status in (None, "done") and t.val_accuracy is not None]
+        furthest = max((t.epoch for t in able), default=0)
+        values = [t.val_accuracy for t in able if t.epoch == furthest and t.val_accuracy is not None]
+        summary = summarise(values) if values else {"mean": None, "sd": None, "interval95": None}
+        diverged = sum(t.status == "diverged" for t in of_lr)
+        done = sum(t.status == "done" for t in of_lr)
+        mean = summary["mean"]
+        if mean is None or diverged > len(of_lr) / 2:
+            verdict = "diverged"
+        elif mean <= chance:
+            verdict = "at chance"
+        else:
+            verdict = "done" if done else "pruned"
+        low, high = summary["interval95"] or (None, None)
+        figures = {"mean": mean, "sd": summary["sd"], "low": low, "high": high}
+        counts = {"seeds": len(of_lr), "done": done, "diverged": diverged, "epochs": furthest}
+        rows.append({"lr": lr, **counts, "n": len(values), **figures, "verdict": verdict})
+    return pd.DataFrame(rows)
+
+
+def best_lr(curve: pd.DataFrame) -> float | None:
+    """Returns the lr with the highest mean among those that saw all epochs; None where none did."""
+    done = curve[curve.verdict == "done"].astype({"mean": float})
+    return None if done.empty else float(done.sort_values("mean").lr.iloc[-1])
+
+
+def finish(folder: Path, console: Console) -> int:
+    """Writes lr_curve.csv and its best into study.json, prints the curve; returns the exit code."""
+    study = read_study(folder)
+    trials = list(records(Journal(folder / "reports.jsonl").read()).values())
+    classes = len(study["data"]["classes"])
+    validation = study["validation_count"]
+    chance = 1 / classes + 3 * math.sqrt((1 - 1 / classes) / classes / validation)
+    curve = lr_curve(trials, chance)
+    temporary = folder / "lr_curve.csv.tmp"
+    curve.to_csv(temporary, index=False, lineterminator="\n")
+    temporary.replace(folder / "lr_curve.csv")
+    best = best_lr(curve)
+    at_edge = best is not None and best in (curve.lr.min(), curve.lr.max())
+    write_study(folder, study | {"lr_study": {"best_lr": best, "at_edge": at_edge}})
+    console.print(curve_table(curve, best))
+    if best is None:
+        console.print("no lr was trained to the end", highlight=False)
+        return 1
+    console.print(f"best lr {best:g} -> {shown(folder / 'lr_curve.csv')}", highlight=False, soft_wrap=True)
+    if at_edge:
+        console.print(
+            f"[yellow]warning:[/] the best lr stands at the grid's edge; the true best may lie beyond it. "
+            f"To see: python {SCRIPT} --extend {shown(folder)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return 0
+
+
+def curve_table(curve: pd.DataFrame, best: float | None) -> Table:
+    """Returns the curve as a table that fits 80 columns."""
+    table = Table("lr", "val_accuracy", "95 % interval", "n", "epochs", "", box=None, header_style="bold")
+    for row in curve.to_dict("records"):
+        mean = "-" if pd.isna(row["mean"]) else f"{row['mean']:.4f}"
+        interval = "-" if pd.isna(row["low"]) else f"{row['low']:.4f} to {row['high']:.4f}"
+        mark = "best" if row["lr"] == best else row["verdict"].replace("done", "")
+        table.add_row(
+            f"{row['lr']:.3g}", mean, interval, f"{row['n']}/{row['seeds']}", str(row["epochs"]), mark
+        )
+    return table
+
+
+def configuration(space: str, source: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the configuration to keep fixed, and the options that its study had.
+
+    Raises:
+        ValueError: The study is of another space, or has no best.
+    """
+    row = find_space(space)
+    if source is None:
+        return {**(row.fixed or {}), **row.published}, {}
+    study = read_study(source)
+    if study["space"] != space:
+        raise ValueError(f"--from={source} is a study of {study['space']}; give --space {study['space']}")
+    if not study.get("best"):
+        raise ValueError(f"--from={source} has no best trial yet; run or resume it first")
+    config = {name: study["best"]["config"][name] for name in (*row.ranges, *(row.fixed or {}))}
+    return config, {name: study["options"][name] for name in OF_THE_STUDY}
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Returns what to do, and the study's options as far as they were given."""
+    parser = Parser(prog=f"python {SCRIPT}", description=__doc__.split("\n")[0])
+    parser.add_argument("--space", help="architecture")
+    parser.add_argument(
+        "--from", dest="source", type=Path, metavar="STUDY", help="take its best configuration"
+    )
+    parser.add_argument(
+        "--lrs", type=float, nargs="+", help=f"values (default: {GRID} over {DECADES:g} decades)"
+    )
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="per value (default: %(default)s)")
+    parser.add_argument(
+        "--study-dir", type=Path, help="the study's folder (default: a new one under studies/)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, for how long, and end")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with a stopped or killed study")
+    parser.add_argument("--extend", type=Path, metavar="DIR", help="widen a finished study beyond its edge")
+    add_options(parser, list(OPTIONS))
+    options = vars(parser.parse_args(arguments))
+    names = ("space", "source", "lrs", "seeds", "study_dir", "dry_run", "resume", "extend")
+    return argparse.Namespace(**{name: options.pop(name) for name in names}), options
+
+
+def new_options(do: argparse.Namespace, given: dict[str, Any]) -> StudyOptions:
+    """Returns the options of a new learning-rate study.
+
+    Raises:
+        ValueError: A value is impossible.
+    """
+    if not do.space:
+        raise ValueError("give --space NAME, --resume DIR or --extend DIR")
+    config, inherited = configuration(do.space, do.source)
+    check_integer("--seeds", do.seeds, 1)
+    lrs = sorted(set(do.lrs or lr_grid(config["lr"])))
+    for lr in lrs:
+        check_number("--lrs", lr, 0, math.inf, low_allowed=False)
+    given = inherited | given
+    given.setdefault("epochs", math.ceil(find_space(do.space).epochs * EPOCHS_SHARE))
+    epochs = given["epochs"]
+    seed = given.get("seed", 0)
+    return StudyOptions(
+        space=do.space,
+        points=points(config, lrs, list(range(seed, seed + do.seeds))),
+        pruner="promote",
+        eta=2,
+        grace=math.ceil(epochs / 2),  # the only rung: its double is not below the epochs
+        final_seeds=0,
+        **given,
+    )
+
+
+def extend(folder: Path) -> None:
+    """Adds points beyond the edge to a finished study's options and opens it again.
+
+    Raises:
+        ValueError: No finished learning-rate study, or its best stands inside the grid.
+    """
+    study = read_study(folder)
+    if not study.get("lr_study") or study["lr_study"]["best_lr"] is None:
+        raise ValueError(f"{folder} is no finished learning-rate study; give one, or --resume {folder}")
+    old = study["options"]["points"]
+    lrs = extended(sorted({point["lr"] for point in old}), study["lr_study"]["best_lr"])
+    seeds = sorted({point["seed"] for point in old})
+    options = study["options"] | {"points": old + points(old[0], lrs, seeds), "trials": None}
+    write_study(folder, study | {"options": options, "status": "stopped"})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    console = Console()
+    do, given = parse(arguments)
+    try:
+        if do.extend:
+            extend(do.extend)
+        if do.extend or do.resume:
+            return resume(do.extend or do.resume, given, console, finish=finish, script=SCRIPT)
+        options = new_options(do, given)
+        for point in options.points or []:
+            TrainConfig.from_dict(options.fixed_values() | point)
+        return start(options, do.study_dir, console, dry_run=do.dry_run, finish=finish, script=SCRIPT)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped before the study began; nothing was written", file=sys.stderr)
+        return 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())
