@@ -135,7 +135,7 @@ def line(facts: dict[str, Any]) -> str:
     return (
         f"{facts['space']} {facts['phase']}: {facts['started']}/{facts['trials']} trials ({counted}), "
         + ("" if facts["epochs_per_second"] else "workers are starting, ")
-        + f"{facts['epochs']}/{facts['expected_epochs']} epochs, {facts['epochs_per_second']:.2f} epochs/s, "
+        + f"{facts['epochs']}/{facts['expected_epochs']} epochs, {facts['epochs_per_second']:.2g} epochs/s, "
         f"best val_accuracy {value}, {clock(facts['elapsed'])}{left}"
     )
 
@@ -156,7 +156,7 @@ def table(facts: dict[str, Any]) -> Group:
         grid.add_row("rungs", "  ".join(f"epoch {rung}: {number}" for rung, number in facts["rungs"].items()))
     grid.add_row(
         "epochs",
-        f"{facts['epochs']} of about {facts['expected_epochs']}, {facts['epochs_per_second']:.2f} a second",
+        f"{facts['epochs']} of about {facts['expected_epochs']}, {facts['epochs_per_second']:.2g} a second",
     )
     left = clock(facts["eta"]) if facts["eta"] is not None else "unknown yet"
     grid.add_row("time", f"{clock(facts['elapsed'])}, left: {left}")

@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 
@@ -24,7 +25,7 @@ def test_grid_spans_four_decades_around_the_middle():
     assert len(grid) == 12
     assert grid[0] == pytest.approx(1e-5)
     assert grid[-1] == pytest.approx(1e-1)
-    ratios = [high / low for low, high in zip(grid, grid[1:], strict=False)]
+    ratios = [high / low for low, high in itertools.pairwise(grid)]
     assert ratios == pytest.approx([10 ** (4 / 11)] * 11, rel=0.01)
 
 

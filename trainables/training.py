@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,10 @@ FLAG_TYPES: dict[str, Any] = {
     "bool": lambda text: {"true": True, "false": False}[text.lower()],
 }
 CHANCE_MARGIN = 3  # standard deviations of a guesser's accuracy that still count as chance
+
+
+class DamagedCheckpointError(Exception):
+    """A checkpoint's file is not what was written."""
 
 
 class TrainingRun:
@@ -210,7 +215,19 @@ class TrainingRun:
         temporary.replace(file)
 
     def load(self, file: Path) -> None:
-        """Reads a checkpoint; tensors and plain values only."""
+        """Reads a checkpoint; tensors and plain values only.
+
+        Raises:
+            DamagedCheckpointError: The file is cut off or its bits have changed.
+            ValueError: It is another trial's.
+        """
+        try:
+            with zipfile.ZipFile(file) as archive:  # torch.load checks no sum (2.15)
+                damaged = archive.testzip()
+        except (zipfile.BadZipFile, OSError, EOFError) as error:
+            raise DamagedCheckpointError(f"{file} cannot be read: {error}") from error
+        if damaged:
+            raise DamagedCheckpointError(f"{file}: the sum of {damaged} is wrong")
         self.load_state_dict(torch.load(file, map_location=self.device, weights_only=True))
 
     def _eval_batches(self, x: Tensor, of: Tensor | None = None) -> tuple[Tensor, ...]:

@@ -21,7 +21,7 @@ from trainables.config import TrainConfig
 from trainables.data import ImageData
 from trainables.evaluate import evaluate_test
 from trainables.levers import Levers
-from trainables.training import TrainingRun
+from trainables.training import DamagedCheckpointError, TrainingRun
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,16 @@ class Trial(tune.Trainable):
 
     def _resumed(self) -> TrainingRun:
         context, config = self.context, TrainConfig.from_dict(self.job["config"])
-        run = TrainingRun(config, context.data, context.levers, context.data_dir, context.leaves_chance_by)
-        checkpoint = context.checkpoint(self.job["trial_id"])
+
+        def begin() -> TrainingRun:
+            return TrainingRun(
+                config, context.data, context.levers, context.data_dir, context.leaves_chance_by
+            )
+
+        run, checkpoint = begin(), context.checkpoint(self.job["trial_id"])
         if checkpoint.exists():
-            run.load(checkpoint)
+            try:
+                run.load(checkpoint)
+            except DamagedCheckpointError:
+                run = begin()  # the same seed gives the same epochs again
         return run

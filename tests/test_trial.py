@@ -1,0 +1,98 @@
+"""One worker's work, without Ray: what step() reports, and what a kill between two steps costs."""
+
+import pandas as pd
+import pytest
+
+from trainables.config import TrainConfig
+from trainables.data import prepare
+from trainables.levers import choose
+from trainables.trial import Trial, TrialContext
+
+
+@pytest.fixture
+def worker(data_dir, tmp_path):
+    """Makes workers of a softmax study of digits; Ray's part of a Trainable is not started."""
+    for name in ("checkpoints", "best"):
+        (tmp_path / name).mkdir()
+    context = TrialContext(prepare("digits", data_dir), choose("cpu", "fp32"), data_dir, tmp_path, 1, 10)
+
+    def make(trial_id="0000", reported=0, final=False, **config):
+        trial = Trial.__new__(Trial)
+        trial.context = context
+        values = TrainConfig("softmax", **({"epochs": 3, "lr": 0.01} | config)).to_dict()
+        trial.reset_config({"trial_id": trial_id, "config": values, "reported": reported, "final": final})
+        return trial
+
+    return make
+
+
+def report_of(trial):
+    """Returns the next report without what differs from run to run."""
+    report = trial.step()["report"]
+    return {
+        name: report[name] for name in report if name not in ("epoch_seconds", "finished_at", "pid", "node")
+    }
+
+
+def test_each_step_is_one_epoch_and_the_last_is_done(worker):
+    trial = worker()
+    reports = [report_of(trial) for _ in range(3)]
+    assert [report["epoch"] for report in reports] == [1, 2, 3]
+    assert [report.get("status") for report in reports] == [None, None, "done"]
+
+
+def test_next_job_of_a_worker_does_not_see_the_last(worker):
+    alone = report_of(worker("0001", lr=0.05))
+    reused = worker("0002", lr=0.01)
+    report_of(reused)
+    reused.reset_config(worker("0003", lr=0.05).job)
+    assert report_of(reused) == alone
+
+
+def test_promoted_trial_goes_on_from_its_checkpoint(worker):
+    whole = worker("0000")
+    expected = [report_of(whole) for _ in range(3)]
+    report_of(worker("0001"))
+    resumed = worker("0001", reported=1)
+    assert [report_of(resumed) for _ in range(2)] == expected[1:]
+
+
+def test_report_that_a_kill_swallowed_is_delivered_and_not_repeated(worker):
+    first = report_of(worker())  # its checkpoint is written; the study never heard of it
+    trial = worker(reported=0)
+    assert report_of(trial) == first
+    assert report_of(trial)["epoch"] == 2
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text"])
+def test_damaged_checkpoint_means_a_new_beginning(worker, tmp_path, damage):
+    trial = worker()
+    expected = [report_of(trial) for _ in range(2)]
+    file = tmp_path / "checkpoints" / "0000.pt"
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
+    content = {"truncated": whole[:middle], "flipped": flipped, "empty": b"", "text": b"no checkpoint"}
+    file.write_bytes(content[damage])
+    again = worker(reported=2)
+    assert [report_of(again) for _ in range(2)] == expected
+
+
+def test_final_seed_ends_with_the_test_split(worker, tmp_path):
+    trial = worker("final-1", final=True, epochs=2)
+    assert "test_accuracy" not in report_of(trial)
+    last = report_of(trial)
+    predictions = pd.read_parquet(tmp_path / "best" / "predictions-final-1.parquet")
+    assert len(predictions) == 359
+    assert last["test_accuracy"] == pytest.approx((predictions.label == predictions.predicted).mean())
+
+
+def test_divergence_is_a_result(worker):
+    assert report_of(worker(lr=1e38, momentum=0.9))["status"] == "diverged"
+
+
+def test_a_bug_is_reported_with_its_traceback(worker, tmp_path):
+    (tmp_path / "checkpoints").rmdir()
+    report = report_of(worker())
+    assert report["status"] == "error"
+    assert "Traceback" in report["error"]
