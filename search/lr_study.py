@@ -31,9 +31,10 @@ from search.final import summarise
 from search.journal import Journal, TrialRecord, records
 from search.launch import resume, start
 from search.printing import shown
-from search.run import Parser, add_options
+from search.run import add_options
 from search.spaces import find_space
 from search.study import StudyOptions
+from trainables.command_line import Parser
 from trainables.config import TrainConfig, check_integer, check_number
 
 GRID = 12  # values

@@ -26,6 +26,7 @@ from search.printing import list_spaces
 from search.spaces import SPACES
 from search.study import StudyOptions, flag
 from search.suggest import SEARCHERS
+from trainables.command_line import Parser
 from trainables.config import check_name
 from trainables.levers import PRECISIONS
 
@@ -52,15 +53,6 @@ HELP = {
 }
 CHOICES = {"pruner": PRUNERS, "searcher": SEARCHERS, "precision": PRECISIONS}
 TYPES: dict[str, Any] = {"int": int, "float": float, "str": str}
-
-
-class Parser(argparse.ArgumentParser):
-    """Answers a wrong argument in one line."""
-
-    def error(self, message: str) -> Any:
-        """Exits with 2."""
-        print(f"error: {message}; {self.prog} --help lists the arguments", file=sys.stderr)
-        raise SystemExit(2)
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trainables.command_line import Parser, boolean
 from trainables.config import TrainConfig, check_integer
 from trainables.data import DATA_DIR, ImageData, prepare
 from trainables.features import build_model
@@ -34,7 +35,7 @@ FLAG_TYPES: dict[str, Any] = {
     "str": str,
     "int": int,
     "float": float,
-    "bool": lambda text: {"true": True, "false": False}[text.lower()],
+    "bool": boolean,
 }
 CHANCE_MARGIN = 3  # standard deviations of a guesser's accuracy that still count as chance
 
@@ -276,7 +277,7 @@ def make_optimizer(config: TrainConfig, parameters: Sequence[Tensor], fused: boo
 
 def main(arguments: list[str] | None = None) -> int:
     """Trains one configuration by hand; every field of TrainConfig is a flag."""
-    parser = argparse.ArgumentParser(prog="python -m trainables.training", description=main.__doc__)
+    parser = Parser(prog="python -m trainables.training", description=main.__doc__)
     for field in dataclasses.fields(TrainConfig):
         flag = "--space" if field.name == "architecture" else f"--{field.name.replace('_', '-')}"
         kind = FLAG_TYPES[str(field.type).removesuffix(" | None")]

@@ -1,0 +1,27 @@
+"""How does a command answer a wrong argument? In one line, like every other error of ours."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser without argparse's page of usage before each error."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with 2."""
+        print(f"error: {message}; {self.prog} --help lists the arguments", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def boolean(text: str) -> bool:
+    """Returns what true or false means.
+
+    Raises:
+        ValueError: The text is neither.
+    """
+    if text.lower() not in ("true", "false"):
+        raise ValueError(f"{text} is neither true nor false")
+    return text.lower() == "true"
