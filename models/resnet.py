@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights, resnet18
 
+from models.small_maps import fold_small_maps
+
 IN_CHANNELS = 3  # of the first convolution, whose weights come with the rest
 LAYERS = (  # in forward's order; "flatten" is a function in torchvision and a layer here
     *("conv1", "bn1", "relu", "maxpool"),
@@ -69,6 +71,7 @@ def build_backbone(cut: str, weights: str = "none") -> nn.Sequential:
     network.add_module("flatten", nn.Flatten())
     kept = LAYERS[: LAYERS.index(CUTS[cut].last) + 1]
     backbone = nn.Sequential(OrderedDict((name, getattr(network, name)) for name in kept))
+    fold_small_maps(backbone)
     if state is not None:
         copies = {name: state[name].clone() for name in backbone.state_dict()}
         backbone.load_state_dict(copies, assign=True)
@@ -84,7 +87,6 @@ def output_shape(cut: str, image_shape: tuple[int, int, int]) -> tuple[int, ...]
     return (channels, math.ceil(image_shape[1] / stride), math.ceil(image_shape[2] / stride))
 
 
-@lru_cache(maxsize=1)  # a worker builds trial after trial from the same 47 MB
 def load_weights(weights: str) -> dict[str, Tensor] | None:
     """Loads all of ResNet-18's weights, of which a backbone takes those up to its cut.
 
@@ -102,6 +104,13 @@ def load_weights(weights: str) -> dict[str, Tensor] | None:
     """
     if weights == "none":
         return None
+    file = Path(weights).expanduser()
+    return _load(weights, file.stat().st_mtime_ns if file.is_file() else None)
+
+
+@lru_cache(maxsize=1)  # a worker builds trial after trial from the same 47 MB
+def _load(weights: str, mtime_ns: int | None) -> dict[str, Tensor]:
+    """Loads weights; a file that was written anew is loaded anew."""
     return _checked(_download_imagenet() if weights == "imagenet" else _read_file(weights), weights)
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torchvision.models import resnet18
 
-from models import load_weights
 from trainables import inputs as inputs_module
 from trainables.config import TrainConfig
 from trainables.data import SPLITS, ImageData, load_split, split_sha256, split_validation
@@ -29,15 +28,6 @@ def save_images(folder, counts=(40, 8), size=32) -> ImageData:
         np.save(folder / f"{split}_labels.npy", np.arange(count) % 4)
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
     return ImageData("made", str(folder), tuple("abcd"), (3, size, size), *counts, mean, std, "0" * 64)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads on a busy core wait for each other: an epoch of ResNet takes 20 times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -185,7 +175,6 @@ def test_other_weights_under_the_same_path_are_other_features(tmp_path, data):
     features = []
     for scale in (1, 2):
         torch.save(state | {"conv1.weight": scale * state["conv1.weight"]}, weights)
-        load_weights.cache_clear()  # another worker
         features.append(load_inputs(config, data, FP32, tmp_path).train_x)
     assert not torch.equal(*features)
 

@@ -15,9 +15,9 @@ TINY_IMAGENET = Path(__file__).parents[2] / "shared/data/resnet18-tinyimagenet.p
 
 @pytest.fixture(autouse=True)
 def _forget_weights():
-    load_weights.cache_clear()
+    resnet._load.cache_clear()
     yield
-    load_weights.cache_clear()
+    resnet._load.cache_clear()
 
 
 @pytest.fixture(scope="module")

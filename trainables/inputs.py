@@ -86,6 +86,7 @@ def load_inputs(config: TrainConfig, data: ImageData, levers: Levers, data_dir: 
         kind,
         data.sha256,
         None if kind == "images" else (Pipeline.of(config, data, levers), levers.dtype),
+        levers.device,
         levers.channels_last and not flat,
         backbone,
     )
@@ -99,7 +100,7 @@ def load_inputs(config: TrainConfig, data: ImageData, levers: Levers, data_dir: 
 def _load(
     key: tuple[Any, ...], config: TrainConfig, data: ImageData, levers: Levers, data_dir: Path
 ) -> Inputs:
-    channels_last = key[4]
+    channels_last = key[5]
     images, labels = load_split(data, "train")
     train, val = split_validation(labels)
     split = split_sha256(train, val)

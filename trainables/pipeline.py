@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -39,12 +40,19 @@ class Pipeline:
 
         Uses ``x * (1 / (255 std)) - mean / std`` in place: one pass over memory for each half.
         """
-        std = torch.tensor(self.std, device=images.device).view(1, 3, 1, 1)
-        mean = torch.tensor(self.mean, device=images.device).view(1, 3, 1, 1)
-        x = images.to(torch.float32).mul_(1 / (255 * std)).sub_(mean / std)
+        scale, shift = _affine(self.mean, self.std, images.device)
+        x = images.to(torch.float32).mul_(scale).sub_(shift)
         if x.shape[-1] != self.image_size:
             x = F.interpolate(x, size=self.image_size, mode="bilinear", antialias=True)
         return x.to(self.levers.dtype)
+
+
+@functools.lru_cache  # made once per device: a copy to a GPU in each step would wait for it
+def _affine(
+    mean: tuple[float, float, float], std: tuple[float, float, float], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    deviation = torch.tensor(std, device=device).view(1, 3, 1, 1)
+    return 1 / (255 * deviation), torch.tensor(mean, device=device).view(1, 3, 1, 1) / deviation
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:

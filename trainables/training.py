@@ -31,6 +31,7 @@ from trainables.levers import Levers, choose, has_convolution, micro_batch
 from trainables.pipeline import Pipeline, augment
 
 EVAL_BATCH_BYTES = 32 * 2**20  # inputs of one evaluation batch; activations are some 50 times that
+EVAL_BATCH_MAX = 256  # images through convolutions on a processor, whose caches hold no more
 FLAG_TYPES: dict[str, Any] = {
     "str": str,
     "int": int,
@@ -77,10 +78,9 @@ class TrainingRun:
         if levers.channels_last and has_convolution(self.model):
             self.model.to(memory_format=torch.channels_last)
         self.trained = [p for p in self.network.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(config, self.trained, fused=self.device.type == "cuda")
+        self.optimizer = make_optimizer(config, self.trained)
         self.generator = torch.Generator().manual_seed(config.seed)  # order and augmentation
         torch.manual_seed(config.seed)  # dropout draws from the device's own generator
-        self.steps_per_epoch = math.ceil(len(self.inputs.train_y) / config.batch_size)
         self.epochs_done = 0
         self.report: dict[str, Any] = {}
         self.network.train()
@@ -126,11 +126,13 @@ class TrainingRun:
         loss_sum = torch.zeros((), device=self.device)
         correct = torch.zeros((), device=self.device, dtype=torch.int64)
         order = torch.randperm(len(inputs.train_y), generator=self.generator).to(self.device)
-        for step, batch in enumerate(order.split(config.batch_size)):
+        batches = split_batches(order, config.batch_size)
+        for step, batch in enumerate(batches):
             for group in self.optimizer.param_groups:
-                group["lr"] = lr_at(config, self.epochs_done + (step + 0.5) / self.steps_per_epoch)
-            for part in batch.split(self.micro_batch):
-                x, y = inputs.train_x[part], inputs.train_y[part]
+                group["lr"] = lr_at(config, self.epochs_done + (step + 0.5) / len(batches))
+            whole = self.micro_batch == config.batch_size
+            for part in (batch,) if whole else batch.split(self.micro_batch):
+                x, y = gather(inputs.train_x, part), inputs.train_y[part]
                 if config.augment:
                     x = augment(x, self.generator)
                 with self.autocast():
@@ -212,8 +214,11 @@ class TrainingRun:
     def save(self, file: Path) -> None:
         """Writes a checkpoint whole, then renames it: a kill leaves the old one or the new one."""
         temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-        torch.save(self.state_dict(), temporary)
-        temporary.replace(file)
+        try:
+            torch.save(self.state_dict(), temporary)
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def load(self, file: Path) -> None:
         """Reads a checkpoint; tensors and plain values only.
@@ -235,15 +240,36 @@ class TrainingRun:
         """Splits ``of`` (default x) into batches as large as x allows."""
         enlarged = (self.config.image_size / self.data.image_shape[1]) ** 2
         image_bytes = x[0].numel() * 4 * (enlarged if x.dtype == torch.uint8 else 1)
-        on_cpu = self.device.type == "cpu" and has_convolution(self.model)
-        batch = self.micro_batch if on_cpu else max(1, int(EVAL_BATCH_BYTES / image_bytes))
+        batch = max(1, int(EVAL_BATCH_BYTES / image_bytes))
+        if self.device.type == "cpu" and has_convolution(self.model):
+            batch = min(self.micro_batch, EVAL_BATCH_MAX)
         return (x if of is None else of).split(batch)
 
     def _is_at_chance(self, val_accuracy: float, count: int) -> bool:
         if self.leaves_chance_by is None or self.epochs_done < self.leaves_chance_by:
             return False
         chance = 1 / len(self.data.classes)
-        return val_accuracy <= chance + CHANCE_MARGIN * math.sqrt(chance * (1 - chance) / count)
+        limit = chance + CHANCE_MARGIN * math.sqrt(chance * (1 - chance) / count)
+        return val_accuracy <= limit < (1 + chance) / 2  # too few images say nothing
+
+
+def split_batches(order: Tensor, batch_size: int) -> list[Tensor]:
+    """Splits indices ``(N,)`` into batches; a last one of one image joins the one before.
+
+    BatchNorm in training refuses a single value per channel.
+    """
+    batches = list(order.split(batch_size))
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """Returns ``x[index]`` in the memory format of x.
+
+    index_select is twice as fast for rows that lie whole in memory, and would lose channels_last.
+    """
+    return x.index_select(0, index) if x.is_contiguous() else x[index]
 
 
 def lr_at(config: TrainConfig, epochs: float) -> float:
@@ -260,8 +286,8 @@ def lr_at(config: TrainConfig, epochs: float) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def make_optimizer(config: TrainConfig, parameters: Sequence[Tensor], fused: bool) -> torch.optim.Optimizer:
-    """Builds the optimizer; the lr of every step comes from lr_at."""
+def make_optimizer(config: TrainConfig, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """Builds the optimizer, fused (14 % of a step of twolayernn); the lr of every step comes from lr_at."""
     if config.optimizer == "sgd":
         return torch.optim.SGD(
             parameters,
@@ -269,10 +295,10 @@ def make_optimizer(config: TrainConfig, parameters: Sequence[Tensor], fused: boo
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             nesterov=config.nesterov,
-            fused=fused,
+            fused=True,
         )
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+    return kind(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

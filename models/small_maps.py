@@ -1,0 +1,53 @@
+"""How is a convolution over a map of one or two pixels computed without multiplying its padding?
+
+ResNet-18 at 32×32 ends in maps of 2×2 and 1×1, where most taps of a 3×3 kernel only meet padding. If
+every window lies over the whole map, the convolution is one linear layer of the taps that meet pixels:
+the same sums, 2.5 times faster for a whole ResNet-18 step on a processor (NOTES.md).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class SmallMapConv2d(nn.Conv2d):
+    """A Conv2d that becomes a linear layer where its windows cover the map; parameters are a Conv2d's.
+
+    Shapes: `(N, C, H, W)` to `(N, C', H', W')`, as of Conv2d.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolves; on a CUDA device always by cuDNN, for which the gain was not measured."""
+        if input.device.type == "cpu" and (outputs := self._covered(input.shape[2], input.shape[3])):
+            return self._linear(input, *outputs)
+        return super().forward(input)
+
+    def _covered(self, height: int, width: int) -> tuple[int, int] | None:
+        """Output size where each window holds the whole map; None where one does not."""
+        sizes = []
+        for axis, size in enumerate((height, width)):
+            kernel, stride, padding = self.kernel_size[axis], self.stride[axis], int(self.padding[axis])
+            outputs = (size + 2 * padding - kernel) // stride + 1
+            last_start = padding - (outputs - 1) * stride  # the map's first pixel in the last window
+            if kernel == 1 or outputs < 1 or last_start < 0 or padding + size > kernel:
+                return None
+            sizes.append(outputs)
+        return sizes[0], sizes[1]
+
+    def _linear(self, input: Tensor, rows: int, columns: int) -> Tensor:
+        _, _, height, width = input.shape
+        taps = self.weight.permute(0, 2, 3, 1)  # (C', k, k, C): pixels before channels, as channels_last is
+        tops = [int(self.padding[0]) - row * self.stride[0] for row in range(rows)]
+        lefts = [int(self.padding[1]) - column * self.stride[1] for column in range(columns)]
+        windows = [taps[:, top : top + height, left : left + width] for top in tops for left in lefts]
+        dense = torch.stack(windows).flatten(2).flatten(0, 1)  # (H'·W'·C', H·W·C)
+        output = F.linear(input.permute(0, 2, 3, 1).flatten(1), dense)
+        return output.view(len(input), rows, columns, -1).permute(0, 3, 1, 2)
+
+
+def fold_small_maps(network: nn.Module) -> None:
+    """Turns every plain convolution of a network (no bias, no groups, no dilation) into a SmallMapConv2d."""
+    for module in network.modules():
+        plain = type(module) is nn.Conv2d and module.bias is None
+        if plain and module.groups == 1 and module.dilation == (1, 1) and module.padding_mode == "zeros":
+            module.__class__ = SmallMapConv2d  # the same parameters under the same names

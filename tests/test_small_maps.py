@@ -1,0 +1,68 @@
+import pytest
+import torch
+from torch import nn
+from torchvision.models import resnet18
+
+from models.resnet import build_backbone
+from models.small_maps import SmallMapConv2d, fold_small_maps
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding", "becomes_linear"),
+    [
+        ((1, 1), 3, 1, 1, True),
+        ((2, 2), 3, 1, 1, True),
+        ((2, 1), 3, 1, 1, True),
+        ((2, 2), 3, 2, 1, True),
+        ((1, 1), 7, 2, 3, True),
+        ((3, 3), 3, 1, 1, False),  # a window at the corner misses the far row
+        ((2, 3), 3, 1, 1, False),
+        ((2, 2), 3, 1, 0, False),  # no such window at all
+        ((1, 1), 1, 1, 0, False),  # has no padding to spare
+        ((8, 8), 3, 2, 1, False),
+    ],
+)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_output_and_gradients_equal_a_convolutions(
+    size, kernel, stride, padding, becomes_linear, channels_last
+):
+    torch.manual_seed(0)
+    plain = nn.Conv2d(5, 4, kernel, stride, padding, bias=False).double()
+    folded = SmallMapConv2d(5, 4, kernel, stride, padding, bias=False).double()
+    folded.load_state_dict(plain.state_dict())
+    assert bool(folded._covered(*size)) == becomes_linear
+    if size[0] + 2 * padding < kernel:
+        return  # both refuse
+    inputs = torch.randn(3, 5, *size, dtype=torch.double)
+    if channels_last:
+        inputs = inputs.to(memory_format=torch.channels_last)
+        folded = folded.to(memory_format=torch.channels_last)
+    results = []
+    for layer in (plain, folded):
+        x = inputs.clone().requires_grad_()
+        y = layer(x)
+        (y * torch.arange(y.numel()).view(y.shape)).sum().backward()
+        results.append((y, x.grad, layer.weight.grad))
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_resnet_with_folded_maps_equals_torchvisions():
+    torch.manual_seed(0)
+    backbone = build_backbone("fc").double().eval()
+    reference = resnet18(weights=None).double().eval()
+    reference.load_state_dict(backbone.state_dict())
+    images = torch.randn(2, 3, 32, 32, dtype=torch.double)
+    torch.testing.assert_close(backbone(images), reference(images))
+
+
+def test_only_plain_convolutions_are_folded():
+    network = nn.Sequential(
+        nn.Conv2d(4, 4, 3, bias=False),
+        nn.Conv2d(4, 4, 3),
+        nn.Conv2d(4, 4, 3, groups=2, bias=False),
+        nn.Conv2d(4, 4, 3, dilation=2, bias=False),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect", bias=False),
+    )
+    fold_small_maps(network)
+    assert [type(layer) is SmallMapConv2d for layer in network] == [True, False, False, False, False]
