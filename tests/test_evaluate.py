@@ -15,7 +15,7 @@ FP32 = Levers("cpu", "fp32", channels_last=True, micro_batch_bytes=2**18)
 CASES = [
     ("softmax", {}),
     ("mymodel", {"hidden": 4, "kernel_size": 3}),  # dropout
-    ("convnet", {"hidden": 4, "augment": True}),
+    ("convnet", {"hidden": 4, "augment": "crop_flip"}),
     ("convnet", {"hidden": 4, "image_size": 48}),
     ("resnet_softmax", {}),  # the head was trained on features, the test images are pixels
     ("resnet_softmax_updatable", {"batch_size": 10}),

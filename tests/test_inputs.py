@@ -51,11 +51,11 @@ def prepared(tmp_path) -> list[str]:
     ("architecture", "values", "kind"),
     [
         ("softmax", {}, "normalised"),
-        ("convnet", {"augment": True}, "images"),
+        ("convnet", {"augment": "crop_flip"}, "images"),
         ("convnet", {"image_size": 64}, "images"),
         ("resnet_softmax", {}, "features"),
         ("resnet_softmax", {"image_size": 64}, "features"),
-        ("resnet_softmax", {"augment": True}, "images"),
+        ("resnet_softmax", {"augment": "crop_flip"}, "images"),
         ("resnet_softmax_updatable", {}, "normalised"),
         ("resnet_finetune", {"image_size": 64}, "images"),
     ],
@@ -83,7 +83,7 @@ def test_normalised_inputs_are_the_pipelines(tmp_path, data, architecture, lever
 
 
 def test_uint8_images_are_the_splits(tmp_path, data):
-    inputs = load_inputs(TrainConfig("convnet", augment=True), data, FP32, tmp_path)
+    inputs = load_inputs(TrainConfig("convnet", augment="crop_flip"), data, FP32, tmp_path)
     images, labels = load_split(data, "train")
     train, val = split_validation(labels)
     assert np.array_equal(inputs.train_x.numpy(), images[train])
@@ -99,7 +99,7 @@ def test_convolutions_read_channels_last_and_linear_layers_do_not(tmp_path, data
 
 
 def test_no_image_is_in_both_parts_and_none_is_lost(tmp_path, data):
-    inputs = load_inputs(TrainConfig("softmax", augment=True), data, FP32, tmp_path)
+    inputs = load_inputs(TrainConfig("softmax", augment="crop_flip"), data, FP32, tmp_path)
     train, val = ({image.numpy().tobytes() for image in x} for x in (inputs.train_x, inputs.val_x))
     assert not train & val
     assert len(train) + len(val) == data.train_count
@@ -183,7 +183,7 @@ def test_a_worker_keeps_few_inputs_open(tmp_path, data, opened):
     configs = [
         TrainConfig("softmax"),
         TrainConfig("convnet"),
-        TrainConfig("convnet", augment=True),
+        TrainConfig("convnet", augment="crop_flip"),
         TrainConfig("softmax"),
     ]
     for config in configs:

@@ -100,19 +100,27 @@ def test_weights_bring_their_own_statistics(architecture, weights, statistics):
 @pytest.mark.parametrize("size", [32, 16, 8])
 def test_augmentation_is_a_crop_of_the_padded_image_and_a_flip(size):
     images = random_images(64, size)
-    ours = augment(images, torch.Generator().manual_seed(3))
+    ours = augment(images, torch.Generator().manual_seed(3), flip=True)
     naive = naive_augment(images.numpy(), torch.Generator().manual_seed(3))
     assert np.array_equal(ours.numpy(), naive)
 
 
 def test_augmentation_draws_every_offset_and_both_flips():
     position = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8).expand(2000, 3, 8, 8)
-    variants = {image.numpy().tobytes() for image in augment(position, torch.Generator().manual_seed(0))}
+    variants = {
+        image.numpy().tobytes() for image in augment(position, torch.Generator().manual_seed(0), flip=True)
+    }
     assert len(variants) == 3 * 3 * 2  # padding 1: three offsets each way, flipped or not
 
 
+def test_crops_alone_mirror_nothing():
+    position = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8).expand(2000, 3, 8, 8)
+    crops = augment(position, torch.Generator().manual_seed(0), flip=False)
+    assert len({image.numpy().tobytes() for image in crops}) == 3 * 3
+
+
 def test_augmented_images_are_uint8_in_channels_last():
-    x = augment(random_images(), torch.Generator())
+    x = augment(random_images(), torch.Generator(), flip=True)
     assert x.dtype == torch.uint8
     assert x.shape == (8, 3, 32, 32)
     assert x.is_contiguous(memory_format=torch.channels_last)
@@ -120,8 +128,8 @@ def test_augmented_images_are_uint8_in_channels_last():
 
 def test_augmentation_is_the_same_in_either_memory_format():
     images = random_images()
-    a = augment(images, torch.Generator().manual_seed(1))
-    b = augment(images.to(memory_format=torch.channels_last), torch.Generator().manual_seed(1))
+    a = augment(images, torch.Generator().manual_seed(1), flip=True)
+    b = augment(images.to(memory_format=torch.channels_last), torch.Generator().manual_seed(1), flip=True)
     assert torch.equal(a, b)
 
 
@@ -129,9 +137,9 @@ def test_augmentation_follows_its_generator_alone():
     images = random_images()
     generator = torch.Generator().manual_seed(5)
     state = generator.get_state()
-    first = augment(images, generator)
+    first = augment(images, generator, flip=True)
     torch.manual_seed(99)
-    second = augment(images, generator)
+    second = augment(images, generator, flip=True)
     generator.set_state(state)
-    assert torch.equal(first, augment(images, generator))
+    assert torch.equal(first, augment(images, generator, flip=True))
     assert not torch.equal(first, second)

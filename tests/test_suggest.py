@@ -14,7 +14,7 @@ RANGES = {
     "momentum": tune.choice([0.0, 0.5, 0.9]),
     "warmup_epochs": tune.uniform(0, 2),
     "hidden": tune.randint(8, 65),
-    "augment": tune.choice([False, True]),
+    "augment": tune.choice(["none", "crop"]),
     "schedule": tune.choice(["constant", "cosine"]),
 }
 FIRST = {
@@ -22,7 +22,7 @@ FIRST = {
     "momentum": 0.9,
     "warmup_epochs": 1.5,
     "hidden": 33,
-    "augment": False,
+    "augment": "none",
     "schedule": "cosine",
 }
 LR = {"lr": RANGES["lr"]}
@@ -77,7 +77,7 @@ def test_values_are_plain_python_types_inside_their_ranges(searcher):
         "momentum": float,
         "warmup_epochs": float,
         "hidden": int,
-        "augment": bool,
+        "augment": str,
         "schedule": str,
     }
     for point in suggestions(searcher, 15):
@@ -147,7 +147,7 @@ def all_points(sampler):
 
 
 def test_first_point_on_the_grid_is_not_repeated():
-    ranges = {"momentum": tune.choice([0.0, 0.9]), "augment": tune.choice([False, True])}
+    ranges = {"momentum": tune.choice([0.0, 0.9]), "augment": tune.choice(["none", "crop"])}
     points = all_points(make_sampler("grid", ranges, {"momentum": 0.9, "augment": True}, 0))
     assert len(points) == 4
     assert points[0] == {"momentum": 0.9, "augment": True}

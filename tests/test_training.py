@@ -129,11 +129,11 @@ def test_updatable_statistics_follow_training_but_not_evaluation(start, architec
     [
         ("softmax", {"momentum": 0.9, "nesterov": True}),
         ("twolayernn", {"optimizer": "adam", "weight_decay": 0.01}),
-        ("convnet", {"augment": True, "optimizer": "adamw", "weight_decay": 0.1}),
-        ("mymodel", {"augment": True, "momentum": 0.9, "warmup_epochs": 0.5}),  # dropout
+        ("convnet", {"augment": "crop_flip", "optimizer": "adamw", "weight_decay": 0.1}),
+        ("mymodel", {"augment": "crop_flip", "momentum": 0.9, "warmup_epochs": 0.5}),  # dropout
         ("resnet_mymodel", {"momentum": 0.9}),  # cached features and dropout
-        ("resnet_twolayernn", {"augment": True, "momentum": 0.9}),
-        ("resnet_mymodel_updatable", {"augment": True, "momentum": 0.9}),  # dropout and BatchNorm
+        ("resnet_twolayernn", {"augment": "crop_flip", "momentum": 0.9}),
+        ("resnet_mymodel_updatable", {"augment": "crop_flip", "momentum": 0.9}),  # dropout and BatchNorm
     ],
 )
 def test_resumed_equals_uninterrupted(start, tmp_path, architecture, values):
@@ -212,7 +212,7 @@ def test_every_epoch_trains_in_train_mode_and_evaluates_in_eval_mode(start, arch
 
 
 def test_a_frozen_backbone_is_in_eval_mode_while_its_head_trains(start):
-    run = start("resnet_conv", augment=True)
+    run = start("resnet_conv", augment="crop_flip")
     modes = set()
     run.model.register_forward_hook(lambda m, *_: modes.add((m.head.training, m.backbone.training)))
     run.train_epoch()

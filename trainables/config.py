@@ -14,6 +14,7 @@ from models import ARCHITECTURES
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "cosine")
+AUGMENTS = ("none", "crop", "crop_flip")  # a mirrored digit is another sign: flips are a choice of their own
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class TrainConfig:
     schedule: str = "constant"
     warmup_epochs: float = 0.0  # lr rises linearly from 0 over these
     label_smoothing: float = 0.0
-    augment: bool = False  # random crop with padding of image_size / 8, and horizontal flip
+    augment: str = "none"  # crop: at random after padding by 1/8 of the side; crop_flip: mirrored, too
     image_size: int = 32  # pixels a side as the network sees them; enlarged on the device
     hidden: int | None = None  # width of the head, None: the architecture's published one
     kernel_size: int | None = None  # of the head's convolutions, None: the published one
@@ -49,6 +50,7 @@ class TrainConfig:
         check_name("architecture", self.architecture, ARCHITECTURES)
         check_name("optimizer", self.optimizer, OPTIMIZERS)
         check_name("schedule", self.schedule, SCHEDULES)
+        check_name("augment", self.augment, AUGMENTS)
         for name, lowest in (("epochs", 1), ("batch_size", 1), ("image_size", 1), ("seed", 0)):
             check_integer(name, getattr(self, name), lowest)
         for name in ("hidden", "kernel_size"):
@@ -59,9 +61,8 @@ class TrainConfig:
         check_number("momentum", self.momentum, 0, 1)
         check_number("label_smoothing", self.label_smoothing, 0, 1)
         check_number("warmup_epochs", self.warmup_epochs, 0, self.epochs)
-        for name in ("nesterov", "augment"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not possible; give True or False")
+        if not isinstance(self.nesterov, bool):
+            raise ValueError(f"nesterov={self.nesterov!r} is not possible; give True or False")
         if self.nesterov and not (self.optimizer == "sgd" and self.momentum > 0):
             raise ValueError("nesterov=True needs optimizer=sgd and a momentum above 0")
 

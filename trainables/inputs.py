@@ -57,7 +57,7 @@ class Inputs:
 
 def kind_of(config: TrainConfig, data: ImageData) -> str:
     """Returns which kind of inputs a config reads: features, normalised or images."""
-    if config.augment:
+    if config.augment != "none":
         return "images"
     if ARCHITECTURES[config.architecture].frozen:
         return "features"

@@ -55,12 +55,13 @@ def _affine(
     return 1 / (255 * deviation), torch.tensor(mean, device=device).view(1, 3, 1, 1) / deviation
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Crops at random from zero-padded images and flips half of them, in one gather.
+def augment(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor:
+    """Crops at random from zero-padded images and mirrors half of them, in one gather.
 
     Args:
         images: uint8 ``(N, 3, H, W)``.
         generator: CPU generator, part of the checkpoint.
+        flip: Whether to mirror at all.
 
     Returns:
         uint8 ``(N, 3, H, W)`` in channels_last memory.
@@ -68,7 +69,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     count, _, height, width = images.shape
     padding = round(height * CROP_PADDING)
     offsets = torch.randint(0, 2 * padding + 1, (2, count, 1), generator=generator)
-    flipped = torch.rand(count, 1, generator=generator) < 0.5
+    flipped = torch.rand(count, 1, generator=generator) < (0.5 if flip else 0.0)
     rows = offsets[0] + torch.arange(height)
     columns = torch.arange(width).expand(count, width)
     columns = offsets[1] + torch.where(flipped, columns.flip(1), columns)

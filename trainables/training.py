@@ -133,8 +133,8 @@ class TrainingRun:
             whole = self.micro_batch == config.batch_size
             for part in (batch,) if whole else batch.split(self.micro_batch):
                 x, y = gather(inputs.train_x, part), inputs.train_y[part]
-                if config.augment:
-                    x = augment(x, self.generator)
+                if config.augment != "none":
+                    x = augment(x, self.generator, flip=config.augment == "crop_flip")
                 with self.autocast():
                     logits = self.network(self.to_network(x))
                 logits = logits.float()
