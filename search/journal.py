@@ -118,9 +118,15 @@ def records(events: list[dict[str, Any]]) -> dict[str, TrialRecord]:
 
 
 def winner(trials: dict[str, TrialRecord]) -> TrialRecord | None:
-    """Returns the trial with the highest val_accuracy at its last report, the earliest of equals.
+    """Returns the trial with the highest val_accuracy at its last report.
 
-    Diverged and failed trials cannot win. None where no trial is left.
+    Of equals, frequent on few validation images, the one with the lowest val_loss wins, then the
+    earliest. Diverged and failed trials cannot win. None where no trial is left.
     """
     able = [t for t in trials.values() if not t.is_final and t.status in (None, "done") and t.val_accuracy]
-    return max(able, key=lambda trial: trial.val_accuracy or 0.0, default=None)
+
+    def merit(trial: TrialRecord) -> tuple[float, float]:
+        loss = trial.reports[trial.epoch].get("val_loss")
+        return trial.val_accuracy or 0.0, -math.inf if loss is None else -loss
+
+    return max(able, key=merit, default=None)

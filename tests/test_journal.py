@@ -181,3 +181,11 @@ def test_study_without_a_value_has_no_winner():
     assert winner({}) is None
     assert winner(records([start("a"), start("b"), report("b", 1, None, status="diverged")])) is None
     assert winner(records([start("a"), report("a", 1, None)])) is None
+
+
+def test_the_lower_loss_wins_among_equal_accuracies():
+    trials = {}
+    for trial_id, loss in (("0000", 0.13), ("0001", 0.10), ("0002", 0.10), ("0003", None)):
+        trials[trial_id] = TrialRecord(trial_id, {})
+        trials[trial_id].take({"epoch": 1, "val_accuracy": 0.965, "val_loss": loss})
+    assert winner(trials).trial_id == "0001"
