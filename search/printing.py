@@ -85,10 +85,12 @@ def list_spaces(console: Console) -> int:
     for name, space in SPACES.items():
         budget = f"{space.trials} trials of up to {space.epochs} epochs"
         console.print(f"[bold]{name}[/]: {ARCHITECTURES[name].summary}; {budget}", highlight=False)
-        console.print(f"    samples {', '.join(space.ranges)}", highlight=False)
+        console.print(f"    samples {', '.join(space.ranges)}", highlight=False, soft_wrap=True)
         published = ", ".join(f"{key} {value}" for key, value in space.published.items())
         console.print(
-            f"    published {100 * space.published_accuracy:.2f} % with {published}", highlight=False
+            f"    published {100 * space.published_accuracy:.2f} % with {published}",
+            highlight=False,
+            soft_wrap=True,
         )
     return 0
 
