@@ -109,7 +109,11 @@ def main(arguments: list[str] | None = None) -> int:
         codes = []
         for space in SPACES:
             folder = do.study_dir / space if do.study_dir else None
-            codes.append(start(StudyOptions(space=space, **options), folder, console, dry_run=do.dry_run))
+            try:
+                codes.append(start(StudyOptions(space=space, **options), folder, console, dry_run=do.dry_run))
+            except ValueError as error:  # one space's trouble is not the next one's
+                print(f"error: {space}: {error}", file=sys.stderr)
+                codes.append(2)
             if codes[-1] == 3:
                 break
         return max(codes)

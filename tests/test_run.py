@@ -180,3 +180,10 @@ def test_list_spaces_names_all_thirteen(run):
     code, out, _ = run("--list-spaces")
     assert code == 0
     assert sum("published" in line for line in out.splitlines()) == 13
+
+
+def test_all_spaces_go_on_after_one_that_cannot_run(run):
+    code, out, err = run("--space", "all", "--dry-run", "--weights", "none", "--image-size", 8, "--trials", 2)
+    assert code == 2
+    assert "error: resnet_mymodel: kernel_size=3" in err
+    assert "resnet_finetune" in out
