@@ -148,9 +148,9 @@ def all_points(sampler):
 
 def test_first_point_on_the_grid_is_not_repeated():
     ranges = {"momentum": tune.choice([0.0, 0.9]), "augment": tune.choice(["none", "crop"])}
-    points = all_points(make_sampler("grid", ranges, {"momentum": 0.9, "augment": True}, 0))
+    points = all_points(make_sampler("grid", ranges, {"momentum": 0.9, "augment": "crop"}, 0))
     assert len(points) == 4
-    assert points[0] == {"momentum": 0.9, "augment": True}
+    assert points[0] == {"momentum": 0.9, "augment": "crop"}
 
 
 def test_first_point_off_the_grid_is_added_to_it():

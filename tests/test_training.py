@@ -103,7 +103,7 @@ def test_a_learnable_set_is_learnt(start):
     assert report["val_accuracy"] == 1
 
 
-@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize("augment", ["none", "crop_flip"])
 @pytest.mark.parametrize("architecture", FROZEN)
 def test_a_frozen_backbone_does_not_move(start, architecture, augment):
     run = start(architecture, lr=0.1, augment=augment)
