@@ -105,7 +105,7 @@ SPACES: dict[str, Space] = {
         },
         _published(0.01, 0.9, 512, 0.001, hidden=50, kernel_size=5, augment="none"),
         0.5836,
-        epochs=27,
+        epochs=18,
         trials=48,
         gpus_per_trial=0.5,
     ),
