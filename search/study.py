@@ -1,7 +1,7 @@
 """How does a study live? Created in a folder of its own, run, stopped, resumed, finished.
 
 Everything a study needs to go on stands in its folder: ``study.json`` (what was asked for and what
-was chosen) and ``reports.jsonl`` (what happened). DESIGN: README.md, "A study folder".
+was chosen) and ``reports.jsonl`` (what happened). README.md, "A study folder", lists the rest.
 """
 
 from __future__ import annotations
