@@ -1,7 +1,8 @@
 """How good is the winner, honestly? Fresh seeds, retrained in full; the test split opened once each.
 
-The seeds run through the same engine as every trial (search/jobs.py starts them when the search is
-over); this file says what their results mean.
+Nothing is left to choose by then, so they train on the validation images, too (``refit``). The seeds
+run through the same engine as every trial (search/jobs.py starts them when the search is over); this
+file says what their results mean.
 """
 
 from __future__ import annotations
@@ -42,12 +43,23 @@ def summarise(values: list[float]) -> dict[str, Any]:
 
 
 def final_results(trials: dict[str, TrialRecord]) -> dict[str, Any] | None:
-    """Returns ``final`` of study.json from the seeds that are done; None where there is none."""
-    done = [trial for trial in trials.values() if trial.is_final and trial.status == "done"]
-    if not done:
+    """Returns ``final`` of study.json; None where no seed has ended.
+
+    A diverged seed is tested like the others, and its accuracy counts: a mean without it would
+    flatter. ``failed`` are the seeds that ended by an error, which say nothing of the winner.
+    """
+    ended = [trial for trial in trials.values() if trial.is_final and trial.status]
+    if not ended:
         return None
-    accuracies = [trial.reports[trial.epoch]["test_accuracy"] for trial in done]
-    return {"seeds": [trial.config["seed"] for trial in done], "test_accuracy": summarise(accuracies)}
+    tested = [trial for trial in ended if trial.status in ("done", "diverged")]
+    return {
+        "seeds": [trial.config["seed"] for trial in tested],
+        "diverged": [trial.config["seed"] for trial in tested if trial.status == "diverged"],
+        "failed": [trial.config["seed"] for trial in ended if trial not in tested],
+        "test_accuracy": summarise([trial.reports[trial.epoch]["test_accuracy"] for trial in tested])
+        if tested
+        else None,
+    }
 
 
 def keep_best(study_dir: Path, trials: dict[str, TrialRecord]) -> None:

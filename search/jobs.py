@@ -160,7 +160,8 @@ class Jobs:
         for k in range(1, self.final_seeds + 1):
             if best is None or f"{FINAL}{k}" in self.trials:
                 continue
-            return self._start(f"{FINAL}{k}", best.config | {"seed": best.config["seed"] + k})
+            fresh = {"seed": best.config["seed"] + k, "refit": True}
+            return self._start(f"{FINAL}{k}", best.config | fresh)
         self.finished = not self.running
         return None
 

@@ -34,13 +34,16 @@ def print_result(folder: Path, console: Console) -> int:
     for name in SPACES[study["space"]].ranges:
         value = best["config"][name]
         print_line(f"  {name} {value:.4g}" if isinstance(value, float) else f"  {name} {value}")
-    if final:
-        test = final["test_accuracy"]
+    if final and final["test_accuracy"]:
+        test, count = final["test_accuracy"], len(final["seeds"])
         spread = ""
         if test["sd"] is not None:
             low, high = test["interval95"]
             spread = f" ± {test['sd']:.4f} sd, 95 % interval of the mean {low:.4f} to {high:.4f}"
-        print_line(f"[bold]test_accuracy[/] {test['mean']:.4f}{spread}, {len(test['values'])} fresh seeds")
+        diverged = f", {len(final['diverged'])} of them diverged" if final["diverged"] else ""
+        print_line(f"[bold]test_accuracy[/] {test['mean']:.4f}{spread}, {count} fresh seeds{diverged}")
+    if final and final["failed"]:
+        failed["of the fresh seeds"] = len(final["failed"])
     print_line(
         f"{study['trials']} trials, {study['epochs_spent']} epochs of {study['epochs_unpruned']} unpruned, "
         f"{preflight.clock(study['seconds'])}, busy {study['busy_fraction'] or 0:.2f} -> {shown(folder)}"

@@ -527,7 +527,7 @@ def test_zip_of_an_impossible_version_is_refused(tmp_path: Path, tree: Path, cac
 
 def test_split_is_stratified_disjoint_and_complete() -> None:
     labels = np.random.default_rng(1).permutation(np.repeat([0, 1, 2], [100, 50, 2]))
-    train, val = split_validation(labels)
+    train, val = split_validation(labels, 0.1)
     assert np.bincount(labels[val]).tolist() == [10, 5, 1]  # a tenth, and at least one
     assert sorted([*train, *val]) == list(range(152))
     assert (train.dtype, val.dtype) == (np.int64, np.int64)
@@ -545,9 +545,17 @@ def test_split_depends_on_its_seed_alone() -> None:
 
 def test_split_is_the_recorded_one() -> None:
     """Studies are comparable only while this code and numpy's generator draw the same split."""
-    train, val = split_validation(np.repeat(np.arange(10), 100))
+    train, val = split_validation(np.repeat(np.arange(10), 100), 0.1)
     assert (len(train), len(val)) == (900, 100)
     assert split_sha256(train, val) == "95a58b03e62f3aa0845735169ac2a4dfb4a48676f5037ea31bd9ac2d15f56bf6"
+
+
+@pytest.mark.parametrize(
+    ("images", "validation"), [(50_000, 5_000), (10_000, 1_000), (5_000, 1_000), (2_000, 600), (100, 30)]
+)
+def test_few_images_are_validated_on_a_larger_share(images: int, validation: int) -> None:
+    _, val = split_validation(np.repeat(np.arange(10), images // 10))
+    assert len(val) == validation
 
 
 def test_split_of_a_single_image_is_refused() -> None:

@@ -29,15 +29,25 @@ def test_interval_stays_between_zero_and_one():
     assert 0 <= low < high == 1.0
 
 
-def test_only_finished_seeds_count():
-    trials = {"a": final(1, 0.5), "b": final(2, 0.7), "c": final(3, None, status="error")}
+def test_a_diverged_seed_counts_and_a_failed_one_is_named():
+    trials = {
+        "a": final(1, 0.5),
+        "b": final(2, 0.1, status="diverged"),
+        "c": TrialRecord("final-3", {"seed": 3}, status="error"),
+        "d": TrialRecord("final-4", {"seed": 4}),  # still running
+    }
     results = final_results(trials)
-    assert results["seeds"] == [1, 2]
-    assert results["test_accuracy"]["mean"] == pytest.approx(0.6)
+    assert (results["seeds"], results["diverged"], results["failed"]) == ([1, 2], [2], [3])
+    assert results["test_accuracy"]["mean"] == pytest.approx(0.3)
 
 
-def test_study_without_a_finished_seed_has_no_final():
-    assert final_results({"a": final(1, None, status="diverged")}) is None
+def test_study_whose_seeds_all_fail_has_no_accuracy():
+    results = final_results({"a": TrialRecord("final-1", {"seed": 1}, status="error")})
+    assert (results["failed"], results["test_accuracy"]) == ([1], None)
+
+
+def test_study_without_an_ended_seed_has_no_final():
+    assert final_results({"a": TrialRecord("final-1", {"seed": 1})}) is None
 
 
 def test_best_folder_keeps_the_first_seed_and_may_be_filled_twice(tmp_path):

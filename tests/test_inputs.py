@@ -44,7 +44,7 @@ def opened(monkeypatch) -> dict:
 
 
 def prepared(tmp_path) -> list[str]:
-    return sorted(path.name for path in (tmp_path / "prepared").iterdir() if path.is_dir())
+    return sorted(path.name for path in (tmp_path / "prepared").iterdir() if path.suffix != ".lock")
 
 
 @pytest.mark.parametrize(
@@ -194,14 +194,11 @@ def test_a_worker_keeps_few_inputs_open(tmp_path, data, opened):
 
 
 def test_a_failed_preparation_leaves_nothing(tmp_path, data, monkeypatch, opened):
-    write = inputs_module._write
+    def fail(file, *rest):
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
 
-    def fail_on_val(file, *rest):
-        write(file, *rest)
-        if file.name == "val.npy":
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(inputs_module, "_write", fail_on_val)
+    monkeypatch.setattr(inputs_module, "_write", fail)
     with pytest.raises(KeyboardInterrupt):
         load_inputs(TrainConfig("softmax"), data, FP32, tmp_path)
     assert prepared(tmp_path) == []
@@ -212,12 +209,22 @@ def test_what_a_kill_left_is_not_taken_for_whole(tmp_path, data, monkeypatch):
     config = TrainConfig("softmax")
     whole = load_inputs(config, data, FP32, tmp_path).val_x.clone()
     (name,) = prepared(tmp_path)
-    folder = tmp_path / "prepared" / name
-    partial = folder.rename(folder.with_name(f"{name}.partial"))  # as if killed before the rename
-    np.save(partial / "val.npy", np.zeros(1))
+    file = tmp_path / "prepared" / name
+    file.rename(file.with_suffix(".partial")).write_bytes(b"half")  # as if killed before the rename
     monkeypatch.setattr(inputs_module, "_loaded", {})
     assert torch.equal(load_inputs(config, data, FP32, tmp_path).val_x, whole)
     assert prepared(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("values", [{}, {"augment": "crop"}])
+def test_a_refit_trains_on_every_image_of_the_same_file(tmp_path, data, values):
+    split = load_inputs(TrainConfig("convnet", **values), data, FP32, tmp_path)
+    refit = load_inputs(TrainConfig("convnet", refit=True, **values), data, FP32, tmp_path)
+    assert torch.equal(refit.train_x, torch.cat([split.train_x, split.val_x]))
+    assert torch.equal(refit.train_y, torch.cat([split.train_y, split.val_y]))
+    assert len(refit.val_x) == len(refit.val_y) == 0
+    assert refit.split_sha256 == split.split_sha256
+    assert len(prepared(tmp_path)) == 1
 
 
 def test_writing_to_inputs_does_not_reach_the_file(tmp_path, data, opened):

@@ -241,7 +241,7 @@ def test_diverged_trials_are_counted_and_the_others_go_on(tmp_path, pruner, work
     assert all(trial.trial_id in every_second for trial in diverged)
     assert diverged
     assert winner(jobs.trials) not in diverged
-    assert jobs.trials["final-1"].config == winner(jobs.trials).config | {"seed": 8}
+    assert jobs.trials["final-1"].config == winner(jobs.trials).config | {"seed": 8, "refit": True}
     assert jobs.finished
 
 
@@ -300,7 +300,7 @@ def test_finals_are_the_winner_with_seeds_that_no_trial_had(tmp_path):
     work(jobs, workers=2)
     finals = [trial for trial in jobs.trials.values() if trial.is_final]
     assert [trial.config for trial in finals] == [
-        winner(jobs.trials).config | {"seed": seed} for seed in (8, 9, 10)
+        winner(jobs.trials).config | {"seed": seed, "refit": True} for seed in (8, 9, 10)
     ]
     assert {trial.config["seed"] for trial in jobs.searched} == {7}
     assert all("test_accuracy" in trial.reports[EPOCHS] for trial in finals)

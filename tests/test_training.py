@@ -23,10 +23,10 @@ TIMES = ("epoch_seconds", "finished_at")  # of a report: all that may differ bet
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> ImageData:
-    """72 training and 8 validation images, whose class is the brightest quarter."""
+    """72 training and 32 validation images, whose class is the brightest quarter."""
     folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
-    counts = (80, 8)
+    counts = (104, 8)
     for split, count in zip(SPLITS, counts, strict=True):
         labels = np.arange(count) % CLASSES
         images = rng.integers(0, 128, (count, 3, 32, 32), dtype=np.uint8)
@@ -83,11 +83,11 @@ def naive(run: TrainingRun, x: torch.Tensor, y: torch.Tensor) -> tuple[float, fl
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_loss_falls_and_the_same_seed_gives_the_same_numbers(start, architecture):
-    run = start(architecture, optimizer="adam", lr=0.001, batch_size=36)
+    run = start(architecture, optimizer="adam", lr=0.001, batch_size=12)
     reports = [run.epoch() for _ in range(3)]
     assert reports[-1]["train_loss"] < reports[0]["train_loss"]
     assert not reports[-1]["diverged"]
-    again = start(architecture, optimizer="adam", lr=0.001, batch_size=36)
+    again = start(architecture, optimizer="adam", lr=0.001, batch_size=12)
     assert without_times(again.epoch()) == without_times(reports[0])
 
 
@@ -208,7 +208,7 @@ def test_every_epoch_trains_in_train_mode_and_evaluates_in_eval_mode(start, arch
     run.network.register_forward_hook(lambda network, *_: modes.append(network.training))
     for _ in range(2):
         run.epoch()
-    assert modes == 2 * (5 * [True] + [False])  # 72 images in batches of 16; 8 to validate
+    assert modes == 2 * (5 * [True] + 2 * [False])  # 72 images in batches of 16; 32 to validate
 
 
 def test_a_frozen_backbone_is_in_eval_mode_while_its_head_trains(start):
@@ -220,8 +220,9 @@ def test_a_frozen_backbone_is_in_eval_mode_while_its_head_trains(start):
 
 
 def test_accuracy_at_chance_is_diverged_once_the_architecture_should_have_left_it(start, monkeypatch):
+    monkeypatch.setattr("trainables.training.CHANCE_MARGIN", 6)  # as if there were a quarter of the images
     small = start("convnet", leaves_chance_by=1, lr=1e-30)
-    assert not small.epoch()["diverged"]  # so few images that chance reaches half way to certainty
+    assert not small.epoch()["diverged"]  # so few that chance reaches half way to certainty
     monkeypatch.setattr("trainables.training.CHANCE_MARGIN", 1)
     stuck = start("convnet", leaves_chance_by=2, lr=1e-30)
     assert [stuck.epoch()["diverged"] for _ in range(3)] == [False, True, True]
@@ -229,6 +230,16 @@ def test_accuracy_at_chance_is_diverged_once_the_architecture_should_have_left_i
     assert not any(patient.epoch()["diverged"] for _ in range(3))
     learning = start("convnet", leaves_chance_by=1, lr=0.02, momentum=0.9)
     assert not [learning.epoch()["diverged"] for _ in range(3)][-1]
+
+
+def test_a_refit_has_no_validation_figures_and_diverges_by_its_training_accuracy(start, monkeypatch):
+    monkeypatch.setattr("trainables.training.CHANCE_MARGIN", 2)
+    stuck = start("convnet", refit=True, leaves_chance_by=2, lr=1e-30)
+    monkeypatch.setattr(stuck, "evaluate", lambda *_: pytest.fail("evaluated on images it trains on"))
+    reports = [stuck.epoch(), stuck.epoch()]
+    assert [report["diverged"] for report in reports] == [False, True]
+    assert all(report["val_loss"] is report["val_accuracy"] is None for report in reports)
+    assert 0 < reports[0]["train_accuracy"] * 104 == pytest.approx(round(reports[0]["train_accuracy"] * 104))
 
 
 def test_a_loss_that_is_no_number_is_a_report(start):

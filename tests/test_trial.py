@@ -91,6 +91,12 @@ def test_divergence_is_a_result(worker):
     assert report_of(worker(lr=1e38, momentum=0.9))["status"] == "diverged"
 
 
+def test_a_seed_that_diverges_is_tested_all_the_same(worker):
+    report = report_of(worker("final-1", final=True, lr=1e38, momentum=0.9))
+    assert report["status"] == "diverged"
+    assert 0 <= report["test_accuracy"] < 0.3
+
+
 def test_a_bug_is_reported_with_its_traceback(worker, tmp_path):
     (tmp_path / "checkpoints").rmdir()
     report = report_of(worker())

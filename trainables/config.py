@@ -45,6 +45,7 @@ class TrainConfig:
     kernel_size: int | None = None  # of the head's convolutions, None: the published one
     weights: str = "none"  # of the backbone: imagenet, none or a path
     seed: int = 0  # initialisation and the order of the images
+    refit: bool = False  # trains on the validation images, too, which then validate nothing
 
     def __post_init__(self) -> None:
         check_name("architecture", self.architecture, ARCHITECTURES)
@@ -61,8 +62,9 @@ class TrainConfig:
         check_number("momentum", self.momentum, 0, 1)
         check_number("label_smoothing", self.label_smoothing, 0, 1)
         check_number("warmup_epochs", self.warmup_epochs, 0, self.epochs)
-        if not isinstance(self.nesterov, bool):
-            raise ValueError(f"nesterov={self.nesterov!r} is not possible; give True or False")
+        for name in ("nesterov", "refit"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not possible; give True or False")
         if self.nesterov and not (self.optimizer == "sgd" and self.momentum > 0):
             raise ValueError("nesterov=True needs optimizer=sgd and a momentum above 0")
 

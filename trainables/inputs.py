@@ -16,7 +16,6 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,18 +24,15 @@ from torch import Tensor
 
 from models import ARCHITECTURES
 from trainables.config import TrainConfig
-from trainables.data import ImageData, load_split, split_sha256, split_validation, written_whole
+from trainables.data import ImageData, load_split, split_sha256, split_validation
 from trainables.features import extractor, weights_sha256
 from trainables.levers import Levers
 from trainables.pipeline import Pipeline
 
-FORMAT_VERSION = 1  # of the files under data_dir/prepared
+FORMAT_VERSION = 2  # of the files under data_dir/prepared
 FLAT_HEADS = ("softmax", "twolayernn")  # read pixels in NCHW order
 PREPARE_BATCH = 512  # images
 LOADED_MAX = 2  # inputs that a worker keeps open: a study has one kind, or two where it may augment
-
-# A reused worker opens its inputs once and not once per trial.
-_loaded: dict[tuple[Any, ...], Inputs] = {}
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class Inputs:
     """The training and validation tensors of a trial, on its device.
 
     ``train_x`` and ``val_x`` are uint8 images ``(N, 3, H, W)``, normalised images of the same shape
-    or features ``(N, …)``; labels are int64 ``(N,)``.
+    or features ``(N, …)``; labels are int64 ``(N,)``. With ``refit`` there are no validation images.
     """
 
     kind: str
@@ -73,54 +69,73 @@ def load_inputs(config: TrainConfig, data: ImageData, levers: Levers, data_dir: 
         levers: The device's choices.
         data_dir: Where prepared tensors are cached, on this node.
     """
-    row = ARCHITECTURES[config.architecture]
-    kind = kind_of(config, data)
-    flat = row.cut is None and row.head in FLAT_HEADS
-    backbone = None
-    if kind == "features":
-        seed = config.seed if config.weights == "none" else None  # random weights are the seed's
-        backbone = (row.cut, weights_sha256(config.weights), seed)
-    # Only what the tensors depend on may stand in the key: trials that differ elsewhere share them.
-    key = (
-        FORMAT_VERSION,
-        kind,
-        data.sha256,
-        None if kind == "images" else (Pipeline.of(config, data, levers), levers.dtype),
-        levers.device,
-        levers.channels_last and not flat,
-        backbone,
-    )
-    if key not in _loaded:
+    wanted = _Prepared.of(config, data, levers)
+    key = (wanted, config.refit)
+    if key not in _loaded:  # a reused worker opens its inputs once and not once per trial
         if len(_loaded) >= LOADED_MAX:
             _loaded.pop(next(iter(_loaded)))
-        _loaded[key] = _load(key, config, data, levers, Path(data_dir))
+        _loaded[key] = _load(wanted, config, data, levers, Path(data_dir))
     return _loaded[key]
 
 
-def _load(
-    key: tuple[Any, ...], config: TrainConfig, data: ImageData, levers: Levers, data_dir: Path
-) -> Inputs:
-    channels_last = key[5]
+@dataclass(frozen=True)
+class _Prepared:
+    """All that prepared tensors depend on, and nothing else: trials that differ elsewhere share them."""
+
+    kind: str
+    data_sha256: str
+    pipeline: Pipeline | None  # None: uint8 images, which every pipeline reads
+    dtype: torch.dtype | None
+    device: str
+    channels_last: bool
+    backbone: tuple[str | None, str, int | None] | None  # cut, weights, and the seed of random weights
+    version: int = FORMAT_VERSION
+
+    @classmethod
+    def of(cls, config: TrainConfig, data: ImageData, levers: Levers) -> _Prepared:
+        row = ARCHITECTURES[config.architecture]
+        kind = kind_of(config, data)
+        as_stored = kind == "images"
+        flat = row.cut is None and row.head in FLAT_HEADS
+        backbone = None
+        if kind == "features":
+            seed = config.seed if config.weights == "none" else None
+            backbone = (row.cut, weights_sha256(config.weights), seed)
+        return cls(
+            kind=kind,
+            data_sha256=data.sha256,
+            pipeline=None if as_stored else Pipeline.of(config, data, levers),
+            dtype=None if as_stored else levers.dtype,
+            device=levers.device,
+            channels_last=levers.channels_last and not flat,
+            backbone=backbone,
+        )
+
+
+_loaded: dict[tuple[_Prepared, bool], Inputs] = {}
+
+
+def _load(wanted: _Prepared, config: TrainConfig, data: ImageData, levers: Levers, data_dir: Path) -> Inputs:
     images, labels = load_split(data, "train")
     train, val = split_validation(labels)
     split = split_sha256(train, val)
-    folder = data_dir / "prepared" / hashlib.sha256(repr((key, split)).encode()).hexdigest()[:32]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):  # one worker prepares, the others wait and read
-        if not folder.exists():
-            prepare = _preparation(config, data, levers)
-            with written_whole(folder) as partial:
-                for name, index in (("train", train), ("val", val)):
-                    _write(partial / f"{name}.npy", images, index, prepare, channels_last)
+    order = np.concatenate([train, val])  # one array: a refit reads it whole
+    name = hashlib.sha256(repr((wanted, split)).encode()).hexdigest()[:32]
+    file = data_dir / "prepared" / f"{name}.npy"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_suffix(".lock")):  # one worker prepares, the others wait and read
+        if not file.exists():
+            partial = file.with_suffix(".partial")
+            try:
+                _write(partial, images, order, _preparation(config, data, levers), wanted.channels_last)
+                partial.replace(file)
+            finally:
+                partial.unlink(missing_ok=True)
     device = torch.device(levers.device)
-    return Inputs(
-        kind=key[1],
-        train_x=_read(folder / "train.npy", channels_last).to(device),
-        train_y=torch.from_numpy(labels[train]).to(device),
-        val_x=_read(folder / "val.npy", channels_last).to(device),
-        val_y=torch.from_numpy(labels[val]).to(device),
-        split_sha256=split,
-    )
+    x = _read(file, wanted.channels_last).to(device)
+    y = torch.from_numpy(labels[order]).to(device)
+    count = len(order) if config.refit else len(train)
+    return Inputs(wanted.kind, x[:count], y[:count], x[count:], y[count:], split)
 
 
 def _preparation(config: TrainConfig, data: ImageData, levers: Levers) -> Callable[[Tensor], Tensor]:

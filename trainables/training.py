@@ -93,26 +93,28 @@ class TrainingRun:
         Returns:
             epoch, train_loss, train_accuracy, val_loss, val_accuracy (fractions 0..1), lr (of the
             epoch's last step), epoch_seconds, finished_at (seconds since 1970) and diverged. The
-            train figures are means over the epoch, measured as its steps went by.
+            train figures are means over the epoch, measured as its steps went by; the val figures of
+            a refit are None.
         """
         began = time.perf_counter()
-        train_loss, train_correct = self.train_epoch()
-        val_loss, val_correct = self.evaluate(self.inputs.val_x, self.inputs.val_y)
+        train_loss, train_accuracy = _means(*self.train_epoch(), len(self.inputs.train_y))
+        val_loss, val_accuracy = None, None
+        if not self.config.refit:
+            val_sums = self.evaluate(self.inputs.val_x, self.inputs.val_y)
+            val_loss, val_accuracy = _means(*val_sums, len(self.inputs.val_y))
         self.epochs_done += 1
-        train_count, val_count = len(self.inputs.train_y), len(self.inputs.val_y)
-        val_accuracy = val_correct.item() / val_count
         self.report = {
             "epoch": self.epochs_done,
-            "train_loss": train_loss.item() / train_count,
-            "train_accuracy": train_correct.item() / train_count,
-            "val_loss": val_loss.item() / val_count,
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy,
+            "val_loss": val_loss,
             "val_accuracy": val_accuracy,
             "lr": self.optimizer.param_groups[0]["lr"],
             "epoch_seconds": time.perf_counter() - began,
             "finished_at": time.time(),
         }
-        finite = math.isfinite(self.report["train_loss"]) and math.isfinite(self.report["val_loss"])
-        self.report["diverged"] = not finite or self._is_at_chance(val_accuracy, val_count)
+        finite = all(math.isfinite(loss) for loss in (train_loss, val_loss) if loss is not None)
+        self.report["diverged"] = not finite or self._is_at_chance()
         return self.report
 
     def train_epoch(self) -> tuple[Tensor, Tensor]:
@@ -245,12 +247,18 @@ class TrainingRun:
             batch = min(self.micro_batch, EVAL_BATCH_MAX)
         return (x if of is None else of).split(batch)
 
-    def _is_at_chance(self, val_accuracy: float, count: int) -> bool:
+    def _is_at_chance(self) -> bool:
         if self.leaves_chance_by is None or self.epochs_done < self.leaves_chance_by:
             return False
+        on = ("train", self.inputs.train_y) if self.config.refit else ("val", self.inputs.val_y)
+        accuracy, count = self.report[f"{on[0]}_accuracy"], len(on[1])
         chance = 1 / len(self.data.classes)
         limit = chance + CHANCE_MARGIN * math.sqrt(chance * (1 - chance) / count)
-        return val_accuracy <= limit < (1 + chance) / 2  # too few images say nothing
+        return accuracy <= limit < (1 + chance) / 2  # too few images say nothing
+
+
+def _means(loss_sum: Tensor, correct: Tensor, count: int) -> tuple[float, float]:
+    return loss_sum.item() / count, correct.item() / count
 
 
 def split_batches(order: Tensor, batch_size: int) -> list[Tensor]:
@@ -334,9 +342,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     for _ in range(config.epochs):
         report = run.epoch()
+        shown = "train_accuracy" if config.refit else "val_accuracy"
         print(
             f"epoch {report['epoch']}/{config.epochs}  train_loss {report['train_loss']:.4f}  "
-            f"val_accuracy {report['val_accuracy']:.4f}  {report['epoch_seconds']:.2f} s",
+            f"{shown} {report[shown]:.4f}  {report['epoch_seconds']:.2f} s",
             flush=True,
         )
         if report["diverged"]:

@@ -84,13 +84,11 @@ class Trial(tune.Trainable):
             run.save(self.context.checkpoint(trial_id))
         self.job["reported"] = run.epochs_done
         report = dict(run.report)
-        if report["diverged"]:
-            report["status"] = "diverged"
-        elif run.epochs_done == run.config.epochs:
-            if self.job["final"]:
+        if report["diverged"] or run.epochs_done == run.config.epochs:
+            report["status"] = "diverged" if report["diverged"] else "done"
+            if self.job["final"]:  # a diverged seed, too: a mean without it would flatter
                 folder = self.context.study_dir / "best"
                 report["test_accuracy"] = evaluate_test(run, folder / f"predictions-{trial_id}.parquet")
-            report["status"] = "done"
         return report
 
     def _resumed(self) -> TrainingRun:
