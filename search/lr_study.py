@@ -179,7 +179,10 @@ def configuration(space: str, source: Path | None) -> tuple[dict[str, Any], dict
         raise ValueError(f"--from={source} is a study of {study['space']}; give --space {study['space']}")
     if not study.get("best"):
         raise ValueError(f"--from={source} has no best trial yet; run or resume it first")
-    config = {name: study["best"]["config"][name] for name in (*row.ranges, *(row.fixed or {}))}
+    config = {
+        name: study["best"]["config"][name]
+        for name in {**row.ranges, **(row.fixed or {}), **(study["options"].get("fix") or {})}
+    }
     return config, {name: study["options"][name] for name in OF_THE_STUDY}
 
 

@@ -113,8 +113,8 @@ def plan(options: StudyOptions, levers: Levers, cpus: float, gpus: float) -> Res
 
 def example(options: StudyOptions) -> TrainConfig:
     """Returns the space's published best as a config of this study: what preflight builds and times."""
-    first = options.points[0] if options.points else dict(find_space(options.space).published)
-    return TrainConfig.from_dict(options.fixed_values() | first)
+    first = options.points[0] if options.points else find_space(options.space, options.fix).published
+    return TrainConfig.from_dict({**options.fixed_values(), **first})
 
 
 def checkpoint_bytes(run: TrainingRun) -> int:

@@ -26,8 +26,8 @@ from search.printing import list_spaces
 from search.spaces import SPACES
 from search.study import StudyOptions, flag
 from search.suggest import SEARCHERS
-from trainables.command_line import Parser
-from trainables.config import check_name
+from trainables.command_line import FIELD_TYPES, Parser
+from trainables.config import TrainConfig, check_name, nearest
 from trainables.levers import PRECISIONS
 
 HELP = {
@@ -49,6 +49,7 @@ HELP = {
     "final_seeds": "fresh seeds on which the winner is retrained and tested",
     "device": "auto, cpu or cuda",
     "precision": "auto chooses what the device is known to gain by",
+    "fix": "values of TrainConfig that every trial has, instead of sampled ones: hidden=32 augment=crop",
     "max_failures": "how often a trial's worker may be lost",
 }
 CHOICES = {"pruner": PRUNERS, "searcher": SEARCHERS, "precision": PRECISIONS}
@@ -77,13 +78,38 @@ def add_options(parser: argparse.ArgumentParser, names: list[str]) -> None:
         if field.name not in names:
             continue
         default = "" if field.default in (None, dataclasses.MISSING) else f" (default: {field.default})"
+        text = (HELP[field.name] + default).replace("%", "%%")
+        if field.name == "fix":
+            parser.add_argument(
+                "--fix", nargs="+", action=_Values, metavar="NAME=VALUE", default=argparse.SUPPRESS, help=text
+            )
+            continue
         parser.add_argument(
             flag(field.name),
             type=TYPES[str(field.type).removesuffix(" | None")],
             choices=CHOICES.get(field.name),
             default=argparse.SUPPRESS,
-            help=(HELP[field.name] + default).replace("%", "%%"),
+            help=text,
         )
+
+
+class _Values(argparse.Action):
+    """Turns ``hidden=32 augment=crop`` into values of TrainConfig's types."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        fix = {}
+        for pair in values:
+            name, equals, text = pair.partition("=")
+            if not equals:
+                parser.error(f"--fix {pair} is no NAME=VALUE; give for example --fix hidden=32")
+            try:
+                fix[name] = FIELD_TYPES[name](text)
+            except KeyError:
+                parser.error(f"--fix {name} is no hyperparameter{nearest(name, FIELD_TYPES)}")
+            except (ValueError, argparse.ArgumentTypeError):
+                kind = str(TrainConfig.__annotations__[name]).removesuffix(" | None")
+                parser.error(f"--fix {pair} is not possible; {name} is a value of type {kind}")
+        setattr(namespace, self.dest, fix)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,7 +12,7 @@ steps still suffice; schedule and augmentation are the two levers that the repor
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray import tune
@@ -170,23 +170,41 @@ SPACES: dict[str, Space] = {
 }
 
 
-def find_space(name: str) -> Space:
-    """Returns a row of SPACES.
+def find_space(name: str, fix: Mapping[str, Any] | None = None) -> Space:
+    """Returns a row of SPACES, some of whose values are not to be sampled.
+
+    Args:
+        name: The row.
+        fix: Config values that every trial shall have, sampled otherwise or not.
 
     Raises:
         ValueError: There is none of that name; names the nearest.
     """
     check_name("--space", name, SPACES)
-    return SPACES[name]
+    space, fix = SPACES[name], fix or {}
+    return replace(
+        space,
+        ranges={key: domain for key, domain in space.ranges.items() if key not in fix},
+        published={key: value for key, value in space.published.items() if key not in fix},
+        fixed={**(space.fixed or {}), **fix},
+    )
 
 
-def fixed_values(name: str, *, epochs: int, image_size: int, weights: str, seed: int) -> dict[str, Any]:
+def fixed_values(
+    name: str,
+    *,
+    epochs: int,
+    image_size: int,
+    weights: str,
+    seed: int,
+    fix: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Returns every TrainConfig value that a study of this space does not sample.
 
     Raises:
         ValueError: A value is impossible.
     """
-    space = find_space(name)
+    space = find_space(name, fix)
     values = {
         "architecture": name,
         "epochs": epochs,

@@ -35,6 +35,11 @@ from trainables.inputs import Inputs
 from trainables.levers import Levers
 from trainables.trial import TrialContext
 
+NOT_TO_FIX = {
+    "architecture": "give --space",
+    "refit": "the winner's seeds have it, and no trial",
+    **{name: f"give --{name.replace('_', '-')}" for name in ("epochs", "image_size", "weights", "seed")},
+}
 PACKAGES = ("torch", "torchvision", "ray", "hyperopt", "numpy")  # a result may depend on these
 
 
@@ -68,6 +73,7 @@ class StudyOptions:
     gpus_per_trial: float | None = None  # resume; None: the space's where there are GPUs
     max_failures: int = 3  # resume; lost workers per trial
     time_budget: float | None = None  # resume; seconds of search, None: no limit
+    fix: dict[str, Any] | None = None  # config values that every trial has, instead of sampled ones
     points: list[dict[str, Any]] | None = None  # run these instead of sampling: config values per trial
 
     def __post_init__(self) -> None:
@@ -97,6 +103,13 @@ class StudyOptions:
         if self.gpus_per_trial is not None:
             check_number("--gpus-per-trial", self.gpus_per_trial, 0, float("inf"))
         _ = self.rungs
+        self._check_fix()
+
+    def _check_fix(self) -> None:
+        for name in self.fix or {}:
+            if name in NOT_TO_FIX:
+                raise ValueError(f"--fix {name} is not possible; {NOT_TO_FIX[name]}")
+        self.fixed_values()
 
     @property
     def rungs(self) -> tuple[int, ...]:
@@ -109,14 +122,21 @@ class StudyOptions:
         """Returns every config value that is not sampled."""
         assert self.epochs is not None
         return fixed_values(
-            self.space, epochs=self.epochs, image_size=self.image_size, weights=self.weights, seed=self.seed
+            self.space,
+            epochs=self.epochs,
+            image_size=self.image_size,
+            weights=self.weights,
+            seed=self.seed,
+            fix=self.fix,
         )
 
     def sampler(self) -> Sampler:
         """Returns where the study's trials come from, at its beginning."""
         if self.points:
             return PointSampler(self.points)
-        space = find_space(self.space)
+        space = find_space(self.space, self.fix)
+        if not space.ranges:  # all is fixed: one trial
+            return PointSampler([{}])
         return make_sampler(self.searcher, space.ranges, dict(space.published), self.seed)
 
 

@@ -80,7 +80,17 @@ def test_bad_argument_is_one_line_and_writes_nothing(run, tmp_path, arguments, n
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [["--trials", "many"], ["--pruner", "median"], ["--no-such-flag"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--trials", "many"],
+        ["--pruner", "median"],
+        ["--no-such-flag"],
+        ["--fix", "lr"],
+        ["--fix", "lr=high"],
+        ["--fix", "learning_rate=0.1"],
+    ],
+)
 def test_argument_of_the_wrong_kind_is_one_line(run, capsys, arguments):
     with pytest.raises(SystemExit) as exit_:
         run("--space", "softmax", *arguments)

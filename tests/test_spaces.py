@@ -1,11 +1,14 @@
 """What is searched, against the table of DESIGN.md."""
 
+import re
+
 import pytest
 from ray.tune.search.sample import Categorical
 
 from models import ARCHITECTURES, build_args
 from search.asha import rung_epochs
 from search.spaces import SPACES, find_space, fixed_values
+from search.study import StudyOptions
 from search.suggest import grid_values
 from trainables.config import TrainConfig
 
@@ -115,3 +118,32 @@ def test_misspelt_space_is_an_error_naming_the_nearest():
 def test_impossible_value_of_a_study_is_an_error_before_it_starts(key, value):
     with pytest.raises(ValueError, match=f"^{key}={value} is not possible"):
         fixed("softmax", **{key: value})
+
+
+def test_fixed_values_are_sampled_no_more():
+    options = StudyOptions("convnet", fix={"hidden": 20, "label_smoothing": 0.1})
+    assert options.fixed_values()["hidden"] == 20
+    assert options.fixed_values()["label_smoothing"] == 0.1
+    sampler = options.sampler()
+    sampled = [sampler.suggest(f"{k:04d}") for k in range(8)]
+    assert all(set(values) == set(SPACES["convnet"].ranges) - {"hidden"} for values in sampled)
+    assert sampled[0] == {k: v for k, v in SPACES["convnet"].published.items() if k != "hidden"}
+
+
+def test_a_space_that_is_fixed_altogether_has_one_trial():
+    sampler = StudyOptions("softmax", fix=dict(SPACES["softmax"].published)).sampler()
+    assert [sampler.suggest("0000"), sampler.suggest("0001")] == [{}, None]
+
+
+@pytest.mark.parametrize(
+    ("fix", "message"),
+    [
+        ({"epochs": 3}, "--fix epochs is not possible; give --epochs"),
+        ({"image_size": 64}, "give --image-size"),
+        ({"refit": True}, "--fix refit is not possible"),
+        ({"lr": -1.0}, "lr=-1.0 is not possible"),
+    ],
+)
+def test_what_cannot_be_fixed(fix, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        StudyOptions("convnet", fix=fix)

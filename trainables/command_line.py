@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import NoReturn
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, NoReturn
+
+from trainables.config import TrainConfig
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,3 +29,9 @@ def boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise ValueError(f"{text} is neither true nor false")
     return text.lower() == "true"
+
+
+_BY_ANNOTATION: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float, "bool": boolean}
+FIELD_TYPES = {  # what reads a value of each hyperparameter from a command line
+    field.name: _BY_ANNOTATION[str(field.type).removesuffix(" | None")] for field in fields(TrainConfig)
+}

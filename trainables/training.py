@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainables.command_line import Parser, boolean
+from trainables.command_line import FIELD_TYPES, Parser
 from trainables.config import TrainConfig, check_integer
 from trainables.data import DATA_DIR, ImageData, prepare
 from trainables.features import build_model
@@ -32,12 +32,6 @@ from trainables.pipeline import Pipeline, augment
 
 EVAL_BATCH_BYTES = 32 * 2**20  # inputs of one evaluation batch; activations are some 50 times that
 EVAL_BATCH_MAX = 256  # images through convolutions on a processor, whose caches hold no more
-FLAG_TYPES: dict[str, Any] = {
-    "str": str,
-    "int": int,
-    "float": float,
-    "bool": boolean,
-}
 CHANCE_MARGIN = 3  # standard deviations of a guesser's accuracy that still count as chance
 
 
@@ -314,12 +308,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="python -m trainables.training", description=main.__doc__)
     for field in dataclasses.fields(TrainConfig):
         flag = "--space" if field.name == "architecture" else f"--{field.name.replace('_', '-')}"
-        kind = FLAG_TYPES[str(field.type).removesuffix(" | None")]
         required = field.name == "architecture"
         parser.add_argument(
             flag,
             dest=field.name,
-            type=kind,
+            type=FIELD_TYPES[field.name],
             required=required,
             default=argparse.SUPPRESS,
             help=str(field.type),
