@@ -42,7 +42,7 @@ class SmallMapConv2d(nn.Conv2d):
         windows = [taps[:, top : top + height, left : left + width] for top in tops for left in lefts]
         dense = torch.stack(windows).flatten(2).flatten(0, 1)  # (H'·W'·C', H·W·C)
         output = F.linear(input.permute(0, 2, 3, 1).flatten(1), dense)
-        return output.view(len(input), rows, columns, -1).permute(0, 3, 1, 2)
+        return output.view(len(input), rows, columns, self.out_channels).permute(0, 3, 1, 2)
 
 
 def fold_small_maps(network: nn.Module) -> None:

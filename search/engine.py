@@ -25,6 +25,8 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from search.jobs import Jobs
+from search.preflight import TRIAL_SLOT, Resources
+from trainables.ddp import drive
 from trainables.trial import Trial, TrialContext
 
 
@@ -104,33 +106,36 @@ class StepCallback(tune.Callback):
 
 
 def run_jobs(
-    jobs: Jobs,
-    context: TrialContext,
-    *,
-    slots: int,
-    resources: dict[str, float],
-    max_failures: int,
-    on_step: Any,
+    jobs: Jobs, context: TrialContext, *, resources: Resources, max_failures: int, on_step: Any
 ) -> None:
     """Runs all jobs of a study on the connected Ray cluster; returns when none is left.
 
     Args:
         jobs: The study's decisions.
         context: What its trials share.
-        slots: How many trials run at once.
-        resources: ``{"cpu", "gpu"}`` of one trial.
+        resources: How many trials run at once, and what each gets.
         max_failures: How often a trial's worker may be lost before the trial counts as failed.
         on_step: Called without arguments at each turn of the loop.
     """
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)
-    trainable = tune.with_resources(tune.with_parameters(Trial, context=context), resources)
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(resources.slots)
+    if resources.workers == 1:
+        trainable = tune.with_resources(tune.with_parameters(Trial, context=context), resources.of_trial)
+    else:
+        group = tune.with_parameters(
+            drive,
+            context=context,
+            workers=resources.workers,
+            resources=resources.of_worker,
+            max_failures=max_failures,
+        )
+        trainable = tune.with_resources(group, {TRIAL_SLOT: 1})
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=JobSearcher(jobs, slots),
+            search_alg=JobSearcher(jobs, resources.slots),
             scheduler=JobScheduler(jobs),
             num_samples=-1,  # until the searcher says FINISHED
-            reuse_actors=True,
+            reuse_actors=resources.workers == 1,
         ),
         run_config=tune.RunConfig(
             name="ray",

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ray
 from rich.console import Console
 
 from search import preflight
@@ -48,7 +47,9 @@ def start(
     folder = folder or default_folder(options.space, options.data)
     check_free(folder)
     levers = choose(options.device, options.precision)
-    resources = preflight.plan(options, levers, *preflight.machine())
+    there = preflight.machine()
+    options = preflight.settle(options, levers, there)
+    resources = preflight.plan(options, levers, there)
     with console.status(f"reading {options.data}"):
         data = prepare(options.data, Path(options.data_dir), options.image_size)
     with console.status("preparing inputs"):
@@ -83,7 +84,7 @@ def resume(
     """
     study = Study.open(folder, changes)
     options = study.options
-    resources = preflight.plan(options, study.levers, *preflight.machine())
+    resources = preflight.plan(options, study.levers, preflight.machine())
     data = prepare(options.data, Path(options.data_dir), options.image_size)
     if data.sha256 != study.data.sha256:
         raise ValueError(
@@ -110,14 +111,12 @@ def carry_out(
     try:
         with study.running(dataclasses.asdict(resources)):
             jobs = study.jobs()
-            if not ray.is_initialized():
-                preflight.connect()
+            preflight.connect(resources.slots if resources.workers > 1 else 0)
             with Progress(jobs, options, resources.slots, console) as progress:
                 run_jobs(
                     jobs,
                     study.context(resources.threads),
-                    slots=resources.slots,
-                    resources=resources.of_trial,
+                    resources=resources,
                     max_failures=options.max_failures,
                     on_step=progress.update,
                 )

@@ -45,7 +45,7 @@ EPOCHS_SHARE = 1 / 3  # of the space's: enough to rank lrs, and 36 trials are ma
 SCRIPT = "search/lr_study.py"
 OPTIONS = (
     *("data", "data_dir", "image_size", "weights", "epochs", "seed", "device", "precision"),
-    *("concurrency", "cpus_per_trial", "gpus_per_trial", "max_failures"),
+    *("concurrency", "cpus_per_trial", "gpus_per_trial", "workers_per_trial", "max_failures"),
 )
 OF_THE_STUDY = ("data", "image_size", "weights")  # what --from takes over, unless it is given
 

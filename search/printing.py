@@ -31,7 +31,7 @@ def print_result(folder: Path, console: Console) -> int:
         )
         return 1
     print_line(f"[bold]best val_accuracy[/] {best['val_accuracy']:.4f}, trial {best['trial_id']}:")
-    for name in (*SPACES[study["space"]].ranges, *(study["options"].get("fix") or {})):
+    for name in {**SPACES[study["space"]].ranges, **(study["options"].get("fix") or {})}:
         value = best["config"][name]
         print_line(f"  {name} {value:.4g}" if isinstance(value, float) else f"  {name} {value}")
     if final and final["test_accuracy"]:

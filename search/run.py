@@ -39,11 +39,14 @@ HELP = {
     "epochs": "of a trial that is never pruned, and the schedule's horizon (default: the space's)",
     "grace": "epochs before the first comparison",
     "eta": "one of eta trials goes on at each rung",
-    "pruner": "promote pauses trials at rungs and lets the best go on; stop decides as they arrive",
+    "pruner": "promote pauses trials at rungs and lets the best go on; stop decides as they arrive "
+    "(default: promote, or stop where a trial has several workers)",
     "searcher": "where configurations come from, after the published best",
     "concurrency": "trials at once (default: as many as CPUs or GPUs allow)",
     "cpus_per_trial": "CPUs of a trial, and its threads (default: 1, or a GPU's share)",
     "gpus_per_trial": "GPUs of a trial, fractions allowed (default: the space's where there are any)",
+    "workers_per_trial": "processes that train a trial together (DDP) and share its CPUs and GPUs "
+    "(default: 1, or 2 for resnet_finetune where there are 2 GPUs)",
     "time_budget": "seconds of search, after which only the winner is retrained (default: no limit)",
     "seed": "of the sampling, and of each trial's initialisation and order",
     "final_seeds": "fresh seeds on which the winner is retrained and tested",

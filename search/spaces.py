@@ -33,6 +33,7 @@ class Space:
     trials: int = 32  # default of --trials
     fixed: Mapping[str, Any] | None = None  # what is neither sampled nor TrainConfig's default
     gpus_per_trial: float = 1.0  # default where there are GPUs; small networks share one
+    workers_per_trial: int = 1  # default where there are as many GPUs
     leaves_chance_by: int | None = 10  # epochs; an accuracy at chance from then on is a divergence
 
 
@@ -165,7 +166,11 @@ SPACES: dict[str, Space] = {
         fixed={"kernel_size": 3},
     ),
     "resnet_finetune": Space(
-        SGD | {"augment": AUGMENT}, _published(0.001, 0.0, 128, 0.01, augment="none"), 0.8312, epochs=27
+        SGD | {"augment": AUGMENT},
+        _published(0.001, 0.0, 128, 0.01, augment="none"),
+        0.8312,
+        epochs=27,
+        workers_per_trial=2,
     ),
 }
 

@@ -61,7 +61,7 @@ class StudyOptions:
     epochs: int | None = None  # None: the space's
     grace: int = 1
     eta: int = 3
-    pruner: str = "promote"
+    pruner: str | None = None  # None: promote, or stop where a trial has several workers
     searcher: str = "tpe"
     seed: int = 0
     final_seeds: int = 3
@@ -71,6 +71,7 @@ class StudyOptions:
     concurrency: int | None = None  # resume; None: as many as CPUs or GPUs allow
     cpus_per_trial: float | None = None  # resume; None: 1, or a GPU's share of the CPUs
     gpus_per_trial: float | None = None  # resume; None: the space's where there are GPUs
+    workers_per_trial: int | None = None  # None: the space's where there are as many GPUs, else 1
     max_failures: int = 3  # resume; lost workers per trial
     time_budget: float | None = None  # resume; seconds of search, None: no limit
     fix: dict[str, Any] | None = None  # config values that every trial has, instead of sampled ones
@@ -84,7 +85,10 @@ class StudyOptions:
             object.__setattr__(self, "trials", space.trials)
         if self.epochs is None:
             object.__setattr__(self, "epochs", space.epochs)
-        check_name("--pruner", self.pruner, PRUNERS)
+        if self.pruner is not None:
+            check_name("--pruner", self.pruner, PRUNERS)
+        if self.workers_per_trial is not None:
+            check_integer("--workers-per-trial", self.workers_per_trial, 1)
         check_name("--searcher", self.searcher, SEARCHERS)
         for name, lowest in (
             ("trials", 1),
@@ -220,6 +224,7 @@ class Study:
         """Returns the study's decisions, standing where its journal ends."""
         options = self.options
         assert options.trials is not None
+        assert options.pruner is not None
         journal = Journal(self.folder / "reports.jsonl")
         events = journal.read()
         journal.mend()

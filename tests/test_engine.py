@@ -13,7 +13,7 @@ from search.asha import PRUNERS
 from search.collect import collect, read_study
 from search.engine import run_jobs
 from search.journal import Journal, records
-from search.preflight import prepare_inputs
+from search.preflight import Machine, Resources, prepare_inputs, settle
 from search.study import Study, StudyOptions
 from search.suggest import SEARCHERS
 from trainables.data import prepare
@@ -44,6 +44,7 @@ def study(tmp_path, data_dir):
         options = StudyOptions(space="softmax", data="digits", data_dir=str(data_dir), **options)
         data = prepare("digits", Path(data_dir))
         levers = choose("cpu", "fp32")
+        options = settle(options, levers, Machine(SLOTS))
         inputs = prepare_inputs(options, data, levers).inputs
         made = Study.create(tmp_path / name, options, data, levers, inputs)
         with made.running({}):
@@ -51,8 +52,7 @@ def study(tmp_path, data_dir):
             run_jobs(
                 jobs,
                 made.context(threads=1),
-                slots=slots,
-                resources={"cpu": 1},
+                resources=Resources(slots, 1.0, 0.0),
                 max_failures=2,
                 on_step=on_step,
             )

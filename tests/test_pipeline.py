@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from trainables import pipeline as pipeline_module
 from trainables.config import TrainConfig
 from trainables.data import ImageData
 from trainables.levers import Levers
-from trainables.pipeline import IMAGENET_MEAN, IMAGENET_STD, Pipeline, augment
+from trainables.pipeline import IMAGENET_MEAN, IMAGENET_STD, Pipeline, draw_crops
 
 MEAN, STD = (0.1, 0.5, 0.9), (0.2, 0.25, 0.3)
 FP32 = Levers("cpu", "fp32", channels_last=True, micro_batch_bytes=None)
@@ -27,6 +28,11 @@ def textbook(images: torch.Tensor) -> torch.Tensor:
     """Returns (x / 255 - mean) / std in double precision."""
     mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (MEAN, STD))
     return (images.double() / 255 - mean) / std
+
+
+def augment(images: torch.Tensor, generator: torch.Generator, *, flip: bool) -> torch.Tensor:
+    crops = draw_crops(len(images), images.shape[-1], generator, flip=flip)
+    return pipeline_module.augment(images, crops)
 
 
 def naive_augment(images: np.ndarray, generator: torch.Generator) -> np.ndarray:

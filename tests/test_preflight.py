@@ -1,9 +1,8 @@
-import dataclasses
 import re
 
 import pytest
 
-from search.preflight import check_disk, clock, plan
+from search.preflight import Machine, Resources, check_disk, clock, plan, settle
 from search.study import StudyOptions, default_folder
 from trainables.levers import Levers
 
@@ -11,9 +10,9 @@ CPU = Levers("cpu", "fp32", True, 2**20)
 CUDA = Levers("cuda", "bf16", True, None)
 
 
-def planned(cpus, gpus, space="resnet_conv", levers=None, **options):
-    resources = plan(StudyOptions(space=space, **options), levers or (CUDA if gpus else CPU), cpus, gpus)
-    return dataclasses.astuple(resources)
+def planned(cpus, gpus, space="resnet_conv", levers=None, trial_slots=None, **options):
+    levers, there = levers or (CUDA if gpus else CPU), Machine(cpus, gpus, trial_slots)
+    return plan(settle(StudyOptions(space=space, **options), levers, there), levers, there)
 
 
 @pytest.mark.parametrize(
@@ -21,11 +20,17 @@ def planned(cpus, gpus, space="resnet_conv", levers=None, **options):
     [
         (2, 0, {}, (2, 1.0, 0.0)),  # a laptop
         (96, 8, {}, (16, 6.0, 0.5)),  # an 8-GPU node; a frozen ResNet's head takes half a GPU
-        (96, 8, {"space": "resnet_finetune"}, (8, 12.0, 1.0)),
+        (96, 8, {"space": "resnet_finetune"}, (4, 24.0, 2.0, 2)),  # groups of two workers
+        (96, 8, {"space": "resnet_finetune", "workers_per_trial": 1}, (8, 12.0, 1.0)),
+        (96, 8, {"workers_per_trial": 4}, (2, 48.0, 4.0, 4)),
+        (96, 1, {"space": "resnet_finetune"}, (1, 96.0, 1.0)),
+        (5, 0, {"workers_per_trial": 2}, (2, 2.0, 0.0, 2)),
+        (8, 0, {"workers_per_trial": 2, "cpus_per_trial": 4.0}, (2, 4.0, 0.0, 2)),
+        (96, 8, {"space": "resnet_finetune", "trial_slots": 3}, (3, 24.0, 2.0, 2)),
         (96, 8, {"gpus_per_trial": 0.25}, (32, 3.0, 0.25)),
         (96, 8, {"gpus_per_trial": 2.0}, (4, 24.0, 2.0)),
         (96, 8, {"gpus_per_trial": 3.0}, (2, 48.0, 3.0)),
-        (4, 8, {"space": "resnet_finetune"}, (4, 1.0, 1.0)),  # fewer CPUs than GPUs
+        (4, 8, {"space": "resnet_softmax_updatable"}, (4, 1.0, 1.0)),  # fewer CPUs than GPUs
         (8, 0, {"cpus_per_trial": 3.0}, (2, 3.0, 0.0)),
         (8, 0, {"cpus_per_trial": 0.5}, (16, 0.5, 0.0)),
         (8, 0, {"concurrency": 3}, (3, 1.0, 0.0)),
@@ -34,7 +39,27 @@ def planned(cpus, gpus, space="resnet_conv", levers=None, **options):
     ],
 )
 def test_resources_are_divided_as_worked_out(cpus, gpus, options, expected):
-    assert planned(cpus, gpus, **options) == expected
+    assert planned(cpus, gpus, **options) == Resources(*expected)
+
+
+def test_each_worker_of_a_group_gets_its_share():
+    resources = planned(96, 8, space="resnet_finetune")
+    assert resources.of_worker == {"CPU": 12.0, "GPU": 1.0}
+    assert resources.threads == 12
+    assert planned(8, 0, workers_per_trial=2, cpus_per_trial=6.0).threads == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "pruner"),
+    [
+        ({}, "promote"),
+        ({"workers_per_trial": 2}, "stop"),
+        ({"workers_per_trial": 2, "pruner": "promote"}, "promote"),
+        ({"pruner": "none"}, "none"),
+    ],
+)
+def test_groups_are_stopped_and_single_workers_promoted_unless_asked_otherwise(options, pruner):
+    assert settle(StudyOptions("softmax", **options), CPU, Machine(8)).pruner == pruner
 
 
 @pytest.mark.parametrize(
@@ -49,6 +74,21 @@ def test_resources_are_divided_as_worked_out(cpus, gpus, options, expected):
         ),
         (2, 0, {"cpus_per_trial": 4.0}, "trials need 4 CPUs, but there are 2 CPUs"),
         (16, 4, {"gpus_per_trial": 1.5}, "above 1 Ray takes whole GPUs only"),
+        (
+            2,
+            0,
+            {"workers_per_trial": 3},
+            "trials need 3 CPUs (3 workers each), but there are 2 CPUs and 0 GPUs; "
+            "give --workers-per-trial of at most 2",
+        ),
+        (16, 4, {"workers_per_trial": 2, "gpus_per_trial": 1.0}, "give a multiple of 2"),
+        (16, 4, {"workers_per_trial": 8}, "--gpus-per-trial=8, but there are 4 GPUs"),
+        (
+            8,
+            0,
+            {"workers_per_trial": 2, "trial_slots": 0},
+            """ray start --head --resources='{"trial_slot": 4}'""",
+        ),
         (16, 4, {"concurrency": 5, "gpus_per_trial": 1.0}, "5 × 1 GPUs, but there are 16 CPUs and 4 GPUs"),
     ],
 )

@@ -66,3 +66,8 @@ def test_only_plain_convolutions_are_folded():
     )
     fold_small_maps(network)
     assert [type(layer) is SmallMapConv2d for layer in network] == [True, False, False, False, False]
+
+
+def test_no_images_are_no_outputs():
+    folded = SmallMapConv2d(5, 4, 3, 2, 1, bias=False)
+    assert folded(torch.zeros(0, 5, 2, 2)).shape == (0, 4, 1, 1)

@@ -55,26 +55,43 @@ def _affine(
     return 1 / (255 * deviation), torch.tensor(mean, device=device).view(1, 3, 1, 1) / deviation
 
 
-def augment(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor:
-    """Crops at random from zero-padded images and mirrors half of them, in one gather.
+def draw_crops(count: int, side: int, generator: torch.Generator, *, flip: bool) -> Tensor:
+    """Draws how each image of a batch is augmented.
+
+    Args:
+        count: Images.
+        side: Their pixels a side.
+        generator: CPU generator, part of the checkpoint.
+        flip: Whether to mirror at all.
+
+    Returns:
+        int64 ``(count, 3)``: the crop's first row and column in the padded image, and 1 where mirrored.
+    """
+    offsets = torch.randint(0, 2 * _padding(side) + 1, (2, count), generator=generator)
+    mirrored = torch.rand(count, generator=generator) < (0.5 if flip else 0.0)
+    return torch.stack([*offsets, mirrored.long()], dim=1)
+
+
+def augment(images: Tensor, crops: Tensor) -> Tensor:
+    """Crops zero-padded images and mirrors some of them, in one gather.
 
     Args:
         images: uint8 ``(N, 3, H, W)``.
-        generator: CPU generator, part of the checkpoint.
-        flip: Whether to mirror at all.
+        crops: Of ``draw_crops``, ``(N, 3)``.
 
     Returns:
         uint8 ``(N, 3, H, W)`` in channels_last memory.
     """
     count, _, height, width = images.shape
-    padding = round(height * CROP_PADDING)
-    offsets = torch.randint(0, 2 * padding + 1, (2, count, 1), generator=generator)
-    flipped = torch.rand(count, 1, generator=generator) < (0.5 if flip else 0.0)
-    rows = offsets[0] + torch.arange(height)
+    rows = crops[:, :1] + torch.arange(height)
     columns = torch.arange(width).expand(count, width)
-    columns = offsets[1] + torch.where(flipped, columns.flip(1), columns)
+    columns = crops[:, 1:2] + torch.where(crops[:, 2:] == 1, columns.flip(1), columns)
     rows, columns = rows.to(images.device), columns.to(images.device)
-    padded = F.pad(images, (padding, padding, padding, padding))
+    padded = F.pad(images, 4 * (_padding(height),))
     image = torch.arange(count, device=images.device).view(-1, 1, 1)
     # Index tensors around a slice put the slice last: (N, H, W, 3), which is channels_last.
     return padded[image, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+
+
+def _padding(side: int) -> int:
+    return round(side * CROP_PADDING)

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,12 +27,14 @@ from trainables.command_line import FIELD_TYPES, Parser
 from trainables.config import TrainConfig, check_integer
 from trainables.data import DATA_DIR, ImageData, prepare
 from trainables.features import build_model
+from trainables.group import Group
 from trainables.inputs import load_inputs
 from trainables.levers import Levers, choose, has_convolution, micro_batch
-from trainables.pipeline import Pipeline, augment
+from trainables.pipeline import Pipeline, augment, draw_crops
 
 EVAL_BATCH_BYTES = 32 * 2**20  # inputs of one evaluation batch; activations are some 50 times that
 EVAL_BATCH_MAX = 256  # images through convolutions on a processor, whose caches hold no more
+ALONE = Group()
 CHANCE_MARGIN = 3  # standard deviations of a guesser's accuracy that still count as chance
 
 
@@ -48,6 +51,7 @@ class TrainingRun:
         levers: How the device is used.
         data_dir: Where prepared inputs are cached.
         leaves_chance_by: Epoch from which an accuracy at chance means that it diverged; None: never.
+        group: This worker's place where several train the trial; reports are then of all together.
 
     Raises:
         ValueError: The architecture cannot be built from the config.
@@ -60,13 +64,15 @@ class TrainingRun:
         levers: Levers,
         data_dir: Path,
         leaves_chance_by: int | None = None,
+        group: Group = ALONE,
     ) -> None:
-        self.config, self.data, self.levers = config, data, levers
+        self.config, self.data, self.levers, self.group = config, data, levers, group
         self.device = torch.device(levers.device)
         self.leaves_chance_by = leaves_chance_by
         self.inputs = load_inputs(config, data, levers, data_dir)
         self.pipeline = Pipeline.of(config, data, levers)
         self.model = build_model(config, data).to(self.device)
+        group.synchronise_batchnorm(self.model)
         # On cached features the backbone is done: what is trained, saved and evaluated is the head.
         self.network = self.model.head if self.inputs.kind == "features" else self.model
         if levers.channels_last and has_convolution(self.model):
@@ -80,6 +86,7 @@ class TrainingRun:
         self.network.train()
         sample = self.to_network(self.inputs.train_x[:1])
         self.micro_batch = micro_batch(levers, self.network, sample, config.batch_size)
+        self.parallel = group.parallel(self.network)
 
     def epoch(self) -> dict[str, Any]:
         """Trains and evaluates one epoch.
@@ -117,34 +124,52 @@ class TrainingRun:
         Returns:
             Summed loss and number of correct predictions, on the device: no step waits for either.
         """
-        config, inputs = self.config, self.inputs
+        config, inputs, group = self.config, self.inputs, self.group
         self.network.train()
+        if group.size > 1:  # dropout: another mask on each worker, the same after a restart
+            seed = np.random.SeedSequence((config.seed, self.epochs_done, group.rank))
+            torch.manual_seed(int(seed.generate_state(1)[0]))
         loss_sum = torch.zeros((), device=self.device)
         correct = torch.zeros((), device=self.device, dtype=torch.int64)
         order = torch.randperm(len(inputs.train_y), generator=self.generator).to(self.device)
         batches = split_batches(order, config.batch_size)
         for step, batch in enumerate(batches):
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr_at(config, self.epochs_done + (step + 0.5) / len(batches))
-            whole = self.micro_batch == config.batch_size
-            for part in (batch,) if whole else batch.split(self.micro_batch):
-                x, y = gather(inputs.train_x, part), inputs.train_y[part]
-                if config.augment != "none":
-                    x = augment(x, self.generator, flip=config.augment == "crop_flip")
-                with self.autocast():
-                    logits = self.network(self.to_network(x))
-                logits = logits.float()
-                loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=config.label_smoothing)
-                (loss / len(batch)).backward()  # parts add up to the mean over the batch
+            for lr_group in self.optimizer.param_groups:
+                lr_group["lr"] = lr_at(config, self.epochs_done + (step + 0.5) / len(batches))
+            parts = self._parts(batch)
+            for k, (index, crops) in enumerate(parts, start=1):
+                x, y = gather(inputs.train_x, index), inputs.train_y[index]
+                if crops is not None:
+                    x = augment(x, crops)
+                with group.accumulating(self.parallel, last=k == len(parts)):
+                    with self.autocast():
+                        logits = self.parallel(self.to_network(x)).float()
+                    loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=config.label_smoothing)
+                    # parts add up to the mean over the batch; workers are averaged
+                    (loss * (group.size / len(batch))).backward()
                 loss_sum += loss.detach()
                 correct += (logits.detach().argmax(1) == y).sum()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        return loss_sum, correct
+        return self.group.total(loss_sum, correct)
+
+    def _parts(self, batch: Tensor) -> list[tuple[Tensor, Tensor | None]]:
+        """Splits this worker's share of a batch into what it pushes through at once.
+
+        Augmentation is drawn for the whole batch, so that neither workers nor parts change it.
+        """
+        size = len(batch) if self.micro_batch == self.config.batch_size else self.micro_batch
+        indices = self.group.share(batch).split(size)
+        if self.config.augment == "none":
+            return [(index, None) for index in indices]
+        side, flip = self.data.image_shape[1], self.config.augment == "crop_flip"
+        crops = self.group.share(draw_crops(len(batch), side, self.generator, flip=flip))
+        return list(zip(indices, crops.split(size), strict=True))
 
     @torch.inference_mode()
     def evaluate(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Returns summed loss and number of correct predictions over all of x ``(N, …)``."""
+        x, y = self.group.stretch(x), self.group.stretch(y)
         self.network.eval()
         loss_sum = torch.zeros((), device=self.device)
         correct = torch.zeros((), device=self.device, dtype=torch.int64)
@@ -153,7 +178,7 @@ class TrainingRun:
                 logits = self.network(self.to_network(part_x))
             loss_sum += F.cross_entropy(logits.float(), part_y, reduction="sum")
             correct += (logits.argmax(1) == part_y).sum()
-        return loss_sum, correct
+        return self.group.total(loss_sum, correct)
 
     @torch.inference_mode()
     def predict(self, images: Tensor) -> Tensor:

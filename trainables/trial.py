@@ -20,8 +20,9 @@ from ray import tune
 from trainables.config import TrainConfig
 from trainables.data import ImageData
 from trainables.evaluate import evaluate_test
+from trainables.group import Group
 from trainables.levers import Levers
-from trainables.training import DamagedCheckpointError, TrainingRun
+from trainables.training import ALONE, DamagedCheckpointError, TrainingRun
 
 
 @dataclass(frozen=True)
@@ -40,69 +41,78 @@ class TrialContext:
         return self.study_dir / "checkpoints" / f"{trial_id}.pt"
 
 
-class Trial(tune.Trainable):
-    """Runs jobs ``{"trial_id", "config", "reported", "final"}`` one after another.
+class JobRun:
+    """A job at work: ``{"trial_id", "config", "reported", "final"}``.
 
     ``reported`` is the number of epochs whose reports have reached the study already; ``final`` says
     that the trial ends with the test split.
     """
+
+    def __init__(self, job: dict[str, Any], context: TrialContext, group: Group = ALONE) -> None:
+        self.job, self.context, self.group = job, context, group
+        self.reported: int = job["reported"]
+        self.run, checkpoint = self._new_run(), context.checkpoint(job["trial_id"])
+        if checkpoint.exists():
+            try:
+                self.run.load(checkpoint)
+            except DamagedCheckpointError:
+                self.run = self._new_run()  # the same seed gives the same epochs again
+
+    def report(self) -> dict[str, Any]:
+        """Trains an epoch, unless one waits to be reported, and returns its report."""
+        run, trial_id = self.run, self.job["trial_id"]
+        # A kill between the checkpoint and its report leaves a report to deliver, not to repeat.
+        if run.epochs_done <= self.reported:
+            run.epoch()
+            if self.group.rank == 0:
+                run.save(self.context.checkpoint(trial_id))
+        self.reported = run.epochs_done
+        report = run.report | _whereabouts()
+        if report["diverged"] or run.epochs_done == run.config.epochs:
+            report["status"] = "diverged" if report["diverged"] else "done"
+            if self.job["final"] and self.group.rank == 0:  # diverged, too: a mean without it would flatter
+                folder = self.context.study_dir / "best"
+                report["test_accuracy"] = evaluate_test(run, folder / f"predictions-{trial_id}.parquet")
+        return report
+
+    def _new_run(self) -> TrainingRun:
+        context, config = self.context, TrainConfig.from_dict(self.job["config"])
+        return TrainingRun(
+            config, context.data, context.levers, context.data_dir, context.leaves_chance_by, self.group
+        )
+
+
+def failure_report(error: Exception) -> dict[str, Any]:
+    """Returns the report of a trial that ends by an exception."""
+    status = "out_of_memory" if isinstance(error, torch.OutOfMemoryError) else "error"
+    return {"status": status, "error": "".join(traceback.format_exception(error))} | _whereabouts()
+
+
+def _whereabouts() -> dict[str, Any]:
+    return {"pid": os.getpid(), "node": socket.gethostname()}
+
+
+class Trial(tune.Trainable):
+    """Runs jobs one after another, each on one worker."""
 
     def setup(self, config: dict[str, Any], context: TrialContext | None = None) -> None:
         """Starts or resumes the job; Tune calls it once per worker."""
         assert context is not None
         self.context = context
         torch.set_num_threads(context.threads)  # Ray sets OMP_NUM_THREADS=1 for 0 to 1 CPUs (2.60)
-        self._start(config)
+        self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Starts or resumes the next job on this worker."""
-        self._start(new_config)
+        self.job = new_config
+        self.run: JobRun | None = None  # built in step(), where its failure is the trial's result
         return True
-
-    def _start(self, job: dict[str, Any]) -> None:
-        self.job = job
-        self.run: TrainingRun | None = None  # built in step(), where its failure is the trial's result
 
     def step(self) -> dict[str, Any]:
         """Returns the report of one epoch; a failure of the trial is a report too."""
         try:
-            report = self._epoch()
-        except torch.OutOfMemoryError:
-            report = {"status": "out_of_memory", "error": traceback.format_exc()}
-        except Exception:  # noqa: BLE001  A bug in one trial must not end the study; it is recorded whole.
-            report = {"status": "error", "error": traceback.format_exc()}
-        report |= {"pid": os.getpid(), "node": socket.gethostname()}
+            self.run = self.run or JobRun(self.job, self.context)
+            report = self.run.report()
+        except Exception as error:  # noqa: BLE001  One trial's bug must not end the study; it is recorded.
+            report = failure_report(error)
         return {"report": report}  # without Tune's "done", which would pass the study's scheduler by
-
-    def _epoch(self) -> dict[str, Any]:
-        if self.run is None:
-            self.run = self._resumed()
-        run, trial_id = self.run, self.job["trial_id"]
-        # A kill between the checkpoint and its report leaves a report to deliver, not to repeat.
-        if run.epochs_done <= self.job["reported"]:
-            run.epoch()
-            run.save(self.context.checkpoint(trial_id))
-        self.job["reported"] = run.epochs_done
-        report = dict(run.report)
-        if report["diverged"] or run.epochs_done == run.config.epochs:
-            report["status"] = "diverged" if report["diverged"] else "done"
-            if self.job["final"]:  # a diverged seed, too: a mean without it would flatter
-                folder = self.context.study_dir / "best"
-                report["test_accuracy"] = evaluate_test(run, folder / f"predictions-{trial_id}.parquet")
-        return report
-
-    def _resumed(self) -> TrainingRun:
-        context, config = self.context, TrainConfig.from_dict(self.job["config"])
-
-        def begin() -> TrainingRun:
-            return TrainingRun(
-                config, context.data, context.levers, context.data_dir, context.leaves_chance_by
-            )
-
-        run, checkpoint = begin(), context.checkpoint(self.job["trial_id"])
-        if checkpoint.exists():
-            try:
-                run.load(checkpoint)
-            except DamagedCheckpointError:
-                run = begin()  # the same seed gives the same epochs again
-        return run

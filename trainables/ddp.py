@@ -1,0 +1,105 @@
+"""How do several workers train one trial? A Ray Train group inside a Tune trial, DDP inside the group.
+
+The Tune trial is a driver that takes a ``trial_slot`` and no CPU; the group's workers take the CPUs
+and GPUs. There are as many slots as groups fit, so drivers can never fill a cluster on which their
+workers then find no place. Rank 0 writes the checkpoint before each report, as trainables/trial.py
+does, so a trial may go on with one worker or with several. A group costs nine processes and 20
+seconds to start (Ray 2.60): a trial of one worker is never made of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ray import train, tune
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchTrainer, get_device
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from trainables.group import Group
+from trainables.trial import JobRun, TrialContext, failure_report
+
+CONTROLLER_FAILURES = 3  # Ray's default is to try for ever
+
+
+def drive(
+    job: dict[str, Any],
+    *,
+    context: TrialContext,
+    workers: int,
+    resources: dict[str, float],
+    max_failures: int,
+) -> None:
+    """Runs a job on a group of workers, and on a new one where a worker was lost; a Tune trial.
+
+    Args:
+        job: As ``Trial`` takes it.
+        context: What the study's trials share.
+        workers: Of the group.
+        resources: Of one worker, ``{"CPU", "GPU"}``.
+        max_failures: How often a worker may be lost before the trial counts as failed.
+    """
+    own_fault = _failure_file(context, job["trial_id"])
+    own_fault.unlink(missing_ok=True)  # of an earlier life
+    for lost in range(max_failures + 1):
+        trainer = TorchTrainer(
+            _train,
+            train_loop_config={"job": job, "context": context},
+            scaling_config=ScalingConfig(
+                num_workers=workers, use_gpu="GPU" in resources, resources_per_worker=resources
+            ),
+            run_config=RunConfig(
+                name=f"{job['trial_id']}-{os.getpid()}-{lost}",  # Train would resume an equal name
+                storage_path=str(context.study_dir / "ray" / "groups"),
+                callbacks=[TuneReportCallback()],  # type: ignore[list-item]  # Ray 2.60 types the old API
+                failure_config=FailureConfig(  # type: ignore[call-arg]  # the same
+                    max_failures=0, controller_failure_limit=CONTROLLER_FAILURES
+                ),
+            ),
+        )
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            if own_fault.exists():
+                tune.report({"report": json.loads(own_fault.read_text())})
+                return
+            last = str(error)
+        else:
+            return
+    tune.report({"report": {"status": "error", "error": f"a worker was lost {lost + 1} times: {last}"}})
+
+
+def _train(settings: dict[str, Any]) -> None:
+    """Is one worker of a group; every worker reports, and rank 0's reports reach Tune."""
+    job, context = settings["job"], settings["context"]
+    torch.set_num_threads(context.threads)
+    if context.levers.device == "cuda":
+        torch.cuda.set_device(get_device())
+    try:
+        run = JobRun(job, context, Group.current())
+        while True:
+            report = run.report()
+            train.report({"report": report})
+            if "status" in report:
+                return
+    except Exception as error:
+        if not _is_lost_partner(error):
+            file = _failure_file(context, job["trial_id"])
+            partial = file.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps(failure_report(error)))
+            partial.replace(file)
+        raise
+
+
+def _is_lost_partner(error: Exception) -> bool:
+    """Returns whether a collective failed because another worker is gone; gloo has no class of its own."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _failure_file(context: TrialContext, trial_id: str) -> Path:
+    return context.checkpoint(trial_id).with_suffix(".failure")
