@@ -187,8 +187,8 @@ def plan(options: StudyOptions, levers: Levers, there: Machine) -> Resources:
     if workers > 1 and there.trial_slots is not None:
         if there.trial_slots < 1:
             raise ValueError(
-                f"--workers-per-trial={workers} needs the resource {TRIAL_SLOT}, and the cluster has none; start "
-                f"""its head with ray start --head --resources='{{"{TRIAL_SLOT}": {fits}}}'"""
+                f"--workers-per-trial={workers} needs the resource {TRIAL_SLOT}, and there is none; start "
+                f"""the head with ray start --head --resources='{{"{TRIAL_SLOT}": {fits}}}'"""
             )
         slots = min(slots, int(there.trial_slots))
     assert options.trials is not None
