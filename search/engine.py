@@ -25,7 +25,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from search.jobs import Jobs
-from search.preflight import TRIAL_SLOT, Resources
+from search.resources import TRIAL_SLOT, Resources
 from trainables.ddp import drive
 from trainables.trial import Trial, TrialContext
 

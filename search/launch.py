@@ -15,6 +15,7 @@ from search import preflight
 from search.engine import run_jobs
 from search.printing import print_forecast, print_result, shown
 from search.progress import Progress
+from search.resources import Resources, connect, machine, plan, settle
 from search.study import Study, StudyOptions, check_free, default_folder
 from trainables.data import prepare
 from trainables.levers import choose
@@ -47,9 +48,9 @@ def start(
     folder = folder or default_folder(options.space, options.data)
     check_free(folder)
     levers = choose(options.device, options.precision)
-    there = preflight.machine()
-    options = preflight.settle(options, levers, there)
-    resources = preflight.plan(options, levers, there)
+    there = machine()
+    options = settle(options, levers, there)
+    resources = plan(options, levers, there)
     with console.status(f"reading {options.data}"):
         data = prepare(options.data, Path(options.data_dir), options.image_size)
     with console.status("preparing inputs"):
@@ -84,7 +85,7 @@ def resume(
     """
     study = Study.open(folder, changes)
     options = study.options
-    resources = preflight.plan(options, study.levers, preflight.machine())
+    resources = plan(options, study.levers, machine())
     data = prepare(options.data, Path(options.data_dir), options.image_size)
     if data.sha256 != study.data.sha256:
         raise ValueError(
@@ -96,9 +97,7 @@ def resume(
     return carry_out(study, resources, console, finish, script)
 
 
-def carry_out(
-    study: Study, resources: preflight.Resources, console: Console, finish: Finish, script: str
-) -> int:
+def carry_out(study: Study, resources: Resources, console: Console, finish: Finish, script: str) -> int:
     """Runs a study to its end or to a Ctrl-C, and prints what came of it."""
     options = study.options
     console.print(
@@ -111,7 +110,7 @@ def carry_out(
     try:
         with study.running(dataclasses.asdict(resources)):
             jobs = study.jobs()
-            preflight.connect(resources.slots if resources.workers > 1 else 0)
+            connect(resources.slots if resources.workers > 1 else 0)
             with Progress(jobs, options, resources.slots, console) as progress:
                 run_jobs(
                     jobs,

@@ -10,6 +10,7 @@ from rich.console import Console
 from models import ARCHITECTURES
 from search import preflight
 from search.collect import read_study
+from search.resources import Resources
 from search.spaces import SPACES
 from search.study import StudyOptions
 from trainables.training import TrainingRun
@@ -54,7 +55,7 @@ def print_result(folder: Path, console: Console) -> int:
 
 
 def print_forecast(
-    options: StudyOptions, folder: Path, resources: preflight.Resources, run: TrainingRun, console: Console
+    options: StudyOptions, folder: Path, resources: Resources, run: TrainingRun, console: Console
 ) -> int:
     """Prints what --dry-run promises; returns 0.
 

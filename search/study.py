@@ -11,6 +11,8 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from search.asha import PRUNERS, Asha, rung_epochs
@@ -190,7 +193,8 @@ class Study:
                 "commit": commit(),
                 "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
                 | {"python": platform.python_version()},
-                "command": " ".join(sys.argv),
+                "machine": machine_name(),
+                "command": shlex.join(sys.argv),
                 "started_at": time.time(),
                 "seconds": 0.0,
             },
@@ -305,6 +309,21 @@ def commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() or None
+
+
+def machine_name() -> str:
+    """Returns what a study's times are to be read with: its GPUs, or its CPUs."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    names = re.findall(r"^model name\s*: (.*)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    return f"{cpu_count()} CPUs, {names[0] if names else platform.processor() or platform.machine()}"
+
+
+def _read(file: str) -> str:
+    try:
+        return Path(file).read_text()
+    except OSError:
+        return ""
 
 
 def default_folder(space: str, data: str) -> Path:

@@ -12,7 +12,8 @@ import pytest
 from search.collect import read_study
 from search.engine import run_jobs
 from search.journal import Journal, records
-from search.preflight import Machine, Resources, connect, prepare_inputs, settle
+from search.preflight import prepare_inputs
+from search.resources import Machine, Resources, connect, settle
 from search.study import Study, StudyOptions
 from trainables.config import TrainConfig
 from trainables.data import prepare

@@ -13,7 +13,8 @@ from search.asha import PRUNERS
 from search.collect import collect, read_study
 from search.engine import run_jobs
 from search.journal import Journal, records
-from search.preflight import Machine, Resources, prepare_inputs, settle
+from search.preflight import prepare_inputs
+from search.resources import Machine, Resources, settle
 from search.study import Study, StudyOptions
 from search.suggest import SEARCHERS
 from trainables.data import prepare
@@ -28,7 +29,7 @@ SLOTS = 2
 def cluster():
     import ray
 
-    from search.preflight import connect
+    from search.resources import connect
 
     os.environ.pop("RAY_ADDRESS", None)
     connect()

@@ -2,7 +2,8 @@ import re
 
 import pytest
 
-from search.preflight import Machine, Resources, check_disk, clock, plan, settle
+from search.preflight import check_disk, clock
+from search.resources import Machine, Resources, plan, settle
 from search.study import StudyOptions, default_folder
 from trainables.levers import Levers
 

@@ -1,0 +1,180 @@
+"""How are CPUs and GPUs divided among trials, and how is Ray reached that hands them out?"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import ray
+import torch
+
+from search.spaces import find_space
+from search.study import StudyOptions, cpu_count
+from trainables.levers import Levers
+
+TRIAL_SLOT = "trial_slot"  # a resource of the head node: one for each group of workers that fits
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What trials may use: of the cluster where there is one, else of this host."""
+
+    cpus: float
+    gpus: float = 0
+    trial_slots: float | None = None  # that the cluster offers; None: our own cluster, as many as fit
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What each trial gets, and how many run at once."""
+
+    slots: int
+    cpus_per_trial: float
+    gpus_per_trial: float
+    workers: int = 1  # that share a trial and its resources
+
+    @property
+    def threads(self) -> int:
+        """Returns the threads of one worker."""
+        return max(1, int(self.cpus_per_trial / self.workers))
+
+    @property
+    def of_trial(self) -> dict[str, float]:
+        """Returns the resources of one trial as Tune takes them."""
+        return {"cpu": self.cpus_per_trial} | ({"gpu": self.gpus_per_trial} if self.gpus_per_trial else {})
+
+    @property
+    def of_worker(self) -> dict[str, float]:
+        """Returns the resources of one worker as Train takes them."""
+        of_worker = {"CPU": self.cpus_per_trial / self.workers}
+        return of_worker | ({"GPU": self.gpus_per_trial / self.workers} if self.gpus_per_trial else {})
+
+
+def machine() -> Machine:
+    """Returns what there is to divide among trials."""
+    if os.environ.get("RAY_ADDRESS"):
+        if not ray.is_initialized():
+            connect()
+        total = ray.cluster_resources()
+        return Machine(total.get("CPU", 0), total.get("GPU", 0), total.get(TRIAL_SLOT, 0))
+    return Machine(cpu_count(), torch.cuda.device_count())
+
+
+def settle(options: StudyOptions, levers: Levers, there: Machine) -> StudyOptions:
+    """Returns the options with what depends on the machine: workers per trial, and with them the pruner."""
+    workers = options.workers_per_trial
+    if workers is None:
+        wanted = find_space(options.space).workers_per_trial
+        workers = wanted if levers.device == "cuda" and there.gpus >= wanted else 1
+    pruner = options.pruner or ("stop" if workers > 1 else "promote")  # a group is costly to start again
+    return replace(options, workers_per_trial=workers, pruner=pruner)
+
+
+def plan(options: StudyOptions, levers: Levers, there: Machine) -> Resources:
+    """Divides CPUs and GPUs among trials.
+
+    Raises:
+        ValueError: They do not suffice; shows the arithmetic.
+    """
+    cpus, gpus, workers = there.cpus, there.gpus, options.workers_per_trial or 1
+    gpus_per_trial = options.gpus_per_trial
+    if gpus_per_trial is None:
+        share = 1 if workers > 1 else find_space(options.space).gpus_per_trial
+        gpus_per_trial = workers * share if levers.device == "cuda" else 0.0
+    if gpus_per_trial > gpus:
+        raise ValueError(
+            f"--gpus-per-trial={gpus_per_trial:g}, but there are {gpus:g} GPUs; "
+            + (f"give at most {gpus:g}" if gpus else "leave it out to train on CPUs")
+        )
+    if gpus_per_trial > 1 and gpus_per_trial != int(gpus_per_trial):
+        raise ValueError(f"--gpus-per-trial={gpus_per_trial:g}: above 1 Ray takes whole GPUs only")
+    if gpus_per_trial % workers and workers > 1:
+        raise ValueError(
+            f"--gpus-per-trial={gpus_per_trial:g} among --workers-per-trial={workers}: each worker takes "
+            f"whole GPUs; give a multiple of {workers}"
+        )
+    by_gpu = math.inf
+    if gpus_per_trial:
+        by_gpu = gpus // gpus_per_trial if gpus_per_trial >= 1 else gpus * (1 // gpus_per_trial)
+    cpus_per_trial = options.cpus_per_trial
+    if cpus_per_trial is None:
+        cpus_per_trial = float(workers)
+        if by_gpu < math.inf:
+            cpus_per_trial = max(cpus_per_trial, cpus // (options.concurrency or by_gpu))
+    by_cpu = math.floor(cpus / cpus_per_trial + 1e-9)
+    fits = int(min(by_cpu, by_gpu))
+    slots = options.concurrency or fits
+    if fits < 1 or slots > fits:
+        asked = f"{slots} × " if options.concurrency else ""
+        need = f"{asked}{cpus_per_trial:g} CPUs" + (
+            f" and {asked}{gpus_per_trial:g} GPUs" if gpus_per_trial else ""
+        )
+        need += f" ({workers} workers each)" if workers > 1 else ""
+        remedy = f"give --concurrency of at most {fits}, or a smaller --cpus-per-trial"
+        if not fits:
+            remedy = f"give --cpus-per-trial of at most {cpus:g}"
+            if options.cpus_per_trial is None and workers > 1:
+                remedy = f"give --workers-per-trial of at most {int(cpus)}"
+        raise ValueError(f"trials need {need}, but there are {cpus:g} CPUs and {gpus:g} GPUs; {remedy}")
+    if workers > 1 and there.trial_slots is not None:
+        if there.trial_slots < 1:
+            raise ValueError(
+                f"--workers-per-trial={workers} needs the resource {TRIAL_SLOT}, and there is none; start "
+                f"""the head with ray start --head --resources='{{"{TRIAL_SLOT}": {fits}}}'"""
+            )
+        slots = min(slots, int(there.trial_slots))
+    assert options.trials is not None
+    slots = min(slots, max(options.trials, options.final_seeds))
+    return Resources(slots, cpus_per_trial, gpus_per_trial, workers)
+
+
+def connect(trial_slots: int = 0) -> None:
+    """Starts Ray on this host, or joins the cluster that RAY_ADDRESS names; silent.
+
+    Args:
+        trial_slots: How many groups of workers shall run at once; 0: trials have one worker each.
+    """
+    if ray.is_initialized():
+        if not trial_slots or TRIAL_SLOT in ray.cluster_resources():
+            return
+        ray.shutdown()  # a cluster of our own, started for an earlier study
+    # without an address ray.init would join whatever cluster this host happens to run
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    local = address == "local"
+    with _findable_cluster() if trial_slots and local else contextlib.nullcontext():
+        ray.init(
+            address=address,
+            resources={TRIAL_SLOT: trial_slots} if trial_slots and local else None,
+            include_dashboard=bool(trial_slots) if local else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    # ray.init puts a handler in place that prints a C++ stack and aborts (2.60); a SIGTERM, which a
+    # cluster sends before it takes a node, shall be a Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def _findable_cluster() -> Iterator[None]:
+    """Lets the processes of a cluster that starts inside know its address.
+
+    Train's actor that gives a stopped group's resources back asks the dashboard, and finds it by
+    RAY_ADDRESS or by guessing among all clusters of the host, in vain where there are two (Ray 2.60).
+    """
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    names = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name)
