@@ -34,7 +34,7 @@ from search.printing import shown
 from search.run import add_options
 from search.spaces import find_space
 from search.study import StudyOptions
-from trainables.command_line import Parser
+from trainables.command_line import Parser, exit_code
 from trainables.config import TrainConfig, check_integer, check_number
 
 GRID = 12  # values
@@ -255,23 +255,24 @@ def extend(folder: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    console = Console()
     do, given = parse(arguments)
-    try:
-        if do.extend:
-            extend(do.extend)
-        if do.extend or do.resume:
-            return resume(do.extend or do.resume, given, console, finish=finish, script=SCRIPT)
-        options = new_options(do, given)
-        for point in options.points or []:
-            TrainConfig.from_dict(options.fixed_values() | point)
-        return start(options, do.study_dir, console, dry_run=do.dry_run, finish=finish, script=SCRIPT)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped before the study began; nothing was written", file=sys.stderr)
-        return 3
+    return exit_code(lambda: carry_out(do, given, Console()))
+
+
+def carry_out(do: argparse.Namespace, given: dict[str, Any], console: Console) -> int:
+    """Does what was asked for; returns the exit code.
+
+    Raises:
+        ValueError: It cannot be done.
+    """
+    if do.extend:
+        extend(do.extend)
+    if do.extend or do.resume:
+        return resume(do.extend or do.resume, given, console, finish=finish, script=SCRIPT)
+    options = new_options(do, given)
+    for point in options.points or []:
+        TrainConfig.from_dict(options.fixed_values() | point)
+    return start(options, do.study_dir, console, dry_run=do.dry_run, finish=finish, script=SCRIPT)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from search.printing import list_spaces
 from search.spaces import SPACES
 from search.study import StudyOptions, flag
 from search.suggest import SEARCHERS
-from trainables.command_line import FIELD_TYPES, Parser
+from trainables.command_line import FIELD_TYPES, Parser, exit_code
 from trainables.config import TrainConfig, check_name, nearest
 from trainables.levers import PRECISIONS
 
@@ -117,41 +117,42 @@ class _Values(argparse.Action):
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    console = Console()
     do, options = parse(arguments)
-    try:
-        if do.list_spaces:
-            return list_spaces(console)
-        if do.resume:
-            if do.space or do.study_dir:
-                raise ValueError(
-                    "--resume takes space and folder from the study; leave --space and --study-dir out"
-                )
-            if do.dry_run:
-                raise ValueError("--dry-run forecasts a new study; leave --resume out")
-            return resume(do.resume, options, console)
-        if not do.space:
-            raise ValueError(f"give --space NAME, or --resume DIR; spaces: {', '.join(SPACES)}, or all")
-        if do.space != "all":
-            return start(StudyOptions(space=do.space, **options), do.study_dir, console, dry_run=do.dry_run)
-        check_name("--space", do.space, [*SPACES, "all"])
-        codes = []
-        for space in SPACES:
-            folder = do.study_dir / space if do.study_dir else None
-            try:
-                codes.append(start(StudyOptions(space=space, **options), folder, console, dry_run=do.dry_run))
-            except ValueError as error:  # one space's trouble is not the next one's
-                print(f"error: {space}: {error}", file=sys.stderr)
-                codes.append(2)
-            if codes[-1] == 3:
-                break
-        return max(codes)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped before the study began; nothing was written", file=sys.stderr)
-        return 3
+    return exit_code(lambda: carry_out(do, options, Console()))
+
+
+def carry_out(do: argparse.Namespace, options: dict[str, Any], console: Console) -> int:
+    """Does what was asked for; returns the exit code.
+
+    Raises:
+        ValueError: It cannot be done.
+    """
+    if do.list_spaces:
+        return list_spaces(console)
+    if do.resume:
+        if do.space or do.study_dir:
+            raise ValueError(
+                "--resume takes space and folder from the study; leave --space and --study-dir out"
+            )
+        if do.dry_run:
+            raise ValueError("--dry-run forecasts a new study; leave --resume out")
+        return resume(do.resume, options, console)
+    if not do.space:
+        raise ValueError(f"give --space NAME, or --resume DIR; spaces: {', '.join(SPACES)}, or all")
+    check_name("--space", do.space, [*SPACES, "all"])
+    if do.space != "all":
+        return start(StudyOptions(space=do.space, **options), do.study_dir, console, dry_run=do.dry_run)
+    codes = []
+    for space in SPACES:
+        folder = do.study_dir / space if do.study_dir else None
+        try:
+            codes.append(start(StudyOptions(space=space, **options), folder, console, dry_run=do.dry_run))
+        except ValueError as error:  # one space's trouble is not the next one's
+            print(f"error: {space}: {error}", file=sys.stderr)
+            codes.append(2)
+        if codes[-1] == 3:
+            break
+    return max(codes)
 
 
 if __name__ == "__main__":

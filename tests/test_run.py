@@ -182,7 +182,7 @@ def test_dry_run_forecasts_and_writes_no_study(run, tmp_path):
     # 9 trials to epoch 1, 3 of them to 3, 1 to 9: 9 + 3·2 + 1·6
     assert "21 expected (81 unpruned), rungs [1, 3]" in out
     assert re.search(r"time +about \d", out)
-    assert "1295 train, 143 validation, 359 test" in out
+    assert "1004 train, 434 validation, 359 test" in out
     assert list(tmp_path.iterdir()) == []
 
 

@@ -20,6 +20,18 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+def exit_code(command: Callable[[], int]) -> int:
+    """Runs a command and returns its exit code: 2 and a line on stderr for a ValueError, 3 for a Ctrl-C."""
+    try:
+        return command()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped before the study began; nothing was written", file=sys.stderr)
+        return 3
+
+
 def boolean(text: str) -> bool:
     """Returns what true or false means.
 
