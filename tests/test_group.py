@@ -38,10 +38,23 @@ STATISTICS = (3, 4, 2)  # images, channels, side: of the layer that is compared 
 
 
 def train(run: TrainingRun) -> dict:
-    """Trains, and returns everything that workers must agree on."""
+    """Trains, and returns what workers must agree on, and the images that this one saw."""
+    seen, divide = [], run._parts
+
+    def parts(batch: torch.Tensor) -> list:
+        divided = divide(batch)
+        seen.extend(index for index, _ in divided)
+        return divided
+
+    run._parts = parts
     reports = [run.epoch() for _ in range(EPOCHS)]
     sums = run.evaluate(run.inputs.val_x, run.inputs.val_y)
-    return {"reports": reports, "network": run.network.state_dict(), "sums": [value.item() for value in sums]}
+    return {
+        "reports": reports,
+        "network": run.network.state_dict(),
+        "sums": [value.item() for value in sums],
+        "seen": torch.cat(seen),
+    }
 
 
 def normalised(layer: nn.BatchNorm2d, x: torch.Tensor, share: slice) -> dict:
@@ -112,10 +125,19 @@ def test_a_group_trains_as_one_worker_does(folder, data, name):
         for ours, theirs in zip(found["reports"], alone["reports"], strict=True):
             assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
             assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-4)
-            assert ours["train_accuracy"] == theirs["train_accuracy"]  # the same images, counted once each
-            assert ours["val_accuracy"] == theirs["val_accuracy"]
+            # an image on the border may fall to either side by rounding
+            assert ours["train_accuracy"] == pytest.approx(theirs["train_accuracy"], abs=0.005)
+            assert ours["val_accuracy"] == pytest.approx(theirs["val_accuracy"], abs=0.005)
         for key, tensor in alone["network"].items():
             torch.testing.assert_close(found["network"][key], tensor, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_image_is_seen_by_one_worker_in_an_epoch(folder, data, name):
+    size, levers, config = CASES[name]
+    seen = torch.cat([worker[name]["seen"] for worker in found_by(folder, size)])
+    count = len(TrainingRun(config, data, levers, folder).inputs.train_y)
+    assert sorted(seen.tolist()) == list(range(count))
 
 
 @pytest.mark.parametrize("name", CASES)
