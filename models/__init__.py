@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from models import resnet, small
 from models.resnet import load_weights
+from models.small_maps import fold_small_maps
 
 __all__ = ["ARCHITECTURES", "Architecture", "Classifier", "build", "build_args", "load_weights"]
 
@@ -160,7 +161,9 @@ def build(
         )
     backbone = resnet.build_backbone(architecture.cut, weights)
     features = resnet.output_shape(architecture.cut, image_shape)
-    return Classifier(backbone, head.build(features, num_classes, **args), frozen=architecture.frozen)
+    model = Classifier(backbone, head.build(features, num_classes, **args), frozen=architecture.frozen)
+    fold_small_maps(model)
+    return model
 
 
 def build_args(name: str) -> tuple[str, ...]:

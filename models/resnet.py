@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights, resnet18
 
-from models.small_maps import fold_small_maps
-
 IN_CHANNELS = 3  # of the first convolution, whose weights come with the rest
 LAYERS = (  # in forward's order; "flatten" is a function in torchvision and a layer here
     *("conv1", "bn1", "relu", "maxpool"),
@@ -71,7 +69,6 @@ def build_backbone(cut: str, weights: str = "none") -> nn.Sequential:
     network.add_module("flatten", nn.Flatten())
     kept = LAYERS[: LAYERS.index(CUTS[cut].last) + 1]
     backbone = nn.Sequential(OrderedDict((name, getattr(network, name)) for name in kept))
-    fold_small_maps(backbone)
     if state is not None:
         copies = {name: state[name].clone() for name in backbone.state_dict()}
         backbone.load_state_dict(copies, assign=True)

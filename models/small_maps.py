@@ -41,13 +41,14 @@ class SmallMapConv2d(nn.Conv2d):
         lefts = [int(self.padding[1]) - column * self.stride[1] for column in range(columns)]
         windows = [taps[:, top : top + height, left : left + width] for top in tops for left in lefts]
         dense = torch.stack(windows).flatten(2).flatten(0, 1)  # (H'·W'·C', H·W·C)
-        output = F.linear(input.permute(0, 2, 3, 1).flatten(1), dense)
+        bias = None if self.bias is None else self.bias.repeat(rows * columns)
+        output = F.linear(input.permute(0, 2, 3, 1).flatten(1), dense, bias)
         return output.view(len(input), rows, columns, self.out_channels).permute(0, 3, 1, 2)
 
 
 def fold_small_maps(network: nn.Module) -> None:
-    """Turns every plain convolution of a network (no bias, no groups, no dilation) into a SmallMapConv2d."""
+    """Turns every plain convolution of a network (no groups, no dilation) into a SmallMapConv2d."""
     for module in network.modules():
-        plain = type(module) is nn.Conv2d and module.bias is None
-        if plain and module.groups == 1 and module.dilation == (1, 1) and module.padding_mode == "zeros":
+        plain = type(module) is nn.Conv2d and module.padding_mode == "zeros"
+        if plain and module.groups == 1 and module.dilation == (1, 1):
             module.__class__ = SmallMapConv2d  # the same parameters under the same names

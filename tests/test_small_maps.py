@@ -23,12 +23,13 @@ from models.small_maps import SmallMapConv2d, fold_small_maps
     ],
 )
 @pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
 def test_output_and_gradients_equal_a_convolutions(
-    size, kernel, stride, padding, becomes_linear, channels_last
+    size, kernel, stride, padding, becomes_linear, channels_last, bias
 ):
     torch.manual_seed(0)
-    plain = nn.Conv2d(5, 4, kernel, stride, padding, bias=False).double()
-    folded = SmallMapConv2d(5, 4, kernel, stride, padding, bias=False).double()
+    plain = nn.Conv2d(5, 4, kernel, stride, padding, bias=bias).double()
+    folded = SmallMapConv2d(5, 4, kernel, stride, padding, bias=bias).double()
     folded.load_state_dict(plain.state_dict())
     assert bool(folded._covered(*size)) == becomes_linear
     if size[0] + 2 * padding < kernel:
@@ -42,7 +43,7 @@ def test_output_and_gradients_equal_a_convolutions(
         x = inputs.clone().requires_grad_()
         y = layer(x)
         (y * torch.arange(y.numel()).view(y.shape)).sum().backward()
-        results.append((y, x.grad, layer.weight.grad))
+        results.append((y, x.grad, *(parameter.grad for parameter in layer.parameters())))
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected)
 
@@ -50,6 +51,7 @@ def test_output_and_gradients_equal_a_convolutions(
 def test_resnet_with_folded_maps_equals_torchvisions():
     torch.manual_seed(0)
     backbone = build_backbone("fc").double().eval()
+    fold_small_maps(backbone)
     reference = resnet18(weights=None).double().eval()
     reference.load_state_dict(backbone.state_dict())
     images = torch.randn(2, 3, 32, 32, dtype=torch.double)
@@ -65,7 +67,7 @@ def test_only_plain_convolutions_are_folded():
         nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect", bias=False),
     )
     fold_small_maps(network)
-    assert [type(layer) is SmallMapConv2d for layer in network] == [True, False, False, False, False]
+    assert [type(layer) is SmallMapConv2d for layer in network] == [True, True, False, False, False]
 
 
 def test_no_images_are_no_outputs():
