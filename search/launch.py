@@ -13,10 +13,11 @@ from rich.console import Console
 
 from search import preflight
 from search.engine import run_jobs
+from search.options import StudyOptions
 from search.printing import print_forecast, print_result, shown
 from search.progress import Progress
 from search.resources import Resources, connect, machine, plan, settle
-from search.study import Study, StudyOptions, check_free, default_folder
+from search.study import Study, check_free, default_folder
 from trainables.data import prepare
 from trainables.levers import choose
 

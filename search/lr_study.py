@@ -30,10 +30,10 @@ from search.collect import read_study, write_study
 from search.final import summarise
 from search.journal import Journal, TrialRecord, records
 from search.launch import resume, start
+from search.options import StudyOptions
 from search.printing import shown
 from search.run import add_options
 from search.spaces import find_space
-from search.study import StudyOptions
 from trainables.command_line import Parser, exit_code
 from trainables.config import TrainConfig, check_integer, check_number
 

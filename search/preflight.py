@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from search.asha import expected_epochs
+from search.options import StudyOptions
+from search.provenance import cpu_count
 from search.resources import Resources
 from search.spaces import find_space
-from search.study import StudyOptions, cpu_count
 from trainables.config import TrainConfig
 from trainables.data import ImageData
 from trainables.levers import Levers

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 import ray
 import torch
 
+from search.options import StudyOptions
+from search.provenance import cpu_count
 from search.spaces import find_space
-from search.study import StudyOptions, cpu_count
 from trainables.levers import Levers
 
 TRIAL_SLOT = "trial_slot"  # a resource of the head node: one for each group of workers that fits

@@ -22,9 +22,9 @@ from rich.console import Console
 import search  # noqa: F401  sets Ray's environment before anything imports Ray
 from search.asha import PRUNERS
 from search.launch import resume, start
+from search.options import StudyOptions, flag
 from search.printing import list_spaces
 from search.spaces import SPACES
-from search.study import StudyOptions, flag
 from search.suggest import SEARCHERS
 from trainables.command_line import FIELD_TYPES, Parser, exit_code
 from trainables.config import TrainConfig, check_name, nearest

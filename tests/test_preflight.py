@@ -2,9 +2,10 @@ import re
 
 import pytest
 
+from search.options import StudyOptions
 from search.preflight import check_disk, clock
 from search.resources import Machine, Resources, plan, settle
-from search.study import StudyOptions, default_folder
+from search.study import default_folder
 from trainables.levers import Levers
 
 CPU = Levers("cpu", "fp32", True, 2**20)

@@ -6,8 +6,8 @@ from rich.console import Console
 from search.asha import Asha
 from search.jobs import Jobs
 from search.journal import Journal
+from search.options import StudyOptions
 from search.progress import PLAIN_SECONDS, Progress, counts, line, table
-from search.study import StudyOptions
 from search.suggest import make_sampler
 
 

@@ -7,8 +7,8 @@ from ray.tune.search.sample import Categorical
 
 from models import ARCHITECTURES, build_args
 from search.asha import rung_epochs
+from search.options import StudyOptions
 from search.spaces import SPACES, find_space, fixed_values
-from search.study import StudyOptions
 from search.suggest import grid_values
 from trainables.config import TrainConfig
 

@@ -1,0 +1,51 @@
+"""With what was a study run? The code, the libraries and the machine, as study.json names them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "torchvision", "ray", "hyperopt", "numpy")  # a result may depend on these
+
+
+def versions() -> dict[str, str]:
+    """Returns the version of Python and of each of PACKAGES."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES} | {
+        "python": platform.python_version()
+    }
+
+
+def commit() -> str | None:
+    """Returns the commit of this code, with -dirty where files differ; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+def machine_name() -> str:
+    """Returns what a study's times are to be read with: its GPUs, or its CPUs."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    names = re.findall(r"^model name\s*: (.*)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    return f"{cpu_count()} CPUs, {names[0] if names else platform.processor() or platform.machine()}"
+
+
+def _read(file: str) -> str:
+    try:
+        return Path(file).read_text()
+    except OSError:
+        return ""
+
+
+def cpu_count() -> int:
+    """Returns the CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
