@@ -65,7 +65,7 @@ def final_results(trials: dict[str, TrialRecord]) -> dict[str, Any] | None:
 def keep_best(study_dir: Path, trials: dict[str, TrialRecord]) -> None:
     """Fills best/ from the first finished seed.
 
-    config.json, checkpoint.pt, predictions.parquet and first_layer.npy: the
+    config.json, checkpoint.pt, predictions.parquet, misclassified.npz and first_layer.npy: the
     first layer's weights ``(out, in, k, k)`` or ``(out, in)``, of the head
     where the backbone is frozen, whose own first layer was not trained.
     """
@@ -80,8 +80,10 @@ def keep_best(study_dir: Path, trials: dict[str, TrialRecord]) -> None:
         first = next(tensor for tensor in network.values() if tensor.dim() >= 2)
         np.save(best / "first_layer.npy", first.float().numpy())
         checkpoint.replace(best / "checkpoint.pt")
-    predictions = best / f"predictions-{done[0].trial_id}.parquet"
-    if predictions.exists():
-        predictions.replace(best / "predictions.parquet")
-    for others in best.glob("predictions-*.parquet"):
-        others.unlink()
+    for name in ("predictions.parquet", "misclassified.npz"):
+        file = best / name
+        of_seed = file.with_stem(f"{file.stem}-{done[0].trial_id}")
+        if of_seed.exists():
+            of_seed.replace(file)
+        for others in best.glob(f"{file.stem}-*{file.suffix}"):
+            others.unlink()

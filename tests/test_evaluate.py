@@ -41,8 +41,7 @@ def trained(data: ImageData, tmp_path, architecture: str, values: dict) -> Train
 @pytest.mark.parametrize(("architecture", "values"), CASES)
 def test_accuracy_and_predictions_are_the_naive_loops(data, tmp_path, architecture, values):
     run = trained(data, tmp_path, architecture, values)
-    file = tmp_path / "predictions.parquet"
-    accuracy = evaluate_test(run, file)
+    accuracy = evaluate_test(run, tmp_path, "-made")
 
     images, labels = load_split(data, "test")
     run.model.eval()
@@ -52,7 +51,14 @@ def test_accuracy_and_predictions_are_the_naive_loops(data, tmp_path, architectu
     predicted = probabilities.argmax(1)
     assert accuracy == (predicted == labels).mean()
 
-    table = pd.read_parquet(file)
+    wrong = np.load(tmp_path / "misclassified-made.npz")
+    mistakes = np.flatnonzero(predicted != labels)
+    assert sorted(wrong["index"]) == mistakes.tolist()
+    assert np.array_equal(wrong["images"], images[wrong["index"]])
+    confidence = probabilities.max(1)[wrong["index"]]
+    assert (np.diff(confidence) <= 1e-6).all()
+
+    table = pd.read_parquet(tmp_path / "predictions-made.parquet")
     assert table.columns.tolist() == ["index", "label", "predicted", "confidence", "p0", "p1", "p2", "p3"]
     assert table["index"].tolist() == list(range(23))
     assert table["label"].tolist() == labels.tolist()
@@ -60,7 +66,7 @@ def test_accuracy_and_predictions_are_the_naive_loops(data, tmp_path, architectu
     shown = table[["p0", "p1", "p2", "p3"]].to_numpy()
     np.testing.assert_allclose(shown, probabilities, rtol=1e-3, atol=1e-5)
     np.testing.assert_array_equal(table["confidence"], shown.max(1))
-    assert [path.name for path in tmp_path.glob("predictions*")] == [file.name]
+    assert len(list(tmp_path.glob("predictions*"))) == len(list(tmp_path.glob("misclass*"))) == 1
 
 
 def test_testing_twice_gives_the_same_and_changes_nothing(data, tmp_path):

@@ -59,6 +59,7 @@ def test_best_folder_keeps_the_first_seed_and_may_be_filled_twice(tmp_path):
     )
     for k in (1, 2):
         (tmp_path / "best" / f"predictions-final-{k}.parquet").write_text(str(k))
+        (tmp_path / "best" / f"misclassified-final-{k}.npz").write_text(str(k))
     trials = {"a": final(1, 0.5), "b": final(2, 0.7)}
     keep_best(tmp_path, trials)
     keep_best(tmp_path, trials)  # a kill in between makes a resumed study do it again
@@ -66,6 +67,7 @@ def test_best_folder_keeps_the_first_seed_and_may_be_filled_twice(tmp_path):
         "checkpoint.pt",
         "config.json",
         "first_layer.npy",
+        "misclassified.npz",
         "predictions.parquet",
     }
     assert (tmp_path / "best" / "predictions.parquet").read_text() == "1"

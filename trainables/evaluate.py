@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -12,30 +15,47 @@ import torch
 from trainables.data import load_split
 from trainables.training import TrainingRun
 
+MISCLASSIFIED = 64  # images kept for people to look at: the mistakes made with most confidence
 
-def evaluate_test(run: TrainingRun, predictions: Path | None = None) -> float:
+
+def evaluate_test(run: TrainingRun, folder: Path | None = None, tag: str = "") -> float:
     """Evaluates a trained network on every test image once.
 
     Args:
         run: The trained network, with its data.
-        predictions: Where to write one row per test image: index, label, predicted, confidence
-            (probability of the predicted class) and one probability column per class, ``p0`` ….
+        folder: Where to write ``predictions{tag}.parquet``, one row per test image: index, label,
+            predicted, confidence (probability of the predicted class) and one probability column per
+            class, ``p0`` …; and ``misclassified{tag}.npz``: index ``(M,)`` into these rows and images,
+            uint8 ``(M, 3, H, W)``, of at most MISCLASSIFIED mistakes, most confident first.
+        tag: Part of the files' names.
 
     Returns:
         test_accuracy, a fraction 0..1.
     """
     images, labels = load_split(run.data, "test")
     probabilities = run.predict(torch.from_numpy(np.array(images)))
-    confidence, predicted = probabilities.max(1)
-    if predictions is not None:
+    confidence, predicted = (values.numpy() for values in probabilities.max(1))
+    if folder is not None:
         columns = {
             "index": np.arange(len(labels)),
             "label": labels,
-            "predicted": predicted.numpy(),
-            "confidence": confidence.numpy(),
+            "predicted": predicted,
+            "confidence": confidence,
             **{f"p{k}": probabilities[:, k].numpy() for k in range(probabilities.shape[1])},
         }
-        temporary = predictions.with_suffix(".tmp")
-        pq.write_table(pa.table(columns), temporary)
-        temporary.replace(predictions)
-    return float((predicted.numpy() == labels).mean())
+        wrong = np.flatnonzero(predicted != labels)
+        wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISCLASSIFIED]
+        with _written(folder / f"misclassified{tag}.npz") as file:
+            np.savez(file, index=wrong, images=images[wrong])
+        with _written(folder / f"predictions{tag}.parquet") as file:
+            pq.write_table(pa.table(columns), file)
+    return float((predicted == labels).mean())
+
+
+@contextlib.contextmanager
+def _written(file: Path) -> Iterator[IO[bytes]]:
+    """Opens a file that takes its name once it is whole."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    with temporary.open("wb") as stream:
+        yield stream
+    temporary.replace(file)

@@ -72,7 +72,7 @@ class JobRun:
             report["status"] = "diverged" if report["diverged"] else "done"
             if self.job["final"] and self.group.rank == 0:  # diverged, too: a mean without it would flatter
                 folder = self.context.study_dir / "best"
-                report["test_accuracy"] = evaluate_test(run, folder / f"predictions-{trial_id}.parquet")
+                report["test_accuracy"] = evaluate_test(run, folder, f"-{trial_id}")
         return report
 
     def _new_run(self) -> TrainingRun:
