@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ray import tune
-from ray.tune.search.sample import Domain
+from ray.tune.search.sample import Categorical, Domain, Float, Integer
 
 from models import ARCHITECTURES
 from trainables.config import TrainConfig, check_name
@@ -228,6 +228,18 @@ def find_space(name: str, fix: Mapping[str, Any] | None = None) -> Space:
         published={key: value for key, value in space.published.items() if key not in fix},
         fixed={**(space.fixed or {}), **fix},
     )
+
+
+def described(ranges: Mapping[str, Domain]) -> dict[str, Any]:
+    """Returns ranges as study.json keeps them: ``{"values"}`` or ``{"low", "high", "log"}`` by name."""
+    plain: dict[str, Any] = {}
+    for name, domain in ranges.items():
+        if isinstance(domain, Categorical):
+            plain[name] = {"values": list(domain.categories)}
+        elif isinstance(domain, Float | Integer):
+            log = "log" in type(domain.get_sampler()).__name__.lower()
+            plain[name] = {"low": domain.lower, "high": domain.upper, "log": log}
+    return plain
 
 
 def fixed_values(

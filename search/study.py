@@ -26,7 +26,7 @@ from search.jobs import Jobs
 from search.journal import Journal
 from search.options import RESUMABLE, StudyOptions, flag
 from search.provenance import commit, machine_name, versions
-from search.spaces import find_space
+from search.spaces import described, find_space
 from trainables.data import ImageData
 from trainables.inputs import Inputs
 from trainables.levers import Levers
@@ -61,6 +61,7 @@ class Study:
                 "status": "running",
                 "options": dataclasses.asdict(options),
                 "rungs": list(options.rungs),
+                "ranges": {} if options.points else described(find_space(options.space, options.fix).ranges),
                 "data": dataclasses.asdict(data),
                 "data_sha256": data.sha256,
                 "split_sha256": inputs.split_sha256,

@@ -1,5 +1,6 @@
 """What is searched, against the table of DESIGN.md."""
 
+import json
 import re
 
 import pytest
@@ -8,7 +9,7 @@ from ray.tune.search.sample import Categorical
 from models import ARCHITECTURES, build_args
 from search.asha import rung_epochs
 from search.options import StudyOptions
-from search.spaces import SPACES, find_space, fixed_values
+from search.spaces import SPACES, described, find_space, fixed_values
 from search.suggest import grid_values
 from trainables.config import TrainConfig
 
@@ -147,3 +148,11 @@ def test_a_space_that_is_fixed_altogether_has_one_trial():
 def test_what_cannot_be_fixed(fix, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         StudyOptions("convnet", fix=fix)
+
+
+def test_ranges_are_described_in_plain_values():
+    plain = described(SPACES["convnet"].ranges)
+    assert plain["lr"] == {"low": 1e-3, "high": 5e-2, "log": True}
+    assert plain["kernel_size"] == {"values": [5, 7]}
+    assert json.loads(json.dumps(plain)) == plain
+    assert list(plain) == list(SPACES["convnet"].ranges)

@@ -1,0 +1,93 @@
+"""What does a study folder hold? Read once, as tables; needs neither Ray nor torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+FINAL = "final-"  # trial ids of the winner's retrained seeds begin so
+
+
+@dataclass(frozen=True)
+class Study:
+    """One study, finished or not; README.md, "A study folder", says what each file is."""
+
+    folder: Path
+    facts: dict[str, Any]  # study.json
+    trials: pd.DataFrame  # trials.csv, trial_id as text
+    epochs: pd.DataFrame  # epochs.parquet of the search
+    finals: pd.DataFrame  # epochs.parquet of the winner's seeds
+    predictions: pd.DataFrame | None
+    misclassified: tuple[np.ndarray, np.ndarray] | None  # rows of predictions, uint8 (M, 3, H, W)
+    first_layer: np.ndarray | None
+    lr_curve: pd.DataFrame | None
+
+    @property
+    def name(self) -> str:
+        """Returns the folder's name."""
+        return self.folder.name
+
+    @property
+    def classes(self) -> list[str]:
+        """Returns the names of the classes, in the order of labels."""
+        return list(self.facts["data"]["classes"])
+
+    @property
+    def hyperparameters(self) -> list[str]:
+        """Returns what was sampled, in the space's order; in older studies, the columns that vary."""
+        if self.facts.get("ranges"):
+            return list(self.facts["ranges"])
+        after = list(self.trials.columns).index("node") + 1
+        return [name for name in self.trials.columns[after:] if self.trials[name].nunique(dropna=False) > 1]
+
+
+def load(folder: Path | str) -> Study:
+    """Reads a study folder.
+
+    Raises:
+        ValueError: It holds no study, or one whose tables are missing or damaged.
+    """
+    folder = Path(folder)
+    try:
+        facts = json.loads((folder / "study.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no study: there is no study.json in it") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / 'study.json'} cannot be read ({error})") from None
+    try:
+        trials = pd.read_csv(
+            folder / "trials.csv", dtype={"trial_id": "str"}, keep_default_na=False, na_values=[""]
+        )
+        epochs = pd.read_parquet(folder / "epochs.parquet")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} has no tables that can be read ({error}); write them anew: "
+            f"python -m search.collect {folder}"
+        ) from None
+    is_final = epochs.trial_id.str.startswith(FINAL)
+    best = folder / "best"
+    return Study(
+        folder=folder,
+        facts=facts,
+        trials=trials,
+        epochs=epochs[~is_final],
+        finals=epochs[is_final],
+        predictions=_read(best / "predictions.parquet", pd.read_parquet),
+        misclassified=_read(best / "misclassified.npz", _images),
+        first_layer=_read(best / "first_layer.npy", np.load),
+        lr_curve=_read(folder / "lr_curve.csv", pd.read_csv),
+    )
+
+
+def _images(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    with np.load(file) as arrays:
+        return arrays["index"], arrays["images"]
+
+
+def _read(file: Path, read: Any) -> Any:
+    return read(file) if file.exists() else None

@@ -1,0 +1,149 @@
+"""Which numbers does a report show, and how are they worked out? Plain tables in, plain tables out."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+import optuna
+import pandas as pd
+from scipy import stats
+
+from analysis.load import Study
+
+EDGE = 0.1  # of a range's width, at either end: a best value there asks for a wider range
+TOP = 0.25  # of the trials: those that a boundary share and a preferred value speak of
+IMPORTANCE_MIN = 8  # trials; fewer say nothing
+IMPORTANCE_REPEATS = 10  # bootstrap samples of the trials, whose spread is the uncertainty
+
+
+def best_so_far(epochs: pd.DataFrame) -> pd.DataFrame:
+    """Returns what the search had found when.
+
+    Args:
+        epochs: One row per report: trial_id, epoch, val_accuracy, epoch_seconds, finished_at.
+
+    Returns:
+        A row per report in the order of finished_at: epochs (reports so far, this one included),
+        seconds (since the first epoch began), val_accuracy and best (highest val_accuracy so far).
+    """
+    rows = epochs.sort_values("finished_at", kind="stable")
+    began = (rows.finished_at - rows.epoch_seconds).min()
+    return pd.DataFrame(
+        {
+            "epochs": np.arange(1, len(rows) + 1),
+            "seconds": (rows.finished_at - began).to_numpy(),
+            "val_accuracy": rows.val_accuracy.to_numpy(),
+            "best": rows.val_accuracy.cummax().ffill().to_numpy(),
+        }
+    )
+
+
+def rung_survival(trials: pd.DataFrame, rungs: list[int], epochs: int) -> pd.DataFrame:
+    """Returns how many trials reached each rung, and how many saw an epoch beyond it.
+
+    Args:
+        trials: With a column epochs, the last one reported.
+        rungs: Epochs at which trials are compared.
+        epochs: Of a trial that is never pruned; the last row.
+    """
+    rows = [(rung, int((trials.epochs >= rung).sum()), int((trials.epochs > rung).sum())) for rung in rungs]
+    rows.append((epochs, int((trials.epochs >= epochs).sum()), 0))
+    return pd.DataFrame(rows, columns=["epoch", "reached", "went_on"])
+
+
+def comparable(study: Study) -> pd.DataFrame:
+    """Returns each trial's hyperparameters and its val_accuracy at the first rung.
+
+    The last val_accuracy of a pruned trial and of a finished one are of different epochs; at the first
+    rung (the last epoch, where there are no rungs) every trial that did not fail before has a value.
+    """
+    epoch = study.facts["rungs"][0] if study.facts["rungs"] else study.facts["options"]["epochs"]
+    values = study.epochs[study.epochs.epoch == epoch].set_index("trial_id").val_accuracy
+    table = study.trials.set_index("trial_id")[study.hyperparameters]
+    return table.assign(val_accuracy=values).dropna(subset="val_accuracy")
+
+
+def boundary_share(values: pd.Series, low: float, high: float, *, log: bool) -> dict[str, float]:
+    """Returns which fractions of the values lie within EDGE of a range's low and of its high end."""
+    if log:
+        values, low, high = np.log(values), math.log(low), math.log(high)
+    place = (values - low) / (high - low)
+    return {"low": float((place <= EDGE).mean()), "high": float((place >= 1 - EDGE).mean())}
+
+
+def top(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns the TOP share of the trials by val_accuracy, at least one."""
+    count = max(1, round(TOP * len(table)))
+    return table.sort_values("val_accuracy", ascending=False, kind="stable").head(count)
+
+
+def importance(table: pd.DataFrame, ranges: dict[str, Any]) -> pd.DataFrame | None:
+    """Returns how much of the variance of val_accuracy each hyperparameter explains.
+
+    fANOVA (Hutter et al. 2014) as optuna has it, on bootstrap samples of the trials.
+
+    Args:
+        table: Of ``comparable``.
+        ranges: Of study.json: ``{"low", "high", "log"}`` or ``{"values"}`` by name.
+
+    Returns:
+        A row per hyperparameter, most important first: name, mean and sd over the samples; None where
+        the trials are too few.
+    """
+    if len(table) < IMPORTANCE_MIN or not ranges or table.val_accuracy.nunique() < 2:
+        return None
+    distributions = {name: _distribution(described) for name, described in ranges.items()}
+    generator = np.random.default_rng(0)
+    samples = []
+    for seed in range(IMPORTANCE_REPEATS):
+        sample = table.iloc[generator.integers(0, len(table), len(table))]
+        study = optuna.create_study(direction="maximize")
+        study.add_trials([_trial(dict(row), distributions) for _, row in sample.iterrows()])
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            samples.append(optuna.importance.get_param_importances(study, evaluator=evaluator))
+    found = pd.DataFrame(samples, columns=list(ranges)).fillna(0.0)
+    rows = pd.DataFrame({"name": list(ranges), "mean": found.mean().to_numpy(), "sd": found.std().to_numpy()})
+    return rows.sort_values("mean", ascending=False, kind="stable", ignore_index=True)
+
+
+def confusion(predictions: pd.DataFrame, classes: int) -> np.ndarray:
+    """Returns counts ``(classes, classes)``: true label by row, predicted label by column."""
+    counts = np.zeros((classes, classes), dtype=np.int64)
+    np.add.at(counts, (predictions.label.to_numpy(), predictions.predicted.to_numpy()), 1)
+    return counts
+
+
+def class_accuracy(counts: np.ndarray) -> pd.DataFrame:
+    """Returns a row per class of a confusion matrix: images, accuracy, and Wilson's 95 % interval."""
+    images, right = counts.sum(1), counts.diagonal()
+    rows = []
+    for n, k in zip(images.tolist(), right.tolist(), strict=True):
+        if n == 0:
+            rows.append((0, math.nan, math.nan, math.nan))
+            continue
+        interval = stats.binomtest(k, n).proportion_ci(0.95, method="wilson")
+        rows.append((n, k / n, interval.low, interval.high))
+    return pd.DataFrame(rows, columns=["images", "accuracy", "low", "high"])
+
+
+def _distribution(described: dict[str, Any]) -> Any:
+    if "values" in described:
+        return optuna.distributions.CategoricalDistribution(described["values"])
+    return optuna.distributions.FloatDistribution(described["low"], described["high"], log=described["log"])
+
+
+def _trial(row: dict[Any, Any], distributions: dict[str, Any]) -> Any:
+    params = {name: _value(row[name], distribution) for name, distribution in distributions.items()}
+    return optuna.trial.create_trial(params=params, distributions=distributions, value=row["val_accuracy"])
+
+
+def _value(value: Any, distribution: Any) -> Any:
+    """Returns the choice that a value from a CSV file stands for."""
+    if isinstance(distribution, optuna.distributions.CategoricalDistribution):
+        return next(choice for choice in distribution.choices if choice == value or str(choice) == str(value))
+    return float(value)
