@@ -16,6 +16,7 @@ from analysis.load import Study
 EDGE = 0.1  # of a range's width, at either end: a best value there asks for a wider range
 TOP = 0.25  # of the trials: those that a boundary share and a preferred value speak of
 IMPORTANCE_MIN = 8  # trials; fewer say nothing
+IMPORTANCE_MAX = 500  # trials in a sample; more change nothing and take minutes
 IMPORTANCE_REPEATS = 10  # bootstrap samples of the trials, whose spread is the uncertainty
 
 
@@ -97,9 +98,10 @@ def importance(table: pd.DataFrame, ranges: dict[str, Any]) -> pd.DataFrame | No
         return None
     distributions = {name: _distribution(described) for name, described in ranges.items()}
     generator = np.random.default_rng(0)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # a line for each study, else
     samples = []
     for seed in range(IMPORTANCE_REPEATS):
-        sample = table.iloc[generator.integers(0, len(table), len(table))]
+        sample = table.iloc[generator.integers(0, len(table), min(len(table), IMPORTANCE_MAX))]
         study = optuna.create_study(direction="maximize")
         study.add_trials([_trial(dict(row), distributions) for _, row in sample.iterrows()])
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)

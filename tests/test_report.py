@@ -1,0 +1,163 @@
+"""The page and its figures, of a hand-made study with names that would break a careless page."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis import plots
+from analysis.load import load
+from analysis.report import facts, first_layer_images, main, write
+
+EVIL = '<script>alert("x")</script> & ünï $a_b$'
+EPOCHS = 4
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve trials of up to four epochs, one of them diverged, and two fresh seeds."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "study's <folder>"
+    (folder / "best").mkdir(parents=True)
+    reports, trials = [], []
+    for k in range(12):
+        last = EPOCHS if k % 4 == 0 else 1
+        lr, schedule = 10 ** rng.uniform(-4, -1), rng.choice(["constant", "cosine"])
+        for epoch in range(1, last + 1):
+            reports.append(report(f"{k:04d}", epoch, 10.0 * k + epoch, 0.3 + 0.02 * k + 0.05 * epoch))
+        status = "diverged" if k == 5 else "done" if last == EPOCHS else "pruned"
+        trials.append([f"{k:04d}", status, last, 1, 0.3 + 0.02 * k, 0.5, 1.0, "vm", lr, schedule])
+    reports[-1]["val_accuracy"] = None
+    for seed in (1, 2):
+        reports += [report(f"final-{seed}", epoch, 200.0 + epoch, None) for epoch in range(1, EPOCHS + 1)]
+    pd.DataFrame(reports).to_parquet(folder / "epochs.parquet")
+    columns = ["trial_id", "status", "epochs", "rung", "val_accuracy", "best_val_accuracy", "seconds", "node"]
+    pd.DataFrame(trials, columns=[*columns, "lr", "schedule"]).to_csv(folder / "trials.csv", index=False)
+    predictions = pd.DataFrame(
+        {"index": range(6), "label": [0, 0, 1, 1, 0, 1], "predicted": [0, 1, 1, 0, 0, 1], "confidence": 0.75}
+    )
+    predictions.to_parquet(folder / "best" / "predictions.parquet")
+    images = rng.integers(0, 256, (2, 3, 8, 8), dtype=np.uint8)
+    np.savez(folder / "best" / "misclassified.npz", index=np.array([3, 1]), images=images)
+    np.save(folder / "best" / "first_layer.npy", rng.normal(size=(5, 3, 3, 3)))
+    told = {
+        "space": "convnet",
+        "status": "done",
+        "data": {"name": EVIL, "classes": [EVIL, "dog"]},
+        "options": {"epochs": EPOCHS},
+        "rungs": [1],
+        "ranges": {
+            "lr": {"low": 1e-4, "high": 0.1, "log": True},
+            "schedule": {"values": ["constant", "cosine"]},
+        },
+        "trials": 12,
+        "statuses": {"done": 3, "pruned": 8, "diverged": 1},
+        "epochs_spent": 21,
+        "epochs_unpruned": 48,
+        "seconds": 75.0,
+        "machine": "2 CPUs",
+        "commit": "0123456789ab",
+        "versions": {"torch": "2.15.0"},
+        "seed": 0,
+        "data_sha256": "d" * 64,
+        "split_sha256": "5" * 64,
+        "validation_count": 100,
+        "command": "search/run.py",
+        "best": {"trial_id": "0008", "val_accuracy": 0.66, "config": {"lr": 0.0123456, "schedule": "cosine"}},
+        "final": {
+            "seeds": [1, 2],
+            "diverged": [],
+            "failed": [],
+            "test_accuracy": {
+                "mean": 0.6543,
+                "sd": 0.0123,
+                "interval95": [0.54, 0.76],
+                "values": [0.64, 0.67],
+            },
+        },
+    }
+    (folder / "study.json").write_text(json.dumps(told))
+    return folder
+
+
+def report(trial_id, epoch, at, accuracy):
+    return {
+        "trial_id": trial_id,
+        "epoch": epoch,
+        "train_loss": 1 / epoch,
+        "train_accuracy": 0.4 + 0.1 * epoch,
+        "val_loss": None if accuracy is None else 1.2 / epoch,
+        "val_accuracy": accuracy,
+        "lr": 0.1,
+        "epoch_seconds": 1.0,
+        "finished_at": at,
+    }
+
+
+def test_page_has_every_figure_and_number(folder, tmp_path):
+    page = write(load(folder), tmp_path / "out").read_text()
+    for name in ("winner_curves", "all_curves", "best_so_far", "rung_survival", "hyperparameters"):
+        assert (tmp_path / "out" / "figures" / f"{name}.png").stat().st_size > 1000
+        assert (tmp_path / "out" / "figures" / f"{name}.svg").read_text().startswith("<?xml")
+    assert page.count("<svg") == 9  # and parallel coordinates, importance, confusion, class accuracy
+    for text in (
+        "65.43 ± 1.23 %",
+        "54.00 to 76.00 %",
+        "66.00 %",
+        "1 min 15 s",
+        "0.01235",
+        "48 without pruning",
+    ):
+        assert text in page
+    assert page.count("<tr><td>0") == 12  # trials
+    assert page.count("data:image/png") >= 7  # five filters and two mistakes
+
+
+def test_page_needs_nothing_from_elsewhere_and_no_name_becomes_markup(folder, tmp_path):
+    page = write(load(folder), tmp_path / "out").read_text()
+    assert "alert(" not in page.replace("&lt;script&gt;alert(", "")
+    assert "&lt;script&gt;alert" in page
+    loaded = re.findall(r"""(?:src|href)=["']?(?!data:|#)([^"' >]+)""", page)
+    assert loaded == []
+    assert plots.INK not in page
+    assert plots.GRID not in page
+
+
+def test_study_that_has_just_begun_has_a_page(folder, tmp_path):
+    told = json.loads((folder / "study.json").read_text()) | {
+        "best": None,
+        "final": None,
+        "status": "running",
+    }
+    (folder / "study.json").write_text(json.dumps(told))
+    for file in (folder / "best").iterdir():
+        file.unlink()
+    pd.read_parquet(folder / "epochs.parquet").head(0).to_parquet(folder / "epochs.parquet")
+    pd.read_csv(folder / "trials.csv").head(0).to_csv(folder / "trials.csv", index=False)
+    assert "status running" in write(load(folder), tmp_path / "out").read_text()
+
+
+def test_mistakes_have_their_own_labels(folder):
+    (first, second) = facts(load(folder))["mistakes"]
+    assert first[1:] == ("dog", EVIL, "75 %")  # row 3: label 1, predicted 0
+    assert second[1:] == (EVIL, "dog", "75 %")
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"),
+    [((10, 3072), 10), ((70, 3, 5, 5), 64), ((10, 512), 0), ((4, 256, 3, 3), 0), ((2, 4), 0)],
+)
+def test_only_weights_that_see_pixels_are_shown(shape, count):
+    assert len(first_layer_images(np.zeros(shape))) == count
+
+
+def test_command_line(folder, tmp_path, capsys):
+    assert main([str(folder)]) == 0
+    assert (folder / "report.html").exists()
+    assert main([str(tmp_path / "nothing")]) == 2
+    assert "holds no study" in capsys.readouterr().err
+    (folder / "trials.csv").unlink()
+    assert main([str(folder)]) == 2
+    assert "python -m search.collect" in capsys.readouterr().err
