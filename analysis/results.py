@@ -32,7 +32,11 @@ PUBLISHED = {
     "resnet_mymodel_updatable": 0.8007,
     "resnet_finetune": 0.8312,
 }
-SEARCHED = ("lr", "weight_decay", "momentum", "batch_size", "schedule", "augment", "hidden", "kernel_size")
+TOLD = (
+    *("optimizer", "lr", "weight_decay", "momentum", "batch_size", "schedule", "augment"),
+    *("label_smoothing", "hidden", "kernel_size"),
+)
+UNTOLD = {"optimizer": "sgd", "augment": "none", "momentum": 0.0, "label_smoothing": 0.0}  # not used
 COLUMNS = (
     *("architecture", "published", "test accuracy ± sd (seeds)", "trials", "epochs (all)", "weights"),
     *("best hyperparameters", "minutes", "machine", "commit"),
@@ -69,7 +73,11 @@ def row(study: dict[str, Any]) -> list[str]:
         str(study["trials"]),
         f"{options['epochs']} ({study['epochs_spent']})",
         backbone if study["space"].startswith("resnet") else "",
-        ", ".join(f"{name} {_short(config[name])}" for name in SEARCHED if config.get(name) is not None),
+        ", ".join(
+            f"{name} {_short(config[name])}"
+            for name in TOLD
+            if config.get(name) not in (None, UNTOLD.get(name))
+        ),
         f"{study['seconds'] / 60:.0f}",
         study.get("machine", ""),
         str(study["commit"]),
@@ -78,7 +86,7 @@ def row(study: dict[str, Any]) -> list[str]:
 
 def table(studies: list[dict[str, Any]]) -> str:
     """Returns the Markdown table: a row per study in PUBLISHED's order, "not run" where there is none."""
-    lines = [" | ".join(COLUMNS), "|".join("---" for _ in COLUMNS)]
+    lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
     for name, published in PUBLISHED.items():
         rows = [row(study) for study in studies if study["space"] == name]
         lines += [" | ".join(cells) for cells in rows or [[name, f"{100 * published:.2f}", "not run"]]]
