@@ -253,6 +253,37 @@ def lr_curves(studies: list[Study]) -> Figure | None:
     return figure
 
 
+def accuracy_against_seconds(studies: list[Study]) -> Figure | None:
+    """Draws each study's test accuracy against its time."""
+    told = [study for study in studies if test_accuracy(study)]
+    if not told:
+        return None
+    figure, axes = _axes()
+    for k, study in enumerate(told):
+        test, colour = test_accuracy(study), SERIES[k % len(SERIES)]
+        assert test is not None
+        seconds, marker = study.facts["seconds"], "os^Dv"[k // len(SERIES) % 5]
+        axes.errorbar(seconds, test["mean"], yerr=test["sd"], fmt=marker, color=colour, markersize=5)
+        axes.annotate(
+            _short(study.facts["space"], 30),
+            (seconds, test["mean"]),
+            xytext=(6, 4),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    axes.set_xscale("log")
+    axes.margins(x=0.2, y=0.12)
+    axes.set(xlabel="seconds of the whole study (lines: sd over fresh seeds)", ylabel="test accuracy")
+    _percent(axes)
+    return figure
+
+
+def test_accuracy(study: Study) -> dict[str, Any] | None:
+    """Returns mean, sd, … of a study's fresh seeds; None where none was tested."""
+    final = study.facts.get("final")
+    return final and final["test_accuracy"]
+
+
 def _axes(
     rows: int = 1, columns: int = 1, *, width: float = WIDTH, height: float = HEIGHT, **others: Any
 ) -> Any:

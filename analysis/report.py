@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from pandas.api.types import is_numeric_dtype
 from PIL import Image
 
-from analysis import plots, stats
+from analysis import plots, results, stats
 from analysis.load import Study, load
 
 SECTIONS = (
@@ -50,6 +50,7 @@ SECTIONS = (
         "The winner's first fresh seed, on images that no choice has seen.",
         ["confusion", "class_accuracy"],
     ),
+    ("What it cost", "All of a study: its search and its fresh seeds.", ["accuracy_against_seconds"]),
     ("Learning rate", "Everything else fixed, over several seeds.", ["lr_curves"]),
 )
 CAPTIONS = {
@@ -63,7 +64,19 @@ CAPTIONS = {
     "importance": "fANOVA importance (optuna) for validation accuracy at the first rung.",
     "confusion": "Test images by true and predicted class.",
     "class_accuracy": "Test accuracy of each class.",
+    "accuracy_against_seconds": "Test accuracy of each study against the time it took.",
     "lr_curves": "Validation accuracy against the learning rate.",
+}
+GROUPS = {
+    "Plain networks": "Trained from scratch on pixels; percent of the test images.",
+    "Frozen ResNet-18": "The head is trained, the backbone is not.",
+    "Updatable ResNet-18": "Backbone and head are trained from the backbone's weights.",
+}
+EMPTY: dict[str, Any] = {  # what a page may leave out
+    **dict.fromkeys(("subtitle", "best_text", "weights_text", "footer"), ""),
+    **dict.fromkeys(("cards", "best", "tables", "edges", "weights", "mistakes", "columns", "rows"), ()),
+    "sections": SECTIONS,
+    "captions": CAPTIONS,
 }
 SHOWN_WEIGHTS = 64  # filters
 
@@ -90,12 +103,23 @@ def figures(study: Study) -> dict[str, Figure]:
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def write(study: Study, out: Path) -> Path:
-    """Writes report.html and figures/ into a folder; returns the page's path."""
+def write(studies: list[Study], out: Path) -> Path:
+    """Writes report.html and figures/ of one study, or of several compared; returns the page's path."""
+    if len(studies) == 1:
+        return _write(facts(studies[0]), figures(studies[0]), out)
+    with mpl.rc_context(plots.STYLE):
+        drawn = {
+            "accuracy_against_seconds": plots.accuracy_against_seconds(studies),
+            "lr_curves": plots.lr_curves(studies),
+        }
+    return _write(comparison(studies), {name: f for name, f in drawn.items() if f is not None}, out)
+
+
+def _write(told: dict[str, Any], drawn: dict[str, Figure], out: Path) -> Path:
     folder = out / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     inline = {}
-    for name, figure in figures(study).items():
+    for name, figure in drawn.items():
         with mpl.rc_context(plots.STYLE | {"svg.hashsalt": name}):
             buffer = io.StringIO()
             figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -107,7 +131,7 @@ def write(study: Study, out: Path) -> Path:
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
-    page = environment.get_template("report.html.j2").render(facts(study) | {"figures": inline})
+    page = environment.get_template("report.html.j2").render(EMPTY | told | {"figures": inline})
     file = out / "report.html"
     temporary = file.with_name("report.html.tmp")
     temporary.write_text(page, encoding="utf-8")
@@ -128,8 +152,6 @@ def facts(study: Study) -> dict[str, Any]:
         f"{best['val_accuracy']:.4f} on {told['validation_count']:,} images."
         if best
         else "",
-        "sections": SECTIONS,
-        "captions": CAPTIONS,
         "edges": _edges(study),
         "weights": (weights := first_layer_images(study.first_layer)),
         "weights_text": "Of the winner's first seed; each image has its own scale"
@@ -144,6 +166,22 @@ def facts(study: Study) -> dict[str, Any]:
         "footer": f"Code {told['commit']}, {', '.join(f'{k} {v}' for k, v in told['versions'].items())}; "
         f"seed {told['seed']}, data {told['data_sha256'][:12]}, split {told['split_sha256'][:12]}. "
         f"Command: {told['command']}",
+    }
+
+
+def comparison(studies: list[Study]) -> dict[str, Any]:
+    """Returns what the page of several studies says: a table for each group of architectures."""
+    searches = [study for study in studies if study.lr_curve is None]
+    groups: dict[str, list[list[str]]] = {name: [] for name in GROUPS}
+    for study in searches:
+        row = results.row(study.facts) if study.facts["space"] in results.PUBLISHED else None
+        if row:
+            groups[_group(study.facts["space"])].append([cell.replace("**", "") for cell in row])
+    names = sorted({study.facts["data"]["name"] for study in studies})
+    return {
+        "title": f"{len(studies)} studies on {', '.join(names)}",
+        "subtitle": "Each architecture's best, retrained over fresh seeds, beside what was published.",
+        "tables": [(name, GROUPS[name], results.COLUMNS, rows) for name, rows in groups.items() if rows],
     }
 
 
@@ -167,6 +205,13 @@ def first_layer_images(weights: np.ndarray | None) -> list[str]:
         low, high = kernel.min(), kernel.max()
         images.append(_png((255 * (kernel - low) / max(high - low, 1e-12)).astype(np.uint8)))
     return images
+
+
+def _group(space: str) -> str:
+    plain, frozen, updatable = GROUPS
+    if not space.startswith("resnet"):
+        return plain
+    return updatable if space.endswith(("_updatable", "_finetune")) else frozen
 
 
 def _cards(
@@ -250,13 +295,16 @@ def _clock(seconds: float) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python analysis/report.py", description=__doc__.split("\n")[0])
-    parser.add_argument("study", type=Path, help="a study's folder")
-    parser.add_argument("--out", type=Path, help="where to write (default: into the study's folder)")
+    parser.add_argument("study", type=Path, nargs="+", help="a study's folder; several are compared")
+    parser.add_argument(
+        "--out", type=Path, help="where to write (default: into the study's folder; of several, report/)"
+    )
     parser.add_argument("--open", action="store_true", help="show the page in the browser")
     options = parser.parse_args(arguments)
     try:
-        study = load(options.study)
-        page = write(study, options.out or options.study)
+        studies = [load(folder) for folder in options.study]
+        alone = options.study[0] if len(studies) == 1 else Path("report")
+        page = write(studies, options.out or alone)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -97,7 +97,7 @@ def report(trial_id, epoch, at, accuracy):
 
 
 def test_page_has_every_figure_and_number(folder, tmp_path):
-    page = write(load(folder), tmp_path / "out").read_text()
+    page = write([load(folder)], tmp_path / "out").read_text()
     for name in ("winner_curves", "all_curves", "best_so_far", "rung_survival", "hyperparameters"):
         assert (tmp_path / "out" / "figures" / f"{name}.png").stat().st_size > 1000
         assert (tmp_path / "out" / "figures" / f"{name}.svg").read_text().startswith("<?xml")
@@ -116,7 +116,7 @@ def test_page_has_every_figure_and_number(folder, tmp_path):
 
 
 def test_page_needs_nothing_from_elsewhere_and_no_name_becomes_markup(folder, tmp_path):
-    page = write(load(folder), tmp_path / "out").read_text()
+    page = write([load(folder)], tmp_path / "out").read_text()
     assert "alert(" not in page.replace("&lt;script&gt;alert(", "")
     assert "&lt;script&gt;alert" in page
     loaded = re.findall(r"""(?:src|href)=["']?(?!data:|#)([^"' >]+)""", page)
@@ -136,7 +136,7 @@ def test_study_that_has_just_begun_has_a_page(folder, tmp_path):
         file.unlink()
     pd.read_parquet(folder / "epochs.parquet").head(0).to_parquet(folder / "epochs.parquet")
     pd.read_csv(folder / "trials.csv").head(0).to_csv(folder / "trials.csv", index=False)
-    assert "status running" in write(load(folder), tmp_path / "out").read_text()
+    assert "status running" in write([load(folder)], tmp_path / "out").read_text()
 
 
 def test_mistakes_have_their_own_labels(folder):
@@ -161,3 +161,21 @@ def test_command_line(folder, tmp_path, capsys):
     (folder / "trials.csv").unlink()
     assert main([str(folder)]) == 2
     assert "python -m search.collect" in capsys.readouterr().err
+
+
+def test_several_studies_are_compared_in_one_page(folder, tmp_path):
+    other = tmp_path / "lr"
+    other.mkdir()
+    for file in ("epochs.parquet", "trials.csv"):
+        (other / file).write_bytes((folder / file).read_bytes())
+    told = json.loads((folder / "study.json").read_text())
+    (other / "study.json").write_text(json.dumps(told | {"space": "softmax", "final": None}))
+    curve = pd.DataFrame({"lr": [0.01, 0.1], "mean": [0.5, None], "low": [0.4, None], "high": [0.6, None]})
+    curve.assign(verdict=["done", "diverged"]).to_csv(other / "lr_curve.csv", index=False)
+    page = write([load(folder), load(other)], tmp_path / "out").read_text()
+    assert page.count("<svg") == 2  # accuracy against seconds, learning-rate curves
+    assert "Plain networks" in page
+    assert "Frozen ResNet-18" not in page
+    assert "58.36" in page  # published
+    assert "65.43 ± 1.23 (2)" in page
+    assert page.count("<td>softmax</td>") == 0  # a learning-rate study has no test accuracy
