@@ -91,10 +91,10 @@ class Jobs:
     def report(self, trial_id: str, report: dict[str, Any]) -> bool:
         """Takes in a worker's report; returns whether the worker should go on with this trial."""
         trial = self.trials[trial_id]
-        report = {key: finite(value) for key, value in report.items()}  # as a replay will read them
-        self.journal.append({"trial_id": trial_id, **report})
         if report.get("epoch", trial.epoch + 1) <= trial.epoch:
             return trial.status is None  # a restarted worker says again what was decided already
+        report = {key: finite(value) for key, value in report.items()}  # as a replay will read them
+        self.journal.append({"trial_id": trial_id, **report})
         goes_on = self._apply(trial, report) and not (self._time_is_up() and not trial.is_final)
         if not goes_on:
             self.running.discard(trial_id)

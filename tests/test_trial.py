@@ -64,6 +64,13 @@ def test_report_that_a_kill_swallowed_is_delivered_and_not_repeated(worker):
     assert report_of(trial)["epoch"] == 2
 
 
+def test_reports_that_a_groups_death_swallowed_are_all_delivered_in_order(worker):
+    first = worker(epochs=4)
+    reports = [report_of(first) for _ in range(3)]
+    again = worker(epochs=4, reported=1)  # Train had collected the first one only
+    assert [report_of(again) for _ in range(3)] == [*reports[1:], report_of(first)]
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text"])
 def test_damaged_checkpoint_means_a_new_beginning(worker, tmp_path, damage):
     trial = worker()

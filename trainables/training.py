@@ -81,12 +81,16 @@ class TrainingRun:
         self.optimizer = make_optimizer(config, self.trained)
         self.generator = torch.Generator().manual_seed(config.seed)  # order and augmentation
         torch.manual_seed(config.seed)  # dropout draws from the device's own generator
-        self.epochs_done = 0
-        self.report: dict[str, Any] = {}
+        self.reports: list[dict[str, Any]] = []  # of all epochs so far
         self.network.train()
         sample = self.to_network(self.inputs.train_x[:1])
         self.micro_batch = micro_batch(levers, self.network, sample, config.batch_size)
         self.parallel = group.parallel(self.network)
+
+    @property
+    def epochs_done(self) -> int:
+        """Returns how many epochs the network was trained for."""
+        return len(self.reports)
 
     def epoch(self) -> dict[str, Any]:
         """Trains and evaluates one epoch.
@@ -103,9 +107,8 @@ class TrainingRun:
         if not self.config.refit:
             val_sums = self.evaluate(self.inputs.val_x, self.inputs.val_y)
             val_loss, val_accuracy = _means(*val_sums, len(self.inputs.val_y))
-        self.epochs_done += 1
-        self.report = {
-            "epoch": self.epochs_done,
+        report = {
+            "epoch": self.epochs_done + 1,
             "train_loss": train_loss,
             "train_accuracy": train_accuracy,
             "val_loss": val_loss,
@@ -115,8 +118,9 @@ class TrainingRun:
             "finished_at": time.time(),
         }
         finite = all(math.isfinite(loss) for loss in (train_loss, val_loss) if loss is not None)
-        self.report["diverged"] = not finite or self._is_at_chance()
-        return self.report
+        report["diverged"] = not finite or self._is_at_chance(report)
+        self.reports.append(report)
+        return report
 
     def train_epoch(self) -> tuple[Tensor, Tensor]:
         """Takes one optimizer step per batch of every training image, in a new order.
@@ -205,8 +209,7 @@ class TrainingRun:
         return {
             "config": self.config.to_dict(),
             "split_sha256": self.inputs.split_sha256,
-            "epochs_done": self.epochs_done,
-            "report": self.report,
+            "reports": self.reports,
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
@@ -230,7 +233,7 @@ class TrainingRun:
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"])
-        self.epochs_done, self.report = state["epochs_done"], state["report"]
+        self.reports = list(state["reports"])
 
     def save(self, file: Path) -> None:
         """Writes a checkpoint whole, then renames it: a kill leaves the old one or the new one."""
@@ -266,11 +269,11 @@ class TrainingRun:
             batch = min(self.micro_batch, EVAL_BATCH_MAX)
         return (x if of is None else of).split(batch)
 
-    def _is_at_chance(self) -> bool:
-        if self.leaves_chance_by is None or self.epochs_done < self.leaves_chance_by:
+    def _is_at_chance(self, report: dict[str, Any]) -> bool:
+        if self.leaves_chance_by is None or report["epoch"] < self.leaves_chance_by:
             return False
         on = ("train", self.inputs.train_y) if self.config.refit else ("val", self.inputs.val_y)
-        accuracy, count = self.report[f"{on[0]}_accuracy"], len(on[1])
+        accuracy, count = report[f"{on[0]}_accuracy"], len(on[1])
         chance = 1 / len(self.data.classes)
         limit = chance + CHANCE_MARGIN * math.sqrt(chance * (1 - chance) / count)
         return accuracy <= limit < (1 + chance) / 2  # too few images say nothing

@@ -56,19 +56,20 @@ class JobRun:
             try:
                 self.run.load(checkpoint)
             except DamagedCheckpointError:
-                self.run = self._new_run()  # the same seed gives the same epochs again
+                self.run, self.reported = self._new_run(), 0  # the same seed gives the same epochs again
 
     def report(self) -> dict[str, Any]:
         """Trains an epoch, unless one waits to be reported, and returns its report."""
         run, trial_id = self.run, self.job["trial_id"]
-        # A kill between the checkpoint and its report leaves a report to deliver, not to repeat.
+        # A kill after a checkpoint leaves reports to deliver, not epochs to repeat: one of a plain trial,
+        # more of a group, whose reports wait for Train to collect them.
         if run.epochs_done <= self.reported:
             run.epoch()
             if self.group.rank == 0:
                 run.save(self.context.checkpoint(trial_id))
-        self.reported = run.epochs_done
-        report = run.report | _whereabouts()
-        if report["diverged"] or run.epochs_done == run.config.epochs:
+        report = run.reports[self.reported] | _whereabouts()
+        self.reported += 1
+        if report["diverged"] or report["epoch"] == run.config.epochs:
             report["status"] = "diverged" if report["diverged"] else "done"
             if self.job["final"] and self.group.rank == 0:  # diverged, too: a mean without it would flatter
                 folder = self.context.study_dir / "best"
