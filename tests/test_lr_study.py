@@ -142,6 +142,4 @@ def test_study_at_the_edge_warns_and_extends(data_dir, tmp_path, monkeypatch, ca
         ray.shutdown()
     curve = (tmp_path / "s" / "lr_curve.csv").read_text().splitlines()
     assert [float(row.split(",")[0]) for row in curve[1:]] == [1e-7, 1e-5, 1e-3, 0.1, 10.0, 1000.0]
-    verdicts = [row.split(",")[-1] for row in curve[1:]]
-    assert verdicts[0] in ("pruned", "at chance")
     assert json.loads((tmp_path / "s" / "study.json").read_text())["lr_study"]["best_lr"] >= 1e-3

@@ -88,7 +88,13 @@ def test_study_folder_holds_what_the_readme_says(undisturbed):
     names = {path.name for path in folder.iterdir()}
     assert names == {".lock", "best", "epochs.parquet", "reports.jsonl", "study.json", "trials.csv"}
     best = {path.name for path in (folder / "best").iterdir()}
-    assert best == {"checkpoint.pt", "config.json", "first_layer.npy", "predictions.parquet"}
+    assert best == {
+        "checkpoint.pt",
+        "config.json",
+        "first_layer.npy",
+        "misclassified.npz",
+        "predictions.parquet",
+    }
 
 
 @pytest.mark.parametrize("draw", [1, 2])
