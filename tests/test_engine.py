@@ -147,7 +147,8 @@ def test_workers_and_memory_stay_flat_over_sixty_four_trials(study):
             try:
                 if "ResourceTrainable" in " ".join(process.cmdline()) or "Trial" in process.name():
                     workers.add(process.pid)
-                    sizes.setdefault(process.pid, []).append(process.memory_info().rss)
+                    if rss := process.memory_info().rss:  # 0 of a process that is ending
+                        sizes.setdefault(process.pid, []).append(rss)
             except psutil.Error:
                 continue
 
