@@ -38,6 +38,12 @@ class Study:
         return list(self.facts["data"]["classes"])
 
     @property
+    def test_accuracy(self) -> dict[str, Any] | None:
+        """Returns mean, sd, interval95 and values over the fresh seeds; None where none was tested."""
+        final = self.facts.get("final")
+        return final["test_accuracy"] if final else None
+
+    @property
     def hyperparameters(self) -> list[str]:
         """Returns what was sampled, in the space's order; in older studies, the columns that vary."""
         if self.facts.get("ranges"):

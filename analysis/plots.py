@@ -255,12 +255,12 @@ def lr_curves(studies: list[Study]) -> Figure | None:
 
 def accuracy_against_seconds(studies: list[Study]) -> Figure | None:
     """Draws each study's test accuracy against its time."""
-    told = [study for study in studies if test_accuracy(study)]
+    told = [study for study in studies if study.test_accuracy]
     if not told:
         return None
     figure, axes = _axes()
     for k, study in enumerate(told):
-        test, colour = test_accuracy(study), SERIES[k % len(SERIES)]
+        test, colour = study.test_accuracy, SERIES[k % len(SERIES)]
         assert test is not None
         seconds, marker = study.facts["seconds"], "os^Dv"[k // len(SERIES) % 5]
         axes.errorbar(seconds, test["mean"], yerr=test["sd"], fmt=marker, color=colour, markersize=5)
@@ -276,12 +276,6 @@ def accuracy_against_seconds(studies: list[Study]) -> Figure | None:
     axes.set(xlabel="seconds of the whole study (lines: sd over fresh seeds)", ylabel="test accuracy")
     _percent(axes)
     return figure
-
-
-def test_accuracy(study: Study) -> dict[str, Any] | None:
-    """Returns mean, sd, … of a study's fresh seeds; None where none was tested."""
-    final = study.facts.get("final")
-    return final and final["test_accuracy"]
 
 
 def _axes(
@@ -309,9 +303,10 @@ def _kind(status: str) -> str:
 
 def _against(axes: Axes, table: pd.DataFrame, name: str, described: Range, good: np.ndarray) -> None:
     values, many = table[name], len(table) > MANY
-    if names := _choices(values, described):
+    if choices := _choices(values, described):
         spread = np.random.default_rng(0).uniform(-0.18, 0.18, len(values))
-        x = np.array([_index(names, value) for value in values]) + spread
+        x = np.array([stats.choice_index(choices, value) for value in values]) + spread
+        names = [str(choice) for choice in choices]
         axes.set_xticks(range(len(names)), names, fontsize=8, rotation=30 if len(names) > 4 else 0)
     else:
         x = values.to_numpy()
@@ -323,19 +318,19 @@ def _against(axes: Axes, table: pd.DataFrame, name: str, described: Range, good:
     _percent(axes)
 
 
-def _choices(values: pd.Series, described: Range) -> list[str]:
-    """Returns the names of a list's choices; none of a continuous range."""
+def _choices(values: pd.Series, described: Range) -> list[Any]:
+    """Returns a list's choices; none of a continuous range."""
     if described is None:
         return sorted(values.astype(str).unique())
-    return [str(value) for value in described.get("values", [])]
+    return described.get("values", [])
 
 
 def _places(values: pd.Series, described: Range) -> tuple[np.ndarray, list[tuple[float, str]]]:
     """Returns each value's height on its axis, 0 to 1, and the axis' ticks as (height, text)."""
-    if names := _choices(values, described):
-        step = 1 / max(len(names) - 1, 1)
-        heights = np.array([_index(names, value) for value in values]) * step
-        return heights, [(k * step, name) for k, name in enumerate(names)]
+    if choices := _choices(values, described):
+        step = 1 / max(len(choices) - 1, 1)
+        heights = np.array([stats.choice_index(choices, value) for value in values]) * step
+        return heights, [(k * step, str(choice)) for k, choice in enumerate(choices)]
     assert described is not None
     low, high = described["low"], described["high"]
     ticks = [(0.0, f"{low:g}"), (1.0, f"{high:g}")]
@@ -344,24 +339,10 @@ def _places(values: pd.Series, described: Range) -> tuple[np.ndarray, list[tuple
     return np.asarray((values - low) / (high - low)), ticks
 
 
-def _index(names: list[str], value: Any) -> int:
-    """Returns the place of a CSV file's value among choices: 0.0 is also 0."""
-    if str(value) in names:
-        return names.index(str(value))
-    return next((k for k, name in enumerate(names) if _number(name) == _number(value)), 0)
-
-
-def _number(value: Any) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        return math.nan
-
-
 def _short(name: str, most: int = 18) -> str:
     """Returns a class name that fits a tick; matplotlib would read $ as mathematics."""
-    name = name.replace("$", r"\$")
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+    short = name if len(name) <= most else f"{name[: most - 1]}…"
+    return short.replace("$", r"\$")
 
 
 def _label(study: Study) -> str:

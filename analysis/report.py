@@ -141,12 +141,12 @@ def _write(told: dict[str, Any], drawn: dict[str, Figure], out: Path) -> Path:
 
 def facts(study: Study) -> dict[str, Any]:
     """Returns what the page says in words, tables and images."""
-    told, best, final = study.facts, study.facts.get("best"), study.facts.get("final")
+    told, best = study.facts, study.facts.get("best")
     config = best["config"] if best else {}
     return {
         "title": f"{told['space']} on {told['data']['name']}",
         "subtitle": f"A study of {told['trials']} trials, status {told['status']}.",
-        "cards": _cards(told, best, final),
+        "cards": _cards(study),
         "best": [(name, _plain(config[name])) for name in study.hyperparameters if name in config],
         "best_text": f"Trial {best['trial_id']}, chosen by its validation accuracy of "
         f"{best['val_accuracy']:.4f} on {told['validation_count']:,} images."
@@ -174,9 +174,8 @@ def comparison(studies: list[Study]) -> dict[str, Any]:
     searches = [study for study in studies if study.lr_curve is None]
     groups: dict[str, list[list[str]]] = {name: [] for name in GROUPS}
     for study in searches:
-        row = results.row(study.facts) if study.facts["space"] in results.PUBLISHED else None
-        if row:
-            groups[_group(study.facts["space"])].append([cell.replace("**", "") for cell in row])
+        row = [cell.replace("**", "") for cell in results.row(study.facts)]
+        groups[_group(study.facts["space"])].append(row)
     names = sorted({study.facts["data"]["name"] for study in studies})
     return {
         "title": f"{len(studies)} studies on {', '.join(names)}",
@@ -214,11 +213,9 @@ def _group(space: str) -> str:
     return updatable if space.endswith(("_updatable", "_finetune")) else frozen
 
 
-def _cards(
-    told: dict[str, Any], best: dict[str, Any] | None, final: dict[str, Any] | None
-) -> list[tuple[str, str]]:
-    cards = []
-    test = final["test_accuracy"] if final else None
+def _cards(study: Study) -> list[tuple[str, str]]:
+    cards, told = [], study.facts
+    best, final, test = told.get("best"), told.get("final"), study.test_accuracy
     if final and test:
         seeds = len(final["seeds"])
         diverged = f", {len(final['diverged'])} of them diverged" if final.get("diverged") else ""

@@ -68,7 +68,7 @@ def row(study: dict[str, Any]) -> list[str]:
     backbone = Path(config.get("weights", "none")).name
     return [
         study["space"],
-        f"{100 * PUBLISHED[study['space']]:.2f}",
+        f"{100 * PUBLISHED[study['space']]:.2f}" if study["space"] in PUBLISHED else "",
         accuracy,
         str(study["trials"]),
         f"{options['epochs']} ({study['epochs_spent']})",
@@ -85,11 +85,15 @@ def row(study: dict[str, Any]) -> list[str]:
 
 
 def table(studies: list[dict[str, Any]]) -> str:
-    """Returns the Markdown table: a row per study in PUBLISHED's order, "not run" where there is none."""
+    """Returns the Markdown table: a row per study in PUBLISHED's order, "not run" where there is none.
+
+    Studies of other spaces stand at the end.
+    """
     lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
     for name, published in PUBLISHED.items():
         rows = [row(study) for study in studies if study["space"] == name]
         lines += [" | ".join(cells) for cells in rows or [[name, f"{100 * published:.2f}", "not run"]]]
+    lines += [" | ".join(row(study)) for study in studies if study["space"] not in PUBLISHED]
     return "\n".join(f"| {line} |" for line in lines)
 
 
@@ -113,8 +117,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    known = [study for study in studies if study["space"] in PUBLISHED]
-    print(table(known), "\n\n```sh", *(command(study) for study in known), "```", sep="\n")
+    searches = [study for study in studies if not study["options"].get("points")]  # no learning-rate studies
+    print(table(searches), "\n```sh", *(command(study) for study in searches), "```", sep="\n")
     return 0
 
 

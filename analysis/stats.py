@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,18 @@ def importance(table: pd.DataFrame, ranges: dict[str, Any]) -> pd.DataFrame | No
     return rows.sort_values("mean", ascending=False, kind="stable", ignore_index=True)
 
 
+def choice_index(choices: Sequence[Any], value: Any) -> int:
+    """Returns which of a range's choices a value from a CSV file is: 0 is also 0.0, "False" also False.
+
+    Raises:
+        ValueError: It is none of them.
+    """
+    for k, choice in enumerate(choices):
+        if choice == value or str(choice) == str(value):
+            return k
+    raise ValueError(f"{value!r} is none of the choices {', '.join(map(str, choices))}")
+
+
 def confusion(predictions: pd.DataFrame, classes: int) -> np.ndarray:
     """Returns counts ``(classes, classes)``: true label by row, predicted label by column."""
     counts = np.zeros((classes, classes), dtype=np.int64)
@@ -145,7 +158,6 @@ def _trial(row: dict[Any, Any], distributions: dict[str, Any]) -> Any:
 
 
 def _value(value: Any, distribution: Any) -> Any:
-    """Returns the choice that a value from a CSV file stands for."""
     if isinstance(distribution, optuna.distributions.CategoricalDistribution):
-        return next(choice for choice in distribution.choices if choice == value or str(choice) == str(value))
+        return distribution.choices[choice_index(distribution.choices, value)]
     return float(value)

@@ -1,8 +1,9 @@
 """How is a convolution over a map of one or two pixels computed without multiplying its padding?
 
-ResNet-18 at 32×32 ends in maps of 2×2 and 1×1, where most taps of a 3×3 kernel only meet padding. If
-every window lies over the whole map, the convolution is one linear layer of the taps that meet pixels:
-the same sums, 2.5 times faster for a whole ResNet-18 step on a processor (NOTES.md).
+ResNet-18 at 32×32, and a head behind it, ends in maps of 2×2 and 1×1, where most taps of a 3×3 kernel
+only meet padding. If every window lies over the whole map, the convolution is one linear layer of the
+taps that meet pixels: the same sums, 2.5 times faster for a whole ResNet-18 step on a processor
+(NOTES.md).
 """
 
 import torch

@@ -11,10 +11,16 @@ from search.suggest import SEARCHERS, PointSampler, Sampler, make_sampler
 from trainables.config import check_integer, check_name, check_number
 from trainables.data import DATA_DIR
 
-NOT_TO_FIX = {
+
+def flag(name: str) -> str:
+    """Returns a field's flag: ``final_seeds`` -> ``--final-seeds``."""
+    return f"--{name.replace('_', '-')}"
+
+
+NOT_TO_FIX = {  # and what to do instead
     "architecture": "give --space",
     "refit": "the winner's seeds have it, and no trial",
-    **{name: f"give --{name.replace('_', '-')}" for name in ("epochs", "image_size", "weights", "seed")},
+    **{name: f"give {flag(name)}" for name in ("epochs", "image_size", "weights", "seed")},
 }
 
 
@@ -120,8 +126,3 @@ class StudyOptions:
 
 
 RESUMABLE = ("data_dir", "concurrency", "cpus_per_trial", "gpus_per_trial", "max_failures", "time_budget")
-
-
-def flag(name: str) -> str:
-    """Returns a field's flag: ``final_seeds`` -> ``--final-seeds``."""
-    return f"--{name.replace('_', '-')}"

@@ -26,7 +26,7 @@ IMPOSSIBLE = [
     ],
     *[("label_smoothing", value, "give a number at least 0 and at most 1") for value in (-0.1, 1.1, "0")],
     *[("warmup_epochs", value, "give a number at least 0 and at most 10") for value in (-1, 10.5, math.inf)],
-    *[("nesterov", value, "give True or False") for value in (1, 0, None, "yes")],
+    *[(name, value, "give True or False") for name in ("nesterov", "refit") for value in (1, 0, None, "yes")],
 ]
 
 

@@ -281,6 +281,18 @@ def test_trial_whose_worker_is_lost_for_good_counts_as_last_and_frees_its_slot(t
     assert "0002" in jobs.running  # n = 3 with the lost one: 0002, the best, goes on
 
 
+def test_what_a_restarted_worker_says_again_is_not_written_again(tmp_path):
+    jobs = make_jobs(tmp_path / "reports.jsonl", pruner="none")
+    trial_id = jobs.next_job().trial_id
+    for epoch in (1, 2):
+        assert jobs.report(trial_id, outcome_at(jobs, trial_id, epoch))
+    written = jobs.journal.read()
+    assert jobs.report(trial_id, outcome_at(jobs, trial_id, 1) | {"pid": 99})
+    assert jobs.report(trial_id, outcome_at(jobs, trial_id, 2) | {"pid": 99})
+    assert jobs.journal.read() == written
+    assert jobs.trials[trial_id].epoch == 2
+
+
 def outcome_at(jobs, trial_id, epoch):
     return {"epoch": epoch, "val_accuracy": accuracy(jobs.trials[trial_id].config, epoch)}
 

@@ -2,6 +2,7 @@ import itertools
 import json
 import math
 
+import pandas as pd
 import pytest
 
 from search.journal import TrialRecord
@@ -137,6 +138,9 @@ def test_study_at_the_edge_warns_and_extends(data_dir, tmp_path, monkeypatch, ca
         out = capsys.readouterr().out
         assert "edge" in out
         assert "--extend s" in out
+        curve = pd.read_csv(tmp_path / "s" / "lr_curve.csv").set_index("lr")
+        assert curve.done[1e-3] == 2  # both seeds of the best
+        assert curve.done.sum() == 3  # and half of the six trials in all
         assert main(["--extend", "s", *common]) == 0
     finally:
         ray.shutdown()

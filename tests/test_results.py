@@ -51,6 +51,10 @@ def test_a_row_says_what_was_found_and_the_others_were_not_run():
     assert sum("not run" in line for line in lines) == 12
 
 
+def test_a_study_of_another_space_is_shown_and_not_dropped():
+    assert table([STUDY | {"space": "mine"}]).splitlines()[-1].startswith("| mine |  | **61.23**")
+
+
 def test_a_diverged_seed_is_named():
     final = STUDY["final"] | {"diverged": [2]}
     assert "(3, 1 diverged)" in table([STUDY | {"final": final}])
@@ -69,6 +73,9 @@ def test_command_line(tmp_path, capsys):
     (tmp_path / "study.json").write_text(json.dumps(STUDY))
     assert main([str(tmp_path)]) == 0
     assert "61.23" in capsys.readouterr().out
+    (tmp_path / "study.json").write_text(json.dumps(STUDY | {"options": {"epochs": 9, "points": [{}]}}))
+    assert main([str(tmp_path)]) == 0
+    assert "61.23" not in capsys.readouterr().out  # a learning-rate study
     assert main([str(tmp_path / "nothing")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
     assert main([]) == 2

@@ -9,6 +9,7 @@ import pytest
 from analysis.stats import (
     best_so_far,
     boundary_share,
+    choice_index,
     class_accuracy,
     confusion,
     importance,
@@ -97,3 +98,10 @@ def test_confusion_has_the_truth_in_rows():
     assert math.isnan(table.accuracy[3])
     # Wilson, n = 3, k = 2, z = 1.95996
     assert (table.low[0], table.high[0]) == (pytest.approx(0.2077, abs=1e-4), pytest.approx(0.9385, abs=1e-4))
+
+
+def test_choices_are_found_as_a_csv_file_writes_them():
+    choices = [0.0, 1e-05, "cosine", False]
+    assert [choice_index(choices, value) for value in (0, 1e-5, "cosine", "False")] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="none of the choices"):
+        choice_index(choices, 0.3)
