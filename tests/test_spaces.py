@@ -49,7 +49,8 @@ def test_published_best_is_the_one_of_the_design(name):
     assert (config.weight_decay, config.batch_size, config.lr) == (weight_decay, batch_size, lr)
     assert config.momentum == (0 if momentum is None else momentum)
     assert (config.hidden, config.kernel_size, config.optimizer) == (hidden, kernel_size, optimizer)
-    assert (config.schedule, config.augment, config.label_smoothing) == ("constant", "none", 0)
+    assert (config.schedule, config.label_smoothing) == ("cosine", 0)
+    assert config.augment in ("none", "crop")  # spaces.py says why
     assert find_space(name).published_accuracy == accuracy
 
 
