@@ -75,14 +75,19 @@ def all_curves(study: Study) -> Figure:
     """Draws val_accuracy of every trial; pruned, finished and diverged ones differ."""
     figure, axes = _axes()
     kinds = study.trials.set_index("trial_id").status.map(_kind)
+    rows = study.epochs.dropna(subset="val_accuracy").sort_values(["trial_id", "epoch"], kind="stable")
+    begins = np.flatnonzero(~rows.trial_id.duplicated())
+    curves = np.split(
+        rows[["epoch", "val_accuracy"]].to_numpy(), begins[1:]
+    )  # a groupby takes 40 s of 10,000
     lines: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
-    for trial_id, rows in study.epochs.dropna(subset="val_accuracy").groupby("trial_id"):
-        lines[kinds[trial_id]].append(rows[["epoch", "val_accuracy"]].to_numpy())
+    for kind, curve in zip(kinds.loc[rows.trial_id.iloc[begins]], curves, strict=False):  # [] has one part
+        lines[kind].append(curve)
     for kind, (colour, style, marker, width) in KINDS.items():
         if lines[kind]:
             many = len(study.trials) > MANY
-            curves = LineCollection(lines[kind], colors=colour, linestyles=style, linewidths=width)
-            axes.add_collection(curves).set_rasterized(many)
+            drawn = LineCollection(lines[kind], colors=colour, linestyles=style, linewidths=width)
+            axes.add_collection(drawn).set_rasterized(many)
             points = np.concatenate(lines[kind])
             axes.plot(*points.T, marker, color=colour, markersize=3.5, label=kind, rasterized=many)
     for rung in study.facts["rungs"]:
