@@ -16,10 +16,15 @@ from analysis import results, stats
 from analysis.load import Study
 
 GROUPS = {
-    "Plain networks": "Trained from scratch on pixels; percent of the test images.",
+    "Plain networks": "Trained from scratch on pixels.",
     "Frozen ResNet-18": "The head is trained, the backbone is not.",
     "Updatable ResNet-18": "Backbone and head are trained from the backbone's weights.",
 }
+COMPARED = (
+    "Each architecture's best, retrained over fresh seeds: percent of the test images. Published: the "
+    "course report's accuracy on CIFAR-10, to be compared with that of CIFAR-10 images only. Epochs: of a "
+    "trial that is not pruned (of all trials together). Minutes: of the whole study."
+)
 SHOWN_WEIGHTS = 64  # filters
 FIRST_ROWS = 200  # of the trials' table: what is seen at once, and all that is seen without JavaScript
 
@@ -29,7 +34,8 @@ def facts(study: Study) -> dict[str, Any]:
     told, best = study.facts, study.facts.get("best")
     config = best["config"] if best else {}
     return {
-        "title": f"{told['space']} on {told['data']['name']}",
+        "title": f"{told['space']} on {told['data']['name']}"
+        + (", by learning rate" if study.lr_curve is not None else ""),
         "subtitle": f"A study of {told['trials']} trials, status {told['status']}.",
         "cards": _cards(study),
         "best": [(name, _plain(config[name])) for name in study.hyperparameters if name in config],
@@ -58,14 +64,21 @@ def comparison(studies: list[Study]) -> dict[str, Any]:
     searches = [study for study in studies if study.lr_curve is None]
     groups: dict[str, list[list[str]]] = {name: [] for name in GROUPS}
     for study in searches:
-        row = [cell.replace("**", "") for cell in results.row(study.facts)]
-        groups[_group(study.facts["space"])].append(row)
+        space, *cells = [cell.replace("**", "") for cell in results.row(study.facts)]
+        groups[_group(study.facts["space"])].append([space, study.facts["data"]["name"], *cells])
     names = sorted({study.facts["data"]["name"] for study in studies})
     return {
         "title": f"{len(studies)} studies on {', '.join(names)}",
-        "subtitle": "Each architecture's best, retrained over fresh seeds, beside what was published.",
-        "tables": [(name, GROUPS[name], results.COLUMNS, rows) for name, rows in groups.items() if rows],
+        "subtitle": COMPARED if searches else "Validation accuracy; no fresh seeds were tested.",
+        "tables": [(name, GROUPS[name], *_filled(rows)) for name, rows in groups.items() if rows],
     }
+
+
+def _filled(rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """Returns the heads and cells of the comparison's columns that have a value in any row."""
+    heads = ["architecture", "images", *results.COLUMNS[1:]]
+    kept = [k for k in range(len(heads)) if any(row[k] for row in rows)]
+    return [heads[k] for k in kept], [[row[k] for k in kept] for row in rows]
 
 
 def first_layer_images(weights: np.ndarray | None) -> list[str]:
@@ -120,7 +133,7 @@ def _cards(study: Study) -> list[tuple[str, str]]:
     cards += [
         (f"trials: {counts}", str(told["trials"])),
         (f"epochs spent, of {unpruned} without pruning", str(spent)),
-        ("search and fresh seeds together", _clock(told["seconds"])),
+        ("search and fresh seeds together" if final else "the search", _clock(told["seconds"])),
     ]
     if told.get("machine"):
         cards.append(("machine", told["machine"]))
@@ -191,4 +204,6 @@ def _plain(value: Any) -> str:
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -4,6 +4,8 @@
 
     python analysis/report.py studies/NAME
     python analysis/report.py studies/NAME --out somewhere --open
+    python analysis/report.py studies/NAME --tensorboard
+    python analysis/report.py studies/NAME --optuna sqlite:///optuna.db
 
 Writes report.html and figures/*.png, *.svg into the study's folder, or into --out. The page works
 from disk without a network, in light and dark, on paper and on a phone.
@@ -24,12 +26,13 @@ import matplotlib as mpl
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from analysis import plots
+from analysis import plots, to_optuna, to_tensorboard
 from analysis.facts import comparison, facts
 from analysis.load import Study, load
 
 SECTIONS = (
-    ("The winner", "How the best trial and its retrained seeds learnt.", ["winner_curves"]),
+    ("Learning rate", "Everything else fixed, over several seeds.", ["lr_curves"]),
+    ("The winner", "How the best trial learnt, and its fresh seeds, if any.", ["winner_curves"]),
     (
         "The search",
         "What was tried, what it cost, and who was let go on.",
@@ -47,19 +50,18 @@ SECTIONS = (
         ["confusion", "class_accuracy"],
     ),
     ("What it cost", "All of a study: its search and its fresh seeds.", ["accuracy_against_seconds"]),
-    ("Learning rate", "Everything else fixed, over several seeds.", ["lr_curves"]),
 )
 CAPTIONS = {
-    "winner_curves": "Loss and accuracy of the winner. Its fresh seeds train on the validation images, "
-    "too, so they have no validation curve.",
+    "winner_curves": "Loss and accuracy of the winner. Fresh seeds, where it has any, train on the "
+    "validation images, too, and have no validation curve.",
     "all_curves": "Validation accuracy of every trial.",
     "best_so_far": "Best validation accuracy found, against what it had cost.",
     "rung_survival": "Trials that reached each epoch at which trials are compared, and the last.",
     "hyperparameters": "Validation accuracy at the first rung; listed values are spread sideways to be seen.",
     "parallel_coordinates": "Each line is a trial.",
     "importance": "fANOVA importance (optuna) for validation accuracy at the first rung.",
-    "confusion": "Test images by true and predicted class.",
-    "class_accuracy": "Test accuracy of each class.",
+    "confusion": "Test images by true and predicted class; colour: their share of the true class.",
+    "class_accuracy": "Test accuracy of each class, and how far few images leave it open.",
     "accuracy_against_seconds": "Test accuracy of each study against the time it took.",
     "lr_curves": "Validation accuracy against the learning rate.",
 }
@@ -145,9 +147,29 @@ def main(arguments: list[str] | None = None) -> int:
         "--out", type=Path, help="where to write (default: into the study's folder; of several, report/)"
     )
     parser.add_argument("--open", action="store_true", help="show the page in the browser")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="no page: write event files into tensorboard/, for tensorboard --logdir",
+    )
+    other.add_argument(
+        "--optuna",
+        metavar="URL",
+        help="no page: add the study to a database that optuna-dashboard opens, such as sqlite:///optuna.db",
+    )
     options = parser.parse_args(arguments)
     try:
         studies = [load(folder) for folder in options.study]
+        if options.tensorboard:
+            written = _each(studies, options.out, to_tensorboard.write)
+            print(*written, sep="\n")
+            return 0
+        if options.optuna:
+            for study in studies:
+                new = to_optuna.write(study, options.optuna)
+                print(f"{study.folder}: {'added to' if new else 'is already in'} {options.optuna}")
+            return 0
         alone = options.study[0] if len(studies) == 1 else Path("report")
         page = write(studies, options.out or alone)
     except ValueError as error:
@@ -157,6 +179,15 @@ def main(arguments: list[str] | None = None) -> int:
     if options.open:
         webbrowser.open(page.absolute().as_uri())
     return 0
+
+
+def _each(studies: list[Study], out: Path | None, write_one: Callable[[Study, Path], Path]) -> list[Path]:
+    """Calls a writer for each study: into its folder, or out, or a folder of out where there are several."""
+    if out is None:
+        return [write_one(study, study.folder) for study in studies]
+    if len(studies) == 1:
+        return [write_one(studies[0], out)]
+    return [write_one(study, out / study.folder.absolute().name) for study in studies]
 
 
 if __name__ == "__main__":

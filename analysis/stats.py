@@ -98,7 +98,7 @@ def importance(table: pd.DataFrame, ranges: dict[str, Any]) -> pd.DataFrame | No
     """
     if len(table) < IMPORTANCE_MIN or not ranges or table.val_accuracy.nunique() < 2:
         return None
-    distributions = {name: _distribution(described) for name, described in ranges.items()}
+    distributions = {name: distribution(described) for name, described in ranges.items()}
     generator = np.random.default_rng(0)
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # a line for each study, else
     samples = []
@@ -147,18 +147,20 @@ def class_accuracy(counts: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["images", "accuracy", "low", "high"])
 
 
-def _distribution(described: dict[str, Any]) -> Any:
+def distribution(described: dict[str, Any]) -> Any:
+    """Returns a range of study.json as Optuna writes it."""
     if "values" in described:
         return optuna.distributions.CategoricalDistribution(described["values"])
     return optuna.distributions.FloatDistribution(described["low"], described["high"], log=described["log"])
 
 
 def _trial(row: dict[Any, Any], distributions: dict[str, Any]) -> Any:
-    params = {name: _value(row[name], distribution) for name, distribution in distributions.items()}
+    params = {name: param(row[name], distribution) for name, distribution in distributions.items()}
     return optuna.trial.create_trial(params=params, distributions=distributions, value=row["val_accuracy"])
 
 
-def _value(value: Any, distribution: Any) -> Any:
+def param(value: Any, distribution: Any) -> Any:
+    """Returns a cell of trials.csv as the value of its distribution."""
     if isinstance(distribution, optuna.distributions.CategoricalDistribution):
         return distribution.choices[choice_index(distribution.choices, value)]
     return float(value)
