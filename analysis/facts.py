@@ -37,8 +37,8 @@ def facts(study: Study) -> dict[str, Any]:
         "title": f"{told['space']} on {told['data']['name']}"
         + (", by learning rate" if study.lr_curve is not None else ""),
         "subtitle": f"A study of {told['trials']} trials, status {told['status']}.",
-        "cards": _cards(study),
-        "best": [(name, _plain(config[name])) for name in study.hyperparameters if name in config],
+        "cards": cards(study),
+        "best": [(name, plain(config[name])) for name in study.hyperparameters if name in config],
         "best_text": f"Trial {best['trial_id']}, chosen by its validation accuracy of "
         f"{best['val_accuracy']:.4f} on {told['validation_count']:,} images."
         if best
@@ -110,14 +110,15 @@ def _group(space: str) -> str:
     return updatable if space.endswith(("_updatable", "_finetune")) else frozen
 
 
-def _cards(study: Study) -> list[tuple[str, str]]:
-    cards, told = [], study.facts
+def cards(study: Study) -> list[tuple[str, str]]:
+    """Returns the numbers at a report's top: what each is, and its value."""
+    shown, told = [], study.facts
     best, final, test = told.get("best"), told.get("final"), study.test_accuracy
     if final and test:
         seeds = len(final["seeds"])
         diverged = f", {len(final['diverged'])} of them diverged" if final.get("diverged") else ""
         spread = "" if test["sd"] is None else f" ± {100 * test['sd']:.2f}"
-        cards.append(
+        shown.append(
             (
                 f"test accuracy, mean ± sd of {seeds} fresh seeds{diverged}",
                 f"{100 * test['mean']:.2f}{spread} %",
@@ -125,19 +126,19 @@ def _cards(study: Study) -> list[tuple[str, str]]:
         )
         if test["interval95"]:
             low, high = (100 * end for end in test["interval95"])
-            cards.append(("95 % interval of that mean", f"{low:.2f} to {high:.2f} %"))
+            shown.append(("95 % interval of that mean", f"{low:.2f} to {high:.2f} %"))
     if best:
-        cards.append(("best validation accuracy", f"{100 * best['val_accuracy']:.2f} %"))
+        shown.append(("best validation accuracy", f"{100 * best['val_accuracy']:.2f} %"))
     spent, unpruned = told["epochs_spent"], told["epochs_unpruned"]
     counts = ", ".join(f"{count} {status}" for status, count in told["statuses"].items())
-    cards += [
+    shown += [
         (f"trials: {counts}", str(told["trials"])),
         (f"epochs spent, of {unpruned} without pruning", str(spent)),
         ("search and fresh seeds together" if final else "the search", _clock(told["seconds"])),
     ]
     if told.get("machine"):
-        cards.append(("machine", told["machine"]))
-    return cards
+        shown.append(("machine", told["machine"]))
+    return shown
 
 
 def _edges(study: Study) -> list[tuple[str, str, str]]:
@@ -162,9 +163,9 @@ def _trials(study: Study) -> dict[str, Any]:
     ]
     if len(table):
         first = table.iloc[0]
-        told = [f"{name} {_plain(first[name])}" for name in shared if _plain(first[name])]
+        told = [f"{name} {plain(first[name])}" for name in shared if plain(first[name])]
         table = table.drop(columns=shared)
-    cells = [[_plain(value) for value in table[name].tolist()] for name in table.columns]
+    cells = [[plain(value) for value in table[name].tolist()] for name in table.columns]
     rows = [list(row) for row in zip(*cells, strict=True)]
     return {
         "columns": [(str(name), _is_number(table[name])) for name in table.columns],
@@ -195,7 +196,8 @@ def _is_number(column: pd.Series) -> bool:
     return is_numeric_dtype(column) and not is_bool_dtype(column)
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
+    """Returns a value for people: four digits of a number, nothing of what is missing."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

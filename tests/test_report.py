@@ -94,7 +94,9 @@ def test_several_studies_are_compared_in_one_page(folder, tmp_path):
         (other / file).write_bytes((folder / file).read_bytes())
     told = json.loads((folder / "study.json").read_text())
     (other / "study.json").write_text(json.dumps(told | {"space": "softmax", "final": None}))
-    curve = pd.DataFrame({"lr": [0.01, 0.1], "mean": [0.5, None], "low": [0.4, None], "high": [0.6, None]})
+    curve = pd.DataFrame(
+        {"lr": [0.01, 0.1], "seeds": 3, "mean": [0.5, None], "low": [0.4, None], "high": [0.6, None]}
+    )
     curve.assign(verdict=["done", "diverged"]).to_csv(other / "lr_curve.csv", index=False)
     page = write([load(folder), load(other)], tmp_path / "out").read_text()
     assert page.count("<svg") == 2  # accuracy against seconds, learning-rate curves
