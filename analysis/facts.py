@@ -36,7 +36,8 @@ def facts(study: Study) -> dict[str, Any]:
     return {
         "title": f"{told['space']} on {told['data']['name']}"
         + (", by learning rate" if study.lr_curve is not None else ""),
-        "subtitle": f"A study of {told['trials']} trials, status {told['status']}.",
+        "subtitle": f"A study of {told['trials']} trials, status {told['status']}"
+        + (f", on {told['machine']}." if told.get("machine") else "."),
         "cards": cards(study),
         "best": [(name, plain(config[name])) for name in study.hyperparameters if name in config],
         "best_text": f"Trial {best['trial_id']}, chosen by its validation accuracy of "
@@ -136,8 +137,6 @@ def cards(study: Study) -> list[tuple[str, str]]:
         (f"epochs spent, of {unpruned} without pruning", str(spent)),
         ("search and fresh seeds together" if final else "the search", _clock(told["seconds"])),
     ]
-    if told.get("machine"):
-        shown.append(("machine", told["machine"]))
     return shown
 
 

@@ -2,9 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -111,15 +115,94 @@ def test_missing_package_is_one_line(folder, more, monkeypatch, capsys):
     assert "pip install 'tunefleet[reports]'" in error
 
 
-def test_saving_without_a_key_is_one_line(folder, tmp_path):
-    secrets = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_CONFIG_DIR": str(tmp_path)}
-    done = subprocess.run(
+class Server(BaseHTTPRequestHandler):
+    """Answers what wandb 0.31 asks before it takes a report; keeps the reports."""
+
+    reports: ClassVar[list[dict]] = []
+    projects = ("p",)
+
+    def log_message(self, *arguments):
+        """Is silent."""
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        operation = re.search(r"(?:query|mutation)\s+(\w+)", asked["query"]).group(1)
+        content = json.dumps({"data": self.answer(operation, asked.get("variables") or {})}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def answer(self, operation, variables):
+        known = variables.get("projectName") in self.projects
+        if operation.lower() == "upsertview":
+            self.reports.append(variables)
+            view = {"id": "VmlldzoxMjM=", "type": "runs", "name": variables["name"]}
+            view |= {"displayName": variables["displayName"], "description": "", "spec": variables["spec"]}
+            project = {"id": "1", "name": "p", "entityName": "me"}
+            view |= {"project": project, "createdAt": None, "updatedAt": None, "previewUrl": None}
+            return {"upsertView": {"view": view | {"user": None}, "inserted": True}}
+        node = {
+            "id": "1",
+            "name": "p",
+            "entityName": "me",
+            "createdAt": "",
+            "isBenchmark": False,
+            "user": None,
+        }
+        page = {"endCursor": None, "hasNextPage": False}
+        return {
+            "viewer": {"id": "v", "entity": "me", "username": "me", "email": "", "flags": "{}"},
+            "serverInfo": {"features": []},
+            "project": {"internalId": "1"} if known else None,
+            "models": {"edges": [{"node": node, "cursor": "1"}], "pageInfo": page},
+        }
+
+
+def run_save(folder, tmp_path, **environment):
+    """Runs ``wandb_report.py --save`` as a user without a key, unless the environment has one."""
+    nowhere = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_CONFIG_DIR": str(tmp_path)}
+    return subprocess.run(
         [sys.executable, SCRIPT, folder, "--save"],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        env=os.environ | secrets,
+        env=os.environ | nowhere | {"WANDB_ERROR_REPORTING": "false"} | environment,
     )
+
+
+@pytest.mark.parametrize("project", ["p", "nosuch"])
+def test_saving_sends_the_report_to_a_project_that_is_there(folder, tmp_path, project):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Server.reports.clear()
+    url = f"http://127.0.0.1:{server.server_port}"
+    done = run_save(
+        folder, tmp_path, WANDB_BASE_URL=url, WANDB_API_KEY="local-" + "a" * 40, WANDB_PROJECT=project
+    )
+    server.shutdown()
+    server.server_close()
+    if project == "nosuch":
+        assert done.returncode == 2, done.stderr
+        assert "'me/nosuch' not found" in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert Server.reports == []
+        return
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("http")
+    (report,) = Server.reports
+    assert (report["entityName"], report["projectName"]) == ("me", "p")
+    sets = [
+        runs
+        for block in json.loads(report["spec"])["blocks"]
+        for runs in block.get("metadata", {}).get("runSets", [])
+    ]
+    assert [runs["filters"]["filters"][0]["value"] for runs in sets] == [folder.name] * 3
+    assert {runs["project"]["name"] for runs in sets} == {"p"}
+
+
+def test_saving_without_a_key_is_one_line(folder, tmp_path):
+    done = run_save(folder, tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: --save: W&B cannot be used (No API key")
     assert done.stderr.count("\n") == 1
