@@ -8,92 +8,16 @@ import pandas as pd
 import pytest
 
 from analysis import plots
+from analysis.facts import facts, first_layer_images
 from analysis.load import load
-from analysis.report import facts, first_layer_images, main, write
-
-EVIL = '<script>alert("x")</script> & ünï $a_b$'
-EPOCHS = 4
+from analysis.report import main, write
+from tests.made_study import EVIL, write_study
 
 
 @pytest.fixture
 def folder(tmp_path):
     """Twelve trials of up to four epochs, one of them diverged, and two fresh seeds."""
-    rng = np.random.default_rng(0)
-    folder = tmp_path / "study's <folder>"
-    (folder / "best").mkdir(parents=True)
-    reports, trials = [], []
-    for k in range(12):
-        last = EPOCHS if k % 4 == 0 else 1
-        lr, schedule = 10 ** rng.uniform(-4, -1), rng.choice(["constant", "cosine"])
-        for epoch in range(1, last + 1):
-            reports.append(report(f"{k:04d}", epoch, 10.0 * k + epoch, 0.3 + 0.02 * k + 0.05 * epoch))
-        status = "diverged" if k == 5 else "done" if last == EPOCHS else "pruned"
-        trials.append([f"{k:04d}", status, last, 1, 0.3 + 0.02 * k, 0.5, 1.0, "vm", lr, schedule])
-    reports[-1]["val_accuracy"] = None
-    for seed in (1, 2):
-        reports += [report(f"final-{seed}", epoch, 200.0 + epoch, None) for epoch in range(1, EPOCHS + 1)]
-    pd.DataFrame(reports).to_parquet(folder / "epochs.parquet")
-    columns = ["trial_id", "status", "epochs", "rung", "val_accuracy", "best_val_accuracy", "seconds", "node"]
-    pd.DataFrame(trials, columns=[*columns, "lr", "schedule"]).to_csv(folder / "trials.csv", index=False)
-    predictions = pd.DataFrame(
-        {"index": range(6), "label": [0, 0, 1, 1, 0, 1], "predicted": [0, 1, 1, 0, 0, 1], "confidence": 0.75}
-    )
-    predictions.to_parquet(folder / "best" / "predictions.parquet")
-    images = rng.integers(0, 256, (2, 3, 8, 8), dtype=np.uint8)
-    np.savez(folder / "best" / "misclassified.npz", index=np.array([3, 1]), images=images)
-    np.save(folder / "best" / "first_layer.npy", rng.normal(size=(5, 3, 3, 3)))
-    told = {
-        "space": "convnet",
-        "status": "done",
-        "data": {"name": EVIL, "classes": [EVIL, "dog"]},
-        "options": {"epochs": EPOCHS},
-        "rungs": [1],
-        "ranges": {
-            "lr": {"low": 1e-4, "high": 0.1, "log": True},
-            "schedule": {"values": ["constant", "cosine"]},
-        },
-        "trials": 12,
-        "statuses": {"done": 3, "pruned": 8, "diverged": 1},
-        "epochs_spent": 21,
-        "epochs_unpruned": 48,
-        "seconds": 75.0,
-        "machine": "2 CPUs",
-        "commit": "0123456789ab",
-        "versions": {"torch": "2.15.0"},
-        "seed": 0,
-        "data_sha256": "d" * 64,
-        "split_sha256": "5" * 64,
-        "validation_count": 100,
-        "command": "search/run.py",
-        "best": {"trial_id": "0008", "val_accuracy": 0.66, "config": {"lr": 0.0123456, "schedule": "cosine"}},
-        "final": {
-            "seeds": [1, 2],
-            "diverged": [],
-            "failed": [],
-            "test_accuracy": {
-                "mean": 0.6543,
-                "sd": 0.0123,
-                "interval95": [0.54, 0.76],
-                "values": [0.64, 0.67],
-            },
-        },
-    }
-    (folder / "study.json").write_text(json.dumps(told))
-    return folder
-
-
-def report(trial_id, epoch, at, accuracy):
-    return {
-        "trial_id": trial_id,
-        "epoch": epoch,
-        "train_loss": 1 / epoch,
-        "train_accuracy": 0.4 + 0.1 * epoch,
-        "val_loss": None if accuracy is None else 1.2 / epoch,
-        "val_accuracy": accuracy,
-        "lr": 0.1,
-        "epoch_seconds": 1.0,
-        "finished_at": at,
-    }
+    return write_study(tmp_path / "study's <folder>")
 
 
 def test_page_has_every_figure_and_number(folder, tmp_path):
@@ -170,7 +94,9 @@ def test_several_studies_are_compared_in_one_page(folder, tmp_path):
         (other / file).write_bytes((folder / file).read_bytes())
     told = json.loads((folder / "study.json").read_text())
     (other / "study.json").write_text(json.dumps(told | {"space": "softmax", "final": None}))
-    curve = pd.DataFrame({"lr": [0.01, 0.1], "mean": [0.5, None], "low": [0.4, None], "high": [0.6, None]})
+    curve = pd.DataFrame(
+        {"lr": [0.01, 0.1], "seeds": 3, "mean": [0.5, None], "low": [0.4, None], "high": [0.6, None]}
+    )
     curve.assign(verdict=["done", "diverged"]).to_csv(other / "lr_curve.csv", index=False)
     page = write([load(folder), load(other)], tmp_path / "out").read_text()
     assert page.count("<svg") == 2  # accuracy against seconds, learning-rate curves

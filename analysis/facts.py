@@ -1,0 +1,210 @@
+"""What does a report say in words, tables and images? Study tables in, plain values out."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pandas.api.types import is_bool_dtype, is_numeric_dtype
+from PIL import Image
+
+from analysis import results, stats
+from analysis.load import Study
+
+GROUPS = {
+    "Plain networks": "Trained from scratch on pixels.",
+    "Frozen ResNet-18": "The head is trained, the backbone is not.",
+    "Updatable ResNet-18": "Backbone and head are trained from the backbone's weights.",
+}
+COMPARED = (
+    "Each architecture's best, retrained over fresh seeds: percent of the test images. Published: the "
+    "course report's accuracy on CIFAR-10, to be compared with that of CIFAR-10 images only. Epochs: of a "
+    "trial that is not pruned (of all trials together). Minutes: of the whole study."
+)
+SHOWN_WEIGHTS = 64  # filters
+FIRST_ROWS = 200  # of the trials' table: what is seen at once, and all that is seen without JavaScript
+
+
+def facts(study: Study) -> dict[str, Any]:
+    """Returns what the page says in words, tables and images."""
+    told, best = study.facts, study.facts.get("best")
+    config = best["config"] if best else {}
+    return {
+        "title": f"{told['space']} on {told['data']['name']}"
+        + (", by learning rate" if study.lr_curve is not None else ""),
+        "subtitle": f"A study of {told['trials']} trials, status {told['status']}"
+        + (f", on {told['machine']}." if told.get("machine") else "."),
+        "cards": cards(study),
+        "best": [(name, plain(config[name])) for name in study.hyperparameters if name in config],
+        "best_text": f"Trial {best['trial_id']}, chosen by its validation accuracy of "
+        f"{best['val_accuracy']:.4f} on {told['validation_count']:,} images."
+        if best
+        else "",
+        "edges": _edges(study),
+        "weights": (weights := first_layer_images(study.first_layer)),
+        "weights_text": "Of the winner's first seed; each image has its own scale"
+        + (
+            f", {len(weights)} of {len(study.first_layer)} shown."
+            if study.first_layer is not None and len(weights) < len(study.first_layer)
+            else "."
+        ),
+        "mistakes": _mistakes(study),
+        **_trials(study),
+        "footer": f"Code {told['commit']}, {', '.join(f'{k} {v}' for k, v in told['versions'].items())}; "
+        f"seed {told['seed']}, data {told['data_sha256'][:12]}, split {told['split_sha256'][:12]}. "
+        f"Command: {told['command']}",
+    }
+
+
+def comparison(studies: list[Study]) -> dict[str, Any]:
+    """Returns what the page of several studies says: a table for each group of architectures."""
+    searches = [study for study in studies if study.lr_curve is None]
+    groups: dict[str, list[list[str]]] = {name: [] for name in GROUPS}
+    for study in searches:
+        space, *cells = [cell.replace("**", "") for cell in results.row(study.facts)]
+        groups[_group(study.facts["space"])].append([space, study.facts["data"]["name"], *cells])
+    names = sorted({study.facts["data"]["name"] for study in studies})
+    return {
+        "title": f"{len(studies)} studies on {', '.join(names)}",
+        "subtitle": COMPARED if searches else "Validation accuracy; no fresh seeds were tested.",
+        "tables": [(name, GROUPS[name], *_filled(rows)) for name, rows in groups.items() if rows],
+    }
+
+
+def _filled(rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """Returns the heads and cells of the comparison's columns that have a value in any row."""
+    heads = ["architecture", "images", *results.COLUMNS[1:]]
+    kept = [k for k in range(len(heads)) if any(row[k] for row in rows)]
+    return [heads[k] for k in kept], [[row[k] for k in kept] for row in rows]
+
+
+def first_layer_images(weights: np.ndarray | None) -> list[str]:
+    """Returns filters as images, for layers that see pixels; none for others.
+
+    Args:
+        weights: ``(out, 3, k, k)``, or ``(out, 3·H·H)`` of a layer that sees the flattened image.
+    """
+    if weights is None:
+        return []
+    if weights.ndim == 2:
+        side = math.isqrt(weights.shape[1] // 3)
+        if weights.shape[1] != 3 * side * side or side < 8:
+            return []
+        weights = weights.reshape(-1, 3, side, side)
+    if weights.ndim != 4 or weights.shape[1] != 3 or weights.shape[2] < 2:
+        return []
+    images = []
+    for kernel in weights[:SHOWN_WEIGHTS]:
+        low, high = kernel.min(), kernel.max()
+        images.append(_png((255 * (kernel - low) / max(high - low, 1e-12)).astype(np.uint8)))
+    return images
+
+
+def _group(space: str) -> str:
+    plain, frozen, updatable = GROUPS
+    if not space.startswith("resnet"):
+        return plain
+    return updatable if space.endswith(("_updatable", "_finetune")) else frozen
+
+
+def cards(study: Study) -> list[tuple[str, str]]:
+    """Returns the numbers at a report's top: what each is, and its value."""
+    shown, told = [], study.facts
+    best, final, test = told.get("best"), told.get("final"), study.test_accuracy
+    if final and test:
+        seeds = len(final["seeds"])
+        diverged = f", {len(final['diverged'])} of them diverged" if final.get("diverged") else ""
+        spread = "" if test["sd"] is None else f" ± {100 * test['sd']:.2f}"
+        shown.append(
+            (
+                f"test accuracy, mean ± sd of {seeds} fresh seeds{diverged}",
+                f"{100 * test['mean']:.2f}{spread} %",
+            )
+        )
+        if test["interval95"]:
+            low, high = (100 * end for end in test["interval95"])
+            shown.append(("95 % interval of that mean", f"{low:.2f} to {high:.2f} %"))
+    if best:
+        shown.append(("best validation accuracy", f"{100 * best['val_accuracy']:.2f} %"))
+    spent, unpruned = told["epochs_spent"], told["epochs_unpruned"]
+    counts = ", ".join(f"{count} {status}" for status, count in told["statuses"].items())
+    shown += [
+        (f"trials: {counts}", str(told["trials"])),
+        (f"epochs spent, of {unpruned} without pruning", str(spent)),
+        ("search and fresh seeds together" if final else "the search", _clock(told["seconds"])),
+    ]
+    return shown
+
+
+def _edges(study: Study) -> list[tuple[str, str, str]]:
+    table = stats.comparable(study)
+    rows = []
+    for name, described in study.facts.get("ranges", {}).items():
+        if "low" in described and len(table):
+            values = stats.top(table)[name].astype(float)
+            share = stats.boundary_share(values, described["low"], described["high"], log=described["log"])
+            rows.append((name, f"{100 * share['low']:.0f} %", f"{100 * share['high']:.0f} %"))
+    return rows
+
+
+def _trials(study: Study) -> dict[str, Any]:
+    """Returns the table of all trials; hyperparameters that all of them share are said in one line."""
+    table = study.trials
+    outcome = list(table.columns).index("node")
+    shared = [
+        name
+        for name in table.columns[outcome:]
+        if name not in study.hyperparameters and table[name].nunique(dropna=False) == 1
+    ]
+    if len(table):
+        first = table.iloc[0]
+        told = [f"{name} {plain(first[name])}" for name in shared if plain(first[name])]
+        table = table.drop(columns=shared)
+    cells = [[plain(value) for value in table[name].tolist()] for name in table.columns]
+    rows = [list(row) for row in zip(*cells, strict=True)]
+    return {
+        "columns": [(str(name), _is_number(table[name])) for name in table.columns],
+        "rows": rows,
+        "first_rows": rows[:FIRST_ROWS],
+        "shared": ", ".join(told) if rows else "",
+    }
+
+
+def _mistakes(study: Study) -> list[tuple[str, str, str, str]]:
+    if study.misclassified is None or study.predictions is None:
+        return []
+    index, images = study.misclassified
+    rows = study.predictions.set_index("index").loc[index]
+    truth, said = ([study.classes[label] for label in rows[name]] for name in ("label", "predicted"))
+    sure = [f"{100 * confidence:.0f} %" for confidence in rows.confidence]
+    return list(zip(map(_png, images), truth, said, sure, strict=True))
+
+
+def _png(image: np.ndarray) -> str:
+    """Returns uint8 ``(3, H, W)`` as a data address."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(buffer, format="png")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _is_number(column: pd.Series) -> bool:
+    return is_numeric_dtype(column) and not is_bool_dtype(column)
+
+
+def plain(value: Any) -> str:
+    """Returns a value for people: four digits of a number, nothing of what is missing."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

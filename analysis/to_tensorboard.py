@@ -1,0 +1,136 @@
+"""How does TensorBoard read a study? Event files: a run per trial, and the HParams plugin's own records."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis.load import Study
+
+METRICS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "epoch_seconds")
+FAILED = ("diverged", "error", "out_of_memory")
+GOING_ON = ("running", "paused")
+EVENTS = "events.out.tfevents."  # a name that TensorBoard looks for begins so
+
+
+def write(study: Study, out: Path) -> Path:
+    """Writes ``out/tensorboard``, whole or not at all; returns it.
+
+    A run per trial, and one per fresh seed of the winner, holds METRICS by epoch, at the time of each
+    report. The hyperparameters are those that were sampled, with their ranges.
+
+    Raises:
+        ValueError: TensorBoard is not installed, or the folder holds something else.
+    """
+    try:
+        from tensorboard.plugins.hparams import summary_v2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    except ImportError as error:
+        raise ValueError(
+            f"--tensorboard needs the package tensorboard ({error}); pip install 'tunefleet[reports]'"
+        ) from None
+    folder = out / "tensorboard"
+    check_ours(folder)
+    new = out / "tensorboard.tmp"
+    shutil.rmtree(new, ignore_errors=True)
+    reports = pd.concat([study.epochs, study.finals])
+    began = float((reports.finished_at - reports.epoch_seconds).min()) if len(reports) else 0.0
+    experiment = summary_v2.hparams_config_pb(
+        [summary_v2.HParam(name, _domain(study, name)) for name in study.hyperparameters],
+        [summary_v2.Metric("val_accuracy"), summary_v2.Metric("val_loss"), summary_v2.Metric("train_loss")],
+        time_created_secs=began,
+    )
+    _write_run(EventFileWriter, new, [_event(began, summary=experiment)])
+    trials = study.trials.set_index("trial_id")
+    for trial_id, rows in reports.groupby("trial_id", sort=True):
+        times = rows.finished_at - rows.epoch_seconds
+        events = []
+        if trial_id in trials.index:
+            told = {name: _plain(trials.at[trial_id, name]) for name in study.hyperparameters}
+            values = {name: value for name, value in told.items() if value is not None}
+            start = summary_v2.hparams_pb(values, str(trial_id), float(times.iloc[0]))
+            events.append(_event(float(times.iloc[0]), summary=start))
+        events += _scalars(rows)
+        if trial_id in trials.index:
+            events += _end(str(trials.at[trial_id, "status"]), float(rows.finished_at.iloc[-1]))
+        _write_run(EventFileWriter, new / str(trial_id), events)
+    shutil.rmtree(folder, ignore_errors=True)
+    new.replace(folder)
+    return folder
+
+
+def check_ours(folder: Path) -> None:
+    """Raises ValueError where a folder that is to be replaced holds anything but event files."""
+    others = [file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(EVENTS)]
+    if others or (folder.exists() and not folder.is_dir()):
+        raise ValueError(
+            f"{others[0] if others else folder} is no event file, so {folder} is not replaced; "
+            "give another folder by --out"
+        )
+
+
+def _write_run(writer_class: Any, folder: Path, events: list[Any]) -> None:
+    writer = writer_class(str(folder))
+    for event in events:
+        writer.add_event(event)
+    writer.close()
+
+
+def _scalars(rows: pd.DataFrame) -> list[Any]:
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    events = []
+    for row in rows.sort_values("epoch").to_dict("records"):
+        values = [Summary.Value(tag=n, simple_value=row[n]) for n in METRICS if not pd.isna(row[n])]
+        events.append(_event(row["finished_at"], step=int(row["epoch"]), summary=Summary(value=values)))
+    return events
+
+
+def _end(status: str, at: float) -> list[Any]:
+    """Returns the plugin's record that a trial ended; it knows success and failure, and pruned is no failure.
+
+    tensorboard 2.21 makes that record in ``hparams.summary`` alone, which imports TensorFlow.
+    """
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+
+    if status in GOING_ON:
+        return []
+    ended = plugin_data_pb2.SessionEndInfo(
+        status=api_pb2.STATUS_FAILURE if status in FAILED else api_pb2.STATUS_SUCCESS, end_time_secs=at
+    )
+    described = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=ended))
+    value = Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=described, tensor=metadata.NULL_TENSOR)
+    return [_event(at, summary=Summary(value=[value]))]
+
+
+def _event(at: float, **content: Any) -> Any:
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    return Event(wall_time=at, **content)
+
+
+def _domain(study: Study, name: str) -> Any:
+    """Returns a range as the plugin knows it; of older and learning-rate studies, the values seen."""
+    from tensorboard.plugins.hparams import summary_v2
+
+    described = study.facts.get("ranges", {}).get(name)
+    if described and "low" in described:
+        return summary_v2.RealInterval(float(described["low"]), float(described["high"]))
+    values = described["values"] if described else study.trials[name].dropna().unique().tolist()
+    kinds = {type(value) for value in values}
+    if kinds == {int, float}:  # the plugin wants one type
+        values = [float(value) for value in values]
+    elif len(kinds) > 1:
+        values = [str(value) for value in values]
+    return summary_v2.Discrete(list(dict.fromkeys(values)))
+
+
+def _plain(value: Any) -> Any:
+    """Returns a cell as the plugin takes it: a bool, number or text; None where it is empty."""
+    if pd.isna(value):
+        return None
+    return value.item() if hasattr(value, "item") else value

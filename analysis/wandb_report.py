@@ -1,0 +1,208 @@
+"""How do studies look on W&B? One W&B Report, with a section per study, for people who have the runs there.
+
+::
+
+    python analysis/wandb_report.py studies/NAME              # writes studies/NAME/wandb_report.json
+    python analysis/wandb_report.py studies/* --project mine --entity team --save
+
+Without --save nothing is sent: the file holds the report as W&B takes it. Its panels show runs whose
+group is the study's folder name and whose job_type is trial, final or study, as search/ logs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from analysis.facts import cards, plain
+from analysis.load import Study, load
+
+if TYPE_CHECKING:
+    import wandb_workspaces.reports.v2 as wr
+
+PROJECT = "tunefleet"  # W&B's, where neither --project nor WANDB_PROJECT names one
+MEDIA = (  # keys of the run of job_type "study": its figures, and images
+    *("figures/winner_curves", "figures/all_curves", "figures/best_so_far", "figures/hyperparameters"),
+    *("figures/importance", "figures/confusion", "figures/class_accuracy", "figures/lr_curves"),
+    "misclassified",
+)
+MEASURE = "best_val_accuracy"  # in the summary of each trial's run
+TITLE_MOST = 128  # characters that W&B allows
+RETRIES = {  # wandb asks a server that does not answer for minutes otherwise (0.31)
+    "WANDB_X_GRAPHQL_RETRY_MAX": "3",
+    "WANDB_X_GRAPHQL_RETRY_WAIT_MAX_SECONDS": "2",
+    "WANDB_HTTP_TIMEOUT": "20",
+}
+
+
+def build(studies: list[Study], *, entity: str, project: str, groups: list[str], linked: bool) -> wr.Report:
+    """Returns the report, a section per study.
+
+    Args:
+        studies: Finished or not.
+        entity: W&B's team or user; "" without one.
+        project: W&B's, where the runs are.
+        groups: Of each study's runs.
+        linked: Name entity and project in each set of runs, too, which asks the server for their ids;
+            without, a set is of the report's own project.
+
+    Raises:
+        ValueError: wandb-workspaces is not installed.
+    """
+    wr = _library()
+    blocks: list[Any] = [wr.TableOfContents()] if len(studies) > 1 else []
+    place = {"entity": entity, "project": project} if linked else {}
+    for study, group in zip(studies, groups, strict=True):
+        blocks += _section(wr, study, group, place)
+    names = ", ".join(_name(study) for study in studies)
+    return wr.Report(
+        entity=entity,
+        project=project,
+        title=names if len(names) <= TITLE_MOST else f"{len(studies)} studies",
+        description="Studies of tunefleet: what was searched, what was found, what it cost.",
+        blocks=blocks,
+        width="fluid",
+    )
+
+
+def _library() -> Any:
+    try:
+        import wandb_workspaces.reports.v2 as wr
+    except ImportError as error:
+        raise ValueError(
+            f"a W&B Report needs the package wandb-workspaces ({error}); pip install 'tunefleet[reports]'"
+        ) from None
+    return wr
+
+
+def _section(wr: Any, study: Study, group: str, place: dict[str, str]) -> list[Any]:
+    def runs(job_type: str, name: str) -> Any:
+        # as text with repr(): a list of expressions forgets to quote a quote (wandb-workspaces 0.4)
+        chosen = f"Metric('Group') == {group!r} and Metric('JobType') == {job_type!r}"
+        return wr.Runset(name=name, filters=chosen, **place)
+
+    blocks = [wr.H2(_name(study)), *headline(wr, study)]
+    blocks.append(wr.PanelGrid(runsets=[runs("trial", "trials")], panels=_of_trials(wr, study)))
+    if not study.finals.empty:
+        blocks += [
+            wr.H3("The winner's fresh seeds"),
+            wr.PanelGrid(
+                runsets=[runs("final", "fresh seeds")],
+                panels=[
+                    wr.LinePlot(title="train_loss", x="epoch", y=["train_loss"], layout=_place(wr, 0, 0)),
+                    wr.BarPlot(title="test_accuracy", metrics=["test_accuracy"], layout=_place(wr, 12, 0)),
+                ],
+            ),
+        ]
+    media = wr.MediaBrowser(media_keys=list(MEDIA), num_columns=2, layout=_place(wr, 0, 0, 24, 16))
+    return [*blocks, wr.H3("Figures"), wr.PanelGrid(runsets=[runs("study", "the study")], panels=[media])]
+
+
+def headline(wr: Any, study: Study) -> list[Any]:
+    """Returns the study's numbers as paragraphs, those of the HTML report."""
+    best = study.facts.get("best")
+    blocks = [wr.UnorderedList(items=[f"{value}: {name}" for name, value in cards(study)])]
+    if best:
+        config = best["config"]
+        told = ", ".join(f"{name} {plain(config[name])}" for name in study.hyperparameters if name in config)
+        blocks.append(wr.P(f"Best configuration, trial {best['trial_id']}: {told}."))
+    return blocks
+
+
+def _of_trials(wr: Any, study: Study) -> list[Any]:
+    ranges = study.facts.get("ranges", {})
+    columns = [
+        wr.ParallelCoordinatesPlotColumn(wr.Config(name), log=bool(ranges.get(name, {}).get("log")))
+        for name in study.hyperparameters
+    ]
+    columns.append(wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(MEASURE)))
+    return [
+        wr.LinePlot(title="val_accuracy", x="epoch", y=["val_accuracy"], layout=_place(wr, 0, 0)),
+        wr.LinePlot(
+            title="train_loss, val_loss", x="epoch", y=["train_loss", "val_loss"], layout=_place(wr, 12, 0)
+        ),
+        wr.ParallelCoordinatesPlot(
+            title="each line is a trial", columns=columns, layout=_place(wr, 0, 8, 24, 10)
+        ),
+        wr.ParameterImportancePlot(with_respect_to=MEASURE, layout=_place(wr, 0, 18)),
+        wr.ScatterPlot(
+            title="lr against accuracy",
+            x=wr.Config("lr"),
+            y=wr.SummaryMetric(MEASURE),
+            log_x=True,
+            layout=_place(wr, 12, 18),
+        ),
+        wr.RunComparer(diff_only="split", layout=_place(wr, 0, 26, 24, 10)),
+    ]
+
+
+def _place(wr: Any, x: int, y: int, w: int = 12, h: int = 8) -> Any:
+    return wr.Layout(x=x, y=y, w=w, h=h)  # of a grid 24 wide
+
+
+def _name(study: Study) -> str:
+    return f"{study.facts['space']} on {study.facts['data']['name']}"
+
+
+def save(studies: list[Study], *, entity: str, project: str, groups: list[str]) -> str:
+    """Uploads the report and returns its address.
+
+    Raises:
+        ValueError: No key, no such project, or a server that does not answer.
+    """
+    _library()
+    import wandb
+
+    for name, value in RETRIES.items():
+        os.environ.setdefault(name, value)
+    try:
+        entity = entity or wandb.Api().default_entity or ""
+        report = build(studies, entity=entity, project=project, groups=groups, linked=bool(entity))
+        return str(report.save().url)
+    except (wandb.errors.Error, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"--save: W&B cannot be used ({reason}); log in by `wandb login` or WANDB_API_KEY, "
+            "or leave --save out"
+        ) from None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python analysis/wandb_report.py", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("study", type=Path, nargs="+", help="a study's folder; each becomes a section")
+    parser.add_argument("--project", help=f"W&B's (default: WANDB_PROJECT, else {PROJECT})")
+    parser.add_argument("--entity", help="W&B's team or user (default: WANDB_ENTITY, else the key's own)")
+    parser.add_argument("--group", nargs="+", help="of the runs, one per study (default: the folders' names)")
+    parser.add_argument("--out", type=Path, help="where to write wandb_report.json (default: as report.py)")
+    parser.add_argument("--save", action="store_true", help="upload the report instead of writing the file")
+    options = parser.parse_args(arguments)
+    entity = options.entity or os.environ.get("WANDB_ENTITY", "")
+    project = options.project or os.environ.get("WANDB_PROJECT") or PROJECT
+    try:
+        studies = [load(folder) for folder in options.study]
+        groups = options.group or [study.folder.absolute().name for study in studies]
+        if len(groups) != len(studies):
+            raise ValueError(f"--group names {len(groups)} groups for {len(studies)} studies; give one each")
+        if options.save:
+            print(save(studies, entity=entity, project=project, groups=groups))
+            return 0
+        report = build(studies, entity=entity, project=project, groups=groups, linked=False)
+        out = options.out or (studies[0].folder if len(studies) == 1 else Path("report"))
+        out.mkdir(parents=True, exist_ok=True)
+        file = out / "wandb_report.json"
+        file.write_text(report._to_model().model_dump_json(by_alias=True, exclude_none=True, indent=1))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(file)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
