@@ -1,12 +1,13 @@
 """What one study does: suggest, schedule, prune and promote trials, and retrain the winner.
 
-Ray and Tune read these variables when they are imported, so they are set here, before any module of
-this package can import Ray. A value that the user has set wins.
+Ray and Tune read their variables when they are imported, workers' allocators theirs when a worker
+starts. So they are set here, before any module of this package can import Ray. A value that the user
+has set wins.
 """
 
 import os
 
-_RAY_ENVIRONMENT = {
+_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",  # set explicitly, or every start prints a warning (Ray 2.60)
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's boxes; search/progress.py shows the study
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a relative --data means the same in a worker
@@ -20,6 +21,10 @@ _RAY_ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # search/run.py answers Ctrl-C within seconds
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # Tune's own snapshots are never read
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    # glibc gives freed activations back to the kernel after every micro-batch, and has them zeroed anew
+    # for the next: up to a third of convnet's step (NOTES.md). Bytes.
+    "MALLOC_MMAP_THRESHOLD_": str(256 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
 }
-for _name, _value in _RAY_ENVIRONMENT.items():
+for _name, _value in _ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
