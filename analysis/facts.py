@@ -180,7 +180,7 @@ def _mistakes(study: Study) -> list[tuple[str, str, str, str]]:
     index, images = study.misclassified
     rows = study.predictions.set_index("index").loc[index]
     truth, said = ([study.classes[label] for label in rows[name]] for name in ("label", "predicted"))
-    sure = [f"{100 * confidence:.0f} %" for confidence in rows.confidence]
+    sure = [f"{100 * confidence:.0f}\u00a0%" for confidence in rows.confidence]
     return list(zip(map(_png, images), truth, said, sure, strict=True))
 
 
