@@ -65,8 +65,8 @@ def test_study_that_has_just_begun_has_a_page(folder, tmp_path):
 
 def test_mistakes_have_their_own_labels(folder):
     (first, second) = facts(load(folder))["mistakes"]
-    assert first[1:] == ("dog", EVIL, "75 %")  # row 3: label 1, predicted 0
-    assert second[1:] == (EVIL, "dog", "75 %")
+    assert first[1:] == ("dog", EVIL, "75\u00a0%")  # row 3: label 1, predicted 0
+    assert second[1:] == (EVIL, "dog", "75\u00a0%")
 
 
 @pytest.mark.parametrize(
