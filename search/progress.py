@@ -134,7 +134,7 @@ def line(facts: dict[str, Any]) -> str:
     left = f", about {clock(facts['eta'])} left" if facts["eta"] else ""
     return (
         f"{facts['space']} {facts['phase']}: {facts['started']}/{facts['trials']} trials ({counted}), "
-        + ("" if facts["epochs_per_second"] else "workers are starting, ")
+        + ("" if facts["epochs_per_second"] else "no epoch done yet, ")
         + f"{facts['epochs']}/{facts['expected_epochs']} epochs, {facts['epochs_per_second']:.2g} epochs/s, "
         f"best val_accuracy {value}, {clock(facts['elapsed'])}{left}"
     )
@@ -148,7 +148,7 @@ def table(facts: dict[str, Any]) -> Group:
     grid.add_column()
     grid.add_row("trials", f"{facts['started']} of {facts['trials']} started, {facts['slots']} at once")
     states = ("running", "paused", "pruned", "done", "diverged", "out_of_memory", "error")
-    waiting = "" if facts["epochs_per_second"] else "; workers are starting"
+    waiting = "" if facts["epochs_per_second"] else "; no epoch done yet"
     grid.add_row("", ", ".join(f"{counted[state]} {state}" for state in states if counted[state]) + waiting)
     if facts["phase"] == "final":
         grid.add_row("final", finals(facts))

@@ -48,7 +48,7 @@ def test_plain_line_carries_trials_epochs_best_and_time(jobs):
     shown = progress(jobs, terminal=False)
     text = line(shown.facts(shown.began + 10))
     # 9 trials: 9·1 + 3·2 + 1·6 = 21 epochs, and 2 seeds of 9; both epochs were reported before this display
-    assert "3/9 trials (1 diverged, 1 paused, 1 running), workers are starting, 2/39 epochs" in text
+    assert "3/9 trials (1 diverged, 1 paused, 1 running), no epoch done yet, 2/39 epochs" in text
     assert "best val_accuracy 0.4321, 10 s" in text
 
 
