@@ -26,7 +26,6 @@ from rich.console import Console
 from rich.table import Table
 
 import search  # noqa: F401  sets Ray's environment before anything imports Ray
-from search.collect import read_study, write_study
 from search.final import summarise
 from search.journal import Journal, TrialRecord, records
 from search.launch import resume, start
@@ -34,6 +33,7 @@ from search.options import StudyOptions
 from search.printing import shown
 from search.run import add_options
 from search.spaces import find_space
+from search.study_file import read_study, write_study
 from trainables.command_line import Parser, exit_code
 from trainables.config import TrainConfig, check_integer, check_number
 

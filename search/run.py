@@ -26,8 +26,8 @@ from search.options import StudyOptions, flag
 from search.printing import list_spaces
 from search.spaces import SPACES
 from search.suggest import SEARCHERS
-from trainables.command_line import FIELD_TYPES, Parser, exit_code
-from trainables.config import TrainConfig, check_name, nearest
+from trainables.command_line import Parser, exit_code
+from trainables.config import FIELD_TYPES, TrainConfig, check_name, nearest
 from trainables.levers import PRECISIONS
 
 HELP = {
