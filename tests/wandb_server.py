@@ -73,7 +73,11 @@ class Run:
 
 
 class WandbServer(ThreadingHTTPServer):
-    """Answers until ``close``; ``fault`` is ok, 401, 500 or hang, and dead after ``die_after`` rows."""
+    """Answers until ``close``, unless told to fail.
+
+    ``fault`` is ok, 401, 500, hang or dead (connections are cut); after ``fail_after`` history rows it is
+    ``late_fault``.
+    """
 
     daemon_threads = True
     block_on_close = False
@@ -82,7 +86,7 @@ class WandbServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.fault = "ok"
-        self.die_after = None  # history rows, from then on connections are cut
+        self.fail_after, self.late_fault = None, "dead"
         self.seconds = 0.0  # before each answer
         self.runs, self.sweeps, self.requests = {}, [], []
         self.lock = threading.Lock()
@@ -97,10 +101,10 @@ class WandbServer(ThreadingHTTPServer):
         """Says nothing of connections that the client gave up."""
 
     @property
-    def dead(self):
-        """Returns whether enough rows have come to die of."""
+    def fault_now(self):
+        """Returns the fault to answer with."""
         total = sum(run.rows_received for run in self.runs.values())
-        return self.die_after is not None and total >= self.die_after
+        return self.late_fault if self.fail_after is not None and total >= self.fail_after else self.fault
 
     def graphql(self, query, variables):
         """Returns the data of one operation."""
@@ -110,7 +114,7 @@ class WandbServer(ThreadingHTTPServer):
         if operation == "Viewer":
             return {"viewer": {"id": "v", "entity": "me", "username": "me", "email": "", "flags": "{}"}}
         if operation == "GetDefaultEntity":
-            return {"viewer": {"id": "v", "defaultEntity": {"name": "me"}}}
+            return {"viewer": {"id": "v", "entity": "me"}}
         if operation == "ServerFeaturesQuery":
             return {"serverInfo": {"features": []}}
         if operation == "RunResumeStatus":
@@ -138,6 +142,16 @@ class WandbServer(ThreadingHTTPServer):
             page = {"endCursor": None, "hasNextPage": False}
             return {"project": {"internalId": "1", "runCount": len(edges), "readOnly": False,
                                 "runs": {"edges": edges, "pageInfo": page}}}  # fmt: skip
+        if operation == "RunFiles":
+            pattern = re.compile((variables.get("pattern") or "%").replace("%", ".*"))
+            edges = [
+                {"cursor": name, "node": {"id": name, "name": name, "url": "", "sizeBytes": size}}
+                for name, size in run.files.items()
+                if pattern.fullmatch(name)
+            ]
+            page = {"endCursor": None, "hasNextPage": False}
+            files = {"edges": edges, "pageInfo": page}
+            return {"project": {"internalId": "1", "run": {"fileCount": len(edges), "files": files}}}
         if operation == "UpsertSweep":
             self.sweeps.append(variables)
             project = {"id": "p", "name": "p", "entity": {"id": "e", "name": "me"}}
@@ -195,15 +209,16 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         time.sleep(server.seconds)
         expected = "Basic " + base64.b64encode(f"api:{KEY}".encode()).decode()
-        if server.dead:
+        fault = server.fault_now
+        if fault == "dead":
             self.close_connection = True
             self.connection.close()
             return True
-        if server.fault == "hang":
+        if fault == "hang":
             time.sleep(HANG_SECONDS)
             return True
-        if server.fault in ("401", "500"):
-            self.send(int(server.fault), {"errors": [{"message": "chosen"}]})
+        if fault in ("401", "500"):
+            self.send(int(fault), {"errors": [{"message": "chosen"}]})
             return True
         if self.command == "POST" and self.headers.get("Authorization") != expected:
             self.send(401, {"errors": [{"message": "user is not logged in"}]})

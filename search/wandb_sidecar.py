@@ -1,0 +1,87 @@
+"""How does a running study feed W&B without ever waiting for it? A process beside it reads its journal.
+
+The study writes ``reports.jsonl`` as it always does; the other process (``python -m search.wandb_sync
+STUDY --follow``) reads along at low priority. It may hang, crash or never start: the study notices
+nothing. When the study ends it says so by closing the pipe, waits a bounded time, and says what W&B
+does not have yet and what brings it there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from search.study_file import read_study, write_study
+from search.wandb_options import WandbOptions
+from search.wandb_runs import standing, tidy
+
+END_SECONDS = 12.0  # the study is done: wait so long for the last runs
+STOP_SECONDS = 3.0  # after a Ctrl-C
+NICENESS = 10  # trials come first
+
+
+class Sidecar:
+    """The process that feeds W&B beside one study.
+
+    Args:
+        folder: The study's.
+        options: Where its runs go; with mode off there is no process.
+    """
+
+    def __init__(self, folder: Path, options: WandbOptions) -> None:
+        self.folder, self.options = folder, options
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Begins to feed W&B; study.json remembers where to, without the key."""
+        write_study(self.folder, read_study(self.folder) | {"wandb": self.options.remembered()})
+        if self.options.mode == "off":
+            return
+        (self.folder / "wandb").mkdir(exist_ok=True)
+        root = Path(__file__).resolve().parents[1]
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
+            **({"WANDB_API_KEY": self.options.key} if self.options.key else {}),
+        }
+        environment.pop("WANDB_MODE", None)  # the flags have won
+        with (self.folder / "wandb" / "sync.log").open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "search.wandb_sync", str(self.folder), "--follow"],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,  # a Ctrl-C is the study's; and its group can be ended whole
+                preexec_fn=lambda: os.nice(NICENESS) and None,
+            )
+
+    def end(self, seconds: float) -> str | None:
+        """Ends the process.
+
+        Args:
+            seconds: How long it may take to send the rest.
+
+        Returns:
+            How the study stands with W&B and what to do about it; None with mode off.
+        """
+        if self.options.mode == "off":
+            return None
+        late = ""
+        if self.process is not None:
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+            try:
+                self.process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)  # wandb's own process, too
+                self.process.wait()
+                tidy(self.folder)
+                late = f", given up after {seconds:g} s"
+            if self.process.returncode > 0:
+                late = f", it failed: {self.folder / 'wandb' / 'sync.log'}"
+            self.process = None
+        line, missing = standing(self.folder, self.options)
+        return line
