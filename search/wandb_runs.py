@@ -192,11 +192,17 @@ class State:
         return [run for run in runs if known.get(run.key) != run.record]
 
 
-def standing(folder: Path, options: WandbOptions) -> tuple[str, bool]:
-    """Returns how a study stands with W&B in a line without the command, and whether anything is missing."""
+def standing(folder: Path, options: WandbOptions, why: str = "") -> tuple[str, bool]:
+    """Returns how a study stands with W&B, in a line, and whether anything is missing there.
+
+    Args:
+        folder: The study's.
+        options: Where its runs go.
+        why: The reason for what is missing, where W&B gave none.
+    """
     runs, state = plan(folder), State.load(folder, options)
     missing = state.missing(runs, options.mode)
-    why = f" ({state.error})" if state.error else ""
+    why = f" ({state.error or why})" if state.error or why else ""
     where = f"{state.entity or options.entity or ''}/{options.project}".lstrip("/")
     if options.mode == "online":
         if missing:

@@ -9,18 +9,19 @@ does not have yet and what brings it there.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+from search.printing import shown
 from search.study_file import read_study, write_study
 from search.wandb_options import WandbOptions
 from search.wandb_runs import standing, tidy
 
 END_SECONDS = 12.0  # the study is done: wait so long for the last runs
 STOP_SECONDS = 3.0  # after a Ctrl-C
-NICENESS = 10  # trials come first
 
 
 class Sidecar:
@@ -55,33 +56,33 @@ class Sidecar:
                 stderr=log,
                 env=environment,
                 start_new_session=True,  # a Ctrl-C is the study's; and its group can be ended whole
-                preexec_fn=lambda: os.nice(NICENESS) and None,
             )
 
-    def end(self, seconds: float) -> str | None:
+    def end(self, seconds: float) -> str:
         """Ends the process.
 
         Args:
             seconds: How long it may take to send the rest.
 
         Returns:
-            How the study stands with W&B and what to do about it; None with mode off.
+            How the study stands with W&B and what to do about it; nothing with mode off.
         """
         if self.options.mode == "off":
-            return None
-        late = ""
+            return ""
+        why = ""
         if self.process is not None:
             assert self.process.stdin is not None
             self.process.stdin.close()
             try:
                 self.process.wait(seconds)
-            except subprocess.TimeoutExpired:
+            except (subprocess.TimeoutExpired, KeyboardInterrupt):
                 os.killpg(self.process.pid, signal.SIGKILL)  # wandb's own process, too
                 self.process.wait()
                 tidy(self.folder)
-                late = f", given up after {seconds:g} s"
+                why = f"given up after {seconds:g} s"
             if self.process.returncode > 0:
-                late = f", it failed: {self.folder / 'wandb' / 'sync.log'}"
+                why = f"the process that sends them failed, see {shown(self.folder / 'wandb' / 'sync.log')}"
             self.process = None
-        line, missing = standing(self.folder, self.options)
-        return line
+        line, missing = standing(self.folder, self.options, why)
+        command = f"; to upload: python -m search.wandb_sync {shlex.quote(shown(self.folder))}"
+        return f"W&B: {line}{command if missing or self.options.mode == 'offline' else ''}"

@@ -41,6 +41,7 @@ CONFIRM_SECONDS = 4.0  # for rows that were taken to show
 SLOW_SECONDS = 1.0  # to finish a run: the server may be ill, so ask before the next one
 BATCH = 16  # runs finished between questions to the server
 OPEN_RUNS = 64  # of trials at work, kept open; more and the quietest is closed
+NICENESS = 10  # beside a study: trials come first
 POLL_SECONDS = 2.0  # between looks at the journal
 RETRY_SECONDS = 20.0  # after a failure, while the study goes on
 PASSED_ON = ("API_KEY", "BASE_URL", "CONFIG_DIR", "IDENTITY_TOKEN_FILE", "INSECURE_DISABLE_SSL")
@@ -429,6 +430,7 @@ def carry_out(given: dict[str, Any]) -> int:
     tidy(folder)
     state = State.load(folder, options)
     if given["follow"]:
+        os.nice(NICENESS)
         follow(folder, options, state)
         code = 0
     else:

@@ -81,6 +81,7 @@ class WandbServer(ThreadingHTTPServer):
 
     daemon_threads = True
     block_on_close = False
+    request_queue_size = 128  # W&B uploads all images at once; a full queue drops them for seconds
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
