@@ -6,8 +6,10 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,6 +17,7 @@ import pytest
 
 from search.collect import EPOCH_COLUMNS, collect
 from search.journal import Journal
+from search.run import main, parse
 from search.wandb_options import choose
 from search.wandb_runs import COLUMNS, State, plan, standing
 from tests.conftest import ROOT
@@ -467,3 +470,78 @@ def test_standing_counts_what_changed_since(tmp_path):
     assert standing(folder, options)[1] is False
     Journal(folder / "reports.jsonl").append(report("0001", 2, 0.5))
     assert standing(folder, options) == ("1 of 6 runs are not synced", True)
+
+
+STUDY = ["--space", "softmax", "--data", "digits", "--device", "cpu"]
+SECONDS = 150  # a study takes some 15 s on two free cores
+
+
+@pytest.fixture
+def ray_dir(environment, monkeypatch):
+    """Where Ray keeps its session and logs; W&B's environment is that of the stand-in."""
+    for name, value in environment.items():
+        if name.startswith("WANDB_") or name == "NETRC":
+            monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WANDB_MODE")
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:  # short: it holds sockets
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        yield Path(folder)
+
+
+@pytest.mark.ray
+def test_server_that_dies_in_mid_study_leaves_the_study_whole(server, cli, ray_dir, sync, tmp_path):
+    server.fail_after = 2
+    few = ["--trials", 3, "--epochs", 2, "--final-seeds", 1, "--wandb", "online"]
+    out, err = (process := cli(*STUDY, *few, "--study-dir", "study")).communicate(timeout=SECONDS)
+    assert (process.returncode, err) == (0, "")
+    folder = tmp_path / "study"
+    assert json.loads((folder / "study.json").read_text())["status"] == "done"
+    last = out.strip().splitlines()[-1]
+    assert "runs are not synced (" in last
+    assert last.endswith("; to upload: python -m search.wandb_sync study")
+    assert sum(len(run.history) for run in server.runs.values()) >= 2
+    logs = list(ray_dir.rglob("*.log"))
+    assert logs
+    assert_no_key(tmp_path, ray_dir)
+    server.fail_after = None
+    assert sync(folder)[0] == 0
+    assert_all_there(server, folder)
+
+
+@pytest.mark.ray
+def test_ctrl_c_beside_a_hanging_server_stops_within_ten_seconds(server, cli, ray_dir, tmp_path):
+    process = cli(*STUDY, "--trials", 12, "--epochs", 200, "--pruner", "none", "--study-dir", "study")
+    file = tmp_path / "study" / "reports.jsonl"
+    deadline = time.monotonic() + SECONDS
+    while not any(run.rows_received for run in server.runs.values()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert file.exists()
+    server.fault = "hang"
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=SECONDS)
+    assert time.monotonic() - began < 10
+    assert process.returncode == 3
+    assert err.strip().splitlines()[-1].endswith("python search/run.py --resume study")
+    assert "runs are not synced (given up after 3 s)" in out
+
+
+def test_key_is_taken_out_of_the_drivers_environment(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    do, _ = parse(["--space", "softmax"])
+    assert do.wandb == {"key": KEY}
+    assert "WANDB_API_KEY" not in os.environ
+
+
+def test_online_without_a_key_is_one_line_and_writes_nothing(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    assert main(["--space", "softmax", "--data", "digits", "--wandb", "online"]) == 2
+    err = capsys.readouterr().err
+    assert "wandb login" in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
