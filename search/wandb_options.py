@@ -1,4 +1,4 @@
-"""Where do a study's W&B runs go? Flags say, else W&B's own variables, else what the study remembers.
+"""Where do a study's W&B runs go? Flags say, else what the study remembers, else W&B's own variables.
 
 The key is taken out of the environment before Ray starts, so that no worker, no runtime environment
 and no log of Ray's ever has it; only the process that talks to W&B gets it back (search/wandb_sidecar.py).
@@ -89,7 +89,14 @@ def choose(given: Mapping[str, Any], remembered: Mapping[str, Any] | None = None
     Raises:
         ValueError: A value is impossible, or W&B shall be online without a key.
     """
-    values = {**(remembered or {})}
+    values = {**(remembered or _from_variables()), **given}
+    values.setdefault("mode", "online" if key_is_configured(values.get("key")) else "offline")
+    values["tags"] = tuple(values.get("tags") or ())
+    return WandbOptions(**values)
+
+
+def _from_variables() -> dict[str, Any]:
+    values: dict[str, Any] = {}
     mode = os.environ.get("WANDB_MODE")
     if mode:
         if mode not in OF_WANDB_MODE:
@@ -99,10 +106,7 @@ def choose(given: Mapping[str, Any], remembered: Mapping[str, Any] | None = None
         text = os.environ.get(variable)
         if text:
             values[name] = text.split(",") if name == "tags" else text
-    values |= given
-    values.setdefault("mode", "online" if key_is_configured(values.get("key")) else "offline")
-    values["tags"] = tuple(values.get("tags") or ())
-    return WandbOptions(**values)
+    return values
 
 
 def add_wandb_flags(parser: argparse.ArgumentParser, *, mode: bool = True) -> None:
@@ -146,7 +150,7 @@ def take_flags(options: MutableMapping[str, Any]) -> dict[str, Any]:
 
 def key_is_configured(key: str | None) -> bool:
     """Returns whether W&B would find a key: the environment's, or one in netrc for its server."""
-    if key:
+    if key or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     try:
         entries = netrc.netrc(os.environ.get("NETRC") or Path("~/.netrc").expanduser())

@@ -212,7 +212,8 @@ def standing(folder: Path, options: WandbOptions, why: str = "") -> tuple[str, b
         return f"all {len(runs)} runs are in {where}, group {options.group or folder.name}", False
     if missing:
         return f"{len(missing)} of {len(runs)} offline runs are not written{why}", True
-    return f"{len(runs)} runs written offline, none of them uploaded", False
+    sweep = ", no sweep made" if options.sweep else ""
+    return f"{len(runs)} runs written offline, none of them uploaded{sweep}", False
 
 
 def tidy(folder: Path) -> None:

@@ -47,7 +47,6 @@ class Sidecar:
             "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
             **({"WANDB_API_KEY": self.options.key} if self.options.key else {}),
         }
-        environment.pop("WANDB_MODE", None)  # the flags have won
         with (self.folder / "wandb" / "sync.log").open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "search.wandb_sync", str(self.folder), "--follow"],
@@ -80,9 +79,15 @@ class Sidecar:
                 self.process.wait()
                 tidy(self.folder)
                 why = f"given up after {seconds:g} s"
-            if self.process.returncode > 0:
-                why = f"the process that sends them failed, see {shown(self.folder / 'wandb' / 'sync.log')}"
+            log = self.folder / "wandb" / "sync.log"
+            if self.process.returncode and not why:
+                why = f"the process that sends them ended with {self.process.returncode}, see {shown(log)}"
+            if not log.stat().st_size:
+                log.unlink()
             self.process = None
-        line, missing = standing(self.folder, self.options, why)
+        try:
+            line, missing = standing(self.folder, self.options, why)
+        except ValueError as error:  # the study is whole all the same
+            line, missing = str(error), True
         command = f"; to upload: python -m search.wandb_sync {shlex.quote(shown(self.folder))}"
         return f"W&B: {line}{command if missing or self.options.mode == 'offline' else ''}"

@@ -23,6 +23,7 @@ import contextlib
 import os
 import re
 import select
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -48,6 +49,7 @@ PASSED_ON = ("API_KEY", "BASE_URL", "CONFIG_DIR", "IDENTITY_TOKEN_FILE", "INSECU
 SETTINGS: dict[str, Any] = {  # of wandb 0.31: nothing but our rows, and no wait without an end
     "silent": True,
     "console": "off",
+    "stop_fn": lambda: None,  # "Stop run" on the page would raise a KeyboardInterrupt here
     "disable_git": True,
     "disable_code": True,
     "x_disable_stats": True,
@@ -305,8 +307,6 @@ def sweep_config(study: dict[str, Any], name: str) -> dict[str, Any]:
 
 def remove_offline(folder: Path, run: Planned) -> None:
     """Removes what was written of an offline run: it is written anew, whole."""
-    import shutil
-
     for old in (folder / "wandb").glob(f"offline-run-*-{run.run_id}"):
         shutil.rmtree(old)
 
@@ -326,12 +326,12 @@ def _in_one_line(key: str | None) -> Iterator[None]:
 def reason(text: str, key: str | None = None) -> str:
     """Returns why W&B failed, in a few words and without the key."""
     for pattern, words in (
-        (r"\b401\b|not logged in|[Ii]nvalid.*[Kk]ey|credentials.*chosen", "the server refuses the key"),
         (r"\b403\b", "the key may not write there"),
         (r"connection refused", "the server cannot be reached: connection refused"),
         (r"no such host|lookup ", "the server's name is not known"),
         (r"HTTP (5\d\d)", "the server answers with an error"),
         (r"did not respond in time|deadline exceeded|[Tt]imed? ?out", "the server does not answer"),
+        (r"\b401\b|verify credentials", "the server refuses the key"),
     ):
         if re.search(pattern, text):
             return words
@@ -345,10 +345,12 @@ def follow(folder: Path, options: WandbOptions, state: State) -> None:
     journal = folder / "reports.jsonl"
     while not select.select([sys.stdin], [], [], POLL_SECONDS)[0]:
         size = journal.stat().st_size if journal.exists() else 0
-        if size == seen or time.monotonic() < not_before or not _has_report(folder):
+        if size == seen or time.monotonic() < not_before:
             continue
-        seen = size
-        if not _attempt(sender, plan(folder), live=True):
+        seen, runs = size, plan(folder)
+        if not any(run.rows for run in runs):
+            continue  # workers are starting, and need the CPUs
+        if not _attempt(sender, runs, live=True):
             not_before, seen = time.monotonic() + RETRY_SECONDS, -1
     finish(sender)
 
@@ -378,11 +380,6 @@ def _attempt(sender: Sender, runs: list[Planned], *, live: bool) -> bool:
     if sender.state.error or not live:
         sender.end()
     return not sender.state.error
-
-
-def _has_report(folder: Path) -> bool:
-    """Returns whether there is something to show: until then workers start, and need the CPUs."""
-    return any(run.rows for run in plan(folder))
 
 
 def clean_environment() -> None:
@@ -444,4 +441,7 @@ def carry_out(given: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # wandb's own exit hooks hung once in 60 runs (0.31), after all was said and done

@@ -18,7 +18,7 @@ import pytest
 from search.collect import EPOCH_COLUMNS, collect
 from search.journal import Journal
 from search.run import main, parse
-from search.wandb_options import choose
+from search.wandb_options import WandbOptions, choose
 from search.wandb_runs import COLUMNS, State, plan, standing
 from tests.conftest import ROOT
 from tests.wandb_server import KEY, WandbServer
@@ -365,6 +365,34 @@ def test_killed_sync_then_sync_again_brings_each_row_once(server, environment, s
     assert_all_there(server, folder)
 
 
+def test_following_outlives_the_servers_death_and_brings_each_row_once(server, environment, tmp_path):
+    whole = write_study(tmp_path / "whole")
+    lines = (whole / "reports.jsonl").read_text().splitlines(keepends=True)
+    folder = tmp_path / "study"
+    folder.mkdir()
+    (folder / "study.json").write_text(
+        json.dumps(STUDY_JSON | {"status": "running", "wandb": {"mode": "online"}})
+    )
+    hurried = "import search.wandb_sync as w; w.OPEN_RUNS, w.POLL_SECONDS, w.RETRY_SECONDS = 2, 0.1, 0.5"
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{hurried}; w.main([{str(folder)!r}, '--follow'])"],
+        env=environment,
+        stdin=subprocess.PIPE,
+    )
+    for number, line in enumerate(lines):
+        Journal(folder / "reports.jsonl").append(json.loads(line))
+        time.sleep(0.4)
+        server.fault = "dead" if 8 <= number < 11 else "ok"
+    (folder / "study.json").write_text((whole / "study.json").read_text())
+    collect(folder)
+    process.stdin.close()
+    assert process.wait(LONGEST_SECONDS) == 0
+    assert_all_there(server, folder, once=False)  # a row whose answer was lost is sent again, in its place
+    options = choose({"mode": "online", "key": KEY})
+    with_url = State.load(folder, options).file.read_text()
+    assert set(json.loads(with_url)["runs"]) == {"0000", "0001", "0002", "0003", "final-1", "study"}
+
+
 def test_sweep_is_made_once_with_the_trials_as_prior_runs(server, sync, tmp_path):
     folder = write_study(tmp_path / "study")
     assert sync(folder, "--wandb-sweep")[0] == 0
@@ -433,18 +461,15 @@ def test_key_in_netrc_counts_for_its_server_only(monkeypatch, tmp_path):
     assert choose({}).mode == "online"
 
 
-def test_flags_win_over_variables_and_variables_over_memory(monkeypatch):
+def test_flags_win_over_memory_and_memory_over_variables(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_PROJECT", "variable")
     monkeypatch.setenv("WANDB_TAGS", "a,b")
     memory = {"mode": "off", "project": "memory", "entity": "team", "tags": ["c"]}
-    options = choose({"project": "flag"}, memory)
-    assert (options.mode, options.project, options.entity, options.tags) == (
-        "offline",
-        "flag",
-        "team",
-        ("a", "b"),
-    )
+    options = choose({"project": "flag"})
+    assert (options.mode, options.project, options.tags) == ("offline", "flag", ("a", "b"))
+    options = choose({"entity": "flag"}, memory)
+    assert options == WandbOptions("off", "memory", "flag", tags=("c",))
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,8 @@ class WandbServer(ThreadingHTTPServer):
                 for name in variables["files"]
             ]
             return {"createRunFiles": {"runID": f"id-{run.name}", "uploadHeaders": [], "files": files}}
+        if operation == "Runs" and not self.runs:
+            return {"project": None}
         if operation == "Runs":
             wanted = set(json.loads(variables["filters"])["name"]["$in"])
             edges = [
