@@ -7,7 +7,6 @@ Runs at the end of each study; by hand also on a live or a dead one, which it le
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from typing import Any
 import pandas as pd
 
 from search.final import final_results
-from search.journal import Journal, TrialRecord, finite, records, winner
+from search.journal import Journal, TrialRecord, records, status_of, winner
+from search.study_file import read_study, write_study, write_whole
 
 EPOCH_COLUMNS = {
     "trial_id": "string",
@@ -44,7 +44,7 @@ def collect(study_dir: Path) -> dict[str, Any]:
     events = Journal(study_dir / "reports.jsonl").read()
     trials = records(events)
     searched = [trial for trial in trials.values() if not trial.is_final]
-    _write(
+    write_whole(
         study_dir / "trials.csv",
         trials_table(searched, study).to_csv(index=False, lineterminator="\n").encode(),
     )
@@ -101,15 +101,6 @@ def epochs_table(trials: dict[str, TrialRecord]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(EPOCH_COLUMNS)).astype(EPOCH_COLUMNS)
 
 
-def status_of(trial: TrialRecord, study: dict[str, Any]) -> str:
-    """Returns done, pruned, diverged, out_of_memory or error; running or paused in an unfinished study."""
-    if trial.status:
-        return trial.status
-    if study["status"] == "done":
-        return "pruned"
-    return "paused" if trial.epoch in study["rungs"] else "running"
-
-
 def busy_fraction(trials: dict[str, TrialRecord]) -> float | None:
     """Returns seconds inside epochs ÷ worker seconds between each worker's first and last of them."""
     workers: dict[Any, list[tuple[float, float]]] = {}
@@ -121,33 +112,6 @@ def busy_fraction(trials: dict[str, TrialRecord]) -> float | None:
     busy = sum(end - start for spans in workers.values() for start, end in spans)
     there = sum(max(e for _, e in spans) - min(s for s, _ in spans) for spans in workers.values())
     return round(busy / there, 4) if there else None
-
-
-def read_study(study_dir: Path) -> dict[str, Any]:
-    """Returns study.json.
-
-    Raises:
-        ValueError: There is none, or it is damaged.
-    """
-    file = study_dir / "study.json"
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{study_dir} holds no study: there is no study.json in it") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read ({error})") from None
-
-
-def write_study(study_dir: Path, study: dict[str, Any]) -> None:
-    """Writes study.json, whole or not at all."""
-    study = {key: finite(value) for key, value in study.items()}
-    _write(study_dir / "study.json", (json.dumps(study, indent=2) + "\n").encode())
-
-
-def _write(file: Path, content: bytes) -> None:
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(file)
 
 
 def main(arguments: list[str] | None = None) -> int:

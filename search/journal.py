@@ -117,6 +117,15 @@ def records(events: list[dict[str, Any]]) -> dict[str, TrialRecord]:
     return trials
 
 
+def status_of(trial: TrialRecord, study: dict[str, Any]) -> str:
+    """Returns done, pruned, diverged, out_of_memory or error; running or paused in an unfinished study."""
+    if trial.status:
+        return trial.status
+    if study["status"] == "done":
+        return "pruned"
+    return "paused" if trial.epoch in study["rungs"] else "running"
+
+
 def winner(trials: dict[str, TrialRecord]) -> TrialRecord | None:
     """Returns the trial with the highest val_accuracy at its last report.
 

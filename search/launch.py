@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from search.printing import print_forecast, print_result, shown
 from search.progress import Progress
 from search.resources import Resources, connect, machine, plan, settle
 from search.study import Study, check_free, default_folder
+from search.study_file import read_study
+from search.wandb_options import choose as choose_wandb
+from search.wandb_sidecar import END_SECONDS, STOP_SECONDS, Sidecar
 from trainables.data import prepare
 from trainables.levers import choose
 
@@ -32,6 +35,7 @@ def start(
     dry_run: bool = False,
     finish: Finish = print_result,
     script: str = "search/run.py",
+    wandb: Mapping[str, Any] | None = None,
 ) -> int:
     """Begins a new study; returns the exit code.
 
@@ -42,10 +46,12 @@ def start(
         dry_run: Forecast the study and write nothing.
         finish: Called with the folder of a finished study.
         script: What resumes it with ``--resume``.
+        wandb: The fields of WandbOptions that were given.
 
     Raises:
         ValueError: Something stands against it; nothing was written.
     """
+    wandb_options = choose_wandb(wandb or {})
     folder = folder or default_folder(options.space, options.data)
     check_free(folder)
     levers = choose(options.device, options.precision)
@@ -61,7 +67,7 @@ def start(
     preflight.check_disk(folder, preflight.checkpoint_bytes(run) * (options.trials or 0))
     study = Study.create(folder, options, data, levers, run.inputs)
     del run
-    return carry_out(study, resources, console, finish, script)
+    return carry_out(study, resources, console, finish, script, Sidecar(study.folder, wandb_options))
 
 
 def resume(
@@ -71,6 +77,7 @@ def resume(
     *,
     finish: Finish = print_result,
     script: str = "search/run.py",
+    wandb: Mapping[str, Any] | None = None,
 ) -> int:
     """Goes on with a study; returns the exit code.
 
@@ -80,11 +87,13 @@ def resume(
         console: Where to print.
         finish: Called with the folder of a finished study.
         script: What resumes it, should it be stopped again.
+        wandb: The fields of WandbOptions that were given; the others stay as they were.
 
     Raises:
         ValueError: There is no study, it is done, or it cannot go on as asked.
     """
     study = Study.open(folder, changes)
+    sidecar = Sidecar(study.folder, choose_wandb(wandb or {}, read_study(study.folder).get("wandb")))
     options = study.options
     resources = plan(options, study.levers, machine())
     data = prepare(options.data, Path(options.data_dir), options.image_size)
@@ -95,10 +104,12 @@ def resume(
         )
     study.data = data  # it may lie in another cache folder now
     preflight.prepare_inputs(options, data, study.levers)
-    return carry_out(study, resources, console, finish, script)
+    return carry_out(study, resources, console, finish, script, sidecar)
 
 
-def carry_out(study: Study, resources: Resources, console: Console, finish: Finish, script: str) -> int:
+def carry_out(
+    study: Study, resources: Resources, console: Console, finish: Finish, script: str, sidecar: Sidecar
+) -> int:
     """Runs a study to its end or to a Ctrl-C, and prints what came of it."""
     options = study.options
     console.print(
@@ -111,6 +122,7 @@ def carry_out(study: Study, resources: Resources, console: Console, finish: Fini
     try:
         with study.running(dataclasses.asdict(resources)):
             jobs = study.jobs()
+            sidecar.start()
             connect(resources.slots if resources.workers > 1 else 0)
             with Progress(jobs, options, resources.slots, console) as progress:
                 run_jobs(
@@ -127,5 +139,14 @@ def carry_out(study: Study, resources: Resources, console: Console, finish: Fini
             f"\nstopped; nothing is lost. To go on: python {script} --resume {shown(study.folder)}",
             file=sys.stderr,
         )
+        print_standing(sidecar.end(STOP_SECONDS), console)
         return 3
-    return finish(study.folder, console)
+    code = finish(study.folder, console)
+    print_standing(sidecar.end(END_SECONDS), console)
+    return code
+
+
+def print_standing(line: str, console: Console) -> None:
+    """Prints how a study stands with W&B, where there is anything to say."""
+    if line:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -26,7 +26,6 @@ from rich.console import Console
 from rich.table import Table
 
 import search  # noqa: F401  sets Ray's environment before anything imports Ray
-from search.collect import read_study, write_study
 from search.final import summarise
 from search.journal import Journal, TrialRecord, records
 from search.launch import resume, start
@@ -34,6 +33,8 @@ from search.options import StudyOptions
 from search.printing import shown
 from search.run import add_options
 from search.spaces import find_space
+from search.study_file import read_study, write_study
+from search.wandb_options import add_wandb_flags, take_flags
 from trainables.command_line import Parser, exit_code
 from trainables.config import TrainConfig, check_integer, check_number
 
@@ -204,9 +205,11 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, An
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with a stopped or killed study")
     parser.add_argument("--extend", type=Path, metavar="DIR", help="widen a finished study beyond its edge")
     add_options(parser, list(OPTIONS))
+    add_wandb_flags(parser)
     options = vars(parser.parse_args(arguments))
+    wandb = take_flags(options)
     names = ("space", "source", "lrs", "seeds", "study_dir", "dry_run", "resume", "extend")
-    return argparse.Namespace(**{name: options.pop(name) for name in names}), options
+    return argparse.Namespace(**{name: options.pop(name) for name in names}, wandb=wandb), options
 
 
 def new_options(do: argparse.Namespace, given: dict[str, Any]) -> StudyOptions:
@@ -268,11 +271,19 @@ def carry_out(do: argparse.Namespace, given: dict[str, Any], console: Console) -
     if do.extend:
         extend(do.extend)
     if do.extend or do.resume:
-        return resume(do.extend or do.resume, given, console, finish=finish, script=SCRIPT)
+        return resume(do.extend or do.resume, given, console, finish=finish, script=SCRIPT, wandb=do.wandb)
     options = new_options(do, given)
     for point in options.points or []:
         TrainConfig.from_dict(options.fixed_values() | point)
-    return start(options, do.study_dir, console, dry_run=do.dry_run, finish=finish, script=SCRIPT)
+    return start(
+        options,
+        do.study_dir,
+        console,
+        dry_run=do.dry_run,
+        finish=finish,
+        script=SCRIPT,
+        wandb=do.wandb,
+    )
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ from rich.console import Console
 
 from models import ARCHITECTURES
 from search import preflight
-from search.collect import read_study
 from search.options import StudyOptions
 from search.resources import Resources
 from search.spaces import SPACES
+from search.study_file import read_study
 from trainables.training import TrainingRun
 
 

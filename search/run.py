@@ -26,8 +26,9 @@ from search.options import StudyOptions, flag
 from search.printing import list_spaces
 from search.spaces import SPACES
 from search.suggest import SEARCHERS
-from trainables.command_line import FIELD_TYPES, Parser, exit_code
-from trainables.config import TrainConfig, check_name, nearest
+from search.wandb_options import add_wandb_flags, take_flags
+from trainables.command_line import Parser, exit_code
+from trainables.config import FIELD_TYPES, TrainConfig, check_name, nearest
 from trainables.levers import PRECISIONS
 
 HELP = {
@@ -70,9 +71,11 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, An
     )
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with a stopped or killed study")
     add_options(parser, [field.name for field in dataclasses.fields(StudyOptions) if field.name in HELP])
+    add_wandb_flags(parser)
     options = vars(parser.parse_args(arguments))
     names = ("space", "list_spaces", "dry_run", "study_dir", "resume")
-    return argparse.Namespace(**{name: options.pop(name) for name in names}), options
+    wandb = take_flags(options)
+    return argparse.Namespace(**{name: options.pop(name) for name in names}, wandb=wandb), options
 
 
 def add_options(parser: argparse.ArgumentParser, names: list[str]) -> None:
@@ -136,17 +139,23 @@ def carry_out(do: argparse.Namespace, options: dict[str, Any], console: Console)
             )
         if do.dry_run:
             raise ValueError("--dry-run forecasts a new study; leave --resume out")
-        return resume(do.resume, options, console)
+        return resume(do.resume, options, console, wandb=do.wandb)
     if not do.space:
         raise ValueError(f"give --space NAME, or --resume DIR; spaces: {', '.join(SPACES)}, or all")
     check_name("--space", do.space, [*SPACES, "all"])
     if do.space != "all":
-        return start(StudyOptions(space=do.space, **options), do.study_dir, console, dry_run=do.dry_run)
+        return start(
+            StudyOptions(space=do.space, **options), do.study_dir, console, dry_run=do.dry_run, wandb=do.wandb
+        )
     codes = []
     for space in SPACES:
         folder = do.study_dir / space if do.study_dir else None
         try:
-            codes.append(start(StudyOptions(space=space, **options), folder, console, dry_run=do.dry_run))
+            codes.append(
+                start(
+                    StudyOptions(space=space, **options), folder, console, dry_run=do.dry_run, wandb=do.wandb
+                )
+            )
         except ValueError as error:  # one space's trouble is not the next one's
             print(f"error: {space}: {error}", file=sys.stderr)
             codes.append(2)

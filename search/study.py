@@ -20,13 +20,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from search.asha import Asha
-from search.collect import collect, read_study, write_study
+from search.collect import collect
 from search.final import keep_best
 from search.jobs import Jobs
 from search.journal import Journal
 from search.options import RESUMABLE, StudyOptions, flag
 from search.provenance import commit, machine_name, versions
 from search.spaces import described, find_space
+from search.study_file import read_study, write_study
 from trainables.data import ImageData
 from trainables.inputs import Inputs
 from trainables.levers import Levers

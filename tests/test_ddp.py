@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import psutil
 import pytest
 
-from search.collect import read_study
 from search.engine import run_jobs
 from search.journal import Journal, records
 from search.options import StudyOptions
 from search.preflight import prepare_inputs
 from search.resources import Machine, Resources, connect, settle
 from search.study import Study
+from search.study_file import read_study
 from trainables.config import TrainConfig
 from trainables.data import prepare
 from trainables.levers import choose

@@ -10,13 +10,14 @@ import psutil
 import pytest
 
 from search.asha import PRUNERS
-from search.collect import collect, read_study
+from search.collect import collect
 from search.engine import run_jobs
 from search.journal import Journal, records
 from search.options import StudyOptions
 from search.preflight import prepare_inputs
 from search.resources import Machine, Resources, settle
 from search.study import Study
+from search.study_file import read_study
 from search.suggest import SEARCHERS
 from trainables.data import prepare
 from trainables.levers import choose

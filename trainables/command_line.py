@@ -1,14 +1,14 @@
-"""How does a command answer a wrong argument? In one line, like every other error of ours."""
+"""How does a command answer a wrong argument? In one line, like every other error of ours.
+
+Imports nothing heavy: the process that feeds W&B beside a study needs it (search/wandb_sync.py).
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import fields
-from typing import Any, NoReturn
-
-from trainables.config import TrainConfig
+from typing import NoReturn
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,20 +30,3 @@ def exit_code(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("stopped before the study began; nothing was written", file=sys.stderr)
         return 3
-
-
-def boolean(text: str) -> bool:
-    """Returns what true or false means.
-
-    Raises:
-        ValueError: The text is neither.
-    """
-    if text.lower() not in ("true", "false"):
-        raise ValueError(f"{text} is neither true nor false")
-    return text.lower() == "true"
-
-
-_BY_ANNOTATION: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float, "bool": boolean}
-FIELD_TYPES = {  # what reads a value of each hyperparameter from a command line
-    field.name: _BY_ANNOTATION[str(field.type).removesuffix(" | None")] for field in fields(TrainConfig)
-}

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,3 +112,21 @@ def check_number(name: str, value: Any, low: float, high: float, *, low_allowed:
         allowed = f"at least {low}" if low_allowed else f"above {low}"
         limit = "" if high == math.inf else f" and at most {high}"
         raise ValueError(f"{name}={value} is not possible; give a number {allowed}{limit}")
+
+
+def boolean(text: str) -> bool:
+    """Returns what true or false means.
+
+    Raises:
+        ValueError: The text is neither.
+    """
+    if text.lower() not in ("true", "false"):
+        raise ValueError(f"{text} is neither true nor false")
+    return text.lower() == "true"
+
+
+_BY_ANNOTATION: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float, "bool": boolean}
+FIELD_TYPES = {  # what reads a value of each hyperparameter from a command line
+    field.name: _BY_ANNOTATION[str(field.type).removesuffix(" | None")]
+    for field in dataclasses.fields(TrainConfig)
+}

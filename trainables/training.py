@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainables.command_line import FIELD_TYPES, Parser
-from trainables.config import TrainConfig, check_integer
+from trainables.command_line import Parser
+from trainables.config import FIELD_TYPES, TrainConfig, check_integer
 from trainables.data import DATA_DIR, ImageData, prepare
 from trainables.features import build_model
 from trainables.group import Group

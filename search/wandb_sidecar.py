@@ -1,0 +1,93 @@
+"""How does a running study feed W&B without ever waiting for it? A process beside it reads its journal.
+
+The study writes ``reports.jsonl`` as it always does; the other process (``python -m search.wandb_sync
+STUDY --follow``) reads along at low priority. It may hang, crash or never start: the study notices
+nothing. When the study ends it says so by closing the pipe, waits a bounded time, and says what W&B
+does not have yet and what brings it there.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from search.printing import shown
+from search.study_file import read_study, write_study
+from search.wandb_options import WandbOptions
+from search.wandb_runs import standing, tidy
+
+END_SECONDS = 12.0  # the study is done: wait so long for the last runs
+STOP_SECONDS = 3.0  # after a Ctrl-C
+
+
+class Sidecar:
+    """The process that feeds W&B beside one study.
+
+    Args:
+        folder: The study's.
+        options: Where its runs go; with mode off there is no process.
+    """
+
+    def __init__(self, folder: Path, options: WandbOptions) -> None:
+        self.folder, self.options = folder, options
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Begins to feed W&B; study.json remembers where to, without the key."""
+        write_study(self.folder, read_study(self.folder) | {"wandb": self.options.remembered()})
+        if self.options.mode == "off":
+            return
+        (self.folder / "wandb").mkdir(exist_ok=True)
+        root = Path(__file__).resolve().parents[1]
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
+            **({"WANDB_API_KEY": self.options.key} if self.options.key else {}),
+        }
+        with (self.folder / "wandb" / "sync.log").open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "search.wandb_sync", str(self.folder), "--follow"],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,  # a Ctrl-C is the study's; and its group can be ended whole
+            )
+
+    def end(self, seconds: float) -> str:
+        """Ends the process.
+
+        Args:
+            seconds: How long it may take to send the rest.
+
+        Returns:
+            How the study stands with W&B and what to do about it; nothing with mode off.
+        """
+        if self.options.mode == "off":
+            return ""
+        why = ""
+        if self.process is not None:
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+            try:
+                self.process.wait(seconds)
+            except (subprocess.TimeoutExpired, KeyboardInterrupt):
+                os.killpg(self.process.pid, signal.SIGKILL)  # wandb's own process, too
+                self.process.wait()
+                tidy(self.folder)
+                why = f"given up after {seconds:g} s"
+            log = self.folder / "wandb" / "sync.log"
+            if self.process.returncode and not why:
+                why = f"the process that sends them ended with {self.process.returncode}, see {shown(log)}"
+            if not log.stat().st_size:
+                log.unlink()
+            self.process = None
+        try:
+            line, missing = standing(self.folder, self.options, why)
+        except ValueError as error:  # the study is whole all the same
+            line, missing = str(error), True
+        command = f"; to upload: python -m search.wandb_sync {shlex.quote(shown(self.folder))}"
+        return f"W&B: {line}{command if missing or self.options.mode == 'offline' else ''}"

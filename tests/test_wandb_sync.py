@@ -1,0 +1,572 @@
+"""W&B gets every row exactly once, whatever its server does: against a stand-in on loopback."""
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from search.collect import EPOCH_COLUMNS, collect
+from search.journal import Journal
+from search.run import main, parse
+from search.wandb_options import WandbOptions, choose
+from search.wandb_runs import COLUMNS, State, plan, standing
+from tests.conftest import ROOT
+from tests.wandb_server import KEY, WandbServer
+
+LONGEST_SECONDS = 15  # for a command to end, whatever the server does
+
+
+def report(trial_id, epoch, value, **more):
+    return {
+        "trial_id": trial_id,
+        "epoch": epoch,
+        "train_loss": 1.5 / epoch,
+        "train_accuracy": 0.3,
+        "val_loss": 1.25 / epoch,
+        "val_accuracy": value,
+        "lr": 0.1,
+        "epoch_seconds": 2.0,
+        "finished_at": 1.7e9 + 3 * epoch,
+        "diverged": False,
+        "pid": 7,
+        "node": "here",
+        **more,
+    }
+
+
+STUDY_JSON = {
+    "space": "softmax",
+    "status": "done",
+    "rungs": [1, 3],
+    "options": {"epochs": 9, "points": None},
+    "ranges": {"lr": {"low": 1e-4, "high": 0.1, "log": True}, "batch_size": {"values": [64, 128]}},
+    "data": {"classes": ["nought", "one"]},
+    "seed": 0,
+    "started_at": 1.7e9,
+    "machine": "2 CPUs",
+    "command": "search/run.py",
+}
+
+
+def write_study(folder, status="done"):
+    """A study of four trials: done, pruned at 1, diverged at 2, lost; one seed of the winner; 13 rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    journal = Journal(folder / "reports.jsonl")
+    for k in range(4):
+        config = {"architecture": "softmax", "epochs": 9, "lr": 0.1 * (k + 1), "seed": 0}
+        journal.append({"trial_id": f"000{k}", "epoch": 0, "config": config})
+    for epoch in range(1, 10):
+        more = {"status": "done"} if epoch == 9 else {}
+        journal.append(report("0000", epoch, 0.5 + 0.01 * epoch, **more))
+    journal.append(report("0001", 1, 0.4))
+    journal.append(report("0002", 1, 0.3))
+    journal.append(report("0002", 2, float("nan"), status="diverged", val_loss=None))
+    journal.append({"trial_id": "0003", "status": "error", "error": "lost"})
+    journal.append({"trial_id": "final-1", "epoch": 0, "config": {"epochs": 9, "seed": 1}})
+    journal.append(report("final-1", 1, None, status="done", test_accuracy=0.75))
+    (folder / "study.json").write_text(json.dumps(STUDY_JSON | {"status": status}))
+    collect(folder)
+    return folder
+
+
+def add_media(folder):
+    """A figure, and three test images of which the last two were misclassified."""
+    from PIL import Image
+
+    (folder / "figures").mkdir()
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(folder / "figures" / "curves.png")
+    (folder / "best").mkdir()
+    guesses = {"label": [0, 1, 0], "predicted": [0, 0, 1], "confidence": [0.9, 0.8, 0.7]}
+    pd.DataFrame(guesses).to_parquet(folder / "best" / "predictions.parquet")
+    images = np.arange(2 * 3 * 4 * 4, dtype=np.uint8).reshape(2, 3, 4, 4)
+    np.savez(folder / "best" / "misclassified.npz", index=np.array([1, 2]), images=images)
+
+
+def write_state(folder, text):
+    (folder / "wandb").mkdir()
+    (folder / "wandb" / "state.json").write_text(text)
+
+
+@pytest.fixture
+def server():
+    made = WandbServer()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def environment(server, tmp_path):
+    """An environment of W&B's own for subprocesses: the stand-in's address, and nothing of the user's."""
+    mine = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    mine |= {f"WANDB_{name}_DIR": str(tmp_path / "home" / name) for name in ("CONFIG", "CACHE", "DATA")}
+    (tmp_path / "home").mkdir()
+    return mine | {
+        "WANDB_BASE_URL": server.url,
+        "WANDB_API_KEY": KEY,
+        "WANDB_ERROR_REPORTING": "false",
+        "NETRC": str(tmp_path / "home" / "netrc"),
+        "HOME": str(tmp_path / "home"),
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+@pytest.fixture
+def sync(environment):
+    """Runs ``python -m search.wandb_sync …`` and returns exit code, stdout, stderr and seconds."""
+
+    def call(*arguments, **variables):
+        began = time.monotonic()
+        result = subprocess.run(
+            [sys.executable, "-m", "search.wandb_sync", *map(str, arguments)],
+            env={name: value for name, value in (environment | variables).items() if value is not None},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        seconds = time.monotonic() - began
+        assert "Traceback" not in result.stderr, result.stderr
+        return result.returncode, result.stdout, result.stderr, seconds
+
+    return call
+
+
+def expected_rows(folder):
+    """epochs.parquet as rows by trial, None for NaN: what W&B has to have."""
+    table = pd.read_parquet(folder / "epochs.parquet").astype(object)
+    table = table.where(table.notna(), None)
+    return {
+        trial_id: part.drop(columns="trial_id").to_dict("records")
+        for trial_id, part in table.groupby("trial_id")
+    }
+
+
+def assert_all_there(server, folder, *, once=True):
+    """Every row of epochs.parquet is on the server, in order, and came there once."""
+    expected = expected_rows(folder)
+    runs = {run.facts["displayName"]: run for run in server.runs.values()}
+    for trial_id, rows in expected.items():
+        assert runs[trial_id].rows == rows
+        if once:
+            assert runs[trial_id].rows_received == len(rows)
+    trials = [run for run in runs.values() if run.facts["jobType"] != "study"]
+    assert sum(len(run.history) for run in trials) == sum(map(len, expected.values()))
+
+
+def assert_no_key(*folders):
+    """The key stands in no file below these folders, whole or in part."""
+    for folder in folders:
+        for file in folder.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                assert KEY[6:].encode() not in file.read_bytes(), file
+
+
+def read_raw(file):
+    """Yields the records of a .wandb file: 7 bytes of header, then LevelDB's log in blocks of 32 KiB."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, offset, buffer = file.read_bytes(), 7, b""
+    while offset + 7 <= len(content):
+        left = 32768 - offset % 32768
+        if left < 7:
+            offset += left
+            continue
+        checksum, length, kind = struct.unpack("<IHB", content[offset : offset + 7])
+        data = content[offset + 7 : offset + 7 + length]
+        assert len(data) == length, "torn"
+        assert zlib.crc32(bytes([kind]) + data) & 0xFFFFFFFF == checksum
+        offset, buffer = offset + 7 + length, buffer + data
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(buffer)
+            yield record
+            buffer = b""
+
+
+def offline_rows(folder):
+    """What the offline runs of a study hold, by trial."""
+    found = {}
+    for file in folder.glob("wandb/offline-run-*/run-*.wandb"):
+        name, rows, ended = None, [], False
+        for record in read_raw(file):
+            kind = record.WhichOneof("record_type")
+            if kind == "run":
+                name = record.run.display_name
+            elif kind == "history":
+                items = {
+                    i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.history.item
+                }
+                rows.append({key: value for key, value in items.items() if not key.startswith("_")})
+            ended = ended or kind == "exit"
+        assert ended, file
+        assert name not in found, "written twice"
+        found[name] = rows
+    return found
+
+
+def test_rows_have_the_columns_of_epochs_parquet():
+    assert ["trial_id", *COLUMNS] == list(EPOCH_COLUMNS)
+
+
+def test_sync_brings_rows_config_group_and_summary(server, sync, tmp_path):
+    folder = write_study(tmp_path / "study")
+    add_media(folder)
+    code, out, err, _ = sync(folder, "--wandb-project", "mine", "--wandb-tags", "a", "b")
+    assert (code, err) == (0, "")
+    assert out == "all 6 runs are in me/mine, group study\n"
+    assert_all_there(server, folder)
+    runs = {run.facts["displayName"]: run for run in server.runs.values()}
+    statuses = {name: run.summary["status"] for name, run in runs.items()}
+    assert statuses == {
+        "0000": "done",
+        "0001": "pruned",
+        "0002": "diverged",
+        "0003": "error",
+        "final-1": "done",
+        "study": "done",
+    }
+    assert runs["0001"].summary["pruned_at_epoch"] == 1
+    assert runs["0003"].summary["error"] == "lost"
+    assert runs["0000"].summary["best_val_accuracy"] == pytest.approx(0.59)
+    assert runs["final-1"].summary["test_accuracy"] == 0.75
+    assert {name: run.exit_code for name, run in runs.items()} == dict.fromkeys(runs, 0) | {"0003": 1}
+    config = json.loads(runs["0002"].config)
+    assert config["lr"]["value"] == pytest.approx(0.3)
+    facts = runs["0000"].facts
+    assert (facts["groupName"], facts["jobType"], facts["tags"]) == ("study", "trial", ["a", "b"])
+    assert (runs["final-1"].facts["jobType"], runs["study"].facts["jobType"]) == ("final", "study")
+    study = runs["study"]
+    assert study.summary["best_trial"] == "0000"
+    assert study.summary["test_accuracy"] == 0.75
+    assert study.rows[0]["misclassified"]["captions"] == [
+        "one, predicted nought with 0.80",
+        "nought, predicted one with 0.70",
+    ]
+    assert sum(name.startswith("media/images/") for name in study.files) == 3
+    assert_no_key(folder, tmp_path / "home")
+
+
+def test_sync_twice_sends_nothing_even_when_it_forgot(server, sync, tmp_path):
+    folder = write_study(tmp_path / "study")
+    add_media(folder)
+    assert sync(folder)[0] == 0
+    server.requests.clear()
+    assert sync(folder)[0] == 0
+    assert server.requests == []
+    (folder / "wandb" / "state.json").unlink()
+    code, out, _, _ = sync(folder)
+    assert (code, out) == (0, "all 6 runs are in me/tunefleet, group study\n")
+    assert "UpsertBucket" not in server.requests
+    assert_all_there(server, folder)
+
+
+def test_offline_runs_hold_the_rows_of_epochs_parquet(sync, tmp_path):
+    folder = write_study(tmp_path / "study")
+    code, out, err, _ = sync(folder, "--offline", WANDB_API_KEY=None)
+    assert (code, err) == (0, "")
+    assert out == "6 runs written offline, none of them uploaded\n"
+    rows = offline_rows(folder)
+    assert {name: found for name, found in rows.items() if found} == expected_rows(folder)
+    assert set(rows) == {"0000", "0001", "0002", "0003", "final-1", "study"}
+    files = sorted(folder.rglob("*.wandb"))
+    before = [file.stat().st_mtime for file in files]
+    assert sync(folder, "--offline", WANDB_API_KEY=None)[0] == 0
+    assert [file.stat().st_mtime for file in files] == before
+
+
+def test_torn_offline_run_is_written_anew_and_offline_then_sync_uploads_all(server, sync, tmp_path):
+    folder = write_study(tmp_path / "study")
+    assert sync(folder, "--offline")[0] == 0
+    state = json.loads((folder / "wandb" / "state.json").read_text())
+    del state["offline"]["0000"]  # as after a kill before the file was whole
+    (folder / "wandb" / "state.json").write_text(json.dumps(state))
+    (torn,) = folder.glob("wandb/offline-run-*-0000/*.wandb")
+    torn.write_bytes(torn.read_bytes()[:7])
+    assert sync(folder, "--offline")[0] == 0
+    rows = offline_rows(folder)
+    assert {name: found for name, found in rows.items() if found} == expected_rows(folder)
+    assert sync(folder)[0] == 0
+    assert_all_there(server, folder)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("401", "refuses the key"),
+        ("500", "answers with an error"),
+        ("hang", "does not answer"),
+        ("refused", "cannot be reached"),
+    ],
+)
+def test_faulty_server_is_one_line_soon_and_a_later_sync_brings_all(server, sync, tmp_path, fault, words):
+    folder = write_study(tmp_path / "study")
+    address = {}
+    if fault == "refused":
+        closed = WandbServer()
+        closed.close()
+        address = {"WANDB_BASE_URL": closed.url}
+    else:
+        server.fault = fault
+    code, out, err, seconds = sync(folder, **address)
+    assert (code, out) == (1, "")
+    assert err.startswith("error: 6 of 6 runs are not synced (")
+    assert words in err
+    assert err.count("\n") == 1
+    assert seconds < LONGEST_SECONDS
+    server.fault = "ok"
+    assert sync(folder)[0] == 0
+    assert_all_there(server, folder)
+    assert_no_key(folder, tmp_path / "home")
+
+
+@pytest.mark.parametrize(("rows", "fault"), [(1, "dead"), (12, "dead"), (5, "hang"), (10, "500"), (1, "401")])
+def test_death_in_mid_sync_then_sync_again_brings_each_row_once(server, sync, tmp_path, rows, fault):
+    folder = write_study(tmp_path / "study")
+    server.fail_after, server.late_fault = rows, fault
+    code, _, err, seconds = sync(folder)
+    assert code == 1
+    assert "runs are not synced (" in err
+    assert seconds < LONGEST_SECONDS
+    server.fail_after = None
+    assert sync(folder)[0] == 0
+    assert_all_there(server, folder)
+
+
+def test_figures_added_later_are_sent_and_rows_are_not_sent_again(server, sync, tmp_path):
+    folder = write_study(tmp_path / "study")
+    assert sync(folder)[0] == 0
+    add_media(folder)
+    assert sync(folder)[0] == 0
+    assert_all_there(server, folder)
+    (study,) = (run for run in server.runs.values() if run.facts["jobType"] == "study")
+    assert "figures/curves" in study.rows[-1]
+
+
+def test_killed_sync_then_sync_again_brings_each_row_once(server, environment, sync, tmp_path):
+    folder = write_study(tmp_path / "study")
+    server.seconds = 0.05
+    process = subprocess.Popen([sys.executable, "-m", "search.wandb_sync", str(folder)], env=environment)
+    while sum(run.rows_received for run in server.runs.values()) < 9:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert sync(folder)[0] == 0
+    assert_all_there(server, folder)
+
+
+def test_following_outlives_the_servers_death_and_brings_each_row_once(server, environment, tmp_path):
+    whole = write_study(tmp_path / "whole")
+    lines = (whole / "reports.jsonl").read_text().splitlines(keepends=True)
+    folder = tmp_path / "study"
+    folder.mkdir()
+    (folder / "study.json").write_text(
+        json.dumps(STUDY_JSON | {"status": "running", "wandb": {"mode": "online"}})
+    )
+    hurried = "import search.wandb_sync as w; w.OPEN_RUNS, w.POLL_SECONDS, w.RETRY_SECONDS = 2, 0.1, 0.5"
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{hurried}; w.main([{str(folder)!r}, '--follow'])"],
+        env=environment,
+        stdin=subprocess.PIPE,
+    )
+    for number, line in enumerate(lines):
+        Journal(folder / "reports.jsonl").append(json.loads(line))
+        time.sleep(0.4)
+        server.fault = "dead" if 8 <= number < 11 else "ok"
+    (folder / "study.json").write_text((whole / "study.json").read_text())
+    collect(folder)
+    process.stdin.close()
+    assert process.wait(LONGEST_SECONDS) == 0
+    assert_all_there(server, folder, once=False)  # a row whose answer was lost is sent again, in its place
+    options = choose({"mode": "online", "key": KEY})
+    with_url = State.load(folder, options).file.read_text()
+    assert set(json.loads(with_url)["runs"]) == {"0000", "0001", "0002", "0003", "final-1", "study"}
+
+
+def test_sweep_is_made_once_with_the_trials_as_prior_runs(server, sync, tmp_path):
+    folder = write_study(tmp_path / "study")
+    assert sync(folder, "--wandb-sweep")[0] == 0
+    assert sync(folder, "--wandb-sweep")[0] == 0
+    (sweep,) = server.sweeps
+    names = [part["name"] for part in json.loads(sweep["priorRunsFilters"])["$or"]]
+    assert len(names) == 4
+    assert set(names) < set(server.runs)
+    assert "log_uniform_values" in sweep["config"]
+    assert json.loads((folder / "wandb" / "state.json").read_text())["sweep"] == "sweep1"
+
+
+def test_hostile_name_of_a_study_is_only_a_group(server, sync, tmp_path):
+    folder = write_study(tmp_path / "it's <script>alert(1)</script>".replace("/", "") / 'a "b" #?:ü 中')
+    assert sync(folder)[0] == 0
+    assert_all_there(server, folder)
+    assert {run.facts["groupName"] for run in server.runs.values()} == {'a "b" #?:ü 中'}
+    assert all(name.replace("-", "").isalnum() for name in server.runs)
+
+
+def test_studies_of_one_name_do_not_meet(tmp_path):
+    first, second = write_study(tmp_path / "a" / "study"), write_study(tmp_path / "b" / "study")
+    study = json.loads((second / "study.json").read_text())
+    (second / "study.json").write_text(json.dumps(study | {"started_at": 5.0}))
+    assert not {run.run_id for run in plan(first)} & {run.run_id for run in plan(second)}
+
+
+@pytest.mark.parametrize(
+    ("prepare", "needles"),
+    [
+        (lambda folder: (folder / "study.json").unlink(), ["holds no study"]),
+        (lambda folder: (folder / "reports.jsonl").write_text("{\n{}\n"), ["line 1 is damaged"]),
+        (lambda folder: write_state(folder, "{"), ["state.json is damaged", "remove it"]),
+    ],
+)
+def test_damaged_study_is_one_line_and_sends_nothing(server, sync, tmp_path, prepare, needles):
+    folder = write_study(tmp_path / "study")
+    prepare(folder)
+    code, _, err, _ = sync(folder)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert all(needle in err for needle in needles)
+    assert server.requests == []
+
+
+def test_sync_without_a_key_says_what_to_do(sync, tmp_path):
+    code, _, err, _ = sync(write_study(tmp_path / "study"), WANDB_API_KEY=None)
+    assert code == 2
+    assert "wandb login" in err
+    assert err.count("\n") == 1
+
+
+def test_key_in_netrc_counts_for_its_server_only(monkeypatch, tmp_path):
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert choose({}).mode == "offline"
+    (tmp_path / "netrc").write_text(f"machine wandb.example.org login user password {KEY}\n")
+    assert choose({}).mode == "online"
+    monkeypatch.delenv("WANDB_BASE_URL")
+    assert choose({}).mode == "offline"
+    (tmp_path / "settings").write_text("[default]\nbase_url = https://wandb.example.org\n")
+    assert choose({}).mode == "online"
+
+
+def test_flags_win_over_memory_and_memory_over_variables(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_PROJECT", "variable")
+    monkeypatch.setenv("WANDB_TAGS", "a,b")
+    memory = {"mode": "off", "project": "memory", "entity": "team", "tags": ["c"]}
+    options = choose({"project": "flag"})
+    assert (options.mode, options.project, options.tags) == ("offline", "flag", ("a", "b"))
+    options = choose({"entity": "flag"}, memory)
+    assert options == WandbOptions("off", "memory", "flag", tags=("c",))
+
+
+@pytest.mark.parametrize(
+    "given", [{"project": "a/b"}, {"project": ""}, {"tags": ["x" * 65]}, {"group": "g" * 129}]
+)
+def test_what_wandb_would_refuse_is_refused_first(given):
+    with pytest.raises(ValueError, match="--wandb-"):
+        choose({"mode": "offline", **given})
+
+
+def test_key_is_not_in_what_is_shown_or_kept():
+    options = choose({"mode": "online", "key": KEY})
+    assert KEY not in repr(options)
+    assert KEY not in json.dumps(options.remembered())
+
+
+def test_standing_counts_what_changed_since(tmp_path):
+    folder = write_study(tmp_path / "study")
+    options = choose({"mode": "online", "key": KEY})
+    state = State.load(folder, options)
+    state.runs = {run.key: run.record for run in plan(folder)}
+    state.save()
+    assert standing(folder, options)[1] is False
+    Journal(folder / "reports.jsonl").append(report("0001", 2, 0.5))
+    assert standing(folder, options) == ("1 of 6 runs are not synced", True)
+
+
+STUDY = ["--space", "softmax", "--data", "digits", "--device", "cpu"]
+SECONDS = 150  # a study takes some 15 s on two free cores
+
+
+@pytest.fixture
+def ray_dir(environment, monkeypatch):
+    """Where Ray keeps its session and logs; W&B's environment is that of the stand-in."""
+    for name, value in environment.items():
+        if name.startswith("WANDB_") or name == "NETRC":
+            monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WANDB_MODE")
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:  # short: it holds sockets
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        yield Path(folder)
+
+
+@pytest.mark.ray
+def test_server_that_dies_in_mid_study_leaves_the_study_whole(server, cli, ray_dir, sync, tmp_path):
+    server.fail_after = 2
+    few = ["--trials", 3, "--epochs", 2, "--final-seeds", 1, "--wandb", "online"]
+    out, err = (process := cli(*STUDY, *few, "--study-dir", "study")).communicate(timeout=SECONDS)
+    assert (process.returncode, err) == (0, "")
+    folder = tmp_path / "study"
+    assert json.loads((folder / "study.json").read_text())["status"] == "done"
+    last = out.strip().splitlines()[-1]
+    assert "runs are not synced (" in last
+    assert last.endswith("; to upload: python -m search.wandb_sync study")
+    assert sum(len(run.history) for run in server.runs.values()) >= 2
+    logs = list(ray_dir.rglob("*.log"))
+    assert logs
+    assert_no_key(tmp_path, ray_dir)
+    server.fail_after = None
+    assert sync(folder)[0] == 0
+    assert_all_there(server, folder)
+
+
+@pytest.mark.ray
+def test_ctrl_c_beside_a_hanging_server_stops_within_ten_seconds(server, cli, ray_dir, tmp_path):
+    process = cli(*STUDY, "--trials", 12, "--epochs", 200, "--pruner", "none", "--study-dir", "study")
+    file = tmp_path / "study" / "reports.jsonl"
+    deadline = time.monotonic() + SECONDS
+    while not any(run.rows_received for run in server.runs.values()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert file.exists()
+    server.fault = "hang"
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=SECONDS)
+    assert time.monotonic() - began < 10
+    assert process.returncode == 3
+    assert err.strip().splitlines()[-1].endswith("python search/run.py --resume study")
+    assert "runs are not synced (given up after 3 s)" in out
+
+
+def test_key_is_taken_out_of_the_drivers_environment(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    do, _ = parse(["--space", "softmax"])
+    assert do.wandb == {"key": KEY}
+    assert "WANDB_API_KEY" not in os.environ
+
+
+def test_online_without_a_key_is_one_line_and_writes_nothing(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    assert main(["--space", "softmax", "--data", "digits", "--wandb", "online"]) == 2
+    err = capsys.readouterr().err
+    assert "wandb login" in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
