@@ -8,6 +8,7 @@ does not have yet and what brings it there.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -47,12 +48,13 @@ class Sidecar:
             "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
             **({"WANDB_API_KEY": self.options.key} if self.options.key else {}),
         }
-        with (self.folder / "wandb" / "sync.log").open("wb") as log:
+        log = self.folder / "wandb" / "sync.log"
+        with contextlib.suppress(OSError), log.open("wb") as file:  # the study is whole without it
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "search.wandb_sync", str(self.folder), "--follow"],
                 stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
+                stdout=file,
+                stderr=file,
                 env=environment,
                 start_new_session=True,  # a Ctrl-C is the study's; and its group can be ended whole
             )

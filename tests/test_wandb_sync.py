@@ -373,7 +373,10 @@ def test_following_outlives_the_servers_death_and_brings_each_row_once(server, e
     (folder / "study.json").write_text(
         json.dumps(STUDY_JSON | {"status": "running", "wandb": {"mode": "online"}})
     )
-    hurried = "import search.wandb_sync as w; w.OPEN_RUNS, w.POLL_SECONDS, w.RETRY_SECONDS = 2, 0.1, 0.5"
+    hurried = (
+        "import search.wandb_sender as s, search.wandb_sync as w; "
+        "s.OPEN_RUNS, w.POLL_SECONDS, w.RETRY_SECONDS = 2, 0.1, 0.5"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", f"{hurried}; w.main([{str(folder)!r}, '--follow'])"],
         env=environment,
