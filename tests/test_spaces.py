@@ -153,7 +153,7 @@ def test_what_cannot_be_fixed(fix, message):
 
 def test_ranges_are_described_in_plain_values():
     plain = described(SPACES["convnet"].ranges)
-    assert plain["lr"] == {"low": 1e-3, "high": 5e-2, "log": True}
+    assert plain["lr"] == {"low": 1e-3, "high": 3e-2, "log": True}
     assert plain["kernel_size"] == {"values": [5, 7]}
     assert json.loads(json.dumps(plain)) == plain
     assert list(plain) == list(SPACES["convnet"].ranges)
