@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from models import resnet, small
+from models.fast_conv import make_convolutions_fast
 from models.resnet import load_weights
-from models.small_maps import fold_small_maps
 
 __all__ = ["ARCHITECTURES", "Architecture", "Classifier", "build", "build_args", "load_weights"]
 
@@ -153,7 +153,9 @@ def build(
     if architecture.cut is None:
         if weights != "none":
             raise ValueError(f"weights={weights!r} is not possible: {name} has no backbone; give none")
-        return Classifier(nn.Identity(), head.build(image_shape, num_classes, **args))
+        model = Classifier(nn.Identity(), head.build(image_shape, num_classes, **args))
+        make_convolutions_fast(model)
+        return model
     if image_shape[0] != resnet.IN_CHANNELS:
         raise ValueError(
             f"image_shape={image_shape} is not possible: the backbone of {name} takes "
@@ -162,7 +164,7 @@ def build(
     backbone = resnet.build_backbone(architecture.cut, weights)
     features = resnet.output_shape(architecture.cut, image_shape)
     model = Classifier(backbone, head.build(features, num_classes, **args), frozen=architecture.frozen)
-    fold_small_maps(model)
+    make_convolutions_fast(model)
     return model
 
 

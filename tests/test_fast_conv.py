@@ -3,8 +3,8 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
+from models.fast_conv import FastConv2d, make_convolutions_fast
 from models.resnet import build_backbone
-from models.small_maps import SmallMapConv2d, fold_small_maps
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_output_and_gradients_equal_a_convolutions(
 ):
     torch.manual_seed(0)
     plain = nn.Conv2d(5, 4, kernel, stride, padding, bias=bias).double()
-    folded = SmallMapConv2d(5, 4, kernel, stride, padding, bias=bias).double()
+    folded = FastConv2d(5, 4, kernel, stride, padding, bias=bias).double()
     folded.load_state_dict(plain.state_dict())
     assert bool(folded._covered(*size)) == becomes_linear
     if size[0] + 2 * padding < kernel:
@@ -48,17 +48,17 @@ def test_output_and_gradients_equal_a_convolutions(
         torch.testing.assert_close(got, expected)
 
 
-def test_resnet_with_folded_maps_equals_torchvisions():
+def test_fast_resnet_equals_torchvisions():
     torch.manual_seed(0)
     backbone = build_backbone("fc").double().eval()
-    fold_small_maps(backbone)
+    make_convolutions_fast(backbone)
     reference = resnet18(weights=None).double().eval()
     reference.load_state_dict(backbone.state_dict())
     images = torch.randn(2, 3, 32, 32, dtype=torch.double)
     torch.testing.assert_close(backbone(images), reference(images))
 
 
-def test_only_plain_convolutions_are_folded():
+def test_only_plain_convolutions_are_made_fast():
     network = nn.Sequential(
         nn.Conv2d(4, 4, 3, bias=False),
         nn.Conv2d(4, 4, 3),
@@ -66,10 +66,35 @@ def test_only_plain_convolutions_are_folded():
         nn.Conv2d(4, 4, 3, dilation=2, bias=False),
         nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect", bias=False),
     )
-    fold_small_maps(network)
-    assert [type(layer) is SmallMapConv2d for layer in network] == [True, True, False, False, False]
+    make_convolutions_fast(network)
+    assert [type(layer) is FastConv2d for layer in network] == [True, True, False, False, False]
 
 
 def test_no_images_are_no_outputs():
-    folded = SmallMapConv2d(5, 4, 3, 2, 1, bias=False)
+    folded = FastConv2d(5, 4, 3, 2, 1, bias=False)
     assert folded(torch.zeros(0, 5, 2, 2)).shape == (0, 4, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "layer", "transformed"),
+    [
+        (16, (64, 128), {"kernel_size": 3, "padding": 1}, True),
+        (16, (64, 128), {"kernel_size": 3, "padding": 1, "stride": 2}, False),
+        (16, (64, 128), {"kernel_size": 5, "padding": 1}, False),
+        (16, (3, 64), {"kernel_size": 3, "padding": 1}, False),  # the transforms would cost more
+        (5, (64, 64), {"kernel_size": 3, "padding": 1}, False),  # two tiles for five outputs
+        (16, (64, 64), {"kernel_size": (1, 3), "padding": (0, 1)}, False),
+        (16, (64, 64), {"kernel_size": 3, "padding": (0, 1)}, False),
+    ],
+)
+def test_winograds_way_is_taken_where_it_pays(size, channels, layer, transformed, monkeypatch):
+    taken = []
+    monkeypatch.setattr("models.winograd.conv2d", lambda *a: taken.append(True) or torch.zeros(()))
+    convolution = FastConv2d(*channels, **layer)
+    inputs = torch.zeros(1, channels[0], size, size)
+    convolution(inputs)
+    assert bool(taken) == transformed
+    taken.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        convolution(inputs)
+    assert not taken
