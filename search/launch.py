@@ -65,6 +65,7 @@ def start(
     if dry_run:
         return print_forecast(options, folder, resources, run, console)
     preflight.check_disk(folder, preflight.checkpoint_bytes(run) * (options.trials or 0))
+    start_ray(resources, console)
     study = Study.create(folder, options, data, levers, run.inputs)
     del run
     return carry_out(study, resources, console, finish, script, Sidecar(study.folder, wandb_options))
@@ -104,7 +105,14 @@ def resume(
         )
     study.data = data  # it may lie in another cache folder now
     preflight.prepare_inputs(options, data, study.levers)
+    start_ray(resources, console)
     return carry_out(study, resources, console, finish, script, sidecar)
+
+
+def start_ray(resources: Resources, console: Console) -> None:
+    """Starts or joins Ray, before a study's folder is there: a failure leaves nothing behind."""
+    with console.status("starting Ray"):
+        connect(resources.slots if resources.workers > 1 else 0)
 
 
 def carry_out(
@@ -123,7 +131,6 @@ def carry_out(
         with study.running(dataclasses.asdict(resources)):
             jobs = study.jobs()
             sidecar.start()
-            connect(resources.slots if resources.workers > 1 else 0)
             with Progress(jobs, options, resources.slots, console) as progress:
                 run_jobs(
                     jobs,

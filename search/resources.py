@@ -140,6 +140,9 @@ def connect(trial_slots: int = 0) -> None:
 
     Args:
         trial_slots: How many groups of workers shall run at once; 0: trials have one worker each.
+
+    Raises:
+        ValueError: Ray did not start, or the cluster cannot be joined.
     """
     if ray.is_initialized():
         if not trial_slots or TRIAL_SLOT in ray.cluster_resources():
@@ -148,14 +151,23 @@ def connect(trial_slots: int = 0) -> None:
     # without an address ray.init would join whatever cluster this host happens to run
     address = os.environ.get("RAY_ADDRESS") or "local"
     local = address == "local"
-    with _findable_cluster() if trial_slots and local else contextlib.nullcontext():
-        ray.init(
-            address=address,
-            resources={TRIAL_SLOT: trial_slots} if trial_slots and local else None,
-            include_dashboard=bool(trial_slots) if local else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+    try:
+        with _findable_cluster() if trial_slots and local else contextlib.nullcontext():
+            ray.init(
+                address=address,
+                resources={TRIAL_SLOT: trial_slots} if trial_slots and local else None,
+                include_dashboard=bool(trial_slots) if local else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+    except Exception as error:  # Ray 2.60 raises ConnectionError, RuntimeError, and Exception itself
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"Ray did not start on this host ({reason}); wait until it has free CPUs and memory"
+            if local
+            else f"RAY_ADDRESS={address} cannot be joined ({reason}); start that cluster, give its token "
+            "(RAY_AUTH_MODE=token, ~/.ray/auth_token), or unset RAY_ADDRESS to use this host"
+        ) from error
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     # ray.init puts a handler in place that prints a C++ stack and aborts (2.60); a SIGTERM, which a
     # cluster sends before it takes a node, shall be a Ctrl-C

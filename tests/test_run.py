@@ -176,6 +176,26 @@ def test_no_network_names_the_offline_ways(run, monkeypatch):
     assert_one_line_error(run("--space", "resnet_softmax", "--weights", "imagenet"), "--weights PATH")
 
 
+@pytest.mark.parametrize(
+    ("address", "needles"),
+    [
+        (None, ["Ray did not start on this host", "free CPUs"]),
+        ("10.0.0.1:6379", ["RAY_ADDRESS=10.0.0.1", "unset"]),
+    ],
+)
+def test_ray_that_does_not_come_up_is_one_line_and_leaves_no_study(
+    run, tmp_path, monkeypatch, address, needles
+):
+    def refuse(**options):
+        raise Exception("the node timed out during startup.\nThis could happen because")  # as Ray 2.60 does
+
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr("ray.init", refuse)
+    assert_one_line_error(run("--space", "softmax"), *needles, "timed out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_dry_run_forecasts_and_writes_no_study(run, tmp_path):
     code, out, err = run("--space", "softmax", "--dry-run", "--trials", 9, "--epochs", 9, "--concurrency", 1)
     assert (code, err) == (0, "")
