@@ -64,7 +64,7 @@ def winner_curves(study: Study) -> Figure:
             axes.plot(seed.epoch, seed[f"train_{name}"], color=GREY, linewidth=0.9, label=label)
         axes.plot(best.epoch, best[f"train_{name}"], color=ORANGE, linestyle="--", label="winner, training")
         axes.plot(best.epoch, best[f"val_{name}"], color=BLUE, label="winner, validation")
-        axes.set(xlabel="epoch", title=name)
+        axes.set(xlabel="epoch", ylabel=name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _percent(accuracy)
     _legend_below(figure, accuracy)
@@ -151,17 +151,25 @@ def hyperparameters(study: Study) -> Figure | None:
         _against(axes, table, name, study.facts.get("ranges", {}).get(name), table.index.isin(best))
     for axes in np.ravel(grid)[len(names) :]:
         axes.set_visible(False)
+    for axes in np.ravel(grid)[::columns]:
+        axes.set_ylabel("val_accuracy")
     return figure
 
 
 def parallel_coordinates(study: Study) -> Figure | None:
-    """Draws each trial as a line through its hyperparameters; the best quarter in colour."""
+    """Draws each trial as a line through hyperparameters to val_accuracy; the best quarter in colour."""
     table, names = stats.comparable(study), study.hyperparameters
     if len(names) < 2 or table.empty:
         return None
     figure, axes = _axes()
     best = stats.top(table).index
     places = {name: _places(table[name], study.facts.get("ranges", {}).get(name)) for name in names}
+    reached = table.val_accuracy.to_numpy()
+    low, high = reached.min(), reached.max()
+    height = (reached - low) / (high - low) if high > low else np.full(len(reached), 0.5)
+    ends = [(0.0, f"{low:.1%}"), (1.0, f"{high:.1%}")] if high > low else [(0.5, f"{low:.1%}")]
+    places["val_accuracy"] = height, ends
+    names = list(places)
     lines = np.column_stack([place for place, _ in places.values()])
     good = table.index.isin(best)
     for chosen, colour, alpha, width in ((~good, GREY, 0.35, 0.7), (good, BLUE, 0.8, 1.2)):
@@ -329,7 +337,7 @@ def _against(axes: Axes, table: pd.DataFrame, name: str, described: Range, good:
             axes.set_xscale("log")
     axes.plot(x[~good], table.val_accuracy[~good], ".", color=GREY, markersize=5, rasterized=many)
     axes.plot(x[good], table.val_accuracy[good], "D", color=BLUE, markersize=4, rasterized=many)
-    axes.set_title(name)
+    axes.set_xlabel(name)
     _percent(axes)
 
 
