@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from pyarrow import fs
 
+NEEDED = ("study.json", "trials.csv", "epochs.parquet", "lr_curve.csv")  # of a study, beside best/
 FINAL = "final-"  # trial ids of the winner's retrained seeds begin so
 
 
@@ -53,12 +56,46 @@ class Study:
 
 
 def load(folder: Path | str) -> Study:
-    """Reads a study folder.
+    """Reads a study folder, or one in an object store by its URL.
 
     Raises:
         ValueError: It holds no study, or one whose tables are missing or damaged.
     """
-    folder = Path(folder)
+    if "://" in str(folder):
+        with tempfile.TemporaryDirectory() as copy:
+            study = _load(fetch(str(folder), Path(copy)))
+        return replace(study, folder=Path(study.name))  # where a report of it goes
+    return _load(Path(folder))
+
+
+def fetch(url: str, into: Path) -> Path:
+    """Copies what a report needs of a study from an object store; returns the copy's folder.
+
+    Args:
+        url: ``s3://bucket/prefix/NAME``, or another that ``pyarrow.fs`` knows.
+        into: Where the copy's folder is made, under the study's name.
+
+    Raises:
+        ValueError: The store cannot be read.
+    """
+    folder = into / url.rstrip("/").rpartition("/")[2]
+    (folder / "best").mkdir(parents=True)
+    try:
+        system, root = fs.FileSystem.from_uri(url.rstrip("/"))
+        found = system.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
+        for info in found:
+            name = info.path.removeprefix(f"{root}/")
+            in_best = name.startswith("best/") and not name.endswith(".pt")
+            if info.is_file and (name in NEEDED or in_best):
+                with system.open_input_stream(info.path) as stream:
+                    (folder / name).write_bytes(stream.read())
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{url} cannot be read ({reason}); check the address and the credentials") from None
+    return folder
+
+
+def _load(folder: Path) -> Study:
     try:
         facts = json.loads((folder / "study.json").read_text())
     except FileNotFoundError:

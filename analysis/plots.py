@@ -133,6 +133,7 @@ def rung_survival(study: Study) -> Figure:
     bars = axes.bar(names, table.reached, color=BLUE, width=0.6)
     axes.bar_label(bars, color=INK, padding=2)
     axes.set(xlabel="epoch", ylabel="trials that reached it")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(y=0.15)
     axes.grid(axis="x", visible=False)
     return figure

@@ -142,7 +142,7 @@ def _themed(svg: str) -> Markup:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python analysis/report.py", description=__doc__.split("\n")[0])
-    parser.add_argument("study", type=Path, nargs="+", help="a study's folder; several are compared")
+    parser.add_argument("study", nargs="+", help="a study's folder or URL; several are compared")
     parser.add_argument(
         "--out", type=Path, help="where to write (default: into the study's folder; of several, report/)"
     )
@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
                 new = to_optuna.write(study, options.optuna)
                 print(f"{study.folder}: {'added to' if new else 'is already in'} {options.optuna}")
             return 0
-        alone = options.study[0] if len(studies) == 1 else Path("report")
+        alone = studies[0].folder if len(studies) == 1 else Path("report")
         page = write(studies, options.out or alone)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

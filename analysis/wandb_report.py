@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python analysis/wandb_report.py", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("study", type=Path, nargs="+", help="a study's folder; each becomes a section")
+    parser.add_argument("study", nargs="+", help="a study's folder or URL; each becomes a section")
     parser.add_argument("--project", help=f"W&B's (default: WANDB_PROJECT, else {PROJECT})")
     parser.add_argument("--entity", help="W&B's team or user (default: WANDB_ENTITY, else the key's own)")
     parser.add_argument("--group", nargs="+", help="of the runs, one per study (default: the folders' names)")

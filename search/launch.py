@@ -13,16 +13,18 @@ from rich.console import Console
 
 from search import preflight
 from search.engine import run_jobs
+from search.mirror import Mirror, bring
 from search.options import StudyOptions
 from search.printing import print_forecast, print_result, shown
 from search.progress import Progress
 from search.resources import Resources, connect, machine, plan, settle
-from search.study import Study, check_free, default_folder
+from search.study import Study, check_free, check_storage, default_folder
 from search.study_file import read_study
 from search.wandb_options import choose as choose_wandb
 from search.wandb_sidecar import END_SECONDS, STOP_SECONDS, Sidecar
 from trainables.data import prepare
 from trainables.levers import choose
+from trainables.storage import is_url
 
 Finish = Callable[[Path, Console], int]  # says what a finished study found; returns the exit code
 
@@ -36,6 +38,7 @@ def start(
     finish: Finish = print_result,
     script: str = "search/run.py",
     wandb: Mapping[str, Any] | None = None,
+    storage: str | None = None,
 ) -> int:
     """Begins a new study; returns the exit code.
 
@@ -47,13 +50,21 @@ def start(
         finish: Called with the folder of a finished study.
         script: What resumes it with ``--resume``.
         wandb: The fields of WandbOptions that were given.
+        storage: Where studies are kept: a folder, or an object store's URL, in which case the study's
+            folder here is a copy. None: under studies/, or in ``folder``.
 
     Raises:
         ValueError: Something stands against it; nothing was written.
     """
     wandb_options = choose_wandb(wandb or {})
-    folder = folder or default_folder(options.space, options.data)
+    if storage and is_url(storage):
+        options = dataclasses.replace(options, storage=storage)
+    elif storage and folder:
+        raise ValueError(f"--storage={storage} is a folder, and so is --study-dir={folder}; give one of them")
+    under = Path("studies" if options.storage or not storage else storage)
+    folder = folder or default_folder(options.space, options.data, under)
     check_free(folder)
+    check_storage(options.storage, folder.name)
     levers = choose(options.device, options.precision)
     there = machine()
     options = settle(options, levers, there)
@@ -72,7 +83,7 @@ def start(
 
 
 def resume(
-    folder: Path,
+    place: Path | str,
     changes: dict[str, Any],
     console: Console,
     *,
@@ -83,7 +94,7 @@ def resume(
     """Goes on with a study; returns the exit code.
 
     Args:
-        folder: The study's.
+        place: The study's folder, or its URL.
         changes: New values of options that change no result.
         console: Where to print.
         finish: Called with the folder of a finished study.
@@ -93,7 +104,7 @@ def resume(
     Raises:
         ValueError: There is no study, it is done, or it cannot go on as asked.
     """
-    study = Study.open(folder, changes)
+    study = Study.open(bring(str(place)) if is_url(place) else Path(place), changes)
     sidecar = Sidecar(study.folder, choose_wandb(wandb or {}, read_study(study.folder).get("wandb")))
     options = study.options
     resources = plan(options, study.levers, machine())
@@ -123,12 +134,13 @@ def carry_out(
     console.print(
         f"[bold]{options.space}[/] on {study.data.name}: {options.trials} trials of up to {options.epochs} "
         f"epochs, {resources.slots} at once, {study.levers.device} {study.levers.precision} "
-        f"-> {shown(study.folder)}",
+        f"-> {shown(study.place)}",
         highlight=False,
         soft_wrap=True,
     )
+    mirror = Mirror(study.folder, study.storage)
     try:
-        with study.running(dataclasses.asdict(resources)):
+        with mirror.running(), study.running(dataclasses.asdict(resources)):
             jobs = study.jobs()
             sidecar.start()
             with Progress(jobs, options, resources.slots, console) as progress:
@@ -143,14 +155,17 @@ def carry_out(
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left takes a second or two
         print(
-            f"\nstopped; nothing is lost. To go on: python {script} --resume {shown(study.folder)}",
+            f"\nstopped; nothing is lost. To go on: python {script} --resume {shown(study.place)}",
             file=sys.stderr,
         )
         print_standing(sidecar.end(STOP_SECONDS), console)
+        print_standing(mirror.finish(), console)
         return 3
     code = finish(study.folder, console)
     print_standing(sidecar.end(END_SECONDS), console)
-    return code
+    left = mirror.finish()
+    print_standing(left, console)
+    return code or int(bool(left))
 
 
 def print_standing(line: str, console: Console) -> None:

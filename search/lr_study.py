@@ -31,7 +31,7 @@ from search.journal import Journal, TrialRecord, records
 from search.launch import resume, start
 from search.options import StudyOptions
 from search.printing import shown
-from search.run import add_options
+from search.run import RESUME_HELP, STORAGE_HELP, add_options
 from search.spaces import find_space
 from search.study_file import read_study, write_study
 from search.wandb_options import add_wandb_flags, take_flags
@@ -202,13 +202,14 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, An
         "--study-dir", type=Path, help="the study's folder (default: a new one under studies/)"
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, for how long, and end")
-    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with a stopped or killed study")
+    parser.add_argument("--storage", metavar="PLACE", help=STORAGE_HELP)
+    parser.add_argument("--resume", metavar="DIR", help=RESUME_HELP)
     parser.add_argument("--extend", type=Path, metavar="DIR", help="widen a finished study beyond its edge")
     add_options(parser, list(OPTIONS))
     add_wandb_flags(parser)
     options = vars(parser.parse_args(arguments))
     wandb = take_flags(options)
-    names = ("space", "source", "lrs", "seeds", "study_dir", "dry_run", "resume", "extend")
+    names = ("space", "source", "lrs", "seeds", "study_dir", "storage", "dry_run", "resume", "extend")
     return argparse.Namespace(**{name: options.pop(name) for name in names}, wandb=wandb), options
 
 
@@ -283,6 +284,7 @@ def carry_out(do: argparse.Namespace, given: dict[str, Any], console: Console) -
         finish=finish,
         script=SCRIPT,
         wandb=do.wandb,
+        storage=do.storage,
     )
 
 

@@ -55,6 +55,7 @@ class StudyOptions:
     workers_per_trial: int | None = None  # None: the space's where there are as many GPUs, else 1
     max_failures: int = 3  # resume; lost workers per trial
     time_budget: float | None = None  # resume; seconds of search, None: no limit
+    storage: str | None = None  # URL of an object store that holds the study's folder; None: a disk does
     fix: dict[str, Any] | None = None  # config values that every trial has, instead of sampled ones
     points: list[dict[str, Any]] | None = None  # run these instead of sampling: config values per trial
 

@@ -13,6 +13,7 @@ from search.options import StudyOptions
 from search.resources import Resources
 from search.spaces import SPACES
 from search.study_file import read_study
+from trainables.storage import is_url
 from trainables.training import TrainingRun
 
 
@@ -99,7 +100,9 @@ def list_spaces(console: Console) -> int:
     return 0
 
 
-def shown(folder: Path) -> str:
-    """Returns a path as short as the reader's working directory allows."""
-    relative = os.path.relpath(folder)
-    return str(folder) if relative.startswith("..") else relative
+def shown(place: Path | str) -> str:
+    """Returns a path as short as the reader's working directory allows; a URL as it is."""
+    if is_url(place):
+        return str(place)
+    relative = os.path.relpath(place)
+    return str(place) if relative.startswith("..") else relative

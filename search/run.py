@@ -56,6 +56,10 @@ HELP = {
     "fix": "values of TrainConfig that every trial has, instead of sampled ones: hidden=32 augment=crop",
     "max_failures": "how often a trial's worker may be lost",
 }
+STORAGE_HELP = (
+    "where studies are kept: a folder that all nodes share, or s3://BUCKET/PREFIX (default: studies)"
+)
+RESUME_HELP = "go on with a stopped or killed study; its folder or URL"
 CHOICES = {"pruner": PRUNERS, "searcher": SEARCHERS, "precision": PRECISIONS}
 TYPES: dict[str, Any] = {"int": int, "float": float, "str": str}
 
@@ -69,11 +73,12 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, An
     parser.add_argument(
         "--study-dir", type=Path, help="the study's folder (default: a new one under studies/)"
     )
-    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with a stopped or killed study")
+    parser.add_argument("--storage", metavar="PLACE", help=STORAGE_HELP)
+    parser.add_argument("--resume", metavar="DIR", help=RESUME_HELP)
     add_options(parser, [field.name for field in dataclasses.fields(StudyOptions) if field.name in HELP])
     add_wandb_flags(parser)
     options = vars(parser.parse_args(arguments))
-    names = ("space", "list_spaces", "dry_run", "study_dir", "resume")
+    names = ("space", "list_spaces", "dry_run", "study_dir", "storage", "resume")
     wandb = take_flags(options)
     return argparse.Namespace(**{name: options.pop(name) for name in names}, wandb=wandb), options
 
@@ -133,9 +138,10 @@ def carry_out(do: argparse.Namespace, options: dict[str, Any], console: Console)
     if do.list_spaces:
         return list_spaces(console)
     if do.resume:
-        if do.space or do.study_dir:
+        if do.space or do.study_dir or do.storage:
             raise ValueError(
-                "--resume takes space and folder from the study; leave --space and --study-dir out"
+                "--resume takes space, folder and storage from the study; leave --space, --study-dir and "
+                "--storage out"
             )
         if do.dry_run:
             raise ValueError("--dry-run forecasts a new study; leave --resume out")
@@ -145,7 +151,12 @@ def carry_out(do: argparse.Namespace, options: dict[str, Any], console: Console)
     check_name("--space", do.space, [*SPACES, "all"])
     if do.space != "all":
         return start(
-            StudyOptions(space=do.space, **options), do.study_dir, console, dry_run=do.dry_run, wandb=do.wandb
+            StudyOptions(space=do.space, **options),
+            do.study_dir,
+            console,
+            dry_run=do.dry_run,
+            wandb=do.wandb,
+            storage=do.storage,
         )
     codes = []
     for space in SPACES:
@@ -153,7 +164,12 @@ def carry_out(do: argparse.Namespace, options: dict[str, Any], console: Console)
         try:
             codes.append(
                 start(
-                    StudyOptions(space=space, **options), folder, console, dry_run=do.dry_run, wandb=do.wandb
+                    StudyOptions(space=space, **options),
+                    folder,
+                    console,
+                    dry_run=do.dry_run,
+                    wandb=do.wandb,
+                    storage=do.storage,
                 )
             )
         except ValueError as error:  # one space's trouble is not the next one's

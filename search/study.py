@@ -11,6 +11,7 @@ import dataclasses
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from search.collect import collect
 from search.final import keep_best
 from search.jobs import Jobs
 from search.journal import Journal
+from search.mirror import storage_of
 from search.options import RESUMABLE, StudyOptions, flag
 from search.provenance import commit, machine_name, versions
 from search.spaces import described, find_space
@@ -31,7 +33,8 @@ from search.study_file import read_study, write_study
 from trainables.data import ImageData
 from trainables.inputs import Inputs
 from trainables.levers import Levers
-from trainables.trial import TrialContext
+from trainables.storage import Storage
+from trainables.trial import TrialContext, checkpoint_name
 
 
 @dataclass
@@ -42,6 +45,16 @@ class Study:
     options: StudyOptions
     data: ImageData
     levers: Levers
+
+    @property
+    def storage(self) -> Storage | None:
+        """Returns the object store that holds the study; None: its folder does."""
+        return storage_of({"options": {"storage": self.options.storage}}, self.folder)
+
+    @property
+    def place(self) -> Path | str:
+        """Returns what names the study on a command line: its folder, or its URL."""
+        return self.storage.url if self.storage else self.folder
 
     @classmethod
     def create(
@@ -122,6 +135,10 @@ class Study:
             seconds=options.time_budget,
         )
         jobs.replay(events)
+        if storage := self.storage:
+            for name in storage.names("checkpoints"):
+                if Path(name).stem not in jobs.trials:  # of a trial whose start was lost with its driver
+                    storage.remove(name)
         return jobs
 
     def context(self, threads: int) -> TrialContext:
@@ -135,6 +152,7 @@ class Study:
             study_dir=self.folder,
             threads=threads,
             leaves_chance_by=find_space(self.options.space).leaves_chance_by,
+            storage=self.storage,
         )
 
     @contextlib.contextmanager
@@ -165,6 +183,13 @@ class Study:
 
     def tidy(self, jobs: Jobs) -> None:
         """Keeps the winner's results and drops what only a resume would need."""
+        if self.storage:
+            seeds = [checkpoint_name(trial.trial_id) for trial in jobs.trials.values() if trial.is_final]
+            for name in (*seeds, *self.storage.names("best")):
+                self.storage.get(name, self.folder / name)
+            for folder in ("best", "checkpoints", "ray"):
+                for name in self.storage.names(folder):
+                    self.storage.remove(name)
         keep_best(self.folder, jobs.trials)
         for name in ("checkpoints", "ray"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -180,10 +205,31 @@ def check_free(folder: Path) -> None:
         raise ValueError(f"--study-dir={folder} is no empty folder; give a new one")
 
 
-def default_folder(space: str, data: str) -> Path:
-    """Returns a new folder's name under studies/: space, data and time."""
+def check_storage(url: str | None, name: str) -> None:
+    """Raises ValueError where an object store cannot be written and read, or holds such a study."""
+    if url is None:
+        return
+    storage = Storage(f"{url.rstrip('/')}/{name}")
+    try:
+        if storage.names():
+            raise ValueError(
+                f"{storage.url} holds another study; give another --study-dir name, or --resume it"
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            (probe := Path(folder) / "probe").write_bytes(b"")
+            storage.put(probe, "probe")
+        storage.remove("probe")
+    except OSError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"--storage={url} cannot be used ({reason}); check bucket, credentials and AWS_ENDPOINT_URL"
+        ) from error
+
+
+def default_folder(space: str, data: str, under: Path = Path("studies")) -> Path:
+    """Returns a new folder's name: space, data and time."""
     name = f"{space}-{Path(data).name.split('.')[0]}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder, again = Path("studies") / name, 2
+    folder, again = under / name, 2
     while folder.exists():
-        folder, again = Path("studies") / f"{name}-{again}", again + 1
+        folder, again = under / f"{name}-{again}", again + 1
     return folder

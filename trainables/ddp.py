@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,8 +43,9 @@ def drive(
         resources: Of one worker, ``{"CPU", "GPU"}``.
         max_failures: How often a worker may be lost before the trial counts as failed.
     """
-    own_fault = _failure_file(context, job["trial_id"])
-    own_fault.unlink(missing_ok=True)  # of an earlier life
+    own_fault = _failure_name(job["trial_id"])
+    context.remove(own_fault)  # of an earlier life
+    place = context.storage.url if context.storage else str(context.study_dir)
     for lost in range(max_failures + 1):
         trainer = TorchTrainer(
             _train,
@@ -55,7 +55,7 @@ def drive(
             ),
             run_config=RunConfig(
                 name=f"{job['trial_id']}-{os.getpid()}-{lost}",  # Train would resume an equal name
-                storage_path=str(context.study_dir / "ray" / "groups"),
+                storage_path=f"{place}/ray/groups",
                 callbacks=[TuneReportCallback()],  # type: ignore[list-item]  # Ray 2.60 types the old API
                 failure_config=FailureConfig(  # type: ignore[call-arg]  # the same
                     max_failures=0, controller_failure_limit=CONTROLLER_FAILURES
@@ -65,8 +65,8 @@ def drive(
         try:
             trainer.fit()
         except TrainingFailedError as error:
-            if own_fault.exists():
-                tune.report({"report": json.loads(own_fault.read_text())})
+            if told := context.fetch(own_fault):
+                tune.report({"report": json.loads(told.read_text())})
                 return
             last = str(error)
         else:
@@ -89,10 +89,11 @@ def _train(settings: dict[str, Any]) -> None:
                 return
     except Exception as error:
         if not _is_lost_partner(error):
-            file = _failure_file(context, job["trial_id"])
-            partial = file.with_suffix(f".{os.getpid()}")
+            name = _failure_name(job["trial_id"])
+            partial = context.file(name).with_suffix(f".{os.getpid()}")
             partial.write_text(json.dumps(failure_report(error)))
-            partial.replace(file)
+            partial.replace(context.file(name))
+            context.keep(name)
         raise
 
 
@@ -101,5 +102,5 @@ def _is_lost_partner(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def _failure_file(context: TrialContext, trial_id: str) -> Path:
-    return context.checkpoint(trial_id).with_suffix(".failure")
+def _failure_name(trial_id: str) -> str:
+    return f"checkpoints/{trial_id}.failure"

@@ -18,6 +18,11 @@ from trainables.training import TrainingRun
 MISCLASSIFIED = 64  # images kept for people to look at: the mistakes made with most confidence
 
 
+def result_files(tag: str = "") -> tuple[str, str]:
+    """Returns the names of what ``evaluate_test`` writes: the predictions, the misclassified images."""
+    return f"predictions{tag}.parquet", f"misclassified{tag}.npz"
+
+
 def evaluate_test(run: TrainingRun, folder: Path | None = None, tag: str = "") -> float:
     """Evaluates a trained network on every test image once.
 
@@ -45,9 +50,11 @@ def evaluate_test(run: TrainingRun, folder: Path | None = None, tag: str = "") -
         }
         wrong = np.flatnonzero(predicted != labels)
         wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISCLASSIFIED]
-        with _written(folder / f"misclassified{tag}.npz") as file:
+        folder.mkdir(exist_ok=True)
+        predictions, misclassified = (folder / name for name in result_files(tag))
+        with _written(misclassified) as file:
             np.savez(file, index=wrong, images=images[wrong])
-        with _written(folder / f"predictions{tag}.parquet") as file:
+        with _written(predictions) as file:
             pq.write_table(pa.table(columns), file)
     return float((predicted == labels).mean())
 

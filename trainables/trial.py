@@ -7,6 +7,7 @@ old one, so a trial of ours may be several of Tune's (search/jobs.py says why).
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import traceback
@@ -19,9 +20,10 @@ from ray import tune
 
 from trainables.config import TrainConfig
 from trainables.data import ImageData
-from trainables.evaluate import evaluate_test
+from trainables.evaluate import evaluate_test, result_files
 from trainables.group import Group
 from trainables.levers import Levers
+from trainables.storage import Storage
 from trainables.training import ALONE, DamagedCheckpointError, TrainingRun
 
 
@@ -32,13 +34,43 @@ class TrialContext:
     data: ImageData
     levers: Levers
     data_dir: Path
-    study_dir: Path
+    study_dir: Path  # the driver's; the workers', too, where there is no storage
     threads: int  # of the CPU, per trial
     leaves_chance_by: int | None
+    storage: Storage | None = None  # None: study_dir is on a disk that all nodes see
 
-    def checkpoint(self, trial_id: str) -> Path:
-        """Returns where a trial's checkpoint lies."""
-        return self.study_dir / "checkpoints" / f"{trial_id}.pt"
+    def file(self, name: str) -> Path:
+        """Returns where a file of the study lies on this node."""
+        if self.storage is None:
+            return self.study_dir / name
+        copy = hashlib.sha256(self.storage.url.encode()).hexdigest()[:16]
+        file = self.data_dir / "studies" / copy / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return file
+
+    def fetch(self, name: str) -> Path | None:
+        """Returns the file as the study's nodes last kept it; None where there is none."""
+        file = self.file(name)
+        if self.storage is not None and not self.storage.get(name, file):
+            return None
+        return file if file.exists() else None
+
+    def keep(self, name: str) -> None:
+        """Lets the study's other nodes have a file that was written here; no copy stays."""
+        if self.storage is not None:
+            self.storage.put(self.file(name), name)
+            self.file(name).unlink()
+
+    def remove(self, name: str) -> None:
+        """Removes a file of the study, here and for all nodes."""
+        self.file(name).unlink(missing_ok=True)
+        if self.storage is not None:
+            self.storage.remove(name)
+
+
+def checkpoint_name(trial_id: str) -> str:
+    """Returns where in a study a trial's checkpoint lies."""
+    return f"checkpoints/{trial_id}.pt"
 
 
 class JobRun:
@@ -51,8 +83,8 @@ class JobRun:
     def __init__(self, job: dict[str, Any], context: TrialContext, group: Group = ALONE) -> None:
         self.job, self.context, self.group = job, context, group
         self.reported: int = job["reported"]
-        self.run, checkpoint = self._new_run(), context.checkpoint(job["trial_id"])
-        if checkpoint.exists():
+        self.run, checkpoint = self._new_run(), context.fetch(checkpoint_name(job["trial_id"]))
+        if checkpoint:
             try:
                 self.run.load(checkpoint)
             except DamagedCheckpointError:
@@ -60,20 +92,23 @@ class JobRun:
 
     def report(self) -> dict[str, Any]:
         """Trains an epoch, unless one waits to be reported, and returns its report."""
-        run, trial_id = self.run, self.job["trial_id"]
+        run, trial_id, context = self.run, self.job["trial_id"], self.context
         # A kill after a checkpoint leaves reports to deliver, not epochs to repeat: one of a plain trial,
         # more of a group, whose reports wait for Train to collect them.
         if run.epochs_done <= self.reported:
             run.epoch()
             if self.group.rank == 0:
-                run.save(self.context.checkpoint(trial_id))
+                run.save(context.file(checkpoint_name(trial_id)))
+                context.keep(checkpoint_name(trial_id))
         report = run.reports[self.reported] | _whereabouts()
         self.reported += 1
         if report["diverged"] or report["epoch"] == run.config.epochs:
             report["status"] = "diverged" if report["diverged"] else "done"
             if self.job["final"] and self.group.rank == 0:  # diverged, too: a mean without it would flatter
-                folder = self.context.study_dir / "best"
-                report["test_accuracy"] = evaluate_test(run, folder, f"-{trial_id}")
+                tag = f"-{trial_id}"
+                report["test_accuracy"] = evaluate_test(run, context.file("best"), tag)
+                for name in result_files(tag):
+                    context.keep(f"best/{name}")
         return report
 
     def _new_run(self) -> TrainingRun:
