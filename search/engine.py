@@ -1,7 +1,7 @@
 """How do a study's decisions reach Ray Tune? One job is one Tune trial on a reused worker.
 
-Tune does what it is good at: starting workers, placing them on CPUs, GPUs and nodes, restarting the
-lost ones. It is told what to do by two thin adapters around ``Jobs``. Two traps of Ray 2.60 stand
+Tune does what it is good at: starting workers, placing them on CPUs, GPUs and nodes, noticing when one
+is lost. It is told what to do by two thin adapters around ``Jobs``. Two traps of Ray 2.60 stand
 behind their form (NOTES.md, "Workers"):
 
 - With ``reuse_actors`` Tune gives a just-freed worker to a pending trial whose own worker is still
@@ -24,6 +24,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from search.faults import cause_of, told
 from search.jobs import Jobs
 from search.resources import TRIAL_SLOT, Resources
 from trainables.ddp import drive
@@ -51,10 +52,8 @@ class JobSearcher(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Frees the slot; with error the trial's worker was lost once too often."""
-        ours = self.live.pop(trial_id)
-        if error:
-            self.jobs.fail(ours, "its worker was lost more often than --max-failures allows")
+        """Frees the slot; what follows from an error was decided in ``JobScheduler.on_trial_error``."""
+        self.live.pop(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
         """Writes nothing: reports.jsonl is what a study resumes from."""
@@ -78,7 +77,7 @@ class JobScheduler(FIFOScheduler):
         self._not_offered.append(trial)
 
     def choose_trial_to_run(self, tune_controller: TuneController) -> TuneTrial | None:
-        """Offers each trial once, and again when its worker was lost (Tune then adds it again)."""
+        """Offers each trial once."""
         return self._not_offered.popleft() if self._not_offered else None
 
     def on_trial_result(
@@ -89,6 +88,11 @@ class JobScheduler(FIFOScheduler):
         report = {key.removeprefix(prefix): value for key, value in result.items() if key.startswith(prefix)}
         goes_on = self.jobs.report(trial.config["trial_id"], report)
         return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
+
+    def on_trial_error(self, tune_controller: TuneController, trial: TuneTrial) -> None:
+        """Tells the study that a worker is gone, which then makes another job of its trial."""
+        error = trial.get_pickled_error() or trial.get_error()
+        self.jobs.lose(trial.config["trial_id"], cause_of(error), told(error))
 
 
 class StepCallback(tune.Callback):
@@ -105,16 +109,13 @@ class StepCallback(tune.Callback):
         return {}  # Tune pickles callbacks; a live display cannot be
 
 
-def run_jobs(
-    jobs: Jobs, context: TrialContext, *, resources: Resources, max_failures: int, on_step: Any
-) -> None:
+def run_jobs(jobs: Jobs, context: TrialContext, *, resources: Resources, on_step: Any) -> None:
     """Runs all jobs of a study on the connected Ray cluster; returns when none is left.
 
     Args:
         jobs: The study's decisions.
         context: What its trials share.
         resources: How many trials run at once, and what each gets.
-        max_failures: How often a trial's worker may be lost before the trial counts as failed.
         on_step: Called without arguments at each turn of the loop.
     """
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(resources.slots)
@@ -122,11 +123,7 @@ def run_jobs(
         trainable = tune.with_resources(tune.with_parameters(Trial, context=context), resources.of_trial)
     else:
         group = tune.with_parameters(
-            drive,
-            context=context,
-            workers=resources.workers,
-            resources=resources.of_worker,
-            max_failures=max_failures,
+            drive, context=context, workers=resources.workers, resources=resources.of_worker
         )
         trainable = tune.with_resources(group, {TRIAL_SLOT: 1})
     tuner = tune.Tuner(
@@ -141,7 +138,7 @@ def run_jobs(
             name="ray",
             storage_path=str(context.study_dir),
             verbose=0,
-            failure_config=tune.FailureConfig(max_failures=max_failures),
+            failure_config=tune.FailureConfig(max_failures=0),  # a lost trial is another job: Jobs.lose
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # trials write their own
             callbacks=[StepCallback(on_step)],
         ),

@@ -14,7 +14,7 @@ resumed study stands where the killed one stood: rungs, searcher and random stat
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,8 @@ from typing import Any
 from search.asha import Asha
 from search.journal import FINAL, Journal, TrialRecord, finite, winner
 from search.suggest import Sampler
+
+ALIKE = 3  # trials: where the first ones all fail in the same way, the next ones would, too
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Jobs:
         trials: How many trials the search may start.
         fixed: Config values that are not sampled.
         final_seeds: How many fresh seeds the winner is retrained on.
+        max_failures: How often a trial's worker may be lost, lost nodes aside.
         journal: Where every event is written before it acts.
         seconds: Time budget of the search from now; None: no limit. Trials stop at their next report.
         clock: Seconds, for the budget.
@@ -59,12 +62,16 @@ class Jobs:
         fixed: dict[str, Any],
         final_seeds: int,
         journal: Journal,
+        max_failures: int = 3,
         seconds: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.sampler, self.asha, self.pruner = sampler, asha, pruner
         self.max_trials, self.fixed, self.final_seeds = trials, fixed, final_seeds
         self.journal, self.clock = journal, clock
+        self.max_failures = max_failures
+        self.losses: defaultdict[str, Counter[str]] = defaultdict(Counter)  # by trial and cause
+        self.gave_up = ""  # why the study ends before its time
         self.deadline = None if seconds is None else clock() + seconds
         self.trials: dict[str, TrialRecord] = {}
         self.running: set[str] = set()
@@ -79,6 +86,9 @@ class Jobs:
 
     def next_job(self) -> Job | None:
         """Returns what a free worker should do; None: wait, or all is done (``finished``)."""
+        if self.gave_up:
+            self.finished = not self.running
+            return None
         if self.interrupted:
             return self._job(self.interrupted.popleft())
         if not self.search_is_over:
@@ -96,13 +106,31 @@ class Jobs:
         report = {key: finite(value) for key, value in report.items()}  # as a replay will read them
         self.journal.append({"trial_id": trial_id, **report})
         goes_on = self._apply(trial, report) and not (self._time_is_up() and not trial.is_final)
-        if not goes_on:
+        self._consider_giving_up()
+        if not goes_on or self.gave_up:
             self.running.discard(trial_id)
-        return goes_on
+            return False
+        return True
 
-    def fail(self, trial_id: str, error: str) -> None:
-        """Takes in that a worker is lost for good, and its trial with it."""
-        self.report(trial_id, {"status": "error", "error": error})
+    def lose(self, trial_id: str, cause: str, error: str) -> None:
+        """Takes in that a trial's worker is gone: the trial goes on, unless that came too often.
+
+        Args:
+            trial_id: The trial.
+            cause: node, memory or worker (search/faults.py).
+            error: What is known of it.
+        """
+        self.journal.append({"trial_id": trial_id, "lost": cause, "error": error})
+        lost = self.losses[trial_id]
+        lost[cause] += 1
+        if lost["memory"] > 1:
+            self.report(trial_id, {"status": "out_of_memory", "error": error})
+        elif lost["worker"] + lost["memory"] > self.max_failures:
+            text = f"its worker was lost {lost['worker'] + lost['memory']} times, at last: {error}"
+            self.report(trial_id, {"status": "error", "error": text})
+        else:
+            self.running.discard(trial_id)
+            self.interrupted.append(trial_id)
 
     def replay(self, events: list[dict[str, Any]]) -> None:
         """Goes through an old journal's events as if they happened now, without writing them again.
@@ -117,6 +145,8 @@ class Jobs:
             elif "promoted_from" in event:
                 self.asha.promote(trial_id, event["promoted_from"])
                 self.running.add(trial_id)
+            elif "lost" in event:
+                self.losses[trial_id][event["lost"]] += 1
             else:
                 trial = self.trials[trial_id]
                 if event.get("epoch", trial.epoch + 1) > trial.epoch and not self._apply(trial, event):
@@ -203,6 +233,14 @@ class Jobs:
             self.asha.promote(trial.trial_id, trial.epoch)  # no pause, no reload
             return True
         return False
+
+    def _consider_giving_up(self) -> None:
+        if any(trial.reports for trial in self.trials.values()):
+            return
+        errors = [trial.error or "" for trial in self.trials.values() if trial.status == "error"]
+        reasons = {error.strip().rpartition("\n")[2] for error in errors}
+        if len(errors) >= ALIKE and len(reasons) == 1:
+            self.gave_up = f"the first {len(errors)} trials all failed alike ({reasons.pop()})"
 
     def _time_is_up(self) -> bool:
         return self.deadline is not None and self.clock() >= self.deadline

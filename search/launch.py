@@ -29,6 +29,10 @@ from trainables.storage import is_url
 Finish = Callable[[Path, Console], int]  # says what a finished study found; returns the exit code
 
 
+class GaveUpError(Exception):
+    """A study ended before its time, since its next trials would fail as the first ones did."""
+
+
 def start(
     options: StudyOptions,
     folder: Path | None,
@@ -148,16 +152,19 @@ def carry_out(
                     jobs,
                     study.context(resources.threads),
                     resources=resources,
-                    max_failures=options.max_failures,
                     on_step=progress.update,
                 )
+            if jobs.gave_up:
+                raise GaveUpError(jobs.gave_up)
             study.tidy(jobs)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, GaveUpError) as end:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left takes a second or two
-        print(
-            f"\nstopped; nothing is lost. To go on: python {script} --resume {shown(study.place)}",
-            file=sys.stderr,
-        )
+        resume_by = f"python {script} --resume {shown(study.place)}"
+        if isinstance(end, GaveUpError):
+            errors = shown(study.folder / "reports.jsonl")
+            print(f"error: {end}; the errors stand in {errors}. Mend it, then: {resume_by}", file=sys.stderr)
+        else:
+            print(f"\nstopped; nothing is lost. To go on: {resume_by}", file=sys.stderr)
         print_standing(sidecar.end(STOP_SECONDS), console)
         print_standing(mirror.finish(), console)
         return 3

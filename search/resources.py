@@ -168,7 +168,7 @@ def connect(trial_slots: int = 0) -> None:
             else f"RAY_ADDRESS={address} cannot be joined ({reason}); start that cluster, give its token "
             "(RAY_AUTH_MODE=token, ~/.ray/auth_token), or unset RAY_ADDRESS to use this host"
         ) from error
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # lost workers stand in reports.jsonl
     # ray.init puts a handler in place that prints a C++ stack and aborts (2.60); a SIGTERM, which a
     # cluster sends before it takes a node, shall be a Ctrl-C
     signal.signal(signal.SIGTERM, signal.default_int_handler)

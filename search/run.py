@@ -54,7 +54,7 @@ HELP = {
     "device": "auto, cpu or cuda",
     "precision": "auto chooses what the device is known to gain by",
     "fix": "values of TrainConfig that every trial has, instead of sampled ones: hidden=32 augment=crop",
-    "max_failures": "how often a trial's worker may be lost",
+    "max_failures": "how often a trial's worker may die; a lost node does not count",
 }
 STORAGE_HELP = (
     "where studies are kept: a folder that all nodes share, or s3://BUCKET/PREFIX (default: studies)"

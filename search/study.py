@@ -132,6 +132,7 @@ class Study:
             fixed=options.fixed_values(),
             final_seeds=options.final_seeds,
             journal=journal,
+            max_failures=options.max_failures,
             seconds=options.time_budget,
         )
         jobs.replay(events)

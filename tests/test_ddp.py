@@ -64,7 +64,6 @@ def study(tmp_path, data_dir):
                 jobs,
                 study.context(threads=1),
                 resources=Resources(slots, 1.0, 0.0, WORKERS),
-                max_failures=2,
                 on_step=lambda: on_step(jobs),
             )
         return study.folder

@@ -56,7 +56,6 @@ def study(tmp_path, data_dir):
                 jobs,
                 made.context(threads=1),
                 resources=Resources(slots, 1.0, 0.0),
-                max_failures=2,
                 on_step=on_step,
             )
         return made.folder, jobs

@@ -269,16 +269,76 @@ def test_failed_trial_ends_with_its_error_and_cannot_win(tmp_path, status):
     assert jobs.trials["final-1"].config["value"] == 0.8
 
 
-def test_trial_whose_worker_is_lost_for_good_counts_as_last_and_frees_its_slot(tmp_path):
-    jobs = make_jobs(tmp_path / "reports.jsonl", values=[0.9, 0.1, 0.2, 0.3])
-    job = jobs.next_job()
-    jobs.fail(job.trial_id, "its worker was lost")
+@pytest.mark.parametrize(
+    ("causes", "status"),
+    [
+        (["worker"] * 3, "error"),  # more than max_failures
+        (["memory", "memory"], "out_of_memory"),
+        (["worker", "memory", "worker"], "error"),
+    ],
+)
+def test_trial_that_is_lost_too_often_counts_as_last_and_frees_its_slot(tmp_path, causes, status):
+    jobs = make_jobs(tmp_path / "reports.jsonl", values=[0.9, 0.1, 0.2, 0.3], max_failures=2)
+    for cause in causes:
+        assert jobs.next_job().trial_id == "0000"
+        jobs.lose("0000", cause, "it is gone")
     assert jobs.running == set()
-    assert (jobs.trials["0000"].status, jobs.trials["0000"].error) == ("error", "its worker was lost")
+    assert jobs.trials["0000"].status == status
+    assert "it is gone" in jobs.trials["0000"].error
     for _ in range(2):
         trial_id = jobs.next_job().trial_id
         jobs.report(trial_id, outcome_at(jobs, trial_id, 1))
     assert "0002" in jobs.running  # n = 3 with the lost one: 0002, the best, goes on
+
+
+def test_lost_nodes_do_not_count_against_a_trial(tmp_path):
+    jobs = make_jobs(tmp_path / "reports.jsonl", pruner="none", max_failures=0)
+    trial_id = jobs.next_job().trial_id
+    jobs.report(trial_id, outcome_at(jobs, trial_id, 1))
+    for _ in range(20):
+        jobs.lose(trial_id, "node", "its node has died")
+        job = jobs.next_job()
+        assert (job.trial_id, job.reported) == (trial_id, 1)
+    assert jobs.trials[trial_id].status is None
+
+
+def test_losses_are_counted_over_a_resume(tmp_path):
+    jobs = make_jobs(tmp_path / "reports.jsonl", max_failures=1)
+    jobs.lose(jobs.next_job().trial_id, "worker", "it is gone")
+    again = make_jobs(tmp_path / "reports.jsonl", max_failures=1)
+    again.replay(again.journal.read())
+    assert again.next_job().trial_id == "0000"
+    again.lose("0000", "worker", "it is gone")
+    assert again.trials["0000"].status == "error"
+
+
+@pytest.mark.parametrize(
+    ("errors", "gives_up"),
+    [
+        (["Traceback …\nOSError: disk", "other lines\nOSError: disk", "OSError: disk\n"], True),
+        (["OSError: disk", "OSError: disk", "ValueError: another"], False),
+        (["OSError: disk", None, "OSError: disk", "OSError: disk"], False),  # one trained
+    ],
+)
+def test_study_whose_first_three_trials_fail_alike_ends(tmp_path, errors, gives_up):
+    left = iter(errors)
+
+    def failing(job, epoch):
+        error = next(left, None) if epoch == 1 and job.trial_id in ("0000", "0001", "0002", "0003") else None
+        return {"status": "error", "error": error} if error else outcome(job, epoch)
+
+    jobs = make_jobs(tmp_path / "reports.jsonl", trials=6)
+    work(jobs, outcome=failing)
+    assert bool(jobs.gave_up) == gives_up
+    assert len(jobs.searched) == (3 if gives_up else 6)
+    assert jobs.finished
+    if gives_up:
+        assert "OSError: disk" in jobs.gave_up
+        resumed_jobs = make_jobs(tmp_path / "reports.jsonl", trials=6)
+        resumed_jobs.replay(resumed_jobs.journal.read())
+        work(resumed_jobs)
+        assert [trial.status for trial in resumed_jobs.searched][:3] == ["error"] * 3
+        assert len(resumed_jobs.searched) == 6
 
 
 def test_what_a_restarted_worker_says_again_is_not_written_again(tmp_path):

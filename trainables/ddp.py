@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from typing import Any
 
 import torch
@@ -26,52 +27,43 @@ from trainables.trial import JobRun, TrialContext, failure_report
 CONTROLLER_FAILURES = 3  # Ray's default is to try for ever
 
 
-def drive(
-    job: dict[str, Any],
-    *,
-    context: TrialContext,
-    workers: int,
-    resources: dict[str, float],
-    max_failures: int,
-) -> None:
-    """Runs a job on a group of workers, and on a new one where a worker was lost; a Tune trial.
+def drive(job: dict[str, Any], *, context: TrialContext, workers: int, resources: dict[str, float]) -> None:
+    """Runs a job on a group of workers; a Tune trial.
 
     Args:
         job: As ``Trial`` takes it.
         context: What the study's trials share.
         workers: Of the group.
         resources: Of one worker, ``{"CPU", "GPU"}``.
-        max_failures: How often a worker may be lost before the trial counts as failed.
+
+    Raises:
+        TrainingFailedError: A worker was lost. The study has the trial go on with another group.
     """
     own_fault = _failure_name(job["trial_id"])
     context.remove(own_fault)  # of an earlier life
     place = context.storage.url if context.storage else str(context.study_dir)
-    for lost in range(max_failures + 1):
-        trainer = TorchTrainer(
-            _train,
-            train_loop_config={"job": job, "context": context},
-            scaling_config=ScalingConfig(
-                num_workers=workers, use_gpu="GPU" in resources, resources_per_worker=resources
+    trainer = TorchTrainer(
+        _train,
+        train_loop_config={"job": job, "context": context},
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu="GPU" in resources, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=f"{job['trial_id']}-{uuid.uuid4().hex}",  # Train would resume an equal name
+            storage_path=f"{place}/ray/groups",
+            callbacks=[TuneReportCallback()],  # type: ignore[list-item]  # Ray 2.60 types the old API
+            failure_config=FailureConfig(  # type: ignore[call-arg]  # the same
+                max_failures=0, controller_failure_limit=CONTROLLER_FAILURES
             ),
-            run_config=RunConfig(
-                name=f"{job['trial_id']}-{os.getpid()}-{lost}",  # Train would resume an equal name
-                storage_path=f"{place}/ray/groups",
-                callbacks=[TuneReportCallback()],  # type: ignore[list-item]  # Ray 2.60 types the old API
-                failure_config=FailureConfig(  # type: ignore[call-arg]  # the same
-                    max_failures=0, controller_failure_limit=CONTROLLER_FAILURES
-                ),
-            ),
-        )
-        try:
-            trainer.fit()
-        except TrainingFailedError as error:
-            if told := context.fetch(own_fault):
-                tune.report({"report": json.loads(told.read_text())})
-                return
-            last = str(error)
-        else:
-            return
-    tune.report({"report": {"status": "error", "error": f"a worker was lost {lost + 1} times: {last}"}})
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError:
+        told = context.fetch(own_fault)
+        if told is None:
+            raise
+        tune.report({"report": json.loads(told.read_text())})
 
 
 def _train(settings: dict[str, Any]) -> None:

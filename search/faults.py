@@ -1,0 +1,40 @@
+"""Why was a trial's worker lost? Read from what Ray says of it, since its consequences differ.
+
+- ``node``: the machine is gone, preempted or out of reach. Nothing of that is the trial's doing: it goes on
+  elsewhere, however often.
+- ``memory``: Ray ended the worker because its node ran out of memory. The trial gets one more try, which may
+  find the node less crowded; then it has ended as out_of_memory.
+- ``worker``: the process died otherwise. The trial goes on, ``--max-failures`` times.
+
+The texts are those of Ray 2.60.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+MEMORY = ("NODE_OUT_OF_MEMORY", "running low on memory")
+NODE = (
+    "its node has died",  # seen for a killed raylet, and a node that missed its heartbeats
+    "node was terminated",
+    "preempt",  # a spot node, drained before it went
+    "drained",
+    "ActorUnavailableError",  # the connection broke: seen for a machine that is gone at once
+    "is temporarily unavailable",
+    "NodeDiedError",
+    "LocalRayletDiedError",
+)
+
+
+def cause_of(error: Exception | None) -> str:
+    """Returns node, memory or worker."""
+    text = f"{type(error).__name__}: {error}"
+    if any(sign in text for sign in MEMORY):
+        return "memory"
+    gone: Any = getattr(error, "preempted", False)
+    return "node" if gone or any(sign in text for sign in NODE) else "worker"
+
+
+def told(error: Exception | None) -> str:
+    """Returns what the journal keeps of a lost worker's error: its text, without empty lines."""
+    return "\n".join(line for line in str(error).splitlines() if line.strip())
