@@ -85,7 +85,7 @@ def fetch(url: str, into: Path) -> Path:
         found = system.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
         for info in found:
             name = info.path.removeprefix(f"{root}/")
-            in_best = name.startswith("best/") and not name.endswith(".pt")
+            in_best = name.startswith("best/") and name.count("/") == 1 and not name.endswith(".pt")
             if info.is_file and (name in NEEDED or in_best):
                 with system.open_input_stream(info.path) as stream:
                     (folder / name).write_bytes(stream.read())

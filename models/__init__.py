@@ -15,9 +15,17 @@ from torch import Tensor, nn
 
 from models import resnet, small
 from models.fast_conv import make_convolutions_fast
-from models.resnet import load_weights
+from models.resnet import load_weights, weights_file
 
-__all__ = ["ARCHITECTURES", "Architecture", "Classifier", "build", "build_args", "load_weights"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "Classifier",
+    "build",
+    "build_args",
+    "load_weights",
+    "weights_file",
+]
 
 
 @dataclass(frozen=True)

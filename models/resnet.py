@@ -105,6 +105,15 @@ def load_weights(weights: str) -> dict[str, Tensor] | None:
     return _load(weights, file.stat().st_mtime_ns if file.is_file() else None)
 
 
+def weights_file(weights: str) -> Path | None:
+    """Where the file of weights lies, as `load_weights` takes them; None for "none"."""
+    if weights == "none":
+        return None
+    if weights == "imagenet":
+        return Path(torch.hub.get_dir(), "checkpoints", Path(ResNet18_Weights.IMAGENET1K_V1.url).name)
+    return Path(weights).expanduser().absolute()
+
+
 @lru_cache(maxsize=1)  # a worker builds trial after trial from the same 47 MB
 def _load(weights: str, mtime_ns: int | None) -> dict[str, Tensor]:
     """Loads weights; a file that was written anew is loaded anew."""

@@ -18,7 +18,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from ray import tune
+from ray import cloudpickle, tune
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
@@ -91,8 +91,16 @@ class JobScheduler(FIFOScheduler):
 
     def on_trial_error(self, tune_controller: TuneController, trial: TuneTrial) -> None:
         """Tells the study that a worker is gone, which then makes another job of its trial."""
-        error = trial.get_pickled_error() or trial.get_error()
+        error = _error_of(trial)
         self.jobs.lose(trial.config["trial_id"], cause_of(error), told(error))
+
+
+def _error_of(trial: TuneTrial) -> Exception:
+    """Returns what ended a trial; Tune (2.60) has it in files of this node, its getters look elsewhere."""
+    if trial.pickled_error_file:
+        error: Exception = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+        return error
+    return RuntimeError(Path(trial.error_file).read_text() if trial.error_file else "Tune says nothing of it")
 
 
 class StepCallback(tune.Callback):

@@ -7,25 +7,27 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import ray
 from rich.console import Console
 
 from search import preflight
 from search.engine import run_jobs
 from search.mirror import Mirror, bring
+from search.nodes import check_nodes
 from search.options import StudyOptions
 from search.printing import print_forecast, print_result, shown
 from search.progress import Progress
-from search.resources import Resources, connect, machine, plan, settle
+from search.resources import Machine, Resources, choose_levers, connect, machine, plan, settle
 from search.study import Study, check_free, check_storage, default_folder
 from search.study_file import read_study
 from search.wandb_options import choose as choose_wandb
 from search.wandb_sidecar import END_SECONDS, STOP_SECONDS, Sidecar
 from trainables.data import prepare
-from trainables.levers import choose
 from trainables.storage import is_url
 
+T = TypeVar("T")
 Finish = Callable[[Path, Console], int]  # says what a finished study found; returns the exit code
 
 
@@ -61,6 +63,35 @@ def start(
         ValueError: Something stands against it; nothing was written.
     """
     wandb_options = choose_wandb(wandb or {})
+    shared = storage or (str(folder.absolute().parent) if folder else None)  # what nodes are asked to see
+    options, folder = _place(options, folder, storage)
+    there = machine()
+    with console.status("looking at the device"):
+        levers = choose_levers(options, there)
+    options = settle(options, levers, there)
+    resources = plan(options, levers, there)
+    with console.status(f"reading {options.data}"):
+        data = prepare(options.data, Path(options.data_dir), options.image_size)
+    if there.nodes:
+        check_nodes(options, shared, data, levers, console)
+    with console.status("preparing inputs"):
+        threads = resources.threads if dry_run else None
+        prepared = on_a_node(there, resources, preflight.prepare)(options, data, levers, threads)
+    if not options.storage:
+        preflight.check_disk(folder, prepared.checkpoint_bytes * (options.trials or 0))
+    if dry_run:
+        return print_forecast(options, folder, resources, data, levers, prepared, console)
+    start_ray(resources, console)
+    study = Study.create(folder, options, data, levers, prepared)
+    return carry_out(study, resources, console, finish, script, Sidecar(study.folder, wandb_options))
+
+
+def _place(options: StudyOptions, folder: Path | None, storage: str | None) -> tuple[StudyOptions, Path]:
+    """Returns the options with where the study is kept, and its folder.
+
+    Raises:
+        ValueError: Something is there already, or nothing can be written there.
+    """
     if storage and is_url(storage):
         options = dataclasses.replace(options, storage=storage)
     elif storage and folder:
@@ -69,21 +100,9 @@ def start(
     folder = folder or default_folder(options.space, options.data, under)
     check_free(folder)
     check_storage(options.storage, folder.name)
-    levers = choose(options.device, options.precision)
-    there = machine()
-    options = settle(options, levers, there)
-    resources = plan(options, levers, there)
-    with console.status(f"reading {options.data}"):
-        data = prepare(options.data, Path(options.data_dir), options.image_size)
-    with console.status("preparing inputs"):
-        run = preflight.prepare_inputs(options, data, levers)
-    if dry_run:
-        return print_forecast(options, folder, resources, run, console)
-    preflight.check_disk(folder, preflight.checkpoint_bytes(run) * (options.trials or 0))
-    start_ray(resources, console)
-    study = Study.create(folder, options, data, levers, run.inputs)
-    del run
-    return carry_out(study, resources, console, finish, script, Sidecar(study.folder, wandb_options))
+    if Path(options.weights).is_file():  # a node's working directory may be another
+        options = dataclasses.replace(options, weights=str(Path(options.weights).absolute()))
+    return options, folder
 
 
 def resume(
@@ -111,7 +130,8 @@ def resume(
     study = Study.open(bring(str(place)) if is_url(place) else Path(place), changes)
     sidecar = Sidecar(study.folder, choose_wandb(wandb or {}, read_study(study.folder).get("wandb")))
     options = study.options
-    resources = plan(options, study.levers, machine())
+    there = machine()
+    resources = plan(options, study.levers, there)
     data = prepare(options.data, Path(options.data_dir), options.image_size)
     if data.sha256 != study.data.sha256:
         raise ValueError(
@@ -119,9 +139,32 @@ def resume(
             f"{study.data.sha256[:12]}); give the old images back"
         )
     study.data = data  # it may lie in another cache folder now
-    preflight.prepare_inputs(options, data, study.levers)
+    if there.nodes:
+        check_nodes(options, options.storage or str(study.folder.parent), data, study.levers, console)
+    on_a_node(there, resources, preflight.prepare)(options, data, study.levers)
     start_ray(resources, console)
     return carry_out(study, resources, console, finish, script, sidecar)
+
+
+def on_a_node(there: Machine, resources: Resources, function: Callable[..., T]) -> Callable[..., T]:
+    """Returns a function that runs where trials will: here, or on a node of the cluster.
+
+    The driver's node may have no GPU, and few CPUs to compute features with.
+    """
+    if not there.nodes:
+        return function
+    share = resources.of_worker
+    task = ray.remote(function).options(num_cpus=share["CPU"], num_gpus=share.get("GPU", 0))
+
+    def call(*arguments: Any) -> T:
+        try:
+            return ray.get(task.remote(*arguments))
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, ValueError):
+                raise ValueError(str(error.cause)) from error
+            raise
+
+    return call
 
 
 def start_ray(resources: Resources, console: Console) -> None:

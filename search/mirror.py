@@ -102,8 +102,12 @@ def bring(url: str) -> Path:
     """
     storage = Storage(url.rstrip("/"))
     folder = Path("studies") / storage.url.rpartition("/")[2]
+    if folder.name in ("", "..", "studies"):
+        raise ValueError(f"{url} names no study; give s3://BUCKET/PREFIX/NAME")
     try:
         names = [name for name in storage.names() if not name.startswith(LOCAL_ONLY)]
+        if strange := [name for name in names if ".." in Path(name).parts]:
+            raise ValueError(f"{url} holds {strange[0]}, which would lie outside the study; remove it")
         if "study.json" not in names:
             raise ValueError(f"{url} holds no study: there is no study.json in it")
         journal = folder / "reports.jsonl"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,21 +30,41 @@ def example(options: StudyOptions) -> TrainConfig:
     return TrainConfig.from_dict({**options.fixed_values(), **first})
 
 
-def checkpoint_bytes(run: TrainingRun) -> int:
-    """Returns the size of a checkpoint after a step, when the optimizer has its state."""
-    buffer = io.BytesIO()
-    torch.save(run.state_dict(), buffer)
-    return buffer.tell()
+@dataclass(frozen=True)
+class Prepared:
+    """What is known of a study when its published best was built once."""
+
+    split_sha256: str
+    train_count: int
+    validation_count: int
+    checkpoint_bytes: int  # of one trial
+    epoch_seconds: float | None  # of the published best on one worker; None: not measured
 
 
-def forecast(options: StudyOptions, resources: Resources, run: TrainingRun) -> dict[str, float]:
-    """Measures a few steps and returns what the study will take.
+def prepare(options: StudyOptions, data: ImageData, levers: Levers, threads: int | None = None) -> Prepared:
+    """Builds the published best with all cores, which prepares the inputs that the trials share.
 
-    Returns:
-        epoch_seconds (of the published best, on one worker), epochs (of the search, in expectation),
-        final_epochs, seconds, and checkpoint_bytes in all.
+    Args:
+        options: The study's.
+        data: The decoded images.
+        levers: How trials use their device.
+        threads: Measure an epoch on so many; None: do not.
+
+    Raises:
+        ValueError: Weights, sizes or data do not fit the architecture.
     """
-    torch.set_num_threads(resources.threads)
+    torch.set_num_threads(cpu_count())
+    run = TrainingRun(example(options), data, levers, Path(options.data_dir))
+    seconds = None if threads is None else _measure(run, threads)
+    buffer = io.BytesIO()
+    torch.save(run.state_dict(), buffer)  # after a step, if one was measured: the optimizer has its state
+    inputs = run.inputs
+    return Prepared(inputs.split_sha256, len(inputs.train_y), len(inputs.val_y), buffer.tell(), seconds)
+
+
+def _measure(run: TrainingRun, threads: int) -> float:
+    """Returns the seconds of an epoch, from a few steps."""
+    torch.set_num_threads(threads)
     batch, whole = run.config.batch_size, run.inputs
     count = min(len(whole.train_y), MEASURED_STEPS * batch)
     val_count = min(len(whole.val_y), count)
@@ -59,18 +79,25 @@ def forecast(options: StudyOptions, resources: Resources, run: TrainingRun) -> d
     report = run.epoch()
     run.inputs = whole
     images = len(whole.train_y) + len(whole.val_y)
-    epoch_seconds = report["epoch_seconds"] * images / (count + val_count)
+    return float(report["epoch_seconds"] * images / (count + val_count))
+
+
+def forecast(options: StudyOptions, resources: Resources, prepared: Prepared) -> dict[str, float]:
+    """Returns what the study will take.
+
+    Returns:
+        epochs (of the search, in expectation), final_epochs, seconds, and checkpoint_bytes in all.
+    """
     assert options.trials is not None
     assert options.epochs is not None
+    assert prepared.epoch_seconds is not None
     epochs = expected_epochs(options.trials, options.rungs, options.eta, options.epochs)
-    final_epochs = options.final_seeds * options.epochs
     waves = math.ceil(options.final_seeds / resources.slots) * options.epochs
     return {
-        "epoch_seconds": epoch_seconds,
         "epochs": epochs,
-        "final_epochs": final_epochs,
-        "seconds": START_SECONDS + epoch_seconds * (epochs / resources.slots + waves),
-        "checkpoint_bytes": checkpoint_bytes(run) * (options.trials + options.final_seeds),
+        "final_epochs": options.final_seeds * options.epochs,
+        "seconds": START_SECONDS + prepared.epoch_seconds * (epochs / resources.slots + waves),
+        "checkpoint_bytes": prepared.checkpoint_bytes * (options.trials + options.final_seeds),
     }
 
 
@@ -83,16 +110,6 @@ def check_disk(folder: Path, needed: int) -> None:
             f"checkpoints in {folder} need up to {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
             "give --study-dir on a larger disk, or fewer --trials"
         )
-
-
-def prepare_inputs(options: StudyOptions, data: ImageData, levers: Levers) -> TrainingRun:
-    """Builds the published best with all cores, which prepares the inputs that the trials share.
-
-    Raises:
-        ValueError: Weights, sizes or data do not fit the architecture.
-    """
-    torch.set_num_threads(cpu_count())
-    return TrainingRun(example(options), data, levers, Path(options.data_dir))
 
 
 def clock(seconds: float) -> str:

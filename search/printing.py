@@ -10,11 +10,13 @@ from rich.console import Console
 from models import ARCHITECTURES
 from search import preflight
 from search.options import StudyOptions
+from search.preflight import Prepared
 from search.resources import Resources
 from search.spaces import SPACES
 from search.study_file import read_study
+from trainables.data import ImageData
+from trainables.levers import Levers
 from trainables.storage import is_url
-from trainables.training import TrainingRun
 
 
 def print_result(folder: Path, console: Console) -> int:
@@ -56,26 +58,27 @@ def print_result(folder: Path, console: Console) -> int:
 
 
 def print_forecast(
-    options: StudyOptions, folder: Path, resources: Resources, run: TrainingRun, console: Console
+    options: StudyOptions,
+    folder: Path,
+    resources: Resources,
+    data: ImageData,
+    levers: Levers,
+    prepared: Prepared,
+    console: Console,
 ) -> int:
-    """Prints what --dry-run promises; returns 0.
-
-    Raises:
-        ValueError: The disk is too small for the study.
-    """
-    facts = preflight.forecast(options, resources, run)
-    preflight.check_disk(folder, int(facts["checkpoint_bytes"]))
+    """Prints what --dry-run promises; returns 0."""
+    facts = preflight.forecast(options, resources, prepared)
     gpus = f" and {resources.gpus_per_trial:g} GPU" if resources.gpus_per_trial else ""
     lines = [
         f"space      {options.space}: {ARCHITECTURES[options.space].summary}",
-        f"data       {run.data.name}, {len(run.inputs.train_y)} train, {len(run.inputs.val_y)} validation, "
-        f"{run.data.test_count} test images",
+        f"data       {data.name}, {prepared.train_count} train, {prepared.validation_count} validation, "
+        f"{data.test_count} test images",
         f"trials     {options.trials}, {resources.slots} at once, each {resources.cpus_per_trial:g} CPU{gpus}"
-        f", {run.levers.precision}",
+        f", {levers.precision}",
         f"epochs     {facts['epochs']} expected ({(options.trials or 0) * (options.epochs or 0)} unpruned), "
         f"rungs {list(options.rungs)}, {options.pruner}",
         f"final      {options.final_seeds} seeds, {facts['final_epochs']} epochs",
-        f"time       about {preflight.clock(facts['seconds'])}, from {facts['epoch_seconds']:.2f} s an epoch "
+        f"time       about {preflight.clock(facts['seconds'])}, from {prepared.epoch_seconds:.2f} s an epoch "
         "of the published best",
         f"disk       up to {facts['checkpoint_bytes'] / 1e6:.0f} MB of checkpoints while it runs",
         f"folder     {shown(folder)}, not written",

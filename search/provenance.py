@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -29,6 +30,18 @@ def commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() or None
+
+
+def code_sha256() -> str:
+    """Returns a hash of the code that a trial runs; a cluster's nodes must have the same."""
+    root = Path(__file__).resolve().parents[1]
+    files = sorted(
+        file for package in ("models", "trainables", "search") for file in (root / package).glob("*.py")
+    )
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def machine_name() -> str:

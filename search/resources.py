@@ -10,6 +10,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import ray
 import torch
@@ -17,8 +18,10 @@ import torch
 from search.options import StudyOptions
 from search.provenance import cpu_count
 from search.spaces import find_space
-from trainables.levers import Levers
+from trainables.levers import Levers, choose
 
+NODE_SECONDS = 900.0  # an autoscaler's first node may take so long to come up
+NODES_MAX = 1000  # of one kind: an autoscaler may have no limit
 TRIAL_SLOT = "trial_slot"  # a resource of the head node: one for each group of workers that fits
 
 
@@ -29,6 +32,12 @@ class Machine:
     cpus: float
     gpus: float = 0
     trial_slots: float | None = None  # that the cluster offers; None: our own cluster, as many as fit
+    nodes: tuple[tuple[float, float], ...] = ()  # CPUs and GPUs of each; none: this host is all there is
+
+    @property
+    def sizes(self) -> tuple[tuple[float, float], ...]:
+        """Returns CPUs and GPUs of each node, this host where there is no cluster."""
+        return self.nodes or ((self.cpus, self.gpus),)
 
 
 @dataclass(frozen=True)
@@ -58,13 +67,44 @@ class Resources:
 
 
 def machine() -> Machine:
-    """Returns what there is to divide among trials."""
-    if os.environ.get("RAY_ADDRESS"):
-        if not ray.is_initialized():
-            connect()
-        total = ray.cluster_resources()
-        return Machine(total.get("CPU", 0), total.get("GPU", 0), total.get(TRIAL_SLOT, 0))
-    return Machine(cpu_count(), torch.cuda.device_count())
+    """Returns what there is to divide among trials; of an autoscaling cluster, what there may be."""
+    if not os.environ.get("RAY_ADDRESS"):
+        return Machine(cpu_count(), torch.cuda.device_count())
+    connect()
+    nodes = [row["Resources"] for row in ray.nodes() if row["Alive"]]
+    if config := ray._private.state.state.get_cluster_config():  # None without an autoscaler (Ray 2.60)
+        kinds = [(group.resources, min(group.max_count, NODES_MAX)) for group in config.node_group_configs]
+        nodes = [dict(resources) for resources, count in kinds for _ in range(count)] or nodes
+    sizes = tuple((row.get("CPU", 0), row.get("GPU", 0)) for row in nodes)
+    sizes = tuple(size for size in sizes if any(size))
+    slots = ray.cluster_resources().get(TRIAL_SLOT, 0)
+    return Machine(sum(cpus for cpus, _ in sizes), sum(gpus for _, gpus in sizes), slots, sizes)
+
+
+def choose_levers(options: StudyOptions, there: Machine) -> Levers:
+    """Chooses how trials use their device: here, or on a node of the cluster, where they will run.
+
+    Raises:
+        ValueError: The device is not there, or no node came up.
+    """
+    if not there.nodes:
+        return choose(options.device, options.precision)
+    on_gpu = options.device == "cuda" or (options.device == "auto" and there.gpus > 0)
+    if on_gpu and not there.gpus:
+        raise ValueError("--device=cuda, but no node of the cluster has a GPU; give --device cpu")
+    task: Any = ray.remote(choose).options(**({"num_gpus": 1} if on_gpu else {"num_cpus": 1}))
+    try:
+        chosen: Levers = ray.get(
+            task.remote("cuda" if on_gpu else options.device, options.precision), timeout=NODE_SECONDS
+        )
+    except ray.exceptions.RayTaskError as error:
+        raise ValueError(str(error.cause)) from error
+    except ray.exceptions.GetTimeoutError as error:
+        raise ValueError(
+            f"no node with a free {'GPU' if on_gpu else 'CPU'} within {NODE_SECONDS / 60:.0f} min; "
+            "ray status says what the cluster waits for"
+        ) from error
+    return chosen
 
 
 def settle(options: StudyOptions, levers: Levers, there: Machine) -> StudyOptions:
@@ -100,16 +140,15 @@ def plan(options: StudyOptions, levers: Levers, there: Machine) -> Resources:
             f"--gpus-per-trial={gpus_per_trial:g} among --workers-per-trial={workers}: each worker takes "
             f"whole GPUs; give a multiple of {workers}"
         )
-    by_gpu = math.inf
-    if gpus_per_trial:
-        by_gpu = gpus // gpus_per_trial if gpus_per_trial >= 1 else gpus * (1 // gpus_per_trial)
     cpus_per_trial = options.cpus_per_trial
     if cpus_per_trial is None:
         cpus_per_trial = float(workers)
-        if by_gpu < math.inf:
-            cpus_per_trial = max(cpus_per_trial, cpus // (options.concurrency or by_gpu))
-    by_cpu = math.floor(cpus / cpus_per_trial + 1e-9)
-    fits = int(min(by_cpu, by_gpu))
+        if gpus_per_trial and options.concurrency and len(there.sizes) == 1:
+            cpus_per_trial = max(cpus_per_trial, cpus // options.concurrency)
+        elif gpus_per_trial:
+            shares = [c // fit for c, g in there.sizes if (fit := _by_gpu(g, gpus_per_trial / workers)) >= 1]
+            cpus_per_trial = max(cpus_per_trial, workers * min(shares, default=0.0))
+    fits = _fitting(there, cpus_per_trial / workers, gpus_per_trial / workers) // workers
     slots = options.concurrency or fits
     if fits < 1 or slots > fits:
         asked = f"{slots} × " if options.concurrency else ""
@@ -122,6 +161,10 @@ def plan(options: StudyOptions, levers: Levers, there: Machine) -> Resources:
             remedy = f"give --cpus-per-trial of at most {cpus:g}"
             if options.cpus_per_trial is None and workers > 1:
                 remedy = f"give --workers-per-trial of at most {int(cpus)}"
+            if len(there.sizes) > 1:
+                need += " on one node" if workers == 1 else ""
+                remedy = "; ".join(f"{c:g} CPUs and {g:g} GPUs" for c, g in sorted(set(there.sizes)))
+                remedy = f"the nodes have {remedy}: give --cpus-per-trial and --gpus-per-trial that fit"
         raise ValueError(f"trials need {need}, but there are {cpus:g} CPUs and {gpus:g} GPUs; {remedy}")
     if workers > 1 and there.trial_slots is not None:
         if there.trial_slots < 1:
@@ -133,6 +176,18 @@ def plan(options: StudyOptions, levers: Levers, there: Machine) -> Resources:
     assert options.trials is not None
     slots = min(slots, max(options.trials, options.final_seeds))
     return Resources(slots, cpus_per_trial, gpus_per_trial, workers)
+
+
+def _by_gpu(gpus: float, of_worker: float) -> float:
+    """Returns how many workers a node's GPUs hold; Ray gives whole ones, or shares of one."""
+    if not of_worker:
+        return math.inf
+    return gpus // of_worker if of_worker >= 1 else gpus * (1 // of_worker)
+
+
+def _fitting(there: Machine, cpus: float, gpus: float) -> int:
+    """Returns how many workers of so many CPUs and GPUs the nodes hold, none of which is divided."""
+    return sum(int(min(math.floor(c / cpus + 1e-9), _by_gpu(g, gpus))) for c, g in there.sizes)
 
 
 def connect(trial_slots: int = 0) -> None:

@@ -27,11 +27,11 @@ from search.jobs import Jobs
 from search.journal import Journal
 from search.mirror import storage_of
 from search.options import RESUMABLE, StudyOptions, flag
+from search.preflight import Prepared
 from search.provenance import commit, machine_name, versions
 from search.spaces import described, find_space
 from search.study_file import read_study, write_study
 from trainables.data import ImageData
-from trainables.inputs import Inputs
 from trainables.levers import Levers
 from trainables.storage import Storage
 from trainables.trial import TrialContext, checkpoint_name
@@ -58,7 +58,7 @@ class Study:
 
     @classmethod
     def create(
-        cls, folder: Path, options: StudyOptions, data: ImageData, levers: Levers, inputs: Inputs
+        cls, folder: Path, options: StudyOptions, data: ImageData, levers: Levers, prepared: Prepared
     ) -> Study:
         """Makes a new study's folder and writes its study.json.
 
@@ -78,9 +78,9 @@ class Study:
                 "ranges": {} if options.points else described(find_space(options.space, options.fix).ranges),
                 "data": dataclasses.asdict(data),
                 "data_sha256": data.sha256,
-                "split_sha256": inputs.split_sha256,
-                "train_count": len(inputs.train_y),
-                "validation_count": len(inputs.val_y),
+                "split_sha256": prepared.split_sha256,
+                "train_count": prepared.train_count,
+                "validation_count": prepared.validation_count,
                 "levers": levers.to_dict(),
                 "seed": options.seed,
                 "commit": commit(),

@@ -12,7 +12,7 @@ import pytest
 from search.engine import run_jobs
 from search.journal import Journal, records
 from search.options import StudyOptions
-from search.preflight import prepare_inputs
+from search.preflight import prepare as preflight
 from search.resources import Machine, Resources, connect, settle
 from search.study import Study
 from search.study_file import read_study
@@ -56,8 +56,8 @@ def study(tmp_path, data_dir):
         )
         levers, data = choose("cpu", "fp32"), prepare("digits", data_dir)
         options = settle(options, levers, Machine(2))
-        inputs = prepare_inputs(options, data, levers).inputs
-        study = Study.create(tmp_path / "study", options, data, levers, inputs)
+        prepared = preflight(options, data, levers)
+        study = Study.create(tmp_path / "study", options, data, levers, prepared)
         with study.running({}):
             jobs = study.jobs()
             run_jobs(

@@ -14,7 +14,7 @@ from search.collect import collect
 from search.engine import run_jobs
 from search.journal import Journal, records
 from search.options import StudyOptions
-from search.preflight import prepare_inputs
+from search.preflight import prepare as preflight
 from search.resources import Machine, Resources, settle
 from search.study import Study
 from search.study_file import read_study
@@ -48,8 +48,8 @@ def study(tmp_path, data_dir):
         data = prepare("digits", Path(data_dir))
         levers = choose("cpu", "fp32")
         options = settle(options, levers, Machine(SLOTS))
-        inputs = prepare_inputs(options, data, levers).inputs
-        made = Study.create(tmp_path / name, options, data, levers, inputs)
+        prepared = preflight(options, data, levers)
+        made = Study.create(tmp_path / name, options, data, levers, prepared)
         with made.running({}):
             jobs = made.jobs()
             run_jobs(
@@ -115,6 +115,8 @@ def test_killed_worker_is_restarted_from_its_checkpoint(study, tmp_path):
     assert sorted(set(epochs)) == list(range(1, 41))
     assert len(epochs) <= 41  # at most one report was said twice
     assert len({r["pid"] for r in reports_of(folder) if r["trial_id"] == victim}) == 2
+    losses = [event for event in Journal(folder / "reports.jsonl").read() if "lost" in event]
+    assert [(loss["trial_id"], loss["lost"]) for loss in losses] == [(victim, "worker")]
 
 
 def test_a_bug_in_a_trial_is_recorded_and_the_study_goes_on(study, tmp_path):

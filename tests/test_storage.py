@@ -116,6 +116,18 @@ def test_a_study_is_brought_back_unless_the_copy_here_knows_more(storage, tmp_pa
     assert len(Journal(folder / "reports.jsonl").read()) == 3
     with pytest.raises(ValueError, match="holds no study"):
         bring(f"{storage.url}/nothing")
+    with pytest.raises(ValueError, match="names no study"):
+        bring(f"{storage.url}/..")
+
+
+def test_no_name_in_a_store_leads_out_of_the_folder(storage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, {"study.json": "{}"})
+    storage.put(tmp_path / "study.json", "study.json")
+    monkeypatch.setattr(Storage, "names", lambda *arguments: ["study.json", "best/../../../evil"])
+    with pytest.raises(ValueError, match="outside the study"):
+        bring(storage.url)
+    assert not (tmp_path / "studies").exists()
 
 
 def test_a_trial_goes_on_upon_another_node(storage, data_dir, tmp_path):

@@ -1,0 +1,316 @@
+"""What must be true on every node of a cluster before the first trial? Asked of all of them at once.
+
+Each node says which versions and code it has, whether torch sees its GPUs, what its disk has left, and
+whether it reads and writes the study's storage; what it lacks of images and weights is sent to it through
+Ray's object store. All within a minute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from rich.console import Console
+from rich.table import Table
+
+from models import weights_file
+from search.options import StudyOptions
+from search.provenance import code_sha256, versions
+from trainables.data import ImageData
+from trainables.levers import Levers
+from trainables.storage import Storage, is_url
+
+ANSWER_SECONDS = 45.0  # for all nodes together; a dead one is known to Ray after a minute only
+SENT_MAX = 8 * 2**30  # bytes of images; more belongs on a disk that the nodes share
+FREE_MIN = 2 * 2**30  # bytes under --data-dir: prepared inputs of CIFAR-10 take half of it
+MARK = ".tunefleet-node"  # files by which driver and nodes find out whether they share a folder
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node that trials may run on."""
+
+    node_id: str
+    name: str
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True)
+class Question:
+    """What each node is asked; plain values, so that a node with other code can read it."""
+
+    place: str  # where studies are kept: a folder or a URL
+    mark: str  # the name of a file that the driver has written there
+    data: Mapping[str, int]  # the decoded images' files and their bytes, by absolute path
+    weights: tuple[str, str] | None  # a file and its sha256
+    data_dir: str
+
+
+def worker_nodes() -> list[Node]:
+    """Returns the live nodes of the connected cluster that have CPUs or GPUs to offer."""
+    nodes = [
+        Node(
+            row["NodeID"],
+            row["NodeManagerHostname"],
+            row["Resources"].get("CPU", 0),
+            row["Resources"].get("GPU", 0),
+        )
+        for row in ray.nodes()
+        if row["Alive"]
+    ]
+    return sorted((node for node in nodes if node.cpus or node.gpus), key=lambda node: node.name)
+
+
+def check_nodes(
+    options: StudyOptions, place: str | None, data: ImageData, levers: Levers, console: Console
+) -> None:
+    """Prints a table of the cluster's nodes; sends images and weights to those that lack them.
+
+    Args:
+        options: The study's.
+        place: Where studies are kept, as asked for; None: on the driver's disk.
+        data: The decoded images, on the driver's disk.
+        levers: What the trials will run on.
+        console: Where to print.
+
+    Raises:
+        ValueError: Trials could not run on a node; one line that says which and what to do.
+    """
+    nodes = worker_nodes()
+    here = ray.get_runtime_context().get_node_id()
+    if [node.node_id for node in nodes] in ([], [here]):
+        return
+    if place is None:
+        raise ValueError(
+            f"the cluster has {len(nodes)} nodes, and studies/ is a folder of this one; give --storage with "
+            "a folder that all nodes share, or s3://BUCKET/PREFIX"
+        )
+    question, written = _question(options, place, data)
+    try:
+        answers = _ask(nodes, question)
+        missing = _written_by(nodes, question)
+    finally:
+        for file in written:
+            file.unlink(missing_ok=True)
+    problems = [
+        f"node {node.name}: {problem}"
+        for node in nodes
+        for problem in _problems(node, answers[node.node_id], levers, node.node_id in missing, place)
+    ]
+    _print(nodes, answers, console)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ValueError(problems[0] + more)
+    _send(question, [node for node in nodes if answers[node.node_id]["lacks"]], answers)
+
+
+def _question(options: StudyOptions, place: str, data: ImageData) -> tuple[Question, list[Path]]:
+    mark, written = f"{MARK}-{uuid.uuid4().hex}", []
+    if not is_url(place):
+        place = str(Path(place).absolute())
+        Path(place).mkdir(parents=True, exist_ok=True)
+        written.append(Path(place) / mark)
+        written[0].write_text("driver")
+    files = {str(file): file.stat().st_size for file in sorted(Path(data.folder).iterdir())}
+    weights = weights_file(str(options.fixed_values()["weights"]))
+    return (
+        Question(
+            place=place,
+            mark=mark,
+            data=files,
+            weights=(str(weights), _sha256(weights)) if weights else None,
+            data_dir=str(Path(options.data_dir).absolute()),
+        ),
+        written,
+    )
+
+
+def _ask(nodes: list[Node], question: Question) -> dict[str, dict[str, Any]]:
+    """Returns each node's answer by its id; ``{"failed": why}`` of one that gave none."""
+    refs = {
+        answer.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)).remote(
+            question
+        ): node
+        for node in nodes
+    }
+    done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=ANSWER_SECONDS)
+    answers: dict[str, dict[str, Any]] = {
+        node.node_id: {"failed": f"gave no answer within {ANSWER_SECONDS:.0f} s; look at ray status"}
+        for node in nodes
+    }
+    for ref in done:
+        try:
+            answers[refs[ref].node_id] = ray.get(ref)
+        except Exception as error:  # noqa: BLE001  whatever a node's Python raises is what is wrong with it
+            reason = str(error).strip().rpartition("\n")[2]
+            answers[refs[ref].node_id] = {
+                "failed": f"cannot run this code ({reason}); install it there, or start the study by "
+                "ray job submit --working-dir ."
+            }
+    return answers
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def answer(question: Question) -> dict[str, Any]:
+    """Says how things stand on this node."""
+    told: dict[str, Any] = {
+        "versions": versions(),
+        "code": code_sha256(),
+        "gpus": torch.cuda.device_count(),
+        "storage": "",
+        "lacks": [],
+        "weights": "",
+    }
+    try:
+        _leave_mark(question)
+    except (OSError, ValueError) as error:
+        told["storage"] = str(error).partition("\n")[0]
+    try:
+        Path(question.data_dir).mkdir(parents=True, exist_ok=True)
+        told["free"] = shutil.disk_usage(question.data_dir).free
+    except OSError as error:
+        told["free"], told["data_dir"] = 0, str(error)
+    for file, size in question.data.items():
+        if not Path(file).exists() or Path(file).stat().st_size != size:
+            told["lacks"].append(file)
+    if question.weights:
+        file, sha256 = question.weights
+        if not Path(file).exists():
+            told["lacks"].append(file)
+        elif _sha256(Path(file)) != sha256:
+            told["weights"] = file
+    return told
+
+
+def _leave_mark(question: Question) -> None:
+    node = ray.get_runtime_context().get_node_id()
+    if is_url(question.place):
+        file = Path(question.data_dir) / question.mark
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(node)
+        Storage(question.place.rstrip("/")).put(file, f"{question.mark}/{node}")
+        file.unlink()
+        return
+    mark = Path(question.place) / question.mark
+    if not mark.exists():
+        raise OSError("what the driver wrote there is not there")
+    mark.with_name(f"{question.mark}-{node}").write_text(node)
+
+
+def _written_by(nodes: list[Node], question: Question) -> set[str]:
+    """Returns the ids of nodes whose mark the driver does not find, and removes the others'."""
+    missing = set()
+    for node in nodes:
+        if is_url(question.place):
+            storage, name = Storage(question.place.rstrip("/")), f"{question.mark}/{node.node_id}"
+            found = name in storage.names(question.mark)
+            storage.remove(name)
+        else:
+            mark = Path(question.place) / f"{question.mark}-{node.node_id}"
+            found = mark.exists()
+            mark.unlink(missing_ok=True)
+        if not found:
+            missing.add(node.node_id)
+    return missing
+
+
+def _problems(node: Node, told: dict[str, Any], levers: Levers, unseen: bool, place: str) -> list[str]:
+    """Returns what stands against trials on a node, each with its remedy."""
+    if "failed" in told:
+        return [told["failed"]]
+    found = []
+    ours = versions()
+    differing = [
+        f"{name} {told['versions'][name]}, not {ours[name]}"
+        for name in ours
+        if told["versions"].get(name) != ours[name]
+    ]
+    if differing:
+        found.append(f"has {', '.join(differing)}; install the same with constraints.txt")
+    if told["code"] != code_sha256():
+        found.append("has other code than the driver; copy it there, or ray job submit --working-dir .")
+    if told["storage"] or unseen:
+        reason = told["storage"] or "the driver does not see what it wrote"
+        found.append(f"cannot use --storage={place} ({reason}); give one that all nodes share, or s3://…")
+    if told.get("data_dir") or told["free"] < FREE_MIN:
+        reason = told.get("data_dir") or f"{told['free'] / 1e9:.1f} GB free"
+        found.append(f"has no room under --data-dir ({reason}); give a folder on a larger disk")
+    if levers.device == "cuda" and told["gpus"] < node.gpus:
+        found.append(
+            f"offers {node.gpus:g} GPUs to Ray, and torch sees {told['gpus']}; install a driver that fits "
+            "torch's CUDA, or give --device cpu"
+        )
+    if told["weights"]:
+        found.append(f"has other weights under {told['weights']}; remove them, and the driver's are sent")
+    return found
+
+
+def _send(question: Question, nodes: list[Node], answers: dict[str, dict[str, Any]]) -> None:
+    """Sends the files that nodes lack, each once into the object store.
+
+    Raises:
+        ValueError: There is too much to send, or a node cannot write it.
+    """
+    wanted = sorted({file for node in nodes for file in answers[node.node_id]["lacks"]})
+    size = sum(Path(file).stat().st_size for file in wanted)
+    if size > SENT_MAX:
+        raise ValueError(
+            f"{len(nodes)} nodes lack {size / 1e9:.0f} GB of images; give a --data-dir that they share"
+        )
+    contents = {file: ray.put(Path(file).read_bytes()) for file in wanted}
+    refs = {}
+    for node in nodes:
+        lacks = answers[node.node_id]["lacks"]
+        here = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+        refs[take.options(scheduling_strategy=here).remote(lacks, *(contents[file] for file in lacks))] = node
+    for ref, node in refs.items():
+        try:
+            ray.get(ref)
+        except ray.exceptions.RayError as error:
+            reason = str(error).strip().rpartition("\n")[2]
+            raise ValueError(
+                f"node {node.name} cannot take the images ({reason}); give another --data-dir"
+            ) from error
+
+
+@ray.remote(num_cpus=0)
+def take(files: list[str], *contents: bytes) -> None:
+    """Writes files on this node, each whole."""
+    for file, content in zip(files, contents, strict=True):
+        path = Path(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary.write_bytes(content)
+        temporary.replace(path)
+
+
+def _print(nodes: list[Node], answers: dict[str, dict[str, Any]], console: Console) -> None:
+    table = Table("node", "CPUs", "GPUs", "free GB", "torch", "lacks", box=None, pad_edge=False)
+    for node in nodes:
+        told = answers[node.node_id]
+        known = "failed" not in told
+        lacks = f"{len(told['lacks'])} files, sent" if known and told["lacks"] else "-"
+        table.add_row(
+            node.name,
+            f"{node.cpus:g}",
+            f"{node.gpus:g}",
+            f"{told['free'] / 1e9:.0f}" if known else "?",
+            told["versions"]["torch"] if known else "?",
+            lacks,
+        )
+    console.print(table)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

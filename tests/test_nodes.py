@@ -1,0 +1,123 @@
+"""Studies on a cluster of three nodes, all on this machine: what must hold before, what a lost one costs."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from analysis.load import load
+from search import nodes
+from search.journal import Journal
+from search.provenance import code_sha256, versions
+from tests.object_store import object_store
+from trainables.levers import Levers
+
+CPU = Levers("cpu", "fp32", True, 2**20)
+CUDA = Levers("cuda", "bf16", True, None)
+NODE = nodes.Node("ab12", "worker-1", 4, 1)
+ASKED = ("--space", "softmax", "--data", "digits", "--wandb", "off", "--final-seeds", 1)
+
+
+def well(**other):
+    """Returns the answer of a node on which all is well."""
+    answer = {
+        "versions": versions(),
+        "code": code_sha256(),
+        "gpus": 1,
+        "free": 1e12,
+        "storage": "",
+        "weights": "",
+    }
+    return answer | {"lacks": []} | other
+
+
+@pytest.mark.parametrize(
+    ("told", "levers", "unseen", "needles"),
+    [
+        ({"versions": versions() | {"torch": "2.0.0"}}, CPU, False, ["torch 2.0.0, not", "constraints.txt"]),
+        ({"code": "another"}, CPU, False, ["other code", "ray job submit"]),
+        ({"storage": "No such file"}, CPU, False, ["--storage=/mnt", "No such file", "s3://"]),
+        ({}, CPU, True, ["--storage=/mnt", "does not see what it wrote"]),
+        ({"free": 1e6}, CPU, False, ["--data-dir", "0.0 GB free"]),
+        ({"free": 0, "data_dir": "Permission denied"}, CPU, False, ["--data-dir", "Permission denied"]),
+        ({"gpus": 0}, CUDA, False, ["offers 1 GPUs to Ray, and torch sees 0", "--device cpu"]),
+        ({"weights": "/w.pth"}, CPU, False, ["other weights under /w.pth"]),
+    ],
+)
+def test_each_fault_of_a_node_has_its_remedy(told, levers, unseen, needles):
+    (problem,) = nodes._problems(NODE, well(**told), levers, unseen, "/mnt")
+    for needle in needles:
+        assert needle in problem
+
+
+def test_a_node_without_faults_has_no_problem():
+    assert nodes._problems(NODE, well(), CUDA, False, "/mnt") == []
+    assert nodes._problems(NODE, well(gpus=0), CPU, False, "/mnt") == []
+    assert nodes._problems(NODE, {"failed": "is asleep"}, CPU, True, "/mnt") == ["is asleep"]
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    with object_store() as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def cluster(bucket):
+    """Two workers of one CPU beside a head without any, whose environment leads to the object store."""
+    from ray.cluster_utils import Cluster
+
+    subprocess.run(
+        [Path(sys.executable).with_name("ray"), "get-auth-token", "--generate"], capture_output=True
+    )
+    # a dead node is known after 3 s, not after half a minute
+    fast = {
+        f"health_check_{name}": value for name, value in (("initial_delay_ms", 1000), ("period_ms", 1000))
+    }
+    fast |= {"health_check_timeout_ms": 1000, "health_check_failure_threshold": 3}
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": fast})
+    for _ in range(2):
+        made.add_node(num_cpus=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", made.address)
+        yield made
+    made.shutdown()
+
+
+@pytest.mark.ray
+def test_without_storage_several_nodes_are_refused_at_once(cluster, cli, tmp_path):
+    began = time.monotonic()
+    process = cli(*ASKED)
+    assert process.wait(60) == 2
+    error = process.stderr.read()
+    assert time.monotonic() - began < 20
+    assert error.startswith("error: the cluster has 2 nodes")
+    assert "give --storage" in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.ray
+def test_study_runs_on_both_nodes_and_outlives_one(cluster, bucket, cli, tmp_path):
+    asked = (*ASKED, "--study-dir", "lost", "--storage", f"{bucket}/all")
+    process = cli(*asked, "--trials", 6, "--epochs", 60, "--pruner", "none")
+    journal = tmp_path / "lost" / "reports.jsonl"
+    while not journal.exists() or len({e.get("pid") for e in Journal(journal).read()} - {None}) < 2:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.2)
+    cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+    out, error = process.communicate(timeout=150)
+    assert process.returncode == 0, error
+    assert "node" in out
+    events = Journal(journal).read()
+    assert [event["lost"] for event in events if "lost" in event] == ["node"]
+    study = load(f"{bucket}/all/lost")
+    assert set(study.facts["statuses"]) <= {"done", "diverged"}
+    assert study.facts["trials"] == 6
+    assert study.test_accuracy is not None
+    told = [(event["trial_id"], event["epoch"]) for event in events if event.get("epoch")]
+    assert len(told) == len(set(told))
+    assert os.environ["RAY_ADDRESS"] == cluster.address
