@@ -1,11 +1,12 @@
 """Machines that ``ray up`` reaches by ssh, where there are none.
 
-A machine is a set of Linux namespaces with sshd as its first process: its own network (one address on a bridge),
-processes (``ray stop`` ends every Ray that it can see), host name, /dev/shm, /tmp/ray and home. Bridge, laptop
-(where a user types) and stand-ins for servers live in one more network namespace. None of them has a link to the
-host's network: no packet leaves, and a port is nobody else's.
+A machine is a set of Linux namespaces with sshd as its first process: its own network (one address on a
+bridge), processes (``ray stop`` ends every Ray that it can see), host name, /dev/shm, /tmp/ray and home.
+Bridge, laptop (where a user types) and stand-ins for servers live in one more network namespace. None of
+them has a link to the host's network: no packet leaves, and a port is nobody else's.
 
-Needs root, iproute2, util-linux, openssh-server and rsync. Everything is ended by the pid it was started with.
+Needs root, iproute2, util-linux, openssh-server and rsync. Everything is ended by the pid that it was
+started with.
 """
 
 import contextlib
@@ -35,7 +36,7 @@ mount -t tmpfs tmpfs /run
 mkdir /run/sshd
 exec /usr/sbin/sshd -D -e -f {folder}/sshd_config
 """
-# ip netns exec gives each command mounts of its own; the laptop's Ray keeps its clusters' state in /tmp/ray
+# `ip netns exec` gives each command mounts of its own; Ray keeps the state of its clusters in /tmp/ray
 AT_LAPTOP = 'mount --bind "$0/passwd" /etc/passwd; mount --bind "$0/ray" /tmp/ray; exec "$@"'
 SSHD = """
 HostKey {lab}/host_key
@@ -47,8 +48,8 @@ UsePAM no
 PidFile none
 MaxStartups 100
 """
-# In the image of a real machine: the project's environment, and a pip that has the network. Here pip notes what
-# it is asked for, and the tests read that.
+# A real machine has the project's environment by pip, which needs a network. Here pip notes what it is asked
+# for, and the tests read that.
 VENV = {
     "python": 'exec {python} "$@"',
     "python3": 'exec {python} "$@"',
@@ -129,9 +130,9 @@ class Lab:
     def boot(self, address: str) -> None:
         """Starts a machine at an address of the bridge's network."""
         name = f"node-{address.replace('.', '-')}"
-        space = f"{self.space}-{len(os.listdir('/run/netns'))}-{address.rpartition('.')[2]}"
+        space = f"{self.space}-{'-'.join(address.split('.')[2:])}"
         folder = self._furnish(name, address)
-        link = f"v{abs(hash(space)) % 10**8}"  # 15 bytes at most
+        link = f"v{'-'.join(address.split('.')[2:])}"  # 15 bytes at most
         bits = self.gateway.partition("/")[2]
         _run("ip", "netns", "add", space)
         for where, command in (
@@ -142,7 +143,18 @@ class Lab:
             (space, "link set eth0 up"),
         ):
             _run("ip", "-n", where, *command.split())
-        unshare = ["unshare", "--pid", "--fork", "--kill-child", "--mount", "--mount-proc", "--uts", "--ipc", "sh", "-c"]
+        unshare = [
+            "unshare",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount",
+            "--mount-proc",
+            "--uts",
+            "--ipc",
+            "sh",
+            "-c",
+        ]
         with (folder / "sshd.log").open("w") as log:
             self.machines[address] = subprocess.Popen(
                 ["ip", "netns", "exec", space, *unshare, BOOT.format(folder=folder, name=name)],
