@@ -1,0 +1,55 @@
+"""Does cluster/onprem.yaml, unchanged, make a cluster of three machines, and does a study use all of it?"""
+
+import csv
+import json
+import os
+
+import pytest
+
+from tests.cluster.lab import Lab, until, why_not
+from tests.cluster.test_files import load
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+]
+FILE = "cluster/onprem.yaml"
+V1 = {"RAY_UP_enable_autoscaler_v2": "0"}
+PROVIDER = load("onprem.yaml")["provider"]
+HEAD, WORKERS = PROVIDER["head_ip"], PROVIDER["worker_ips"]
+SERVER = "http://127.0.0.1:8265"
+
+
+def test_a_study_runs_on_two_workers_by_ssh():
+    with Lab("10.77.0.1/16") as lab:
+        for address in (HEAD, *WORKERS):
+            lab.boot(address)
+        lab.run("ray", "up", "-y", FILE, env=V1, timeout=120)
+        lab.start("ray", "dashboard", FILE, env=V1)
+        cpus = os.cpu_count()  # of each machine: they all see the host's
+
+        def all_joined():
+            status = lab.run("ray", "exec", FILE, "ray status", env=V1, timeout=60)
+            return f"/{2 * cpus}.0 CPU" in status and "/16.0 trial_slot" in status
+
+        until(all_joined, 120, every=3)
+        study = lab.shared / "study"
+        printed = lab.run(
+            *("ray", "job", "submit", "--address", SERVER, "--working-dir", ".", "--"),
+            *("python", "search/run.py", "--space", "softmax", "--data", "digits", "--study-dir", study),
+            *("--trials", 8, "--epochs", 9, "--final-seeds", 1, "--cpus-per-trial", cpus),  # one per worker
+            timeout=180,
+        )
+        assert "softmax on digits: 8 trials of up to 9 epochs, 2 at once" in printed
+        with (study / "trials.csv").open() as file:
+            trials = list(csv.DictReader(file))
+        assert len(trials) == 8
+        assert {trial["status"] for trial in trials} <= {"done", "pruned", "diverged"}
+        assert {trial["node"] for trial in trials} == {f"node-{ip.replace('.', '-')}" for ip in WORKERS}
+        assert json.loads((study / "study.json").read_text())["status"] == "done"
+        for address in (HEAD, *WORKERS):
+            home = lab.home(address)
+            assert (home / "pip.log").read_text() == f"{home}/tunefleet: install -q -c constraints.txt -e .\n"
+            assert (home / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
+        lab.run("ray", "down", "-y", FILE, env=V1, timeout=90)
+        assert not lab.processes(HEAD, "raylet"), "ray down left Ray on the head"
