@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,14 +71,19 @@ def machine() -> Machine:
     if not os.environ.get("RAY_ADDRESS"):
         return Machine(cpu_count(), torch.cuda.device_count())
     connect()
-    nodes = [row["Resources"] for row in ray.nodes() if row["Alive"]]
+    sizes = _sizes(row["Resources"] for row in ray.nodes() if row["Alive"])
     if config := ray._private.state.state.get_cluster_config():  # None without an autoscaler (Ray 2.60)
-        kinds = [(group.resources, min(group.max_count, NODES_MAX)) for group in config.node_group_configs]
-        nodes = [dict(resources) for resources, count in kinds for _ in range(count)] or nodes
-    sizes = tuple((row.get("CPU", 0), row.get("GPU", 0)) for row in nodes)
-    sizes = tuple(size for size in sizes if any(size))
+        groups = [(group.resources, min(group.max_count, NODES_MAX)) for group in config.node_group_configs]
+        may_be = _sizes(resources for resources, count in groups for _ in range(count))
+        sizes = max(sizes, may_be, key=lambda nodes: sum(map(sum, nodes)))
     slots = ray.cluster_resources().get(TRIAL_SLOT, 0)
     return Machine(sum(cpus for cpus, _ in sizes), sum(gpus for _, gpus in sizes), slots, sizes)
+
+
+def _sizes(nodes: Iterable[Mapping[str, float]]) -> tuple[tuple[float, float], ...]:
+    """Returns CPUs and GPUs of the nodes that have any."""
+    sizes = [(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes]
+    return tuple(size for size in sizes if any(size))
 
 
 def choose_levers(options: StudyOptions, there: Machine) -> Levers:

@@ -33,20 +33,22 @@ def test_a_study_runs_on_two_workers_by_ssh():
             return f"/{2 * cpus}.0 CPU" in status and "/16.0 trial_slot" in status
 
         until(all_joined, 120, every=3)
-        study = lab.shared / "study"
         printed = lab.run(
             *("ray", "job", "submit", "--address", SERVER, "--working-dir", ".", "--"),
-            *("python", "search/run.py", "--space", "softmax", "--data", "digits", "--study-dir", study),
+            *("python", "search/run.py", "--space", "softmax", "--data", "digits", "--storage", lab.shared),
             *("--trials", 8, "--epochs", 9, "--final-seeds", 1, "--cpus-per-trial", cpus),  # one per worker
             timeout=180,
         )
         assert "softmax on digits: 8 trials of up to 9 epochs, 2 at once" in printed
+        (study,) = lab.shared.iterdir()
         with (study / "trials.csv").open() as file:
             trials = list(csv.DictReader(file))
         assert len(trials) == 8
         assert {trial["status"] for trial in trials} <= {"done", "pruned", "diverged"}
         assert {trial["node"] for trial in trials} == {f"node-{ip.replace('.', '-')}" for ip in WORKERS}
         assert json.loads((study / "study.json").read_text())["status"] == "done"
+        images = [list(lab.home(ip).glob(".cache/tunefleet/decoded/*/data.json")) for ip in WORKERS]
+        assert all(images), "the driver's images did not reach a worker"
         for address in (HEAD, *WORKERS):
             home = lab.home(address)
             assert (home / "pip.log").read_text() == f"{home}/tunefleet: install -q -c constraints.txt -e .\n"
