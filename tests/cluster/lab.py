@@ -175,11 +175,14 @@ class Lab:
         """Returns a machine's ~."""
         return self.folder / f"node-{address.replace('.', '-')}" / "home"
 
+    def ssh(self, address: str, command: str) -> str:
+        """Returns what a command prints on a machine."""
+        ssh = ["ssh", "-i", self.key, "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
+        return self.run(*ssh, f"ubuntu@{address}", command, timeout=20)
+
     def processes(self, address: str, word: str) -> list[str]:
         """Returns the command lines on a machine that contain a word."""
-        ssh = ["ssh", "-i", self.key, "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
-        found = self.run(*ssh, f"ubuntu@{address}", "ps ax -o args", timeout=20)
-        return [line for line in found.splitlines() if word in line]
+        return [line for line in self.ssh(address, "ps ax -o args").splitlines() if word in line]
 
     def start(self, *command: object, **options: object) -> subprocess.Popen:
         """Starts a command on the laptop, in its checkout."""
