@@ -112,6 +112,7 @@ class Study:
             raise ValueError(f"{', '.join(fixed)} cannot change when a study is resumed; what can: {allowed}")
         if content["status"] == "done":
             raise ValueError(f"{folder} is done; there is nothing to resume")
+        _lock(folder).release()  # before anything slow: another process may be at it
         options = StudyOptions(**(content["options"] | changes))
         data = ImageData.from_dict(content["data"])
         return cls(folder, options, data, Levers(**content["levers"]))
@@ -163,11 +164,7 @@ class Study:
         Raises:
             ValueError: Another process runs the study.
         """
-        lock = FileLock(self.folder / ".lock")  # the system frees it when the process dies
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(f"another process is running {self.folder}; wait for it or stop it") from None
+        lock = _lock(self.folder)
         content = read_study(self.folder)
         began, before = time.time(), content["seconds"]
         write_study(self.folder, content | {"status": "running", "resources": resources})
@@ -194,6 +191,20 @@ class Study:
         keep_best(self.folder, jobs.trials)
         for name in ("checkpoints", "ray"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
+
+
+def _lock(folder: Path) -> FileLock:
+    """Returns a study's lock, held; the system frees it when the process dies.
+
+    Raises:
+        ValueError: Another process holds it.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another process is running {folder}; wait for it or stop it") from None
+    return lock
 
 
 def check_free(folder: Path) -> None:
