@@ -62,7 +62,7 @@ class Jobs:
         fixed: dict[str, Any],
         final_seeds: int,
         journal: Journal,
-        max_failures: int = 3,
+        max_failures: int,
         seconds: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

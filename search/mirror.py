@@ -123,11 +123,8 @@ def bring(url: str) -> Path:
     return folder
 
 
-def storage_of(study: dict[str, object], folder: Path) -> Storage | None:
-    """Returns where the study of a study.json is kept; None: in its folder."""
-    options = study["options"]
-    assert isinstance(options, dict)
-    url = options.get("storage")
+def storage_of(url: str | None, folder: Path) -> Storage | None:
+    """Returns what holds the study of a folder, given its ``--storage``; None: the folder does."""
     return Storage(f"{url.rstrip('/')}/{folder.name}") if url else None
 
 
@@ -138,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder = parser.parse_args(arguments).study.resolve()
 
     def copy() -> int:
-        storage = storage_of(read_study(folder), folder)
+        storage = storage_of(read_study(folder)["options"].get("storage"), folder)
         if storage is None:
             raise ValueError(f"{folder} has no storage; it was begun without --storage URL")
         left = Mirror(folder, storage).finish()

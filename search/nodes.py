@@ -111,7 +111,7 @@ def check_nodes(
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ValueError(problems[0] + more)
-    _send(question, [node for node in nodes if answers[node.node_id]["lacks"]], answers)
+    _send([node for node in nodes if answers[node.node_id]["lacks"]], answers)
 
 
 def _question(options: StudyOptions, place: str, data: ImageData) -> tuple[Question, list[Path]]:
@@ -255,7 +255,7 @@ def _problems(node: Node, told: dict[str, Any], levers: Levers, unseen: bool, pl
     return found
 
 
-def _send(question: Question, nodes: list[Node], answers: dict[str, dict[str, Any]]) -> None:
+def _send(nodes: list[Node], answers: dict[str, dict[str, Any]]) -> None:
     """Sends the files that nodes lack, each once into the object store.
 
     Raises:
@@ -299,7 +299,7 @@ def _print(nodes: list[Node], answers: dict[str, dict[str, Any]], console: Conso
     for node in nodes:
         told = answers[node.node_id]
         known = "failed" not in told
-        lacks = f"{len(told['lacks'])} files, sent" if known and told["lacks"] else "-"
+        lacks = f"{len(told['lacks'])} files" if known and told["lacks"] else "-"
         table.add_row(
             node.name,
             f"{node.cpus:g}",

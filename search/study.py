@@ -49,7 +49,7 @@ class Study:
     @property
     def storage(self) -> Storage | None:
         """Returns the object store that holds the study; None: its folder does."""
-        return storage_of({"options": {"storage": self.options.storage}}, self.folder)
+        return storage_of(self.options.storage, self.folder)
 
     @property
     def place(self) -> Path | str:

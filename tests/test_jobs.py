@@ -37,7 +37,8 @@ def make_jobs(file, *, pruner="promote", searcher="random", trials=TRIALS, value
     """Builds a study; `values` are its trials' accuracies at every epoch, in order."""
     sampler = make_sampler(searcher, RANGES, FIRST, seed) if values is None else ListSampler(values)
     rungs = () if pruner == "none" else RUNGS
-    settings = {"fixed": FIXED, "final_seeds": FINAL_SEEDS, "journal": Journal(file)} | others
+    settings = {"fixed": FIXED, "final_seeds": FINAL_SEEDS, "max_failures": 3, "journal": Journal(file)}
+    settings |= others
     return Jobs(sampler=sampler, asha=Asha(rungs, ETA), pruner=pruner, trials=trials, **settings)
 
 

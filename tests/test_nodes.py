@@ -1,6 +1,5 @@
 """Studies on a cluster of three nodes, all on this machine: what must hold before, what a lost one costs."""
 
-import os
 import subprocess
 import sys
 import time
@@ -111,7 +110,7 @@ def test_study_runs_on_both_nodes_and_outlives_one(cluster, bucket, cli, tmp_pat
     cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
     out, error = process.communicate(timeout=150)
     assert process.returncode == 0, error
-    assert "node" in out
+    assert "free GB" in out
     events = Journal(journal).read()
     assert [event["lost"] for event in events if "lost" in event] == ["node"]
     study = load(f"{bucket}/all/lost")
@@ -120,4 +119,3 @@ def test_study_runs_on_both_nodes_and_outlives_one(cluster, bucket, cli, tmp_pat
     assert study.test_accuracy is not None
     told = [(event["trial_id"], event["epoch"]) for event in events if event.get("epoch")]
     assert len(told) == len(set(told))
-    assert os.environ["RAY_ADDRESS"] == cluster.address

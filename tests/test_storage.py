@@ -134,9 +134,6 @@ def test_a_trial_goes_on_upon_another_node(storage, data_dir, tmp_path):
     data, levers = prepare("digits", data_dir), choose("cpu", "fp32")
 
     def node(name, storage=storage):
-        shutil.copytree(data_dir / "prepared", tmp_path / name / "prepared", dirs_exist_ok=True) if (
-            data_dir / "prepared"
-        ).exists() else None
         return TrialContext(data, levers, tmp_path / name, tmp_path / "driver" / name, 1, None, storage)
 
     alone = node("alone", None)
