@@ -6,6 +6,7 @@ has set wins.
 """
 
 import os
+import sys
 
 _ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",  # set explicitly, or every start prints a warning (Ray 2.60)
@@ -27,5 +28,7 @@ _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(256 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
 }
+if "ray" in sys.modules:  # it has settled how it authenticates; servers started now must do the same
+    del _ENVIRONMENT["RAY_AUTH_MODE"]
 for _name, _value in _ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)

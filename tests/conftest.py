@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import search  # noqa: F401  sets Ray's variables, which Ray reads when it is imported, here or by a test
+
 ROOT = Path(__file__).parents[1]
 os.environ |= {"WANDB_MODE": "disabled", "WANDB_ERROR_REPORTING": "false"}  # tests of W&B say otherwise
 

@@ -24,6 +24,7 @@ def jobs(tmp_path):
         trials=9,
         fixed={"seed": 0},
         final_seeds=2,
+        max_failures=3,
         journal=Journal(tmp_path / "reports.jsonl"),
     )
     for _ in range(3):

@@ -1,0 +1,29 @@
+"""The variables that search sets for Ray, whichever of the two is imported first."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("imports", ["search", "ray.autoscaler._private.util, search"])
+def test_ray_starts_whichever_is_imported_first(imports):
+    """Ray settles once how it authenticates; a server that is told otherwise later refuses it."""
+    code = (
+        f"import {imports}\n"
+        "from search.resources import connect\n"
+        "connect()\n"
+        "import os, ray\n"
+        "print(os.environ['RAY_AUTH_MODE'], ray.cluster_resources()['CPU'] > 0)\n"
+    )
+    unset = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=unset,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout.split()) == (0, ["token", "True"]), done.stderr[-500:]
