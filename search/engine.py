@@ -19,6 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from ray import cloudpickle, tune
+from ray.air.execution._internal.actor_manager import RayActorManager
+from ray.air.execution._internal.tracked_actor_task import TrackedActorTask
+from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.tune.execution import tune_controller
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
@@ -103,6 +107,15 @@ def _error_of(trial: TuneTrial) -> Exception:
     return RuntimeError(Path(trial.error_file).read_text() if trial.error_file else "Tune says nothing of it")
 
 
+class ActorManager(RayActorManager):
+    """Takes a worker that Ray ended for want of memory as lost; of Ray's own (2.60) the whole run dies."""
+
+    def _actor_task_failed(self, tracked_actor_task: TrackedActorTask, exception: Exception) -> None:
+        if isinstance(exception, OutOfMemoryError):
+            exception = RayActorError(error_msg=str(exception))
+        super()._actor_task_failed(tracked_actor_task, exception)
+
+
 class StepCallback(tune.Callback):
     """Calls a function at each turn of Tune's loop, about ten times a second or more."""
 
@@ -127,6 +140,7 @@ def run_jobs(jobs: Jobs, context: TrialContext, *, resources: Resources, on_step
         on_step: Called without arguments at each turn of the loop.
     """
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(resources.slots)
+    tune_controller.RayActorManager = ActorManager  # type: ignore[misc]
     if resources.workers == 1:
         trainable = tune.with_resources(tune.with_parameters(Trial, context=context), resources.of_trial)
     else:
@@ -151,4 +165,8 @@ def run_jobs(jobs: Jobs, context: TrialContext, *, resources: Resources, on_step
             callbacks=[StepCallback(on_step)],
         ),
     )
-    tuner.fit()
+    try:
+        tuner.fit()
+    except Exception:  # Tune reads at the end what it could not write to a full disk
+        if not jobs.gave_up:
+            raise

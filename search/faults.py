@@ -4,6 +4,7 @@
   elsewhere, however often.
 - ``memory``: Ray ended the worker because its node ran out of memory. The trial gets one more try, which may
   find the node less crowded; then it has ended as out_of_memory.
+- ``disk``: there is no room for its checkpoint. No trial could go on, so the study stops, resumable.
 - ``worker``: the process died otherwise. The trial goes on, ``--max-failures`` times.
 
 The texts are those of Ray 2.60.
@@ -12,6 +13,8 @@ The texts are those of Ray 2.60.
 from __future__ import annotations
 
 from typing import Any
+
+from trainables.disk import FULL
 
 MEMORY = ("NODE_OUT_OF_MEMORY", "running low on memory")
 NODE = (
@@ -27,10 +30,12 @@ NODE = (
 
 
 def cause_of(error: Exception | None) -> str:
-    """Returns node, memory or worker."""
+    """Returns node, memory, disk or worker."""
     text = f"{type(error).__name__}: {error}"
     if any(sign in text for sign in MEMORY):
         return "memory"
+    if any(sign in text for sign in FULL):
+        return "disk"
     gone: Any = getattr(error, "preempted", False)
     return "node" if gone or any(sign in text for sign in NODE) else "worker"
 

@@ -13,15 +13,17 @@ resumed study stands where the killed one stood: rungs, searcher and random stat
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from search.asha import Asha
 from search.journal import FINAL, Journal, TrialRecord, finite, winner
 from search.suggest import Sampler
+from trainables.disk import is_full
 
 ALIKE = 3  # trials: where the first ones all fail in the same way, the next ones would, too
 
@@ -86,9 +88,15 @@ class Jobs:
 
     def next_job(self) -> Job | None:
         """Returns what a free worker should do; None: wait, or all is done (``finished``)."""
+        job = None
+        if not self.gave_up:
+            with self._stopping_where_full():
+                job = self._next_job()
         if self.gave_up:
             self.finished = not self.running
-            return None
+        return job
+
+    def _next_job(self) -> Job | None:
         if self.interrupted:
             return self._job(self.interrupted.popleft())
         if not self.search_is_over:
@@ -104,9 +112,11 @@ class Jobs:
         if report.get("epoch", trial.epoch + 1) <= trial.epoch:
             return trial.status is None  # a restarted worker says again what was decided already
         report = {key: finite(value) for key, value in report.items()}  # as a replay will read them
-        self.journal.append({"trial_id": trial_id, **report})
-        goes_on = self._apply(trial, report) and not (self._time_is_up() and not trial.is_final)
-        self._consider_giving_up()
+        goes_on = False
+        with self._stopping_where_full():
+            self.journal.append({"trial_id": trial_id, **report})
+            goes_on = self._apply(trial, report) and not (self._time_is_up() and not trial.is_final)
+            self._consider_giving_up()
         if not goes_on or self.gave_up:
             self.running.discard(trial_id)
             return False
@@ -117,10 +127,17 @@ class Jobs:
 
         Args:
             trial_id: The trial.
-            cause: node, memory or worker (search/faults.py).
+            cause: node, memory, disk or worker (search/faults.py).
             error: What is known of it.
         """
-        self.journal.append({"trial_id": trial_id, "lost": cause, "error": error})
+        if cause != "disk":
+            with self._stopping_where_full():
+                self.journal.append({"trial_id": trial_id, "lost": cause, "error": error})
+        else:
+            self._stop_as_full(error.strip().rpartition("\n")[2])
+        if self.gave_up:
+            self.running.discard(trial_id)
+            return
         lost = self.losses[trial_id]
         lost[cause] += 1
         if lost["memory"] > 1:
@@ -240,7 +257,23 @@ class Jobs:
         errors = [trial.error or "" for trial in self.trials.values() if trial.status == "error"]
         reasons = {error.strip().rpartition("\n")[2] for error in errors}
         if len(errors) >= ALIKE and len(reasons) == 1:
-            self.gave_up = f"the first {len(errors)} trials all failed alike ({reasons.pop()})"
+            self.gave_up = (
+                f"the first {len(errors)} trials all failed alike ({reasons.pop()}); "
+                f"their errors stand in {self.journal.file.name}"
+            )
+
+    @contextlib.contextmanager
+    def _stopping_where_full(self) -> Iterator[None]:
+        """Ends the study where the journal's disk is full; what could not be written has not happened."""
+        try:
+            yield
+        except OSError as error:
+            if not is_full(error):
+                raise
+            self._stop_as_full(str(error))
+
+    def _stop_as_full(self, reason: str) -> None:
+        self.gave_up = f"there is no room for the study ({reason})"
 
     def _time_is_up(self) -> bool:
         return self.deadline is not None and self.clock() >= self.deadline

@@ -31,13 +31,21 @@ class Journal:
         self.file = Path(file)
 
     def append(self, event: dict[str, Any]) -> None:
-        """Writes one line, whole, before anything acts on it."""
+        """Writes one line before anything acts on it.
+
+        Raises:
+            OSError: It cannot be written; nothing of it is.
+        """
         line = json.dumps({key: finite(value) for key, value in event.items()}) + "\n"
         descriptor = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        before = os.fstat(descriptor).st_size
         try:
             left = line.encode()
             while left:  # a nearly full disk takes a part
                 left = left[os.write(descriptor, left) :]
+        except OSError:
+            os.ftruncate(descriptor, before)
+            raise
         finally:
             os.close(descriptor)
 

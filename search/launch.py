@@ -32,7 +32,7 @@ Finish = Callable[[Path, Console], int]  # says what a finished study found; ret
 
 
 class GaveUpError(Exception):
-    """A study ended before its time, since its next trials would fail as the first ones did."""
+    """A study ended before its time, since what stopped its trials would stop the next ones."""
 
 
 def start(
@@ -204,8 +204,7 @@ def carry_out(
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left takes a second or two
         resume_by = f"python {script} --resume {shown(study.place)}"
         if isinstance(end, GaveUpError):
-            errors = shown(study.folder / "reports.jsonl")
-            print(f"error: {end}; the errors stand in {errors}. Mend it, then: {resume_by}", file=sys.stderr)
+            print(f"error: {end}. Mend it, then: {resume_by}", file=sys.stderr)
         else:
             print(f"\nstopped; nothing is lost. To go on: {resume_by}", file=sys.stderr)
         print_standing(sidecar.end(STOP_SECONDS), console)

@@ -32,6 +32,7 @@ from search.provenance import commit, machine_name, versions
 from search.spaces import described, find_space
 from search.study_file import read_study, write_study
 from trainables.data import ImageData
+from trainables.disk import is_full
 from trainables.levers import Levers
 from trainables.storage import Storage
 from trainables.trial import TrialContext, checkpoint_name
@@ -173,11 +174,16 @@ class Study:
             yield
             status = "done"
         finally:
-            content = read_study(self.folder)
-            seconds = round(before + time.time() - began, 3)
-            write_study(self.folder, content | {"status": status, "seconds": seconds})
-            collect(self.folder)
-            lock.release()
+            try:
+                content = read_study(self.folder)
+                seconds = round(before + time.time() - began, 3)
+                write_study(self.folder, content | {"status": status, "seconds": seconds})
+                collect(self.folder)
+            except OSError as error:
+                if not is_full(error) or status == "done":
+                    raise  # else study.json still says running, as after a kill, and a resume counts on
+            finally:
+                lock.release()
 
     def tidy(self, jobs: Jobs) -> None:
         """Keeps the winner's results and drops what only a resume would need."""

@@ -25,6 +25,8 @@ from search.faults import cause_of, told
             "memory",
         ),
         (OutOfMemoryError("Task was killed due to the node running low on memory."), "memory"),
+        (OSError(28, "No space left on device", "/studies/0000.pt"), "disk"),
+        (RuntimeError("TrainingFailedError: OSError: [Errno 122] Disk quota exceeded"), "disk"),
         (ValueError("a bug"), "worker"),
         (None, "worker"),
     ],

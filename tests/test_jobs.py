@@ -1,7 +1,9 @@
 """What a free worker does next: whole studies with simulated workers, killed at every event."""
 
+import errno
 import json
 import math
+import os
 import random
 
 import pytest
@@ -340,6 +342,50 @@ def test_study_whose_first_three_trials_fail_alike_ends(tmp_path, errors, gives_
         work(resumed_jobs)
         assert [trial.status for trial in resumed_jobs.searched][:3] == ["error"] * 3
         assert len(resumed_jobs.searched) == 6
+
+
+class FullAfter(Journal):
+    """A journal whose disk takes so many more lines."""
+
+    def __init__(self, file, lines):
+        super().__init__(file)
+        self.lines = lines
+
+    def append(self, event):
+        if self.lines == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.lines -= 1
+        super().append(event)
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_full_disk_ends_the_study_at_any_line_and_a_resumed_one_equals_another(tmp_path, pruner):
+    whole = make_jobs(tmp_path / "whole.jsonl", pruner=pruner)
+    work(whole)
+    lines = len(whole.journal.read())
+    for fits in range(lines):
+        file = tmp_path / f"{fits}.jsonl"
+        jobs = make_jobs(file, pruner=pruner, journal=FullAfter(file, fits))
+        work(jobs)
+        assert "no room" in jobs.gave_up
+        assert jobs.finished
+        assert len(jobs.journal.read()) == fits
+        resumed_jobs = make_jobs(file, pruner=pruner)
+        resumed_jobs.replay(resumed_jobs.journal.read())
+        work(resumed_jobs)
+        assert resumed_jobs.trials == whole.trials
+
+
+def test_worker_without_room_for_its_checkpoint_ends_the_study_and_no_trial(tmp_path):
+    jobs = make_jobs(tmp_path / "reports.jsonl")
+    trial_id = jobs.next_job().trial_id
+    written = jobs.journal.read()
+    jobs.lose(trial_id, "disk", "Traceback …\nOSError: [Errno 28] No space left on device")
+    assert "OSError: [Errno 28]" in jobs.gave_up
+    assert jobs.next_job() is None
+    assert jobs.finished
+    assert jobs.trials[trial_id].status is None
+    assert jobs.journal.read() == written
 
 
 def test_what_a_restarted_worker_says_again_is_not_written_again(tmp_path):

@@ -112,6 +112,22 @@ def test_short_write_is_completed(journal, monkeypatch):
     assert journal.read() == EVENTS
 
 
+def test_line_for_which_there_is_no_room_leaves_nothing(journal, monkeypatch):
+    journal.append({"trial_id": "0000", "epoch": 0, "config": {}})
+    before = journal.file.read_bytes()
+    write = os.write
+
+    def half_then_full(descriptor, data):
+        if len(data) > 20:
+            return write(descriptor, data[:20])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", half_then_full)
+    with pytest.raises(OSError, match="No space"):
+        journal.append({"trial_id": "0000", "epoch": 1})
+    assert journal.file.read_bytes() == before
+
+
 def test_records_hold_config_and_reports_by_epoch():
     trial = records([*EVENTS, report("0000", 2, 0.6)])["0000"]
     assert trial.config == {"lr": 0.1}

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from trainables.disk import is_full
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser without argparse's page of usage before each error."""
@@ -21,7 +23,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def exit_code(command: Callable[[], int]) -> int:
-    """Runs a command and returns its exit code: 2 and a line on stderr for a ValueError, 3 for a Ctrl-C."""
+    """Runs a command and returns its exit code, after a line on stderr where it is not the command's own.
+
+    2 for a ValueError; 3 for a Ctrl-C, and for a disk that is full: both leave what can be gone on with.
+    """
     try:
         return command()
     except ValueError as error:
@@ -29,4 +34,9 @@ def exit_code(command: Callable[[], int]) -> int:
         return 2
     except KeyboardInterrupt:
         print("stopped before the study began; nothing was written", file=sys.stderr)
+        return 3
+    except OSError as error:
+        if not is_full(error):
+            raise
+        print(f"error: {error}; make room and run it again (a study: with --resume)", file=sys.stderr)
         return 3

@@ -21,6 +21,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchTrainer, get_device
 from ray.tune.integration.ray_train import TuneReportCallback
 
+from trainables.disk import is_full
 from trainables.group import Group
 from trainables.trial import JobRun, TrialContext, failure_report
 
@@ -80,7 +81,7 @@ def _train(settings: dict[str, Any]) -> None:
             if "status" in report:
                 return
     except Exception as error:
-        if not _is_lost_partner(error):
+        if not _is_lost_partner(error) and not is_full(error):
             name = _failure_name(job["trial_id"])
             partial = context.file(name).with_suffix(f".{os.getpid()}")
             partial.write_text(json.dumps(failure_report(error)))

@@ -239,7 +239,8 @@ class TrainingRun:
         """Writes a checkpoint whole, then renames it: a kill leaves the old one or the new one."""
         temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
         try:
-            torch.save(self.state_dict(), temporary)
+            with temporary.open("wb") as stream:  # given a path, torch (2.15) hides that the disk is full
+                torch.save(self.state_dict(), stream)
             temporary.replace(file)
         finally:
             temporary.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from ray import tune
 
 from trainables.config import TrainConfig
 from trainables.data import ImageData
+from trainables.disk import is_full
 from trainables.evaluate import evaluate_test, result_files
 from trainables.group import Group
 from trainables.levers import Levers
@@ -149,6 +150,8 @@ class Trial(tune.Trainable):
         try:
             self.run = self.run or JobRun(self.job, self.context)
             report = self.run.report()
-        except Exception as error:  # noqa: BLE001  One trial's bug must not end the study; it is recorded.
+        except Exception as error:  # One trial's bug must not end the study; it is recorded.
+            if is_full(error):
+                raise
             report = failure_report(error)
         return {"report": report}  # without Tune's "done", which would pass the study's scheduler by

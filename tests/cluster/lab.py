@@ -132,7 +132,7 @@ class Lab:
         name = f"node-{address.replace('.', '-')}"
         space = f"{self.space}-{'-'.join(address.split('.')[2:])}"
         folder = self._furnish(name, address)
-        link = f"v{'-'.join(address.split('.')[2:])}"  # 15 bytes at most
+        link = _link(address)
         bits = self.gateway.partition("/")[2]
         _run("ip", "netns", "add", space)
         for where, command in (
@@ -171,14 +171,23 @@ class Lab:
         """Takes a machine's power away."""
         _end(self.machines.pop(address))
 
+    def link(self, address: str, state: str) -> None:
+        """Pulls a machine's cable, or plugs it in: state is down or up."""
+        _run("ip", "-n", self.space, "link", "set", _link(address), state)
+
     def home(self, address: str) -> Path:
         """Returns a machine's ~."""
         return self.folder / f"node-{address.replace('.', '-')}" / "home"
 
-    def ssh(self, address: str, command: str) -> str:
+    def by_ssh(self, address: str, command: str) -> list[object]:
+        """Returns the laptop's command that runs a command on a machine."""
+        options = ("StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR")
+        unasked = [word for option in options for word in ("-o", option)]
+        return ["ssh", "-i", self.key, *unasked, f"ubuntu@{address}", command]
+
+    def ssh(self, address: str, command: str, timeout: float = 20) -> str:
         """Returns what a command prints on a machine."""
-        ssh = ["ssh", "-i", self.key, "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
-        return self.run(*ssh, f"ubuntu@{address}", command, timeout=20)
+        return self.run(*self.by_ssh(address, command), timeout=timeout)
 
     def processes(self, address: str, word: str) -> list[str]:
         """Returns the command lines on a machine that contain a word."""
@@ -244,6 +253,11 @@ class Lab:
         (folder / "resolv.conf").write_text("nameserver 127.0.0.1\n")
         (folder / "sshd_config").write_text(SSHD.format(lab=self.folder))
         return folder
+
+
+def _link(address: str) -> str:
+    """Returns the bridge's end of a machine's cable; 15 bytes at most."""
+    return f"v{'-'.join(address.split('.')[2:])}"
 
 
 def until(what: object, seconds: float, every: float = 1.0) -> object:
