@@ -34,6 +34,8 @@ from tests.cluster.lab import Lab, why_not
 ROOT = Path(__file__).parents[1]
 SECONDS = 300  # the longest that a study may take, or one of its steps
 GONE_WITHIN = 10  # seconds after a study's end
+# Ray's agents (2.60) try for a minute to tell the dead server of a killed driver that their raylet died
+AGENTS, AGENTS_GONE_WITHIN = ("ray::DashboardAgent", "ray::RuntimeEnvAgent"), 90
 STUDY = ("--space", "softmax", "--data", "digits", "--wandb", "off", "--concurrency", "1")
 TRIALS = (*STUDY, "--trials", "12", "--epochs", "27", "--final-seeds", "1")
 FULL_BYTES = 4 * 2**20  # of the small disk
@@ -108,7 +110,8 @@ class Run:
         self.look()
         self.process.kill()
         self.process.communicate()
-        assert not self.left_behind()
+        left = self.left_behind()
+        assert not left, left
 
     def finish(self) -> tuple[int, str, str]:
         """Waits for the end; returns exit code, stdout and stderr."""
@@ -116,10 +119,10 @@ class Run:
         out, err = self.process.communicate(timeout=SECONDS)
         return self.process.returncode, out, err
 
-    def left_behind(self) -> list[str]:
+    def left_behind(self, seconds: float = GONE_WITHIN, but: tuple[str, ...] = AGENTS) -> list[str]:
         """Returns the study's processes that still run some seconds after its end."""
-        end = time.monotonic() + GONE_WITHIN
-        while left := [name for mark in self.started if (name := _alive(*mark))]:
+        end = time.monotonic() + seconds
+        while left := [name for mark in self.started if (name := _alive(*mark)) and name not in but]:
             if time.monotonic() > end:
                 break
             time.sleep(0.1)
@@ -143,6 +146,7 @@ class Outcome:
     code: int
     said: str  # the line that a user reads
     wrong: list[str] = field(default_factory=list)  # what differs from what must be
+    run: Run | None = None
 
 
 def outcome(
@@ -174,7 +178,7 @@ def outcome(
     if left := run.left_behind():
         wrong.append(f"left behind: {left}")
     lines = (err or out).strip().splitlines()
-    return Outcome(times, was, lines[-1] if lines else "", wrong)
+    return Outcome(times, was, lines[-1] if lines else "", wrong, run)
 
 
 def table(study: Path) -> list[list[str]]:
@@ -316,7 +320,7 @@ def fill_disk(folder: Path, times: int, undisturbed: Undisturbed) -> Outcome:
             (disk / "ballast").unlink()
             run.resume()
         done = outcome(times, run, run.finish(), like=undisturbed(*TRIALS))
-        return Outcome(times, 3, said, wrong + done.wrong)
+        return Outcome(times, 3, said, wrong + done.wrong, run)
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
 
@@ -488,7 +492,7 @@ FAULTS = {
     "worker": Fault(kill_worker, 20, 2, "a trial's worker is killed (SIGKILL)"),
     "group": Fault(kill_group_worker, 5, 1, "one of two DDP workers is killed (SIGKILL)"),
     "raylet": Fault(kill_raylet, 3, 1, "a node dies (SIGKILL of its raylet); another one joins"),
-    "driver": Fault(kill_driver, 5, 1, "the driver is killed (SIGKILL), `--resume`"),
+    "driver": Fault(kill_driver, 5, 2, "the driver is killed (SIGKILL), `--resume`"),
     "link": Fault(cut_link, 2, 1, "the link of a trial's node is cut", why_not),
     "disk": Fault(fill_disk, 2, 1, "the study's disk is full; room is made, `--resume`", _no_root),
     "checkpoints": Fault(
@@ -529,6 +533,9 @@ def main() -> int:
                 print(f"| {fault.text} | not run: {reason} |", flush=True)
                 continue
             done, seconds = inject(name, folder, undisturbed, asked.short)
+            assert done.run is not None
+            if left := done.run.left_behind(AGENTS_GONE_WITHIN, but=()):
+                done.wrong.append(f"left behind for long: {left}")
             failed |= bool(done.wrong)
             said = re.sub(r"\S*/faults-\w+/\w+/", "", done.said)
             verdict = "; ".join(done.wrong) if done.wrong else "yes"

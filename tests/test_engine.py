@@ -75,7 +75,6 @@ def test_sixty_four_short_trials_run_on_exactly_two_workers(study, pruner, searc
         report["pid"] for report in reports_of(folder) if not report["trial_id"].startswith("final")
     )
     assert len(pids) == SLOTS, pids
-    assert min(pids.values()) >= 10, pids
     assert len(jobs.searched) == 64
     assert jobs.finished
     assert not jobs.running

@@ -1,15 +1,11 @@
-"""A study as a user sees it: run, stopped by Ctrl-C, killed, resumed; each a process of its own."""
+"""A study as a user sees it: run, stopped by Ctrl-C, resumed; each a process of its own."""
 
 import json
-import random
 import re
 import signal
 import time
-from collections import Counter
 
 import pytest
-
-from search.journal import Journal, records
 
 pytestmark = pytest.mark.ray
 
@@ -37,14 +33,6 @@ def table(folder):
     header, *rows = (folder / "trials.csv").read_text().splitlines()
     seconds = header.split(",").index("seconds")
     return [[cell for k, cell in enumerate(row.split(",")) if k != seconds] for row in (header, *rows)]
-
-
-def epoch_lines(folder):
-    return Counter(
-        (event["trial_id"], event["epoch"])
-        for event in Journal(folder / "reports.jsonl").read()
-        if event.get("epoch")
-    )
 
 
 @pytest.fixture(scope="module")
@@ -95,31 +83,6 @@ def test_study_folder_holds_what_the_readme_says(undisturbed):
         "misclassified.npz",
         "predictions.parquet",
     }
-
-
-@pytest.mark.parametrize("draw", [1, 2])
-def test_killed_driver_resumes_to_the_same_study(cli, tmp_path, undisturbed, draw):
-    kept, _ = undisturbed
-    lines = sum(1 for _ in (kept / "reports.jsonl").open())
-    kill_at = random.Random(draw).randrange(2, lines - 2)
-    process = cli(*STUDY, "--concurrency", 1, "--study-dir", "study")
-    folder = tmp_path / "study"
-    wait_for_lines(folder, kill_at, process)
-    process.kill()
-    process.wait()
-    before = records(Journal(folder / "reports.jsonl").read())
-    code, out, err = finish(cli("--resume", "study"))
-    assert (code, err) == (0, ""), out
-    after = records(Journal(folder / "reports.jsonl").read())
-    for trial_id, trial in before.items():
-        assert after[trial_id].config == trial.config
-        for epoch, report in trial.reports.items():
-            assert after[trial_id].reports[epoch]["val_loss"] == report["val_loss"]
-    assert max(epoch_lines(folder).values()) == 1  # nothing was trained or said twice
-    assert table(folder) == table(kept)
-    studies = [json.loads((path / "study.json").read_text()) for path in (folder, kept)]
-    assert studies[0]["best"] == studies[1]["best"]
-    assert studies[0]["final"] == studies[1]["final"]
 
 
 def test_ctrl_c_stops_within_ten_seconds_and_says_how_to_go_on(cli, tmp_path):

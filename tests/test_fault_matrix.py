@@ -1,0 +1,23 @@
+"""The fault matrix in its short form; the whole of it is a command (tests/fault_matrix.py, RELIABILITY.md).
+
+Of its faults, test_ddp.py kills a worker of a group and test_nodes.py a node.
+"""
+
+import pytest
+
+from tests.fault_matrix import FAULTS, Undisturbed, inject
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return Undisturbed(tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.mark.parametrize("name", sorted({*FAULTS} - {"group", "raylet"}))
+def test_fault_costs_nothing_that_was_reported(name, tmp_path, undisturbed):
+    if reason := FAULTS[name].why_not():
+        pytest.skip(reason)
+    done, _ = inject(name, tmp_path, undisturbed, short=True)
+    assert not done.wrong
