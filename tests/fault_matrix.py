@@ -50,15 +50,24 @@ class Run:
     """
 
     def __init__(self, folder: Path, environment: dict[str, str] | None = None) -> None:
-        self.folder, self.study = folder, folder / "study"
+        self.folder = folder
+        self.work_in(folder / "study")
         self.environment = os.environ | {"COLUMNS": "80", "WANDB_MODE": "disabled"} | (environment or {})
-        self.journal = Journal(self.study / "reports.jsonl")
         self.started: set[tuple[int, float]] = set()  # processes: pid, and when each was created
         self.process: subprocess.Popen[str] | None = None
 
+    def work_in(self, study: Path) -> None:
+        """Says where the study's folder is, or will be."""
+        self.study, self.journal = study, Journal(study / "reports.jsonl")
+
+    def find_in(self, storage: Path) -> None:
+        """Waits until the study has its folder in its storage."""
+        (folder,) = self.wait_for(lambda: [file.parent for file in storage.glob("*/study.json")])
+        self.work_in(folder)
+
     def start(self, *arguments: object) -> "Run":
         """Starts a new study, or goes on with it where ``--resume`` is asked."""
-        if "--resume" not in arguments and "--study-dir" not in arguments:
+        if not {"--resume", "--storage"} & {*arguments}:
             arguments = (*arguments, "--study-dir", self.study)
         command = [sys.executable, ROOT / "search" / "run.py", *arguments]
         self.process = subprocess.Popen(
@@ -304,8 +313,7 @@ def fill_disk(folder: Path, times: int, undisturbed: Undisturbed) -> Outcome:
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={FULL_BYTES}", "tmpfs", disk], check=True)
     try:
         run = Run(folder)
-        run.study = disk / "study"
-        run.journal = Journal(run.study / "reports.jsonl")
+        run.work_in(disk / "study")
         run.start(*TRIALS, "--data-dir", folder / "data")
         wrong, said = [], ""
         for k in range(times):
@@ -383,7 +391,10 @@ def kill_raylet(folder: Path, times: int, undisturbed: Undisturbed) -> Outcome:
     alone = undisturbed(*TRIALS)
     with _cluster() as cluster:
         run = Run(folder, {"RAY_ADDRESS": cluster.address})
-        run.start(*TRIALS, "--data-dir", folder / "data", "--storage", folder)
+        storage = folder / "storage"
+        storage.mkdir()
+        run.start(*TRIALS, "--data-dir", folder / "data", "--storage", storage)
+        run.find_in(storage)
         gone: set[int] = set()
         for k in range(times):
             moment = 10 * (k + 1)
@@ -430,46 +441,49 @@ def cut_link(folder: Path, times: int, undisturbed: Undisturbed) -> Outcome:
     """The cable of the machine that a trial is on is pulled; plugged in again after the node was given up."""
     alone = undisturbed(*TRIALS)
     with Lab("10.79.0.1/16") as lab:
-        study, homes = lab.shared / "study", []
+        export = f"export PATH=~/venv/bin:$PATH PYTHONPATH=~/tunefleet RAY_AUTH_MODE=token {NOTICE}; "
+
+        def on(address: str, command: str) -> None:
+            lab.ssh(address, export + command, timeout=120)
+
+        def join(address: str) -> None:
+            on(address, f"ray start --address {HEAD}:6379 --num-cpus 1 --node-ip-address {address}")
+
         for address in (HEAD, *WORKERS):
             lab.boot(address)
-            (home := lab.home(address)).joinpath("tunefleet").symlink_to(lab.checkout)
-            homes.append(home)
-        for home in homes:
-            (home / ".ray").mkdir(exist_ok=True)
-            (home / ".ray/auth_token").write_text("0" * 64)
-            (home / ".ray/auth_token").chmod(0o600)
-        export = f"export PATH=~/venv/bin:$PATH PYTHONPATH=~/tunefleet RAY_AUTH_MODE=token {NOTICE};"
-        lab.ssh(HEAD, f"{export} ray start --head --num-cpus 0 --node-ip-address {HEAD} --port 6379")
+            home = lab.home(address)
+            (home / "tunefleet").symlink_to(lab.checkout)
+            (token := home / ".ray/auth_token").parent.mkdir()
+            token.write_text("0" * 64)
+            token.chmod(0o600)
+        on(HEAD, f"ray start --head --num-cpus 0 --node-ip-address {HEAD} --port 6379")
         for address in WORKERS:
-            join = f"ray start --address {HEAD}:6379 --num-cpus 1 --node-ip-address {address}"
-            lab.ssh(address, f"{export} {join}")
-        command = " ".join(TRIALS)
-        command = f"{export} cd ~/tunefleet; RAY_ADDRESS={HEAD}:6379 python search/run.py {command} "
-        command += f"--data-dir /run/data --storage {lab.shared} --study-dir {study}"
+            join(address)
         run = Run(folder)
-        run.study, run.journal = study, Journal(study / "reports.jsonl")
-        run.process = lab.start(
-            *lab.by_ssh(HEAD, command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        asked = f"{' '.join(TRIALS)} --data-dir /run/data --storage {lab.shared}"
+        driver = f"{export} cd ~/tunefleet; RAY_ADDRESS={HEAD}:6379 python search/run.py {asked}"
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        run.process = lab.start(*lab.by_ssh(HEAD, driver), **pipes)
+        run.find_in(lab.shared)
+
+        def losses() -> list[str]:
+            return [event["lost"] for event in run.journal.read() if "lost" in event]
+
         for k in range(times):
 
             def at_work(k: int = k) -> str:
                 reports = run.reports()[15 * (k + 1) :]
                 return reports[-1]["node"] if reports else ""
 
-            node = run.wait_for(at_work)
-            lost = sum("lost" in event for event in run.journal.read())
-            address = node.removeprefix("node-").replace("-", ".")
+            address = str(run.wait_for(at_work)).removeprefix("node-").replace("-", ".")
             lab.link(address, "down")
-            run.wait_for(lambda lost=lost: sum("lost" in event for event in run.journal.read()) > lost)
+            run.wait_for(lambda k=k: len(losses()) > k)
             lab.link(address, "up")
-            join = f"ray start --address {HEAD}:6379 --num-cpus 1 --node-ip-address {address}"
-            lab.ssh(address, f"{export} ray stop --force; {join}")
+            on(address, "ray stop --force")
+            join(address)
         done = outcome(times, run, run.finish(), like=alone)
-        lost = [event["lost"] for event in run.journal.read() if "lost" in event]
-        if set(lost) != {"node"}:
-            done.wrong.append(f"the journal tells of {lost}")
+        if losses() != ["node"] * times:
+            done.wrong.append(f"the journal tells of {losses()}")
         return done
 
 
