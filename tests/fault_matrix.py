@@ -184,6 +184,9 @@ def outcome(
         wrong.append("other trials than undisturbed")
     if like is not None and result(run.study) != result(like):
         wrong.append("another winner or other finals than undisturbed")
+    token = (Path.home() / ".ray/auth_token").read_bytes().strip()
+    if told := [file for file in run.study.rglob("*") if file.is_file() and token in file.read_bytes()]:
+        wrong.append(f"Ray's token is in {told}")
     if left := run.left_behind():
         wrong.append(f"left behind: {left}")
     lines = (err or out).strip().splitlines()
