@@ -8,6 +8,7 @@ Runs at the end of each study; by hand also on a live or a dead one, which it le
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def collect(study_dir: Path) -> dict[str, Any]:
         "statuses": pd.Series([status_of(t, study) for t in searched], dtype="str").value_counts().to_dict(),
         "epochs_spent": sum(trial.epoch for trial in searched),
         "epochs_unpruned": len(searched) * study["options"]["epochs"],
+        "lost_workers": dict(Counter(event["lost"] for event in events if "lost" in event)),  # by cause
         "busy_fraction": busy_fraction(trials),
         "best": best
         and {"trial_id": best.trial_id, "config": best.config, "val_accuracy": best.val_accuracy},

@@ -30,9 +30,7 @@ def print_result(folder: Path, console: Console) -> int:
 
     print_line("")
     if best is None:
-        print_line(
-            "[bold]no trial[/] left chance: " + ", ".join(f"{n} {s}" for s, n in study["statuses"].items())
-        )
+        print_line(f"[bold]no trial[/] left chance: {_counts(study['statuses'])}")
         return 1
     print_line(f"[bold]best val_accuracy[/] {best['val_accuracy']:.4f}, trial {best['trial_id']}:")
     for name in {**SPACES[study["space"]].ranges, **(study["options"].get("fix") or {})}:
@@ -52,9 +50,15 @@ def print_result(folder: Path, console: Console) -> int:
         f"{study['trials']} trials, {study['epochs_spent']} epochs of {study['epochs_unpruned']} unpruned, "
         f"{preflight.clock(study['seconds'])}, busy {study['busy_fraction'] or 0:.2f} -> {shown(folder)}"
     )
+    if lost := study["lost_workers"]:
+        print_line(f"lost workers, whose trials went on with others: {_counts(lost)}")
     if failed:
         print_line(f"failed: {failed}; the errors stand in {shown(folder / 'reports.jsonl')}")
     return 1 if failed else 0
+
+
+def _counts(of: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in of.items())
 
 
 def print_forecast(

@@ -229,6 +229,8 @@ def connect(trial_slots: int = 0) -> None:
             "(RAY_AUTH_MODE=token, ~/.ray/auth_token), or unset RAY_ADDRESS to use this host"
         ) from error
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # lost workers stand in reports.jsonl
+    # what raylets say last, C++ stacks included, would go to our stdout whatever the level (2.60)
+    ray._private.worker.print_to_stdstream = lambda *arguments, **options: None
     # ray.init puts a handler in place that prints a C++ stack and aborts (2.60); a SIGTERM, which a
     # cluster sends before it takes a node, shall be a Ctrl-C
     signal.signal(signal.SIGTERM, signal.default_int_handler)
