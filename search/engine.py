@@ -18,6 +18,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import cloudpickle, tune
 from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.air.execution._internal.tracked_actor_task import TrackedActorTask
@@ -28,6 +29,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from search.bad_nodes import BadNodes
 from search.faults import cause_of, told
 from search.jobs import Jobs
 from search.resources import TRIAL_SLOT, Resources
@@ -69,15 +71,24 @@ class JobSearcher(Searcher):
 
 
 class JobScheduler(FIFOScheduler):
-    """Hands reports to the study and stops a trial where the study says so."""
+    """Hands reports to the study and stops a trial where the study says so.
 
-    def __init__(self, jobs: Jobs) -> None:
+    Args:
+        jobs: The study's decisions.
+        nodes: Which nodes fail whatever they get; None: where trials run is not Tune's to say.
+        share: A trial's resources, for the placement of trials that avoid a node.
+    """
+
+    def __init__(self, jobs: Jobs, nodes: BadNodes | None, share: dict[str, float]) -> None:
         super().__init__()
-        self.jobs = jobs
+        self.jobs, self.nodes, self.share = jobs, nodes, share
         self._not_offered: deque[TuneTrial] = deque()
 
     def on_trial_add(self, tune_controller: TuneController, trial: TuneTrial) -> None:
         """Queues a new trial."""
+        if self.nodes and (avoided := self.nodes.avoided()):
+            elsewhere = [{"ray.io/node-id": f"!in({','.join(sorted(avoided))})"}]
+            trial.update_resources(tune.PlacementGroupFactory([self.share], bundle_label_selector=elsewhere))
         self._not_offered.append(trial)
 
     def choose_trial_to_run(self, tune_controller: TuneController) -> TuneTrial | None:
@@ -90,13 +101,29 @@ class JobScheduler(FIFOScheduler):
         """Records the report; STOP ends the job, be it paused, pruned or done."""
         prefix = "report/"  # Tune flattens results
         report = {key.removeprefix(prefix): value for key, value in result.items() if key.startswith(prefix)}
+        self._tell_of(result.get("node_id"), failed=report.get("status") == "error")
         goes_on = self.jobs.report(trial.config["trial_id"], report)
         return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
 
     def on_trial_error(self, tune_controller: TuneController, trial: TuneTrial) -> None:
         """Tells the study that a worker is gone, which then makes another job of its trial."""
         error = _error_of(trial)
-        self.jobs.lose(trial.config["trial_id"], cause_of(error), told(error))
+        cause = cause_of(error)
+        if cause == "worker":
+            self._tell_of(_node_of(trial), failed=True)
+        self.jobs.lose(trial.config["trial_id"], cause, told(error))
+
+    def _tell_of(self, node_id: str | None, failed: bool) -> None:
+        if self.nodes and node_id:
+            self.nodes.tell(node_id, failed)
+            self.jobs.avoided = self.nodes.avoided()
+
+
+def _node_of(trial: TuneTrial) -> str | None:
+    """Returns the id of the node that a trial's worker was on; None: it had none yet."""
+    actor = trial.temporary_state.ray_actor
+    found = ray._private.state.actors(actor._actor_id.hex()) if actor else {}
+    return found.get("Address", {}).get("NodeID") or None
 
 
 def _error_of(trial: TuneTrial) -> Exception:
@@ -152,7 +179,7 @@ def run_jobs(jobs: Jobs, context: TrialContext, *, resources: Resources, on_step
         trainable,
         tune_config=tune.TuneConfig(
             search_alg=JobSearcher(jobs, resources.slots),
-            scheduler=JobScheduler(jobs),
+            scheduler=JobScheduler(jobs, BadNodes() if resources.workers == 1 else None, resources.of_worker),
             num_samples=-1,  # until the searcher says FINISHED
             reuse_actors=resources.workers == 1,
         ),

@@ -74,6 +74,7 @@ class Jobs:
         self.max_failures = max_failures
         self.losses: defaultdict[str, Counter[str]] = defaultdict(Counter)  # by trial and cause
         self.gave_up = ""  # why the study ends before its time
+        self.avoided: frozenset[str] = frozenset()  # ids of nodes that failed whatever they got
         self.deadline = None if seconds is None else clock() + seconds
         self.trials: dict[str, TrialRecord] = {}
         self.running: set[str] = set()
@@ -252,7 +253,7 @@ class Jobs:
         return False
 
     def _consider_giving_up(self) -> None:
-        if any(trial.reports for trial in self.trials.values()):
+        if self.avoided or any(trial.reports for trial in self.trials.values()):
             return
         errors = [trial.error or "" for trial in self.trials.values() if trial.status == "error"]
         reasons = {error.strip().rpartition("\n")[2] for error in errors}

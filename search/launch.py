@@ -211,6 +211,8 @@ def carry_out(
         print_standing(mirror.finish(), console)
         return 3
     code = finish(study.folder, console)
+    if jobs.avoided:
+        print_standing(f"nodes that failed trials in a row and got no more: {sorted(jobs.avoided)}", console)
     print_standing(sidecar.end(END_SECONDS), console)
     left = mirror.finish()
     print_standing(left, console)

@@ -9,6 +9,7 @@ import pytest
 
 from analysis.load import load
 from search import nodes
+from search.bad_nodes import IN_A_ROW, BadNodes
 from search.journal import Journal
 from search.provenance import code_sha256, versions
 from tests.object_store import object_store
@@ -119,3 +120,47 @@ def test_study_runs_on_both_nodes_and_outlives_one(cluster, bucket, cli, tmp_pat
     assert study.test_accuracy is not None
     told = [(event["trial_id"], event["epoch"]) for event in events if event.get("epoch")]
     assert len(told) == len(set(told))
+
+
+BROKEN = """
+import sys
+
+if any("default_worker.py" in word for word in sys.orig_argv):
+    from trainables.training import TrainingRun
+
+    def epoch(self):
+        raise RuntimeError("CUDA driver initialization failed")
+
+    TrainingRun.epoch = epoch
+"""
+
+
+@pytest.mark.ray
+def test_node_that_fails_whatever_it_gets_gets_no_more(cluster, bucket, cli, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(BROKEN)
+    path = f"{tmp_path}:{Path(__file__).parents[1]}"
+    broken = cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": path})
+    process = cli(
+        *(*ASKED, "--study-dir", "broken", "--storage", f"{bucket}/all"),
+        *("--trials", 12, "--epochs", 9, "--pruner", "none", "--searcher", "random"),
+    )
+    out, error = process.communicate(timeout=150)
+    assert (process.returncode, error) == (1, ""), out
+    assert f"got no more: ['{broken.node_id}']" in out
+    statuses = load(f"{bucket}/all/broken").facts["statuses"]
+    assert statuses["error"] in (IN_A_ROW, IN_A_ROW + 1)  # one may have been on its way
+    assert sum(statuses.values()) == 12
+
+
+def test_bad_nodes_are_those_that_failed_in_a_row_while_others_are_there():
+    nodes = BadNodes(alive=lambda: frozenset({"a", "b"}))
+    for failed in (True, True, False, True, True):
+        nodes.tell("a", failed)
+    assert nodes.avoided() == frozenset()
+    nodes.tell("a", True)
+    assert nodes.avoided() == {"a"}
+    for _ in range(IN_A_ROW):
+        nodes.tell("b", True)
+    assert nodes.avoided() == frozenset()  # nothing would be left
+    nodes.tell("b", False)
+    assert nodes.avoided() == {"a"}

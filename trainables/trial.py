@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from ray import tune
 
@@ -136,6 +137,7 @@ class Trial(tune.Trainable):
         """Starts or resumes the job; Tune calls it once per worker."""
         assert context is not None
         self.context = context
+        self.node_id = ray.get_runtime_context().get_node_id()
         torch.set_num_threads(context.threads)  # Ray sets OMP_NUM_THREADS=1 for 0 to 1 CPUs (2.60)
         self.reset_config(config)
 
@@ -154,4 +156,5 @@ class Trial(tune.Trainable):
             if is_full(error):
                 raise
             report = failure_report(error)
-        return {"report": report}  # without Tune's "done", which would pass the study's scheduler by
+        # without Tune's "done", which would pass the study's scheduler by
+        return {"report": report, "node_id": self.node_id}
