@@ -1,11 +1,11 @@
-"""The fault matrix in its short form; the whole of it is a command (tests/fault_matrix.py, RELIABILITY.md).
+"""The fault matrix in its short form; the whole of it is a command (tests/faults.py, RELIABILITY.md).
 
 Of its faults, test_ddp.py kills a worker of a group and test_nodes.py a node.
 """
 
 import pytest
 
-from tests.fault_matrix import FAULTS, Undisturbed, inject
+from tests.faults import FAULTS, Undisturbed, inject
 
 pytestmark = pytest.mark.ray
 

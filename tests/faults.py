@@ -1,8 +1,8 @@
 """What does each fault cost a study? Injects it, counts what is lost, and prints a table.
 
-    python -m tests.fault_matrix                 all of it, some 20 minutes on two cores (RELIABILITY.md)
-    python -m tests.fault_matrix driver worker   these faults only
-    python -m tests.fault_matrix --short         each fault once or twice, as the tests do
+    python -m tests.faults                 all of it, some 20 minutes on two cores (RELIABILITY.md)
+    python -m tests.faults driver worker   these faults only
+    python -m tests.faults --short         each fault once or twice, as the tests do
 
 A fault hits a study that runs as a user's does, in a process of its own. Afterwards the study must equal
 one that was left alone: the same trials with the same values, no report lost or said twice, the same winner
