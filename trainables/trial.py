@@ -130,6 +130,11 @@ def _whereabouts() -> dict[str, Any]:
     return {"pid": os.getpid(), "node": socket.gethostname()}
 
 
+def _node_id() -> str | None:
+    """Returns Ray's id of this node; None without Ray."""
+    return ray.get_runtime_context().get_node_id() if ray.is_initialized() else None
+
+
 class Trial(tune.Trainable):
     """Runs jobs one after another, each on one worker."""
 
@@ -137,7 +142,6 @@ class Trial(tune.Trainable):
         """Starts or resumes the job; Tune calls it once per worker."""
         assert context is not None
         self.context = context
-        self.node_id = ray.get_runtime_context().get_node_id()
         torch.set_num_threads(context.threads)  # Ray sets OMP_NUM_THREADS=1 for 0 to 1 CPUs (2.60)
         self.reset_config(config)
 
@@ -157,4 +161,4 @@ class Trial(tune.Trainable):
                 raise
             report = failure_report(error)
         # without Tune's "done", which would pass the study's scheduler by
-        return {"report": report, "node_id": self.node_id}
+        return {"report": report, "node_id": _node_id()}
