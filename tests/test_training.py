@@ -316,8 +316,8 @@ def broken_save(start, tmp_path, monkeypatch):
     run.save(tmp_path / "checkpoint.pt")
     run.epoch()
 
-    def fail(state, file):
-        file.write_bytes(b"half")
+    def fail(state, stream):
+        stream.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", fail)
