@@ -288,7 +288,7 @@ def kill_driver(folder: Path, times: int, undisturbed: Undisturbed) -> Outcome:
 
 
 def damage_checkpoints(folder: Path, times: int, undisturbed: Undisturbed) -> Outcome:
-    """SIGKILL of the driver, each checkpoint cut off or one of its bits changed, then --resume."""
+    """SIGKILL of the driver, each checkpoint cut off or with a bit changed, then --resume."""
     alone = undisturbed(*TRIALS)
     lines = len(Journal(alone / "reports.jsonl").read())
     run = Run(folder).start(*TRIALS, "--data-dir", folder / "data")
@@ -298,9 +298,9 @@ def damage_checkpoints(folder: Path, times: int, undisturbed: Undisturbed) -> Ou
         run.kill()
         checkpoints = list((run.study / "checkpoints").glob("*.pt"))
         assert checkpoints
-        for file in checkpoints:
+        for number, file in enumerate(sorted(checkpoints)):
             content = bytearray(file.read_bytes())
-            if k % 2:
+            if (number + k) % 2:
                 content[len(content) // 2] ^= 8
             else:
                 del content[len(content) // 2 :]
@@ -515,8 +515,8 @@ FAULTS = {
     "checkpoints": Fault(
         damage_checkpoints,
         2,
-        2,
-        "the driver is killed, all checkpoints are cut off or a bit of each is changed, `--resume`",
+        1,
+        "the driver is killed, all checkpoints are cut off or have a bit changed, `--resume`",
     ),
     "nan": Fault(diverge, 1, 1, "the loss is not finite, in every trial"),
     "memory": Fault(exhaust_memory, 2, 1, "a trial takes more memory than there is"),

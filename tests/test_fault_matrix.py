@@ -1,6 +1,6 @@
 """The fault matrix in its short form; the whole of it is a command (tests/faults.py, RELIABILITY.md).
 
-Of its faults, test_ddp.py kills a worker of a group and test_nodes.py a node.
+Of its faults, test_engine.py kills a worker, test_ddp.py one of a group, and test_nodes.py a node.
 """
 
 import pytest
@@ -15,7 +15,7 @@ def undisturbed(tmp_path_factory):
     return Undisturbed(tmp_path_factory.mktemp("undisturbed"))
 
 
-@pytest.mark.parametrize("name", sorted({*FAULTS} - {"group", "raylet"}))
+@pytest.mark.parametrize("name", sorted({*FAULTS} - {"worker", "group", "raylet"}))
 def test_fault_costs_nothing_that_was_reported(name, tmp_path, undisturbed):
     if reason := FAULTS[name].why_not():
         pytest.skip(reason)

@@ -148,7 +148,7 @@ def test_node_that_fails_whatever_it_gets_gets_no_more(cluster, bucket, cli, tmp
     assert (process.returncode, error) == (1, ""), out
     assert f"got no more: ['{broken.node_id}']" in out
     statuses = load(f"{bucket}/all/broken").facts["statuses"]
-    assert statuses["error"] in (IN_A_ROW, IN_A_ROW + 1)  # one may have been on its way
+    assert IN_A_ROW <= statuses["error"] <= IN_A_ROW + 2  # two may have been on their way
     assert sum(statuses.values()) == 12
 
 
