@@ -17,6 +17,12 @@ def alive() -> frozenset[str]:
     )
 
 
+def named(node_ids: frozenset[str]) -> str:
+    """Returns nodes as a user knows them: host names, each with its id."""
+    hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
+    return ", ".join(sorted(f"{hosts.get(node_id, 'gone')} ({node_id})" for node_id in node_ids))
+
+
 class BadNodes:
     """Counts the failures of each node.
 

@@ -13,6 +13,7 @@ import ray
 from rich.console import Console
 
 from search import preflight
+from search.bad_nodes import named
 from search.engine import run_jobs
 from search.mirror import Mirror, bring
 from search.nodes import check_nodes
@@ -212,7 +213,7 @@ def carry_out(
         return 3
     code = finish(study.folder, console)
     if jobs.avoided:
-        print_standing(f"nodes that failed trials in a row and got no more: {sorted(jobs.avoided)}", console)
+        print_standing(f"nodes that failed trials in a row and got no more: {named(jobs.avoided)}", console)
     print_standing(sidecar.end(END_SECONDS), console)
     left = mirror.finish()
     print_standing(left, console)

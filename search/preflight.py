@@ -51,10 +51,15 @@ def prepare(options: StudyOptions, data: ImageData, levers: Levers, threads: int
         threads: Measure an epoch on so many; None: do not.
 
     Raises:
-        ValueError: Weights, sizes or data do not fit the architecture.
+        ValueError: Weights, sizes or data do not fit the architecture, or the network not into memory.
     """
     torch.set_num_threads(cpu_count())
-    run = TrainingRun(example(options), data, levers, Path(options.data_dir))
+    try:
+        run = TrainingRun(example(options), data, levers, Path(options.data_dir))
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise ValueError(f"{options.space} does not fit into memory here; --fix smaller sizes") from error
     seconds = None if threads is None else _measure(run, threads)
     buffer = io.BytesIO()
     torch.save(run.state_dict(), buffer)  # after a step, if one was measured: the optimizer has its state

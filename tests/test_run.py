@@ -65,6 +65,7 @@ def write_images(folder, classes=("cat", "dog"), count=6, color=40):
         (["--space", "softmax", "--time-budget", -1], ["--time-budget=-1"]),
         (["--space", "softmax", "--data", "nothing/here"], ["nothing/here does not exist"]),
         (["--space", "softmax", "--data", "digit"], ["did you mean digits?"]),
+        (["--space", "twolayernn", "--fix", f"hidden={10**12}"], ["does not fit into memory", "--fix"]),
         (["--resume", "nothing"], ["nothing holds no study"]),
         (["--resume", "nothing", "--space", "softmax"], ["--resume takes space"]),
         (["--space", "resnet_softmax", "--weights", "nothing.pth"], ["nothing.pth"]),
