@@ -11,7 +11,6 @@ and the same finals, no process left behind, and the exit code and message that 
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import re
@@ -30,6 +29,8 @@ import psutil
 import search  # noqa: F401  before anything imports Ray
 from search.journal import Journal, records
 from tests.cluster.lab import Lab, why_not
+from tests.compared import measured, result, table
+from tests.three_nodes import three_nodes
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 300  # the longest that a study may take, or one of its steps
@@ -38,6 +39,7 @@ GONE_WITHIN = 10  # seconds after a study's end
 AGENTS, AGENTS_GONE_WITHIN = ("ray::DashboardAgent", "ray::RuntimeEnvAgent"), 90
 STUDY = ("--space", "softmax", "--data", "digits", "--wandb", "off", "--concurrency", "1")
 TRIALS = (*STUDY, "--trials", "12", "--epochs", "27", "--final-seeds", "1")
+PLACE_AND_TIME = ("seconds", "node")  # columns of trials.csv
 FULL_BYTES = 4 * 2**20  # of the small disk
 
 
@@ -180,8 +182,10 @@ def outcome(
     for trial in records(run.journal.read()).values():
         if sorted(trial.reports) != list(range(1, trial.epoch + 1)):
             wrong.append(f"reports lost of {trial.trial_id}")
-    if like is not None and table(run.study) != table(like):
+    if like is not None and table(run.study, PLACE_AND_TIME) != table(like, PLACE_AND_TIME):
         wrong.append("other trials than undisturbed")
+    if like is not None and measured(run.study) != measured(like):
+        wrong.append("other epochs than undisturbed")
     if like is not None and result(run.study) != result(like):
         wrong.append("another winner or other finals than undisturbed")
     token = (Path.home() / ".ray/auth_token").read_bytes().strip()
@@ -191,19 +195,6 @@ def outcome(
         wrong.append(f"left behind: {left}")
     lines = (err or out).strip().splitlines()
     return Outcome(times, was, lines[-1] if lines else "", wrong, run)
-
-
-def table(study: Path) -> list[list[str]]:
-    """Returns trials.csv without what may differ: seconds and node."""
-    header, *rows = (line.split(",") for line in (study / "trials.csv").read_text().splitlines())
-    kept = [k for k, name in enumerate(header) if name not in ("seconds", "node")]
-    return [[row[k] for k in kept] for row in (header, *rows)]
-
-
-def result(study: Path) -> tuple:
-    """Returns a study's winner and its finals."""
-    content = json.loads((study / "study.json").read_text())
-    return content["status"], content["best"], content["final"]
 
 
 class Undisturbed:
@@ -370,29 +361,10 @@ def exhaust_memory(folder: Path, times: int, undisturbed: Undisturbed) -> Outcom
     return done
 
 
-@contextlib.contextmanager
-def _cluster() -> "object":
-    """Yields a cluster of two workers of one CPU beside a head without any, all on this host."""
-    from ray.cluster_utils import Cluster
-
-    subprocess.run(
-        [Path(sys.executable).with_name("ray"), "get-auth-token", "--generate"], capture_output=True
-    )
-    fast = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000}
-    fast |= {"health_check_timeout_ms": 1000, "health_check_failure_threshold": 3}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": fast})
-    try:
-        for _ in range(2):
-            cluster.add_node(num_cpus=1)
-        yield cluster
-    finally:
-        cluster.shutdown()
-
-
 def kill_raylet(folder: Path, times: int, undisturbed: Undisturbed) -> Outcome:
     """SIGKILL of the raylet of the node that a trial is on; another node joins."""
     alone = undisturbed(*TRIALS)
-    with _cluster() as cluster:
+    with three_nodes() as cluster:
         run = Run(folder, {"RAY_ADDRESS": cluster.address})
         storage = folder / "storage"
         storage.mkdir()
@@ -415,7 +387,7 @@ def kill_raylet(folder: Path, times: int, undisturbed: Undisturbed) -> Outcome:
             cluster.add_node(num_cpus=1)
         done = outcome(times, run, run.finish(), like=alone)
         lost = [event["lost"] for event in run.journal.read() if "lost" in event]
-        if set(lost) != {"node"} or len(lost) != times:
+        if lost != ["node"] * times:
             done.wrong.append(f"the journal tells of {lost}")
         if groups := _placement_groups(cluster.address):
             done.wrong.append(f"placement groups left behind: {groups}")

@@ -19,6 +19,7 @@ from search.resources import Machine, Resources, settle
 from search.study import Study
 from search.study_file import read_study
 from search.suggest import SEARCHERS
+from tests.compared import measured, table
 from trainables.data import prepare
 from trainables.levers import choose
 
@@ -71,10 +72,10 @@ def reports_of(folder):
 @pytest.mark.parametrize("pruner", PRUNERS)
 def test_sixty_four_short_trials_run_on_exactly_two_workers(study, pruner, searcher):
     folder, jobs = study(pruner=pruner, searcher=searcher, trials=64, epochs=3, final_seeds=2)
-    pids = Counter(
-        report["pid"] for report in reports_of(folder) if not report["trial_id"].startswith("final")
-    )
-    assert len(pids) == SLOTS, pids
+    pids = [report["pid"] for report in reports_of(folder) if not report["trial_id"].startswith("final")]
+    assert len(set(pids)) == SLOTS
+    both = Counter(pids[max(pids.index(pid) for pid in pids) :])  # since the second one is up
+    assert min(both.values()) * 4 >= max(both.values()), both
     assert len(jobs.searched) == 64
     assert jobs.finished
     assert not jobs.running
@@ -89,10 +90,7 @@ def test_same_seed_at_concurrency_one_gives_the_same_trials_csv(study):
     tables = []
     for name in ("one", "two"):
         folder, _ = study(name, slots=1, trials=14, epochs=9, final_seeds=1)
-        header, *rows = (folder / "trials.csv").read_text().splitlines()
-        seconds = header.split(",").index("seconds")
-        tables.append([[cell for k, cell in enumerate(row.split(",")) if k != seconds] for row in rows])
-        tables[-1].append(read_study(folder)["final"])
+        tables.append((table(folder), measured(folder), read_study(folder)["final"]))
     assert tables[0] == tables[1]
 
 

@@ -1,7 +1,6 @@
 """Studies on a cluster of three nodes, all on this machine: what must hold before, what a lost one costs."""
 
-import subprocess
-import sys
+import socket
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from search.bad_nodes import IN_A_ROW, BadNodes
 from search.journal import Journal
 from search.provenance import code_sha256, versions
 from tests.object_store import object_store
+from tests.three_nodes import three_nodes
 from trainables.levers import Levers
 
 CPU = Levers("cpu", "fp32", True, 2**20)
@@ -67,24 +67,10 @@ def bucket():
 
 @pytest.fixture(scope="module")
 def cluster(bucket):
-    """Two workers of one CPU beside a head without any, whose environment leads to the object store."""
-    from ray.cluster_utils import Cluster
-
-    subprocess.run(
-        [Path(sys.executable).with_name("ray"), "get-auth-token", "--generate"], capture_output=True
-    )
-    # a dead node is known after 3 s, not after half a minute
-    fast = {
-        f"health_check_{name}": value for name, value in (("initial_delay_ms", 1000), ("period_ms", 1000))
-    }
-    fast |= {"health_check_timeout_ms": 1000, "health_check_failure_threshold": 3}
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": fast})
-    for _ in range(2):
-        made.add_node(num_cpus=1)
-    with pytest.MonkeyPatch.context() as patch:
+    """Three nodes, whose environment leads to the object store."""
+    with three_nodes() as made, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", made.address)
         yield made
-    made.shutdown()
 
 
 @pytest.mark.ray
@@ -146,7 +132,7 @@ def test_node_that_fails_whatever_it_gets_gets_no_more(cluster, bucket, cli, tmp
     )
     out, error = process.communicate(timeout=150)
     assert (process.returncode, error) == (1, ""), out
-    assert f"got no more: ['{broken.node_id}']" in out
+    assert f"got no more: {socket.gethostname()} ({broken.node_id})" in out
     statuses = load(f"{bucket}/all/broken").facts["statuses"]
     assert IN_A_ROW <= statuses["error"] <= IN_A_ROW + 2  # two may have been on their way
     assert sum(statuses.values()) == 12

@@ -7,6 +7,8 @@ import time
 
 import pytest
 
+from tests.compared import table
+
 pytestmark = pytest.mark.ray
 
 STUDY = ["--space", "softmax", "--data", "digits", "--trials", 12, "--epochs", 27, "--final-seeds", 1]
@@ -28,16 +30,9 @@ def wait_for_lines(folder, count, process):
         time.sleep(0.005)
 
 
-def table(folder):
-    """Returns trials.csv without the column of times."""
-    header, *rows = (folder / "trials.csv").read_text().splitlines()
-    seconds = header.split(",").index("seconds")
-    return [[cell for k, cell in enumerate(row.split(",")) if k != seconds] for row in (header, *rows)]
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, data_dir):
-    """The same study, left alone: what every resumed one must equal."""
+    """A study, left alone, and what it printed."""
     import subprocess
     import sys
 
