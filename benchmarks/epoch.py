@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torchvision.models import resnet18
 
+from benchmarks.obvious import obvious_network
 from trainables.config import TrainConfig, check_integer, check_name
 from trainables.data import DATA_DIR, ImageData, load_split, prepare, split_validation
 from trainables.levers import Levers, choose
@@ -44,33 +44,21 @@ class Case:
 
 CASES = {
     "softmax": Case({"batch_size": 512, "lr": 0.01}),
-    "twolayernn": Case({"batch_size": 256, "lr": 1e-4, "weight_decay": 1e-4, "optimizer": "adam"}),
-    "convnet": Case({"batch_size": 512, "lr": 0.001, "weight_decay": 0.01, "momentum": 0.9}, batches=4),
-    "mymodel": Case({"batch_size": 128, "lr": 0.001, "weight_decay": 0.001, "momentum": 0.98}, batches=12),
+    "twolayernn": Case(
+        {"batch_size": 256, "lr": 1e-4, "weight_decay": 1e-4, "optimizer": "adam", "hidden": 250}
+    ),
+    "convnet": Case(
+        {"batch_size": 512, "lr": 0.001, "weight_decay": 0.01, "momentum": 0.9}
+        | {"hidden": 50, "kernel_size": 5},
+        batches=4,
+    ),
+    "mymodel": Case(
+        {"batch_size": 128, "lr": 0.001, "weight_decay": 0.001, "momentum": 0.98}
+        | {"hidden": 64, "kernel_size": 5},
+        batches=12,
+    ),
     "resnet_softmax_updatable": Case({"batch_size": 128, "lr": 0.01, "weight_decay": 0.001}, batches=8),
 }
-
-
-def obvious_network(name: str, classes: int) -> nn.Module:
-    """Builds an architecture in the textbook's order of layers, at its published width."""
-    if name == "resnet_softmax_updatable":
-        return resnet18(num_classes=classes)
-    layers: dict[str, tuple[nn.Module, ...]] = {
-        "softmax": (nn.Flatten(), nn.Linear(3072, classes)),
-        "twolayernn": (nn.Flatten(), nn.Linear(3072, 250), nn.ReLU(), nn.Linear(250, classes)),
-        "convnet": (
-            *(nn.Conv2d(3, 150, 5), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Flatten(), nn.Linear(150 * 14 * 14, classes)),
-        ),
-        "mymodel": (
-            *(nn.Conv2d(3, 64, 5, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(64, 128, 5, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(128, 256, 5, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Flatten(), nn.Linear(256 * 2 * 2, 320), nn.ReLU(), nn.Dropout(0.2)),
-            *(nn.Linear(320, 50), nn.ReLU(), nn.Dropout(0.2), nn.Linear(50, classes)),
-        ),
-    }
-    return nn.Sequential(*layers[name])
 
 
 class ObviousRun:
@@ -85,7 +73,7 @@ class ObviousRun:
         mean, std = like.pipeline.mean, like.pipeline.std
         self.mean = torch.tensor(mean, device=self.device).view(1, 3, 1, 1)
         self.std = torch.tensor(std, device=self.device).view(1, 3, 1, 1)
-        self.network = obvious_network(like.config.architecture, len(like.data.classes)).to(self.device)
+        self.network = obvious_network(like.config, len(like.data.classes)).to(self.device)
         ours = [*like.model.parameters(), *like.model.buffers()]
         for mine, theirs in zip([*self.network.parameters(), *self.network.buffers()], ours, strict=True):
             mine.data.copy_(theirs)

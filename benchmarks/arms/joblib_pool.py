@@ -1,0 +1,30 @@
+"""The least that can be done: joblib hands our training code to processes of one thread each."""
+
+from __future__ import annotations
+
+import torch
+from joblib import Parallel, delayed
+
+from benchmarks.arms import serve
+from benchmarks.task import OurTrial, Row, Task
+from trainables.data import ImageData
+
+
+def train(task: Task, data: ImageData | None, trial: int) -> list[Row]:
+    """Trains one configuration to its end."""
+    torch.set_num_threads(1)
+    at_work = OurTrial(task, data, trial)
+    return [at_work.epoch() for _ in range(task.epochs)]
+
+
+def run(task: Task) -> list[Row]:
+    """Runs all trials."""
+    data = None if task.no_op else task.images()
+    done = Parallel(n_jobs=task.workers)(
+        delayed(train)(task, data, trial) for trial in range(len(task.configurations))
+    )
+    return [reported for rows in done for reported in rows]
+
+
+if __name__ == "__main__":
+    serve(run)

@@ -1,0 +1,51 @@
+"""Optuna in one process, a trial at a time on all cores, by our training code; the arm names the pruner."""
+
+from __future__ import annotations
+
+import sys
+
+import optuna
+import torch
+
+from benchmarks.arms import serve
+from benchmarks.task import OurTrial, Row, Task
+
+
+def pruner(name: str, task: Task) -> optuna.pruners.BasePruner:
+    """Returns what an arm prunes by."""
+    if not task.pruning:
+        return optuna.pruners.NopPruner()
+    if name == "optuna-halving":
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+    return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=task.epochs, reduction_factor=3)
+
+
+def run(task: Task) -> list[Row]:
+    """Runs all trials."""
+    torch.set_num_threads(task.workers)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    data = None if task.no_op else task.images()
+    rows: list[Row] = []
+
+    def objective(trial: optuna.Trial) -> float:
+        index = trial.suggest_int("trial", 0, len(task.configurations) - 1)
+        at_work = OurTrial(task, data, index)
+        accuracy = 0.0
+        for _ in range(task.epochs):
+            reported = at_work.epoch()
+            rows.append(reported)
+            accuracy = reported["val_accuracy"] or 0.0
+            trial.report(accuracy, reported["epoch"])
+            if trial.should_prune():
+                raise optuna.TrialPruned
+        return accuracy
+
+    study = optuna.create_study(direction="maximize", pruner=pruner(sys.argv[3], task))
+    for index in range(len(task.configurations)):
+        study.enqueue_trial({"trial": index})
+    study.optimize(objective, n_trials=len(task.configurations))
+    return rows
+
+
+if __name__ == "__main__":
+    serve(run)

@@ -1,0 +1,82 @@
+"""Which trials are the arms timed on? Families, and their committed configurations.
+
+``python -m benchmarks.families`` draws configurations.json anew; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from search.spaces import find_space, fixed_values
+from search.suggest import RandomSampler
+
+FILE = Path(__file__).with_name("configurations.json")
+DRAWN = 32  # configurations per architecture
+# The tutorial has a constant lr and pixels as they are. Nothing that only one arm has may be timed.
+FIX: dict[str, Any] = {
+    "schedule": "constant",
+    "warmup_epochs": 0.0,
+    "label_smoothing": 0.0,
+    "augment": "none",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Trials of one architecture, sized for two cores."""
+
+    architecture: str
+    trials: int
+    epochs: int
+    images: int | None  # training images, of which a tenth validates; None: all
+    pruning: bool = False  # each arm in its own way; what counts is when a good trial is found
+    no_op: bool = False
+
+
+FAMILIES = {
+    "softmax": Family("softmax", trials=16, epochs=5, images=None),
+    "twolayernn": Family("twolayernn", trials=16, epochs=3, images=None),
+    "convnet": Family("convnet", trials=16, epochs=2, images=3000),
+    "mymodel": Family("mymodel", trials=16, epochs=1, images=1800),
+    "resnet": Family("resnet_softmax_updatable", trials=16, epochs=1, images=1800),
+    "frozen": Family("resnet_softmax", trials=16, epochs=9, images=6000),
+    "study": Family("convnet", trials=32, epochs=9, images=1800, pruning=True),
+    "no-op": Family("softmax", trials=200, epochs=1, images=1800, no_op=True),
+}
+
+
+def configurations(family: Family, weights: str) -> list[dict[str, Any]]:
+    """Returns the fields of TrainConfig of each trial of a family.
+
+    Args:
+        family: Which trials; more than the committed list has begin it again.
+        weights: Of ResNet backbones: imagenet, none or a path.
+    """
+    drawn = json.loads(FILE.read_text())[family.architecture]
+    fixed = fixed_values(
+        family.architecture, epochs=family.epochs, image_size=32, weights=weights, seed=0, fix=FIX
+    )
+    return [fixed | drawn[trial % DRAWN] for trial in range(family.trials)]
+
+
+def draw(architecture: str) -> list[dict[str, Any]]:
+    """Returns the published best and random points of the space."""
+    space = find_space(architecture, FIX)
+    sampler = RandomSampler(space.ranges, dict(space.published), seed=0)
+    return [sampler.suggest(f"{trial:04d}") or {} for trial in range(DRAWN)]
+
+
+def main() -> None:
+    """Writes configurations.json."""
+    names = dict.fromkeys(family.architecture for family in FAMILIES.values())
+    rows = {
+        name: "[\n  " + ",\n  ".join(json.dumps(config) for config in draw(name)) + "\n ]" for name in names
+    }
+    FILE.write_text("{\n " + ",\n ".join(f'"{name}": {text}' for name, text in rows.items()) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()

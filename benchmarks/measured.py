@@ -1,0 +1,101 @@
+"""What did one run of an arm take? Seconds, CPU seconds of all its processes, and what it reported."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.arms import ARMS
+from benchmarks.probe import probe
+from benchmarks.task import Row, Task
+
+LEFT_SECONDS = 60.0  # that Ray's processes may take to go after their driver
+PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
+
+
+def adopt_orphans() -> None:
+    """Makes orphans of an arm children of this process, whose CPU seconds are then counted (Linux)."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run of an arm."""
+
+    seconds: float  # from starting python to its end
+    cpu_seconds: float  # of all its processes, user and system
+    rows: list[Row]  # finished_at is in seconds from the start
+    probe: dict[str, float]  # just before
+    load: float  # of the last minute, just before
+
+    @property
+    def best(self) -> float:
+        """Returns the highest val_accuracy of a trial's last report, a fraction."""
+        last = {row["trial"]: row["val_accuracy"] or 0.0 for row in self.rows}
+        return max(last.values())
+
+    def seconds_until(self, accuracy: float) -> float | None:
+        """Returns when a report first reached an accuracy; None: never."""
+        found = [row["finished_at"] for row in self.rows if (row["val_accuracy"] or 0.0) >= accuracy]
+        return min(found, default=None)
+
+
+def measure(arm: str, task: Task) -> Measured:
+    """Runs an arm in a process of its own and waits until all that it started is gone.
+
+    Raises:
+        RuntimeError: It failed; the end of what it printed.
+    """
+    before = probe()
+    load = os.getloadavg()[0]
+    folder = Path(task.folder)
+    asked, answered, printed = (folder.with_suffix(end) for end in (".task", ".rows", ".txt"))
+    task.write(asked)
+    command = [sys.executable, "-m", f"benchmarks.arms.{ARMS[arm][0]}", str(asked), str(answered), arm]
+    used, started, began = _cpu_seconds(), time.time(), time.perf_counter()
+    with printed.open("w") as out:
+        code = subprocess.call(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
+    seconds = time.perf_counter() - began
+    _reap()
+    if code != 0:
+        raise RuntimeError(f"arm {arm} ended with code {code}:\n{printed.read_text()[-3000:]}")
+    rows = json.loads(answered.read_text())
+    for row in rows:
+        row["finished_at"] -= started
+    check_same_work(task, arm, rows)
+    return Measured(seconds, _cpu_seconds() - used, rows, before, load)
+
+
+def _cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _reap() -> None:
+    """Waits for all children, those that were orphaned to us included."""
+    until = time.monotonic() + LEFT_SECONDS
+    while time.monotonic() < until:
+        try:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                time.sleep(0.05)
+        except ChildProcessError:
+            return
+    raise RuntimeError(f"an arm left processes behind; see ps --ppid {os.getpid()}")
+
+
+def check_same_work(task: Task, arm: str, rows: list[Row]) -> None:
+    """Raises RuntimeError unless an arm trained every trial, to its end where nobody prunes."""
+    epochs: dict[int, int] = {}
+    for row in rows:
+        epochs[row["trial"]] = max(row["epoch"], epochs.get(row["trial"], 0))
+    diverged = {row["trial"] for row in rows if row["val_accuracy"] is None}
+    short = [t for t, epoch in epochs.items() if epoch < task.epochs and t not in diverged]
+    if len(epochs) != len(task.configurations) or (short and not task.pruning):
+        raise RuntimeError(f"arm {arm} ran {len(epochs)} trials, {len(short)} of them too short")

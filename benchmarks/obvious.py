@@ -1,0 +1,76 @@
+"""What network does one write first? The textbook's order of layers, for what ours is compared with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet18
+
+from models.resnet import load_weights
+from trainables.config import TrainConfig
+
+SIDE = 32  # pixels, of the images
+
+
+class Frozen(nn.Module):
+    """A network whose output is computed anew each time and trains nothing."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Frozen:
+        """Stays as it is: BatchNorm's statistics are the trained ones."""
+        return self
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the network's output."""
+        out: Tensor = self.network(x)
+        return out
+
+
+def obvious_network(config: TrainConfig, classes: int) -> nn.Module:
+    """Builds Conv → ReLU → MaxPool networks for images ``(N, 3, 32, 32)``; they return logits.
+
+    Parameters stand in the order of ours, so that weights can be copied over.
+
+    Args:
+        config: The trial; hidden and kernel_size must be given where the architecture has them.
+        classes: How many logits.
+
+    Raises:
+        ValueError: The architecture has no row here.
+    """
+    name, h, k = config.architecture, config.hidden or 0, config.kernel_size or 0
+    if name.startswith("resnet"):
+        network = resnet18()
+        if weights := load_weights(config.weights):
+            network.load_state_dict(weights)
+        network.fc = nn.Identity() if name == "resnet_softmax" else nn.Linear(512, classes)
+    if name == "resnet_softmax":
+        return nn.Sequential(Frozen(network), nn.Linear(512, classes))
+    if name == "resnet_softmax_updatable":
+        return network
+    if name == "softmax":
+        return nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE**2, classes))
+    if name == "twolayernn":
+        return nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE**2, h), nn.ReLU(), nn.Linear(h, classes))
+    if name == "convnet":
+        side = (SIDE + 1 - k) // 2
+        return nn.Sequential(
+            *(nn.Conv2d(3, 3 * h, k), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Flatten(), nn.Linear(3 * h * side**2, classes)),
+        )
+    if name == "mymodel":
+        side = SIDE
+        for _ in range(3):
+            side = (side + 3 - k) // 2
+        return nn.Sequential(
+            *(nn.Conv2d(3, h, k, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(h, 2 * h, k, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(2 * h, 4 * h, k, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Flatten(), nn.Linear(4 * h * side**2, 5 * h), nn.ReLU(), nn.Dropout(0.2)),
+            *(nn.Linear(5 * h, 50), nn.ReLU(), nn.Dropout(0.2), nn.Linear(50, classes)),
+        )
+    raise ValueError(f"there is no obvious network of {name}")

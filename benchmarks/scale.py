@@ -1,0 +1,110 @@
+"""Does a study of thousands of trials stay as fast and as small as it began?
+
+Runs a study whose trials train nothing, with the default pruner, and prints milliseconds per trial and the
+driver's memory at its beginning and its end, and the size of the study's folder; writes nothing else::
+
+    python -m benchmarks.scale --trials 2000
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import psutil
+
+from benchmarks.families import FAMILIES, configurations
+from benchmarks.task import Row, Task
+from trainables.command_line import Parser, exit_code
+from trainables.config import check_integer
+from trainables.data import DATA_DIR
+
+WINDOW = 100  # trials whose time is taken together
+SETTLED = 100  # trials after which workers are up and everything is imported
+EPOCHS = 3  # of a trial that is promoted to the end
+SAMPLE_SECONDS = 0.2  # between looks at the driver's memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """What a long study took; pairs are (after SETTLED trials, at the end)."""
+
+    ms_per_trial: tuple[float, float]
+    driver_mib: tuple[float, float]  # unique to the process
+    folder_mib: float
+
+
+def run(trials: int, data: str, data_dir: Path) -> Scaled:
+    """Runs a study of trials that only report.
+
+    Raises:
+        RuntimeError: It failed; the end of what it printed.
+    """
+    family = dataclasses.replace(FAMILIES["no-op"], trials=trials, epochs=EPOCHS)
+    with tempfile.TemporaryDirectory() as name:
+        (folder := Path(name, "arm")).mkdir()
+        task = Task(
+            configurations=configurations(family, "none"),
+            epochs=EPOCHS,
+            pruning=True,
+            no_op=True,
+            data=data,
+            data_dir=str(data_dir.absolute()),
+            workers=2,
+            device="cpu",
+            precision="fp32",
+            folder=str(folder),
+        )
+        task.write(Path(name, "task"))
+        command = [sys.executable, "-m", "benchmarks.arms.ours", f"{name}/task", f"{name}/rows"]
+        with Path(name, "printed").open("w") as out:
+            process = psutil.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
+            samples = [*_memory(process, folder / "study" / "reports.jsonl")]
+        if process.wait() != 0:
+            raise RuntimeError(Path(name, "printed").read_text()[-3000:])
+        rows = json.loads(Path(name, "rows").read_text())
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return Scaled(ms_per_trial(rows), (samples[0], samples[-1]), size / 2**20)
+
+
+def _memory(process: psutil.Popen, journal: Path) -> Iterable[float]:
+    """Yields MiB of a process now and then, from the time when its study has settled."""
+    while True:
+        try:
+            process.wait(SAMPLE_SECONDS)
+            return
+        except psutil.TimeoutExpired:
+            if journal.exists() and journal.read_bytes().count(b'"config"') >= SETTLED:
+                yield process.memory_full_info().uss / 2**20
+
+
+def ms_per_trial(rows: list[Row]) -> tuple[float, float]:
+    """Returns milliseconds between trials' first reports, of WINDOW trials after SETTLED, and of the last."""
+    times = sorted(row["finished_at"] for row in rows if row["epoch"] == 1)
+    first = times[SETTLED + WINDOW] - times[SETTLED]
+    return 1000 * first / WINDOW, 1000 * (times[-1] - times[-1 - WINDOW]) / WINDOW
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints what a long study took."""
+    parser = Parser(prog="python -m benchmarks.scale", description=__doc__.split("\n")[0])
+    parser.add_argument("--trials", type=int, default=2000, help="of the study (%(default)s)")
+    parser.add_argument("--data", default="digits", help="which trials would train on (%(default)s)")
+    parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="cache (%(default)s)")
+    options = parser.parse_args(arguments)
+    check_integer("--trials", options.trials, SETTLED + 2 * WINDOW)
+    scaled = run(options.trials, options.data, options.data_dir)
+    print(f"{options.trials} trials, after {SETTLED} and at the end:")
+    for name, (begin, end) in (("ms per trial", scaled.ms_per_trial), ("driver MiB", scaled.driver_mib)):
+        print(f"  {name:14}{begin:8.1f}{end:8.1f}   {end / begin:.2f}")
+    print(f"  folder MiB    {scaled.folder_mib:8.1f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(lambda: main()))

@@ -1,0 +1,96 @@
+"""What is one arm of a benchmark asked to do, and what does it answer? Both are JSON files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainables.config import TrainConfig
+from trainables.data import ImageData, prepare
+from trainables.levers import Levers, choose
+from trainables.training import TrainingRun
+
+Row = dict[str, Any]  # a report: trial, epoch, val_accuracy (fraction), finished_at (seconds since 1970)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A study that every arm runs, the same for all.
+
+    Attributes:
+        configurations: The trials, as fields of TrainConfig, in the order in which they start.
+        epochs: Of each trial, at most.
+        pruning: Whether each arm prunes, in its own way.
+        no_op: Whether trials only report, and train nothing.
+        data: A folder of images whose decoded copy lies under data_dir.
+        data_dir: The cache folder.
+        workers: Trials at once.
+        device: cpu or cuda.
+        precision: fp32 or bf16, of arms that train by our code.
+        folder: Where the arm may write; it is empty.
+    """
+
+    configurations: list[dict[str, Any]]
+    epochs: int
+    pruning: bool
+    no_op: bool
+    data: str
+    data_dir: str
+    workers: int
+    device: str
+    precision: str
+    folder: str
+
+    @classmethod
+    def read(cls, file: Path) -> Task:
+        """Reads what ``write`` wrote."""
+        return cls(**json.loads(file.read_text()))
+
+    def write(self, file: Path) -> None:
+        """Writes the task for a process to read."""
+        file.write_text(json.dumps(dataclasses.asdict(self)))
+
+    def config(self, trial: int) -> TrainConfig:
+        """Returns a trial's configuration."""
+        return TrainConfig.from_dict(self.configurations[trial])
+
+    def images(self) -> ImageData:
+        """Returns the decoded images."""
+        return prepare(self.data, Path(self.data_dir))
+
+    def levers(self) -> Levers:
+        """Returns how our training code is to use the device."""
+        return choose(self.device, self.precision)
+
+
+class OurTrial:
+    """A trial by tunefleet's training code, without its engine: what well-made peers run, too."""
+
+    def __init__(self, task: Task, data: ImageData | None, trial: int) -> None:
+        self.trial, self.epochs_done = trial, 0
+        self.run = None
+        if not task.no_op:
+            assert data is not None
+            self.run = TrainingRun(task.config(trial), data, task.levers(), Path(task.data_dir))
+
+    def epoch(self) -> Row:
+        """Trains and evaluates an epoch, or only says so."""
+        self.epochs_done += 1
+        if self.run is None:
+            return row(self.trial, self.epochs_done, no_op_accuracy(self.trial, self.epochs_done))
+        accuracy = self.run.epoch()["val_accuracy"]
+        return row(self.trial, self.epochs_done, accuracy)
+
+
+def no_op_accuracy(trial: int, epoch: int) -> float:
+    """Returns what a trial that trains nothing reports: a fraction that differs between trials."""
+    return (trial * 37 % 101 + epoch) / 200
+
+
+def row(trial: int, epoch: int, val_accuracy: float | None) -> Row:
+    """Returns a report of now."""
+    return {"trial": trial, "epoch": epoch, "val_accuracy": val_accuracy, "finished_at": time.time()}

@@ -1,0 +1,202 @@
+"""Are the arms of a benchmark given the same work, and is what they took worked out rightly?"""
+
+import json
+import math
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import families, run
+from benchmarks.measured import Measured, check_same_work
+from benchmarks.obvious import obvious_network
+from benchmarks.probe import probe, spread
+from benchmarks.scale import ms_per_trial
+from benchmarks.task import Task, no_op_accuracy
+from models import build, build_args
+from trainables.config import TrainConfig
+
+ROOT = Path(__file__).parents[1]
+STEADY = {"gflops": 50.0, "gbytes": 10.0}
+
+
+def rows(*found):
+    """Returns rows of (trial, epoch, val_accuracy, seconds)."""
+    return [dict(zip(("trial", "epoch", "val_accuracy", "finished_at"), row, strict=True)) for row in found]
+
+
+def measured(seconds, *found, steady=STEADY):
+    return Measured(seconds, 2 * seconds, rows(*found), dict(steady), 0.1)
+
+
+def task(**changes):
+    values = {
+        "configurations": [{"architecture": "softmax"}] * 2,
+        "epochs": 2,
+        "pruning": False,
+        "no_op": True,
+        "data": "digits",
+        "data_dir": "",
+        "workers": 2,
+        "device": "cpu",
+        "precision": "fp32",
+        "folder": "",
+    }
+    return Task(**(values | changes))
+
+
+@pytest.mark.parametrize("name", sorted({f.architecture for f in families.FAMILIES.values()}))
+def test_committed_configurations_are_what_the_space_gives(name):
+    assert json.loads(families.FILE.read_text())[name] == families.draw(name)
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_every_configuration_is_a_trial_of_the_family(name):
+    family = families.FAMILIES[name]
+    configs = [TrainConfig.from_dict(config) for config in families.configurations(family, "none")]
+    assert len(configs) == family.trials
+    assert {(c.architecture, c.epochs, c.augment, c.schedule) for c in configs} == {
+        (family.architecture, family.epochs, "none", "constant")
+    }
+
+
+@pytest.mark.parametrize("name", sorted({f.architecture for f in families.FAMILIES.values()}))
+def test_obvious_network_computes_what_ours_does(name):
+    config = TrainConfig.from_dict(
+        families.configurations(
+            next(f for f in families.FAMILIES.values() if f.architecture == name), "none"
+        )[1]
+    )
+    args = {arg: getattr(config, arg) for arg in build_args(name) if arg in ("hidden", "kernel_size")}
+    ours, obvious = build(name, 10, (3, 32, 32), **args), obvious_network(config, 10)
+    mine, theirs = ([*network.parameters(), *network.buffers()] for network in (ours.eval(), obvious.eval()))
+    for one, other in zip(theirs, mine, strict=True):
+        one.data.copy_(other)
+    x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(obvious(x), ours(x), rtol=1e-4, atol=1e-4)
+
+
+def test_best_is_of_last_reports_and_the_target_of_any():
+    done = measured(9.0, (0, 1, 0.5, 1.0), (0, 2, 0.3, 2.0), (1, 1, 0.4, 3.0), (2, 1, None, 4.0))
+    assert done.best == 0.4
+    assert done.seconds_until(0.4) == 1.0
+    assert done.seconds_until(0.6) is None
+
+
+def test_ratio_is_taken_within_a_repetition():
+    both = {"ours": [measured(2.0), measured(4.0)], "tutorial": [measured(10.0), measured(40.0)]}
+    assert run.ratios(both, "tutorial", None) == [5.0, 10.0]
+
+
+def test_race_ends_at_the_tutorials_best_which_all_its_runs_reached():
+    both = {
+        "ours": [measured(9, (0, 1, 0.61, 2.0)), measured(9, (0, 1, 0.5, 1.0), (1, 1, 0.6, 4.0))],
+        "tutorial": [measured(9, (0, 1, 0.62, 8.0)), measured(9, (0, 1, 0.6, 6.0))],
+    }
+    target = run.target_of(families.FAMILIES["study"], both)
+    assert target == 0.6
+    assert run.ratios(both, "tutorial", target) == [4.0, 1.5]
+    assert run.target_of(families.FAMILIES["softmax"], both) is None
+    assert run.seconds_of(measured(9, (0, 1, 0.1, 1.0)), 0.6) == math.inf
+
+
+def test_interval_covers_the_median_and_nothing_beyond_the_values():
+    low, high = run.interval95([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert 1.0 <= low < 3.0 < high <= 5.0
+    assert run.interval95([2.0]) == (2.0, 2.0)
+
+
+def test_unsteady_machine_is_said_so():
+    slow = STEADY | {"gflops": 40.0}
+    assert run.unsteady({"ours": [measured(1), measured(1)]}) == ""
+    assert "gflops varied by 20%" in run.unsteady({"ours": [measured(1), measured(1, steady=slow)]})
+    assert spread([10.0, 9.0, 11.0]) == pytest.approx(0.2)
+
+
+def test_probe_measures_something():
+    assert all(value > 0 for value in probe().values())
+
+
+@pytest.mark.parametrize(
+    ("found", "pruning", "said"),
+    [
+        (((0, 2, 0.5, 1), (1, 2, 0.5, 1)), False, None),
+        (((0, 2, 0.5, 1), (1, 1, None, 1)), False, None),  # diverged
+        (((0, 2, 0.5, 1), (1, 1, 0.5, 1)), True, None),
+        (((0, 2, 0.5, 1), (1, 1, 0.5, 1)), False, "2 trials, 1 of them too short"),
+        (((0, 2, 0.5, 1),), True, "1 trials"),
+    ],
+)
+def test_arm_that_trained_less_is_refused(found, pruning, said):
+    asked = task(pruning=pruning)
+    if said is None:
+        check_same_work(asked, "ours", rows(*found))
+    else:
+        with pytest.raises(RuntimeError, match=said):
+            check_same_work(asked, "ours", rows(*found))
+
+
+def test_time_per_trial_is_that_of_first_reports():
+    # 301 trials: a slow start, then 10 ms each, the last hundred 20 ms; second epochs do not count
+    times = [1.0 + t * 0.01 for t in range(201)] + [3.0 + 0.02 * t for t in range(1, 101)]
+    found = rows(*((t, 1, 0.5, seconds) for t, seconds in enumerate(times)), (0, 2, 0.5, 99.0))
+    assert ms_per_trial(found) == pytest.approx((10.0, 20.0))
+
+
+def test_no_op_accuracies_tell_trials_apart():
+    assert len({no_op_accuracy(trial, 1) for trial in range(32)}) == 32
+    assert all(0 <= no_op_accuracy(trial, 9) <= 1 for trial in range(2000))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["our"], "did you mean ours?"),
+        (["--family", "convnets"], "did you mean convnet?"),
+        (["--repeat", "0"], "give an integer of at least 1"),
+        (["--data", "digits", "--images", "100000"], "too few"),
+    ],
+)
+def test_wrong_argument_is_one_line(arguments, said, tmp_path, capsys):
+    code = run.main([*arguments, "--data-dir", str(tmp_path / "data")])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.count("\n") == 1
+    assert said in error
+
+
+@pytest.mark.ray
+def test_gpu_script_on_a_processor(tmp_path):
+    small = {
+        "OUT": str(tmp_path / "out"),
+        "DATA": "digits",
+        "WEIGHTS": "none",
+        "DEVICE": "cpu",
+        "REPEAT": "1",
+        "FAMILIES": "softmax",
+        "ARMS_TRIALS": "2",
+        "ARMS_EPOCHS": "1",
+        "ARMS_IMAGES": "300",
+        "SPACES": "softmax",
+        "TRIALS": "2",
+        "EPOCHS": "1",
+        "ARCHITECTURES": "softmax",
+    }
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu.sh"],
+        cwd=ROOT,
+        env=os.environ | small | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "out" / "softmax.json").read_text())
+    assert {arm: len(runs) for arm, runs in result["arms"].items()} == dict.fromkeys(run.ARMS, 1)
+    assert all(runs[0]["epochs"] == 2 and runs[0]["cpu_seconds"] > 1 for runs in result["arms"].values())
+    # the same configurations and images: those that train by our code find the same
+    ours, plain, pool = (result["arms"][arm][0]["best"] for arm in ("ours", "tune-plain", "joblib"))
+    assert ours == plain == pool
+    assert "| softmax |" in (tmp_path / "out" / "table.md").read_text()
+    assert "softmax" in (tmp_path / "out" / "roofline.txt").read_text()
