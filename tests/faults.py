@@ -245,7 +245,7 @@ def kill_group_worker(folder: Path, times: int, undisturbed: Undisturbed) -> Out
     for k in range(times):
 
         def workers() -> list[int]:
-            found = [p for p in run.look() if "RayTrainWorker" in p.name() or "RayTrainWorker" in _title(p)]
+            found = [process for process in run.look() if "RayTrainWorker" in _title(process)]
             return sorted(p.pid for p in found if p.pid not in killed)
 
         def both_train() -> bool:
@@ -260,8 +260,9 @@ def kill_group_worker(folder: Path, times: int, undisturbed: Undisturbed) -> Out
 
 
 def _title(process: psutil.Process) -> str:
+    """Returns how a process calls itself; empty: it has ended."""
     with contextlib.suppress(psutil.Error):
-        return " ".join(process.cmdline())
+        return " ".join([process.name(), *process.cmdline()])
     return ""
 
 
