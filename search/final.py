@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy.special import stdtrit
 
 from search.journal import TrialRecord
 
@@ -33,7 +33,7 @@ def summarise(values: list[float]) -> dict[str, Any]:
     if len(values) < 2:
         return {"values": values, "mean": mean, "sd": None, "interval95": None}
     sd = float(np.std(values, ddof=1))
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * sd / math.sqrt(len(values))
+    half = float(stdtrit(len(values) - 1, 0.975)) * sd / math.sqrt(len(values))
     return {
         "values": values,
         "mean": mean,

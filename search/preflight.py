@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import shutil
 from dataclasses import dataclass, replace
@@ -20,6 +19,11 @@ from trainables.data import ImageData
 from trainables.levers import Levers
 from trainables.training import TrainingRun
 
+OPTIMIZER_VALUES = {
+    "sgd": 1,
+    "adam": 2,
+    "adamw": 2,
+}  # that it keeps per parameter
 MEASURED_STEPS = 10  # optimizer steps that forecast an epoch
 START_SECONDS = 12  # Ray and its first workers, on two cores
 
@@ -61,10 +65,16 @@ def prepare(options: StudyOptions, data: ImageData, levers: Levers, threads: int
             raise
         raise ValueError(f"{options.space} does not fit into memory here; --fix smaller sizes") from error
     seconds = None if threads is None else _measure(run, threads)
-    buffer = io.BytesIO()
-    torch.save(run.state_dict(), buffer)  # after a step, if one was measured: the optimizer has its state
     inputs = run.inputs
-    return Prepared(inputs.split_sha256, len(inputs.train_y), len(inputs.val_y), buffer.tell(), seconds)
+    return Prepared(
+        inputs.split_sha256, len(inputs.train_y), len(inputs.val_y), checkpoint_bytes(run), seconds
+    )
+
+
+def checkpoint_bytes(run: TrainingRun) -> int:
+    """Returns what the tensors of a checkpoint take, once the optimizer has its state."""
+    network = sum(tensor.nbytes for tensor in run.network.state_dict().values())
+    return network + OPTIMIZER_VALUES[run.config.optimizer] * sum(p.nbytes for p in run.trained)
 
 
 def _measure(run: TrainingRun, threads: int) -> float:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
-from ray.tune.search.hyperopt import HyperOptSearch
 from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUniform
 
 from trainables.config import check_name
@@ -57,6 +56,8 @@ class TPESampler:
     """Tree-structured Parzen estimator (Bergstra et al. 2011) by hyperopt, through Ray's HyperOptSearch."""
 
     def __init__(self, ranges: Ranges, first: dict[str, Any] | None, seed: int) -> None:
+        from ray.tune.search.hyperopt import HyperOptSearch  # a second or two, which others need not wait for
+
         self._search = HyperOptSearch(
             space=HyperOptSearch.convert_search_space(dict(ranges)),
             metric="val_accuracy",

@@ -27,3 +27,10 @@ def test_ray_starts_whichever_is_imported_first(imports):
         timeout=120,
     )
     assert (done.returncode, done.stdout.split()) == (0, ["token", "True"]), done.stderr[-500:]
+
+
+def test_command_imports_nothing_that_only_some_studies_need():
+    slow = ("torchvision", "torch._dynamo", "hyperopt", "scipy.stats", "wandb", "matplotlib")
+    code = f"import search.run, sys; print([name for name in {slow} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr

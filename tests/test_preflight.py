@@ -3,10 +3,13 @@ import re
 import pytest
 
 from search.options import StudyOptions
-from search.preflight import check_disk, clock
+from search.preflight import check_disk, checkpoint_bytes, clock
 from search.resources import Machine, Resources, plan, settle
 from search.study import default_folder
-from trainables.levers import Levers
+from trainables.config import TrainConfig
+from trainables.data import prepare
+from trainables.levers import Levers, choose
+from trainables.training import TrainingRun
 
 CPU = Levers("cpu", "fp32", True, 2**20)
 CUDA = Levers("cuda", "bf16", True, None)
@@ -117,3 +120,15 @@ def test_default_folder_is_new_each_time(tmp_path, monkeypatch):
     first.mkdir(parents=True)
     monkeypatch.setattr("time.strftime", lambda form: first.name.removeprefix("softmax-cifar10-jpeg-"))
     assert default_folder("softmax", "cifar10-jpeg.zip").name == first.name + "-2"
+
+
+@pytest.mark.parametrize(
+    "optimizer", [{"momentum": 0.9}, {"optimizer": "adam"}, {"optimizer": "adamw"}], ids=str
+)
+def test_checkpoint_takes_what_is_forecast(optimizer, data_dir, tmp_path):
+    config = TrainConfig("twolayernn", epochs=1, hidden=100, **optimizer)
+    run = TrainingRun(config, prepare("digits", data_dir), choose("cpu", "fp32"), data_dir)
+    forecast = checkpoint_bytes(run)
+    run.epoch()
+    run.save(tmp_path / "checkpoint.pt")
+    assert (tmp_path / "checkpoint.pt").stat().st_size == pytest.approx(forecast, rel=0.02)

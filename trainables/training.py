@@ -15,6 +15,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,6 @@ class TrainingRun:
         if levers.channels_last and has_convolution(self.model):
             self.model.to(memory_format=torch.channels_last)
         self.trained = [p for p in self.network.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(config, self.trained)
         self.generator = torch.Generator().manual_seed(config.seed)  # order and augmentation
         torch.manual_seed(config.seed)  # dropout draws from the device's own generator
         self.reports: list[dict[str, Any]] = []  # of all epochs so far
@@ -86,6 +86,11 @@ class TrainingRun:
         sample = self.to_network(self.inputs.train_x[:1])
         self.micro_batch = micro_batch(levers, self.network, sample, config.batch_size)
         self.parallel = group.parallel(self.network)
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Returns the optimizer, built when first used: torch (2.15) then imports its compiler, for 1.7 s."""
+        return make_optimizer(self.config, self.trained)
 
     @property
     def epochs_done(self) -> int:
@@ -101,6 +106,7 @@ class TrainingRun:
             train figures are means over the epoch, measured as its steps went by; the val figures of
             a refit are None.
         """
+        groups = self.optimizer.param_groups
         began = time.perf_counter()
         train_loss, train_accuracy = _means(*self.train_epoch(), len(self.inputs.train_y))
         val_loss, val_accuracy = None, None
@@ -113,7 +119,7 @@ class TrainingRun:
             "train_accuracy": train_accuracy,
             "val_loss": val_loss,
             "val_accuracy": val_accuracy,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": groups[0]["lr"],
             "epoch_seconds": time.perf_counter() - began,
             "finished_at": time.time(),
         }
