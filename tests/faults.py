@@ -38,7 +38,8 @@ GONE_WITHIN = 10  # seconds after a study's end
 # Ray's agents (2.60) try for a minute to tell the dead server of a killed driver that their raylet died
 AGENTS, AGENTS_GONE_WITHIN = ("ray::DashboardAgent", "ray::RuntimeEnvAgent"), 90
 STUDY = ("--space", "softmax", "--data", "digits", "--wandb", "off", "--concurrency", "1")
-TRIALS = (*STUDY, "--trials", "12", "--epochs", "27", "--final-seeds", "1")
+RUNGS, EPOCHS = (1, 3, 9), 27
+TRIALS = (*STUDY, "--trials", "12", "--epochs", str(EPOCHS), "--final-seeds", "1")
 PLACE_AND_TIME = ("seconds", "node")  # columns of trials.csv
 FULL_BYTES = 4 * 2**20  # of the small disk
 
@@ -375,12 +376,15 @@ def kill_raylet(folder: Path, times: int, undisturbed: Undisturbed) -> Outcome:
         for k in range(times):
             moment = 10 * (k + 1)
 
-            def at_work(moment: int = moment, gone: set[int] = gone) -> list[int]:
+            def at_work(moment: int = moment, gone: set[int] = gone) -> int | None:
                 reports = run.reports()
-                pids = {report["pid"] for report in reports[moment - 1 :]} - gone
-                return [pid for pid in pids if psutil.pid_exists(pid)]
+                if len(reports) < moment:
+                    return None
+                last = reports[-1]
+                goes_on = last["epoch"] not in (*RUNGS, EPOCHS)  # else its worker may have nothing to do
+                return last["pid"] if goes_on and last["pid"] not in gone else None
 
-            worker = psutil.Process(run.wait_for(at_work)[-1])
+            worker = psutil.Process(run.wait_for(at_work))
             raylet = worker.parent()
             assert "raylet" in raylet.name()
             gone |= {child.pid for child in raylet.children(recursive=True)}
