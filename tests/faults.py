@@ -38,8 +38,7 @@ GONE_WITHIN = 10  # seconds after a study's end
 # Ray's agents (2.60) try for a minute to tell the dead server of a killed driver that their raylet died
 AGENTS, AGENTS_GONE_WITHIN = ("ray::DashboardAgent", "ray::RuntimeEnvAgent"), 90
 STUDY = ("--space", "softmax", "--data", "digits", "--wandb", "off", "--concurrency", "1")
-RUNGS, EPOCHS = (1, 3, 9), 27
-TRIALS = (*STUDY, "--trials", "12", "--epochs", str(EPOCHS), "--final-seeds", "1")
+TRIALS = (*STUDY, "--trials", "12", "--epochs", "27", "--final-seeds", "1")
 PLACE_AND_TIME = ("seconds", "node")  # columns of trials.csv
 FULL_BYTES = 4 * 2**20  # of the small disk
 
@@ -373,27 +372,27 @@ def kill_raylet(folder: Path, times: int, undisturbed: Undisturbed) -> Outcome:
         run.start(*TRIALS, "--data-dir", folder / "data", "--storage", storage)
         run.find_in(storage)
         gone: set[int] = set()
-        for k in range(times):
-            moment = 10 * (k + 1)
 
-            def at_work(moment: int = moment, gone: set[int] = gone) -> int | None:
-                reports = run.reports()
-                if len(reports) < moment:
-                    return None
-                last = reports[-1]
-                goes_on = last["epoch"] not in (*RUNGS, EPOCHS)  # else its worker may have nothing to do
-                return last["pid"] if goes_on and last["pid"] not in gone else None
+        def lost() -> list[str]:
+            return [event["lost"] for event in run.journal.read() if "lost" in event]
 
-            worker = psutil.Process(run.wait_for(at_work))
-            raylet = worker.parent()
+        def at_work() -> int | None:
+            reports = run.reports()
+            if len(reports) < 10 * (len(lost()) + 1) or reports[-1]["pid"] in gone:
+                return None
+            return reports[-1]["pid"]
+
+        while len(lost()) < times:  # where its trial had just ended, a node's death costs none
+            raylet = psutil.Process(run.wait_for(at_work)).parent()
             assert "raylet" in raylet.name()
             gone |= {child.pid for child in raylet.children(recursive=True)}
             raylet.kill()
             cluster.add_node(num_cpus=1)
+            before = len(lost())
+            run.wait_for(lambda before=before: len(lost()) > before or at_work())
         done = outcome(times, run, run.finish(), like=alone)
-        lost = [event["lost"] for event in run.journal.read() if "lost" in event]
-        if lost != ["node"] * times:
-            done.wrong.append(f"the journal tells of {lost}")
+        if lost() != ["node"] * times:
+            done.wrong.append(f"the journal tells of {lost()}")
         if groups := _placement_groups(cluster.address):
             done.wrong.append(f"placement groups left behind: {groups}")
         return done
