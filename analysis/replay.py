@@ -300,6 +300,8 @@ def carry_out(do: argparse.Namespace) -> int:
     for flag, value in (("--orders", do.orders), *(("--workers", workers) for workers in do.workers)):
         if value < 1:
             raise ValueError(f"{flag}={value} is not possible; give at least 1")
+    if do.out.exists() and not do.out.is_dir():
+        raise ValueError(f"--out={do.out} is no folder; give another")
     families = [read(place) for place in do.curves]  # all of them, before any takes its time
     tables = []
     for curves in families:

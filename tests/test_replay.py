@@ -298,6 +298,12 @@ def test_bad_input_is_one_line_and_writes_nothing(arguments, needle, tmp_path, c
     assert not (tmp_path / "out").exists()
 
 
+def test_out_that_is_a_file_is_refused_before_anything_is_replayed(tmp_path, capsys):
+    place = write_table(tmp_path / "three.csv")
+    assert main([place, "--out", place]) == 2
+    assert capsys.readouterr().err == f"error: --out={place} is no folder; give another\n"
+
+
 def test_ray_asha_is_rays_own_class_and_starts_no_cluster():
     import ray
     from ray.tune.schedulers import AsyncHyperBandScheduler
