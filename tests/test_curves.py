@@ -1,7 +1,6 @@
 """Curves of studies and of tables: read, checked, written and read again."""
 
 import json
-import shutil
 
 import numpy as np
 import pandas as pd
@@ -10,7 +9,10 @@ import pytest
 from analysis.curves import COLUMNS, curves_of, read, table_of
 from analysis.load import load
 from analysis.replay import main as replay
+from analysis.replay import pick, reports_of, scheduler_of
+from analysis.simulate import simulate
 from benchmarks.curves import main, new_options, parse, points, write_table
+from search.run import main as run
 from search.spaces import SPACES
 from tests.made_study import write_study
 
@@ -188,30 +190,56 @@ def test_a_study_of_another_script_is_not_gone_on_with(study, tmp_path, capsys):
     assert "is a study of another script" in capsys.readouterr().err
 
 
-@pytest.mark.ray
-def test_recorded_table_says_what_the_study_does(data_dir, tmp_path, monkeypatch, capsys):
-    """Three configurations with two seeds; the table is written again from the finished study."""
+@pytest.fixture(scope="module")
+def recorded(data_dir, tmp_path_factory):
+    """Records six configurations with two seeds over four epochs, then runs the same search with promote."""
     import ray
 
-    monkeypatch.chdir(tmp_path)
-    study = ["--space", "softmax", "--data", "digits", "--trials", "3", "--epochs", "2", "--study-dir", "s"]
+    folder = tmp_path_factory.mktemp("recorded")
+    common = ["--space", "softmax", "--data", "digits", "--trials", "6", "--epochs", "4", "--seed", "3"]
+    common += ["--data-dir", str(data_dir)]
+    search = ["--searcher", "random", "--pruner", "promote", "--concurrency", "1", "--final-seeds", "0"]
     try:
-        assert main([*study, "--data-dir", str(data_dir), "--concurrency", "2", "--out", "c.csv"]) == 0
+        out = ["--study-dir", str(folder / "s"), "--out", str(folder / "c.csv"), "--concurrency", "2"]
+        assert main([*common, *out]) == 0
+        assert run([*common, *search, "--study-dir", str(folder / "p"), "--wandb", "off"]) == 0
     finally:
         ray.shutdown()
-    assert "6 done -> c.csv" in capsys.readouterr().out
-    table, exact = pd.read_csv("c.csv"), table_of(load("s"))
+    return folder
+
+
+@pytest.mark.ray
+def test_recorded_table_says_what_the_study_does(recorded):
+    file, study = recorded / "c.csv", recorded / "s"
+    table, exact = pd.read_csv(file), table_of(load(study))
     assert list(table.columns) == list(COLUMNS)
-    assert len(table) == 3 * 2 * 2
+    assert len(table) == 6 * 2 * 4
     pd.testing.assert_frame_equal(table, exact, check_dtype=False, rtol=1e-3)
-    assert read("c.csv").accuracy == pytest.approx(read("s").accuracy, abs=1e-5)
-    told = json.loads((tmp_path / "c.json").read_text())
+    assert read(str(recorded / "c.csv")).accuracy == pytest.approx(
+        read(str(recorded / "s")).accuracy, abs=1e-5
+    )
+    told = json.loads((recorded / "c.json").read_text())
     assert told["command"].startswith("python -m benchmarks.curves ")
     assert told["configurations"][0] == dict(SPACES["softmax"].published)
-    assert len(told["configurations"]) == 3
-    assert (told["data"], told["epochs"], told["seeds"]) == ("digits", 2, [0, 1])
+    assert len(told["configurations"]) == 6
+    assert (told["data"], told["epochs"], told["seeds"]) == ("digits", 4, [3, 4])
     assert {"commit", "machine", "data_sha256"} <= told.keys()
     assert told["ranges"]["lr"] == {"low": 1e-4, "high": 0.1, "log": True}
-    shutil.move("c.csv", "before.csv")
-    assert main(["--resume", "s", "--out", "c.csv"]) == 0
-    assert (tmp_path / "c.csv").read_text() == (tmp_path / "before.csv").read_text()
+
+
+@pytest.mark.ray
+def test_table_is_written_again_from_the_finished_study(recorded, tmp_path):
+    assert main(["--resume", str(recorded / "s"), "--out", str(tmp_path / "again.csv")]) == 0
+    assert (tmp_path / "again.csv").read_text() == (recorded / "c.csv").read_text()
+
+
+@pytest.mark.ray
+def test_a_real_search_spends_what_its_replay_does(recorded):
+    """The same configurations in the same order, one worker: trial by trial the same epochs, and winner."""
+    curves, real = read(str(recorded / "s")), load(recorded / "p")
+    reports, seconds = reports_of(curves, 0)
+    order = list(range(6))
+    seen, _ = simulate(scheduler_of("promote")(order, (1, 3), 3, 4), reports, seconds, workers=1)
+    assert seen.tolist() == real.trials.epochs.tolist()
+    assert 6 < sum(seen) < 6 * 4
+    assert f"{pick(seen, reports, order):04d}" == real.facts["best"]["trial_id"]
