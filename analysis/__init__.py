@@ -1,1 +1,1 @@
-"""What do finished studies say, all together? Reads study folders; needs neither Ray nor torch."""
+"""What do finished studies say, all together? Needs neither Ray nor torch; replay.py alone imports Ray."""

@@ -30,6 +30,14 @@ KINDS = {  # of trials: colour, line, marker, width
     "all epochs": (BLUE, "solid", ".", 1.4),
     "diverged or failed": (PINK, "dotted", "x", 1.0),
 }
+SCHEDULERS = {  # colour and marker; top_K share a colour
+    "ray_asha": (ORANGE, "s"),
+    "stop": (GREEN, "^"),
+    "promote": (BLUE, "o"),
+    "halving": (PINK, "D"),
+    "random": (GREY, "X"),
+}
+TOPS = ("#7a5fd0", "v<>Phd")
 Range = dict[str, Any] | None  # of study.json: {"values"} or {"low", "high", "log"}; None: an older study
 STYLE: Any = {  # rcParams; matplotlib types each key
     "font.size": 10,
@@ -299,6 +307,51 @@ def accuracy_against_seconds(studies: list[Study]) -> Figure | None:
     axes.margins(x=0.2, y=0.12)
     axes.set(xlabel="seconds of the whole study (lines: sd over fresh seeds)", ylabel="test accuracy")
     _percent(axes)
+    return figure
+
+
+def schedulers(table: pd.DataFrame) -> Figure:
+    """Draws regret against epochs spent of schedulers that searched the same curves.
+
+    Args:
+        table: Of analysis/compared.py: a row per family, workers and scheduler.
+
+    Returns:
+        A row per family and a column per number of workers.
+    """
+    families, workers = list(dict.fromkeys(table.family)), list(dict.fromkeys(table.workers))
+    width, height = max(WIDTH, 1.2 + 2.2 * len(workers)), 1.0 + 2.4 * len(families)
+    figure, grid = _axes(
+        len(families), len(workers), width=width, height=height, sharex="row", sharey="row", squeeze=False
+    )
+    styles = dict(SCHEDULERS)
+    tops = [name for name in dict.fromkeys(table.scheduler) if name not in styles]
+    styles |= {name: (TOPS[0], TOPS[1][k % len(TOPS[1])]) for k, name in enumerate(tops)}
+    for (family, at_once), rows in table.groupby(["family", "workers"], sort=False):
+        axes = grid[families.index(family), workers.index(at_once)]
+        for row in rows.to_dict("records"):
+            colour, marker = styles[row["scheduler"]]
+            for measure, fill in (("regret_other", "none"), ("regret", colour)):
+                if math.isnan(row[measure]):
+                    continue  # one seed
+                errors = {
+                    f"{x}err": [[row[name] - row[f"{name}_low"]], [row[f"{name}_high"] - row[name]]]
+                    for x, name in (("x", "epochs"), ("y", measure))
+                }
+                label = row["scheduler"] if measure == "regret" else None
+                drawn = {"fmt": marker, "color": colour, "mfc": fill, "markersize": 5, "linewidth": 0.9}
+                axes.errorbar(row["epochs"], row[measure], **errors, **drawn, label=label)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:,g}")
+        axes.xaxis.set_minor_formatter("")
+        axes.set_title(f"{_short(str(family), 24)}, {at_once} at once")
+        axes.set_xlabel("epochs spent")
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    for axes in grid[:, 0]:
+        axes.set_ylabel("regret (hollow: on the other seed)")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return figure
 
 

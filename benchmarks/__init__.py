@@ -1,1 +1,1 @@
-"""Is it faster than the obvious way? Each benchmark times both arms, turn by turn, in one run."""
+"""Is it better than the obvious way? Epochs timed against it, and curves for schedulers to search."""

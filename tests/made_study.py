@@ -97,7 +97,7 @@ def _facts(epochs: int, rungs: tuple[int, ...]) -> dict[str, Any]:
         "space": "convnet",
         "status": "done",
         "data": {"name": EVIL, "classes": [EVIL, "dog"]},
-        "options": {"epochs": epochs},
+        "options": {"epochs": epochs, "pruner": "promote" if rungs else "none"},
         "rungs": list(rungs),
         "ranges": SPREAD,
         "seconds": 75.0,

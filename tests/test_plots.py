@@ -1,5 +1,6 @@
 """What each figure shows of a hand-made study: its data and its labels, not its pixels."""
 
+import io
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pandas as pd
 import pytest
 
 from analysis import plots
+from analysis.compared import compare
 from analysis.load import load
 from tests.made_study import EVIL, write_study
 
@@ -106,3 +108,31 @@ def test_diverged_lr_is_a_cross_below_the_curve(study):
     assert points(axes) == [[(0.01, 0.5), (0.1, 0.6)], [(1.0, 0.5)]]
     assert axes.lines[1].get_marker() == "x"
     assert axes.get_xscale() == "log"
+
+
+def test_schedulers_are_told_apart_and_drawn_at_epochs_and_regret():
+    found = np.random.default_rng(0).uniform(0.1, 0.2, (3, 2, 20, 4))
+    found[..., 0] = np.array([300, 180, 170])[:, None, None]
+    names = ["ray_asha", "promote", "top_4"]
+    table = compare(found, names, np.random.default_rng(0))
+    rows = [
+        table.assign(family=family, workers=workers) for family in ("softmax", "$x$") for workers in (1, 8)
+    ]
+    figure = plots.schedulers(pd.concat(rows))
+    assert [axes.get_title() for axes in figure.axes] == [
+        "softmax, 1 at once",
+        "softmax, 8 at once",
+        r"\$x\$, 1 at once",
+        r"\$x\$, 8 at once",
+    ]
+    assert legend(figure) == names
+    assert all(axes.get_xlabel() and axes.get_xscale() == "log" for axes in figure.axes)
+    assert "regret" in figure.axes[0].get_ylabel()
+    lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 1]
+    drawn = {(line.get_marker(), line.get_markerfacecolor() == "none"): line for line in lines}
+    assert len(drawn) == 6
+    promote = drawn["o", False]
+    assert promote.get_xdata()[0] == 180
+    assert promote.get_ydata()[0] == pytest.approx(found[1, :, :, 2].mean())
+    assert drawn["o", True].get_ydata()[0] == pytest.approx(found[1, :, :, 3].mean())
+    figure.savefig(io.BytesIO())

@@ -1,0 +1,178 @@
+"""What does each of many configurations reach, epoch by epoch, when none is pruned? Recorded once.
+
+::
+
+    python -m benchmarks.curves --space softmax --trials 64 --out benchmarks/curves/softmax.csv
+    python -m benchmarks.curves --resume studies/NAME --out benchmarks/curves/softmax.csv
+
+Runs a study without pruner (its folder is kept, and resumed like any other): random configurations of a
+space after its published best, each with several seeds. When it is done, writes the table of its curves
+to --out, for analysis/replay.py, and what it is of beside it (.json). Exit codes as of search/run.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import search  # noqa: F401  sets Ray's environment before anything imports Ray
+from analysis.curves import COLUMNS, curves_of, table_of
+from analysis.load import load
+from search.launch import resume, start
+from search.options import StudyOptions
+from search.printing import shown
+from search.run import add_options
+from search.spaces import described, find_space
+from search.study_file import read_study, write_whole
+from search.suggest import RandomSampler
+from search.wandb_options import take_flags
+from trainables.command_line import Parser, exit_code
+from trainables.config import TrainConfig, check_integer
+
+SEEDS = 2  # per configuration: what one seed's luck chose, the other judges
+OPTIONS = (
+    *("data", "data_dir", "image_size", "weights", "trials", "epochs", "seed", "device", "precision", "fix"),
+    *("concurrency", "cpus_per_trial", "gpus_per_trial", "max_failures"),
+)
+DIGITS = {"val_accuracy": ".5g", "val_loss": ".4g", "epoch_seconds": ".4g"}
+KEPT = (  # of study.json
+    *("space", "commit", "machine", "versions", "data_sha256", "split_sha256"),
+    *("train_count", "validation_count", "levers", "resources", "seconds", "epochs_spent", "statuses"),
+)
+
+
+def points(space: str, fix: dict[str, Any] | None, count: int, seed: int, seeds: int) -> list[dict[str, Any]]:
+    """Returns the configurations of a study, each with all seeds before the next one.
+
+    Args:
+        space: Whose ranges are sampled; its published best comes first.
+        fix: Values that are not sampled.
+        count: How many configurations.
+        seed: Of the sampling, and the first of the configurations' own.
+        seeds: How many each configuration has.
+
+    Raises:
+        ValueError: The space is unknown, or nothing is left to sample.
+    """
+    row = find_space(space, fix)
+    if not row.ranges:
+        raise ValueError("--fix leaves nothing to sample; leave a value out")
+    sampler = RandomSampler(row.ranges, dict(row.published), seed)
+    drawn = [sampler.suggest("") or {} for _ in range(count)]
+    return [point | {"seed": seed + k} for point in drawn for k in range(seeds)]
+
+
+def new_options(do: argparse.Namespace, given: dict[str, Any]) -> StudyOptions:
+    """Returns the options of a new study.
+
+    Raises:
+        ValueError: A value is impossible.
+    """
+    if not do.space:
+        raise ValueError("give --space NAME, or --resume DIR")
+    check_integer("--seeds", do.seeds, 1)
+    asked = StudyOptions(space=do.space, **given)  # checks --trials and --seed, and has their defaults
+    assert asked.trials is not None
+    options = StudyOptions(
+        space=do.space,
+        points=points(do.space, asked.fix, asked.trials, asked.seed, do.seeds),
+        pruner="none",
+        final_seeds=0,
+        **given,
+    )
+    for point in options.points or []:
+        TrainConfig.from_dict(options.fixed_values() | point)
+    return options
+
+
+def write_table(folder: Path, out: Path) -> None:
+    """Writes the curves of a finished study to out, and what they are of to out's .json, each whole.
+
+    Raises:
+        ValueError: The study is not done, or has no curves.
+    """
+    study = load(folder)
+    table = table_of(study)
+    curves_of(study.name, table)  # it can be replayed
+    facts = study.facts
+    ranges = described(find_space(facts["space"], facts["options"]["fix"]).ranges)
+    drawn = [point for point in facts["options"]["points"] if point["seed"] == facts["seed"]]
+    command = shlex.join(["python", "-m", "benchmarks.curves", *shlex.split(facts["command"])[1:]])
+    told = {
+        "command": command,
+        **{name: facts[name] for name in KEPT},
+        "data": facts["data"]["name"],
+        "epochs": facts["options"]["epochs"],
+        "seeds": sorted({point["seed"] for point in facts["options"]["points"]}),
+        "fix": facts["options"]["fix"],
+        "ranges": ranges,
+        "configurations": [{name: point[name] for name in ranges} for point in drawn],
+    }
+    for column, digits in DIGITS.items():
+        table[column] = table[column].map(lambda value, digits=digits: format(value, digits), "ignore")
+    write_whole(out.with_suffix(".json"), (json.dumps(told, indent=1) + "\n").encode())
+    write_whole(out, table.to_csv(columns=list(COLUMNS), index=False, lineterminator="\n").encode())
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Returns what to do, and the study's options as far as they were given."""
+    parser = Parser(prog="python -m benchmarks.curves", description=__doc__.split("\n")[0])
+    parser.add_argument("--space", help="architecture")
+    parser.add_argument("--out", type=Path, required=True, help="the table's file, .csv")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="per configuration (default: %(default)s)")
+    parser.add_argument(
+        "--study-dir", type=Path, help="the study's folder (default: a new one under studies/)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, for how long, and end")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with a stopped or killed study")
+    add_options(parser, list(OPTIONS))
+    options = vars(parser.parse_args(arguments))
+    names = ("space", "out", "seeds", "study_dir", "dry_run", "resume")
+    return argparse.Namespace(**{name: options.pop(name) for name in names}), options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    do, given = parse(arguments)
+    return exit_code(lambda: carry_out(do, given, Console()))
+
+
+def carry_out(do: argparse.Namespace, given: dict[str, Any], console: Console) -> int:
+    """Does what was asked for; returns the exit code.
+
+    Raises:
+        ValueError: It cannot be done.
+    """
+    if do.out.suffix != ".csv" or not do.out.parent.is_dir():
+        raise ValueError(f"--out={do.out} is not possible; give a .csv file in a folder that is there")
+    script = shlex.join(["-m", "benchmarks.curves", "--out", str(do.out)])
+
+    def finish(folder: Path, console: Console) -> int:
+        write_table(folder, do.out)
+        statuses = read_study(folder)["statuses"]
+        counts = ", ".join(f"{count} {status}" for status, count in statuses.items())
+        console.print(f"{counts} -> {shown(do.out)}", highlight=False, soft_wrap=True)
+        return int(bool(statuses.keys() & {"error", "out_of_memory"}))
+
+    wandb = take_flags({}) | {"mode": "off"}  # nothing beside a recording, whose seconds count
+    if not do.resume:
+        options = new_options(do, given)
+        return start(
+            options, do.study_dir, console, dry_run=do.dry_run, finish=finish, script=script, wandb=wandb
+        )
+    study = read_study(do.resume)
+    if not study["options"]["points"] or study["options"]["pruner"] != "none":
+        raise ValueError(f"--resume={do.resume} records no curves; it is a study of another script")
+    if study["status"] == "done":
+        return finish(do.resume, console)  # its table could not be written then
+    return resume(do.resume, given, console, finish=finish, script=script, wandb=wandb)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

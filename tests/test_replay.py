@@ -1,0 +1,313 @@
+"""Schedulers on hand-written curves: what they spend and pick, counted by hand."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis.compared import EXPLAINED, MEASURES, as_text, compare
+from analysis.curves import Curves
+from analysis.replay import (
+    REFERENCE,
+    SCHEDULERS,
+    default_schedulers,
+    main,
+    pick,
+    regrets,
+    replay,
+    reports_of,
+    scheduler_of,
+)
+from analysis.simulate import simulate
+from search.asha import expected_epochs, rung_epochs
+
+NAN = math.nan
+A, B, C = (0.1, 0.5, 0.9), (0.3, 0.3, 0.3), (0.2, 0.6, 0.8)  # three epochs; eta 3: the only rung is 1
+EVERYONE = [*SCHEDULERS, "top_1"]
+
+
+def curves_of(*seeds, seconds=None):
+    """Builds curves from each seed's configurations, each of them a list of val_accuracy."""
+    accuracy = np.array(seeds, dtype=float)
+    took = np.ones_like(accuracy) if seconds is None else np.broadcast_to(seconds, accuracy.shape)
+    return Curves("made", tuple(range(len(seeds))), accuracy, 1 - accuracy, took)
+
+
+def run(name, curves, *, order=None, workers=1, eta=3):
+    """Returns the epochs that each configuration saw with seed 0, the seconds, and the pick."""
+    count, epochs = curves.accuracy.shape[1:]
+    order = list(range(count)) if order is None else order
+    reports, seconds = reports_of(curves, 0)
+    scheduler = scheduler_of(name)(order, rung_epochs(1, eta, epochs), eta, epochs)
+    seen, took = simulate(scheduler, reports, seconds, workers)
+    return seen.tolist(), took, pick(seen, reports, order)
+
+
+def ranked_curves(count, epochs):
+    """Configuration 0 is the worst at every epoch, the last one the best."""
+    return curves_of(
+        [[0.5 + 0.3 * k / count + 0.1 * n / epochs for n in range(1, epochs + 1)] for k in range(count)]
+    )
+
+
+def test_halving_waits_for_all_at_the_rung_and_picks_what_goes_on():
+    # B leads after one epoch and goes on: 3 + 2 epochs, though A would have ended as the best
+    assert run("halving", curves_of([A, B, C])) == ([1, 3, 1], 5, 1)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 0, 2]])
+def test_halving_is_the_same_in_every_order_without_ties(order):
+    assert run("halving", curves_of([A, B, C]), order=order)[0] == [1, 3, 1]
+
+
+def test_halving_with_two_rungs_by_hand():
+    curves = ranked_curves(9, 9)  # rungs 1 and 3: nine see one epoch, three see three, one sees nine
+    assert run("halving", curves)[0] == [1, 1, 1, 1, 1, 1, 3, 3, 9]
+
+
+@pytest.mark.parametrize(("workers", "seconds"), [(1, 5), (2, 4), (3, 3)])
+def test_halvings_workers_are_idle_until_the_last_one_is_at_the_rung(workers, seconds):
+    # two workers: A and B end at 1, C at 2, then B alone takes two more
+    assert run("halving", curves_of([A, B, C]), workers=workers)[1] == seconds
+
+
+def test_seconds_are_those_of_each_epoch():
+    took = [[1.0, 1.0, 1.0], [2.0, 3.0, 4.0], [1.0, 1.0, 1.0]]
+    # two workers, nobody pruned: A ends at 3, C follows it until 6; B takes 2 + 3 + 4 = 9
+    assert run("random", curves_of([A, B, C], seconds=took), workers=2) == ([3, 3, 3], 9, 0)
+    # halving: A until 1, C until 2, B until 2; B goes on for 3 + 4
+    assert run("halving", curves_of([A, B, C], seconds=took), workers=2)[1] == 9
+    assert run("halving", curves_of([A, B, C], seconds=took), workers=1)[1] == 4 + 7
+
+
+def test_ray_asha_lets_the_first_pass_and_judges_by_the_others_before():
+    # A finds an empty rung; B (.3) meets the cutoff .1; C (.2) falls short of .1 + 2/3 · (.3 - .1) = .233
+    assert run("ray_asha", curves_of([A, B, C])) == ([3, 3, 1], 7, 0)
+
+
+def test_ray_asha_depends_on_the_order():
+    # B first; C (.2) falls short of .3; A (.1) of .2 + 2/3 · .1 = .267
+    assert run("ray_asha", curves_of([A, B, C]), order=[1, 2, 0]) == ([1, 3, 1], 5, 1)
+
+
+def test_ray_asha_judges_nobody_at_the_last_epoch():
+    assert run("ray_asha", curves_of([C, A, C]), order=[1, 0, 2])[0] == [3, 3, 3]  # .2 is no less than .2
+
+
+def test_stop_is_ours_and_lets_only_the_best_so_far_pass_among_few():
+    # A is the first and so the best of one; B the best of two; C is not the best of three
+    assert run("stop", curves_of([A, B, C])) == ([3, 3, 1], 7, 0)
+
+
+def test_promote_is_ours_and_waits_for_three():
+    # C is the third and makes a quota of one, which is B's
+    assert run("promote", curves_of([A, B, C])) == ([1, 3, 1], 5, 1)
+
+
+def test_promote_lets_a_late_best_go_on_at_the_end():
+    curves = curves_of([A, B, C, (0.9, 0.91, 0.92)])
+    # the quota of 4 // 3 went to B when C arrived; D goes on when nothing else is left
+    assert run("promote", curves) == ([1, 3, 1, 3], 8, 3)
+
+
+@pytest.mark.parametrize(("count", "epochs"), [(9, 9), (27, 27), (64, 27)])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_promote_spends_the_expected_epochs_where_the_best_come_first(count, epochs, workers):
+    curves = ranked_curves(count, epochs)
+    seen, _, picked = run("promote", curves, order=list(range(count))[::-1], workers=workers)
+    assert sum(seen) == expected_epochs(count, rung_epochs(1, 3, epochs), 3, epochs)
+    assert picked == count - 1
+
+
+def test_promote_spends_what_halving_does_and_ray_asha_more():
+    curves, spent = ranked_curves(27, 27), {}
+    order = np.random.default_rng(0).permutation(27).tolist()
+    for name in ("promote", "halving", "ray_asha"):
+        spent[name] = sum(run(name, curves, order=order)[0])
+    assert spent["halving"] == 27 + 9 * 2 + 3 * 6 + 18
+    assert spent["halving"] <= spent["promote"] <= spent["halving"] + 26
+    assert spent["ray_asha"] > spent["promote"]
+
+
+def test_top_k_compares_once():
+    assert run("top_2", curves_of([A, B, C])) == ([1, 3, 3], 7, 2)
+    assert run("top_1", ranked_curves(9, 9))[0] == [1, 1, 1, 1, 1, 1, 1, 1, 9]
+
+
+def test_default_k_are_three_a_ninth_and_what_halvings_epochs_allow():
+    # 64 + 21 · 2 + 7 · 6 + 2 · 18 = 184 epochs, of which 120 are left after the first rung: 4 · 26 = 104
+    names = default_schedulers(64, (1, 3, 9), 3, 27)
+    assert names == ["ray_asha", "stop", "promote", "halving", "top_3", "top_4", "top_7", "random"]
+    assert default_schedulers(2, (), 3, 1) == ["ray_asha", "stop", "promote", "halving", "top_1", "random"]
+
+
+@pytest.mark.parametrize("name", EVERYONE)
+def test_a_diverged_curve_ends_and_is_not_picked(name):
+    # the best of the first epoch diverges in the second, where the recording ends
+    curves = curves_of([(0.9, NAN, NAN), B, (0.2, 0.2, 0.2), (0.1, 0.1, 0.1)])
+    seen, took, picked = run(name, curves)
+    assert seen[0] <= 2
+    assert picked != 0 or seen[0] == 1
+    assert took == sum(seen)
+
+
+@pytest.mark.parametrize("name", EVERYONE)
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_a_curve_that_diverges_at_once_ranks_last(name, workers):
+    lost = (NAN, NAN, NAN)
+    seen, _, picked = run(name, curves_of([lost, lost, B, A, C, lost]), workers=workers)
+    assert [seen[k] for k in (0, 1, 5)] == [1, 1, 1]
+    assert picked in (2, 3, 4)
+
+
+@pytest.mark.parametrize("name", EVERYONE)
+def test_nothing_is_picked_where_all_diverged(name):
+    assert run(name, curves_of([[(NAN, NAN, NAN)] * 4][0])) == ([1, 1, 1, 1], 4, None)
+
+
+@pytest.mark.parametrize("name", EVERYONE)
+@pytest.mark.parametrize("workers", [1, 3, 50])
+def test_everyone_is_seen_in_every_order_and_no_worker_does_two_things(name, workers):
+    rng = np.random.default_rng(1)
+    curves = curves_of(rng.random((20, 9)), seconds=rng.random((20, 9)))
+    _, seconds = reports_of(curves, 0)
+    seen, took, _ = run(name, curves, order=rng.permutation(20).tolist(), workers=workers)
+    assert min(seen) >= 1
+    assert max(seen) == 9
+    busy = sum(sum(seconds[k][:n]) for k, n in enumerate(seen))
+    assert busy / workers <= took + 1e-9
+    if workers == 1:
+        assert took == pytest.approx(busy)
+
+
+def test_ties_are_picked_by_val_loss_as_in_a_study():
+    curves = curves_of([B, B, B])
+    curves.loss[0, 1] = 0.1
+    assert run("random", curves)[2] == 1
+
+
+def test_regret_is_of_the_last_epoch_on_the_same_seed_and_on_the_others():
+    curves = curves_of([A, B, C], [(0.0, 0.0, 0.2), (0.0, 0.0, 0.7), (0.0, 0.0, NAN)])
+    assert regrets(curves, 0, 0) == pytest.approx((0.0, 0.5))
+    assert regrets(curves, 0, 1) == pytest.approx((0.6, 0.0))
+    assert regrets(curves, 0, 2) == pytest.approx((0.1, 0.7))  # diverged there: it reached 0
+    assert regrets(curves, 1, 0) == pytest.approx((0.5, 0.0))
+    assert regrets(curves, 0, None) == pytest.approx((0.9, 0.7))
+    assert math.isnan(regrets(curves_of([A, B]), 0, 0)[1])
+
+
+def test_without_pruning_there_is_no_regret_and_every_epoch_is_spent():
+    curves = curves_of([A, B, C], [C, A, B])
+    orders = np.array([[0, 1, 2], [2, 0, 1]])
+    found = replay(curves, ["random"], orders, workers=2, grace=1, eta=3)
+    assert found.shape == (1, 2, 2, 4)
+    assert (found[..., MEASURES.index("epochs")] == 9).all()
+    assert (found[..., MEASURES.index("regret")] == 0).all()
+    # configuration 0 is the best of seed 0 and ends at .8 with seed 1, where configuration 1 ends at .9
+    assert found[0, 0, 0, MEASURES.index("regret_other")] == pytest.approx(0.9 - 0.8)
+
+
+def test_comparison_is_paired_by_order():
+    rng = np.random.default_rng(0)
+    luck = rng.normal(100, 30, 50)  # of the order, the same for both
+    found = np.zeros((2, 1, 50, 4))
+    found[0, 0, :, 0], found[1, 0, :, 0] = luck, luck / 2
+    found[0, 0, :, 2], found[1, 0, :, 2] = luck / 1000, luck / 1000 + 0.01
+    found[..., 3] = NAN
+    found[..., 1] = 1
+    table = compare(found, [REFERENCE, "half"], np.random.default_rng(0))
+    one, half = table.to_dict("records")
+    assert half["epochs_ratio"] == half["epochs_ratio_low"] == half["epochs_ratio_high"] == pytest.approx(0.5)
+    assert (one["epochs_ratio_low"], one["epochs_ratio_high"]) == (1, 1)
+    assert half["epochs_high"] - half["epochs_low"] > 5  # unpaired, it is uncertain
+    above = [half[f"regret_above{end}"] for end in ("", "_low", "_high")]
+    assert above == pytest.approx([0.01] * 3)
+    assert math.isnan(half["regret_other_above_low"])
+
+
+def test_text_fits_80_columns():
+    rng = np.random.default_rng(0)
+    found = rng.uniform(-0.99, 0.99, (3, 2, 10, 4))
+    found[..., 0] = 172_800
+    found[..., 1] = 3_600_000
+    text = as_text(compare(found, [REFERENCE, "promote", "top_10"], rng))
+    assert all(len(line) <= 80 for line in [*text.splitlines(), *EXPLAINED.splitlines()])
+    assert text.splitlines()[1].startswith("ray_asha  172800  1.00 1.00..1.00 3600000")
+
+
+def write_table(file, seeds=2):
+    rows = [
+        (configuration, seed, epoch, value, 1 - value, 0.5)
+        for seed in range(seeds)
+        for configuration, curve in enumerate([A, B, C])
+        for epoch, value in enumerate(curve, start=1)
+    ]
+    columns = ["configuration", "seed", "epoch", "val_accuracy", "val_loss", "epoch_seconds"]
+    pd.DataFrame(rows, columns=columns).to_csv(file, index=False)
+    return str(file)
+
+
+def test_command_prints_a_table_per_number_of_workers_and_writes_figure_and_json(tmp_path, capsys):
+    out = tmp_path / "out"
+    few = ["--orders", "5", "--workers", "1", "2", "--out", str(out)]
+    assert main([write_table(tmp_path / "three.csv", seeds=1), *few, "--schedulers", "halving"]) == 0
+    text = capsys.readouterr().out
+    assert "three: 3 configurations, 3 epochs, seeds 1, workers 2, orders 5" in text
+    assert text.count("halving ") == text.count("ray_asha ") == 2
+    assert max(map(len, text.partition(str(out))[0].splitlines())) <= 80
+    content = json.loads((out / "replay.json").read_text())
+    assert [(row["workers"], row["scheduler"]) for row in content["results"]] == [
+        (1, "ray_asha"),
+        (1, "halving"),
+        (2, "ray_asha"),
+        (2, "halving"),
+    ]
+    halving = content["results"][1]
+    assert (halving["epochs"], halving["seconds"], halving["regret"]) == (5, 2.5, pytest.approx(0.6))
+    assert halving["regret_other"] is None
+    assert (out / "replay.png").stat().st_size > 1000
+
+
+def test_same_seed_gives_the_same_results(tmp_path, capsys):
+    place = write_table(tmp_path / "three.csv")
+    for out in ("a", "b"):
+        assert main([place, "--orders", "4", "--workers", "2", "--out", str(tmp_path / out)]) == 0
+    assert (tmp_path / "a" / "replay.json").read_text() == (tmp_path / "b" / "replay.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needle"),
+    [
+        (["--schedulers", "promot"], "--schedulers promot is unknown; choose from: ray_asha, stop"),
+        (["--schedulers", "top_0"], "--schedulers top_0 is unknown"),
+        (["--orders", "0"], "--orders=0 is not possible"),
+        (["--workers", "2", "-1"], "--workers=-1 is not possible"),
+        (["--eta", "1"], "--eta=1 is not possible"),
+        (["--grace", "4"], "--grace=4 exceeds"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(arguments, needle, tmp_path, capsys):
+    place = write_table(tmp_path / "three.csv")
+    assert main([place, "--out", str(tmp_path / "out"), *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert needle in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_that_is_a_file_is_refused_before_anything_is_replayed(tmp_path, capsys):
+    place = write_table(tmp_path / "three.csv")
+    assert main([place, "--out", place]) == 2
+    assert capsys.readouterr().err == f"error: --out={place} is no folder; give another\n"
+
+
+def test_ray_asha_is_rays_own_class_and_starts_no_cluster():
+    import ray
+    from ray.tune.schedulers import AsyncHyperBandScheduler
+
+    scheduler = scheduler_of(REFERENCE)([0], (1,), 3, 3)
+    assert type(scheduler._ray) is AsyncHyperBandScheduler
+    assert not ray.is_initialized()
