@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import ray
 from rich.console import Console
@@ -218,6 +220,15 @@ def carry_out(
     left = mirror.finish()
     print_standing(left, console)
     return code or int(bool(left))
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process; Python's own end, which takes the modules of torch and Ray apart, costs 1.5 s."""
+    ray.shutdown()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def print_standing(line: str, console: Console) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from rich.table import Table
 import search  # noqa: F401  sets Ray's environment before anything imports Ray
 from search.final import summarise
 from search.journal import Journal, TrialRecord, records
-from search.launch import resume, start
+from search.launch import leave, resume, start
 from search.options import StudyOptions
 from search.printing import shown
 from search.run import RESUME_HELP, STORAGE_HELP, add_options
@@ -289,4 +288,4 @@ def carry_out(do: argparse.Namespace, given: dict[str, Any], console: Console) -
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

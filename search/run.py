@@ -21,7 +21,7 @@ from rich.console import Console
 
 import search  # noqa: F401  sets Ray's environment before anything imports Ray
 from search.asha import PRUNERS
-from search.launch import resume, start
+from search.launch import leave, resume, start
 from search.options import StudyOptions, flag
 from search.printing import list_spaces
 from search.spaces import SPACES
@@ -181,4 +181,4 @@ def carry_out(do: argparse.Namespace, options: dict[str, Any], console: Console)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

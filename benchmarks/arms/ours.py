@@ -12,7 +12,7 @@ from benchmarks.arms import serve
 from benchmarks.task import Row, Task, no_op_accuracy, row
 from search import engine
 from search.journal import Journal
-from search.launch import start
+from search.launch import leave, start
 from search.options import StudyOptions
 from trainables.trial import Trial
 
@@ -70,3 +70,4 @@ def run(task: Task) -> list[Row]:
 
 if __name__ == "__main__":
     serve(run)
+    leave(0)
