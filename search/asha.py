@@ -86,33 +86,52 @@ class Asha:
         best = ranked(values.items())[: max(1, len(values) // self.eta)]
         return trial_id in best and values[trial_id] > WORST
 
-    def promotable(self, no_more_trials: bool = False) -> tuple[str, int] | None:
+    def promotable(self, settled: float = 0) -> tuple[str, int] | None:
         """Returns the trial that the ``promote`` variant lets go on next, and its rung.
 
-        The highest rung is asked first. Of n trials that reached a rung, the best ``n // eta`` may
-        go on, and no more than ``n // eta`` ever do: in the paper each newcomer to the best adds a
-        promotion, which spends a quarter more epochs on the same best trial (NOTES.md).
+        The highest rung is asked first. Of n trials that reached a rung, the best ``n // eta`` may go on,
+        and while more may come no more than ``n // eta`` ever do: in the paper each newcomer to the best
+        adds a promotion, which spends a quarter more epochs on the same best trial. Where a rung is
+        settled its best ``n // eta`` go on, whoever else went before: that makes up for those who were
+        among the best only of the first to arrive (NOTES.md).
 
         Args:
-            no_more_trials: Nothing runs and nothing will start: then the best of each rung goes on
-                in any case, so that every study's best trial sees all its epochs.
+            settled: To the rungs up to this epoch nothing is added any more. From these at least one
+                trial goes on, so that every study's best sees all its epochs.
         """
         for rung in reversed(self.rungs):
             values = self.values[rung]
             quota = len(values) // self.eta
-            if len(self.promoted[rung]) >= quota:
-                quota = 1 if no_more_trials else 0
+            if rung <= settled:
+                quota = max(1, quota)
+            elif len(self.promoted[rung]) >= quota:
+                continue
             for trial_id in ranked(values.items())[:quota]:
                 if trial_id not in self.promoted[rung] and values[trial_id] > WORST:
                     return trial_id, rung
         return None
 
+    def settled(self, reached: Iterable[int]) -> int:
+        """Returns the highest rung to which nothing is added any more once no trial starts; 0: there is none.
+
+        Args:
+            reached: Epochs that the trials which run have reported.
+        """
+        least, settled = min(reached, default=math.inf), 0
+        for rung in self.rungs:
+            if least < rung:
+                break
+            settled, waiting = rung, self.promotable(settled=rung)
+            if waiting and waiting[1] <= rung:  # who goes on from here adds to the next
+                break
+        return settled
+
 
 def expected_epochs(trials: int, rungs: tuple[int, ...], eta: int, epochs: int) -> int:
     """Returns the epochs that ``promote`` spends at least on n trials, none of which fails.
 
-    More where the best trial comes when its rung's quota is spent. One trial in eta of each rung goes
-    on, at least one: trials·r₀ + (trials // eta)·(r₁ - r₀) + …
+    More where some of the first to arrive go on that are not among the best of all. One trial in eta of
+    each rung goes on, at least one: trials·r₀ + (trials // eta)·(r₁ - r₀) + …
     """
     spent, reached, alive = 0, 0, trials
     for rung in (*rungs, epochs):

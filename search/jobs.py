@@ -187,21 +187,26 @@ class Jobs:
     def _next_search_job(self) -> Job | None:
         if self._time_is_up():
             return None
-        promotable = self.pruner == "promote" and self.asha.promotable()
+        promotable = self.pruner == "promote" and self.asha.promotable(self._settled())
         if not promotable and len(self.searched) < self.max_trials:
             trial_id = f"{len(self.searched):04d}"
             config = self._suggest(trial_id)
             if config is not None:
                 return self._start(trial_id, config)
             self.max_trials = len(self.searched)  # a grid is exhausted
-        if not promotable and self.pruner == "promote" and not self.running:
-            promotable = self.asha.promotable(no_more_trials=True)
+            promotable = self.pruner == "promote" and self.asha.promotable(self._settled())
         if not promotable:
             return None
         trial_id, rung = promotable
         self.journal.append({"trial_id": trial_id, "promoted_from": rung})
         self.asha.promote(trial_id, rung)
         return self._job(trial_id)
+
+    def _settled(self) -> int:
+        """Returns the highest rung that no trial can reach any more but those that stand there; 0: none."""
+        if len(self.searched) < self.max_trials:
+            return 0
+        return self.asha.settled(self.trials[trial_id].epoch for trial_id in self.running)
 
     def _next_final_job(self) -> Job | None:
         best = winner(self.trials)
@@ -247,7 +252,7 @@ class Jobs:
             return True
         if self.pruner == "stop":
             return self.asha.survives(trial.trial_id, trial.epoch)
-        if self.asha.promotable() == (trial.trial_id, trial.epoch):
+        if self.asha.promotable(self._settled()) == (trial.trial_id, trial.epoch):
             self.asha.promote(trial.trial_id, trial.epoch)  # no pause, no reload
             return True
         return False

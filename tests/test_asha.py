@@ -177,18 +177,41 @@ def test_best_of_a_small_rung_waits_until_no_more_trials_come():
     asha.record("a", 1, 0.1)
     asha.record("b", 1, 0.2)
     assert asha.promotable() is None
-    assert asha.promotable(no_more_trials=True) == ("b", 1)
+    assert asha.promotable(settled=math.inf) == ("b", 1)
     asha.promote("b", 1)
-    assert asha.promotable(no_more_trials=True) is None  # one, not all
+    assert asha.promotable(settled=math.inf) is None  # one, not all
 
 
-def test_best_of_a_rung_goes_on_in_the_end_even_where_the_quota_is_used_up():
+def test_best_of_a_settled_rung_go_on_whoever_went_before():
     asha = Asha((1,), 3)
-    for number, value in enumerate([0.1, 0.2, 0.3]):
+    for number, value in enumerate([0.1, 0.2, 0.3, 0.9, 0.8, 0.7]):
         asha.record(str(number), 1, value)
-    asha.promote("2", 1)
-    asha.record("3", 1, 0.9)
-    assert asha.promotable(no_more_trials=True) == ("3", 1)
+    asha.promote("2", 1)  # best of the first three
+    asha.promote("1", 1)
+    assert asha.promotable() is None  # 6 // 3 went on
+    assert asha.promotable(settled=1) == ("3", 1)
+    asha.promote("3", 1)
+    assert asha.promotable(settled=1) == ("4", 1)
+    asha.promote("4", 1)
+    assert asha.promotable(settled=1) is None
+
+
+def test_rung_is_settled_where_no_trial_can_reach_it_any_more():
+    asha = Asha((1, 3, 9), 3)
+    for number in range(9):
+        asha.record(str(number), 1, number / 10)
+    assert asha.settled([0]) == 0  # one has not reported yet
+    assert asha.settled([]) == 1  # three wait there, who go to the next
+    for trial_id in "678":
+        asha.promote(trial_id, 1)
+    assert asha.settled([1, 2]) == 1  # they are on their way
+    for trial_id in "678":
+        asha.record(trial_id, 3, 0.5)
+    assert asha.settled([]) == 3  # the best waits there
+    asha.promote("6", 3)
+    assert asha.settled([7]) == 3
+    asha.record("6", 9, 0.5)
+    assert asha.settled([9]) == 9
 
 
 def test_report_beyond_a_rung_says_that_the_trial_was_promoted():
@@ -214,7 +237,7 @@ def test_rung_where_all_diverged_promotes_nobody():
     for number in range(9):
         asha.record(str(number), 1, math.nan)
     assert asha.promotable() is None
-    assert asha.promotable(no_more_trials=True) is None
+    assert asha.promotable(settled=math.inf) is None
 
 
 def test_state_is_a_function_of_the_reports():

@@ -1,5 +1,6 @@
 """Jobs through Ray Tune on real workers: who runs where, and what survives. One cluster for the file."""
 
+import math
 import os
 import signal
 import threading
@@ -81,7 +82,7 @@ def test_sixty_four_short_trials_run_on_exactly_two_workers(study, pruner, searc
     assert not jobs.running
     assert set(read_study(folder)["statuses"]) <= {"done", "pruned", "diverged"}
     if pruner == "promote":
-        assert jobs.asha.promotable(no_more_trials=True) is None
+        assert jobs.asha.promotable(settled=math.inf) is None
     for trial in records(Journal(folder / "reports.jsonl").read()).values():
         assert sorted(trial.reports) == list(range(1, trial.epoch + 1))
 
