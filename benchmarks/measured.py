@@ -12,7 +12,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.arms import ARMS
 from benchmarks.probe import probe
 from benchmarks.task import Row, Task
 
@@ -47,7 +46,7 @@ class Measured:
         return min(found, default=None)
 
 
-def measure(arm: str, task: Task) -> Measured:
+def measure(task: Task) -> Measured:
     """Runs an arm in a process of its own and waits until all that it started is gone.
 
     Raises:
@@ -58,19 +57,27 @@ def measure(arm: str, task: Task) -> Measured:
     folder = Path(task.folder)
     asked, answered, printed = (folder.with_suffix(end) for end in (".task", ".rows", ".txt"))
     task.write(asked)
-    command = [sys.executable, "-m", f"benchmarks.arms.{ARMS[arm][0]}", str(asked), str(answered), arm]
+    command = [sys.executable, "-m", "benchmarks.arms", task.arm, str(asked), str(answered)]
     used, started, began = _cpu_seconds(), time.time(), time.perf_counter()
     with printed.open("w") as out:
-        code = subprocess.call(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
+        code = subprocess.call(command, env=_untouched(), stdout=out, stderr=out, stdin=subprocess.DEVNULL)
     seconds = time.perf_counter() - began
     _reap()
     if code != 0:
-        raise RuntimeError(f"arm {arm} ended with code {code}:\n{printed.read_text()[-3000:]}")
+        raise RuntimeError(f"arm {task.arm} ended with code {code}:\n{printed.read_text()[-3000:]}")
     rows = json.loads(answered.read_text())
     for row in rows:
         row["finished_at"] -= started
-    check_same_work(task, arm, rows)
+    check_same_work(task, rows)
     return Measured(seconds, _cpu_seconds() - used, rows, before, load)
+
+
+def _untouched() -> dict[str, str]:
+    """Returns this process's variables but for those of Ray and Tune, which ``search`` has set for itself.
+
+    Those of the allocator stay: all arms gain by them.
+    """
+    return {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "TUNE_"))}
 
 
 def _cpu_seconds() -> float:
@@ -90,7 +97,7 @@ def _reap() -> None:
     raise RuntimeError(f"an arm left processes behind; see ps --ppid {os.getpid()}")
 
 
-def check_same_work(task: Task, arm: str, rows: list[Row]) -> None:
+def check_same_work(task: Task, rows: list[Row]) -> None:
     """Raises RuntimeError unless an arm trained every trial, to its end where nobody prunes."""
     epochs: dict[int, int] = {}
     for row in rows:
@@ -98,4 +105,4 @@ def check_same_work(task: Task, arm: str, rows: list[Row]) -> None:
     diverged = {row["trial"] for row in rows if row["val_accuracy"] is None}
     short = [t for t, epoch in epochs.items() if epoch < task.epochs and t not in diverged]
     if len(epochs) != len(task.configurations) or (short and not task.pruning):
-        raise RuntimeError(f"arm {arm} ran {len(epochs)} trials, {len(short)} of them too short")
+        raise RuntimeError(f"arm {task.arm} ran {len(epochs)} trials, {len(short)} of them too short")

@@ -228,6 +228,7 @@ def compare(options: argparse.Namespace) -> int:
             with tempfile.TemporaryDirectory() as folder:
                 (work := Path(folder, "arm")).mkdir()
                 task = Task(
+                    arm=arm,
                     configurations=configurations(family, options.weights),
                     epochs=family.epochs,
                     pruning=family.pruning,
@@ -239,7 +240,7 @@ def compare(options: argparse.Namespace) -> int:
                     precision=options.precision,
                     folder=str(work),
                 )
-                done = measure(arm, task)
+                done = measure(task)
             measured[arm].append(done)
             print(
                 f"  {arm:17}{done.seconds:8.1f} s{done.cpu_seconds:8.1f} CPU s, best {done.best:.4f}, load "

@@ -49,6 +49,7 @@ def run(trials: int, data: str, data_dir: Path) -> Scaled:
     with tempfile.TemporaryDirectory() as name:
         (folder := Path(name, "arm")).mkdir()
         task = Task(
+            arm="ours",
             configurations=configurations(family, "none"),
             epochs=EPOCHS,
             pruning=True,
@@ -61,7 +62,7 @@ def run(trials: int, data: str, data_dir: Path) -> Scaled:
             folder=str(folder),
         )
         task.write(Path(name, "task"))
-        command = [sys.executable, "-m", "benchmarks.arms.ours", f"{name}/task", f"{name}/rows"]
+        command = [sys.executable, "-m", "benchmarks.arms", "ours", f"{name}/task", f"{name}/rows"]
         with Path(name, "printed").open("w") as out:
             process = psutil.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
             samples = [*_memory(process, folder / "study" / "reports.jsonl")]

@@ -22,6 +22,7 @@ class Task:
     """A study that every arm runs, the same for all.
 
     Attributes:
+        arm: Who runs it.
         configurations: The trials, as fields of TrainConfig, in the order in which they start.
         epochs: Of each trial, at most.
         pruning: Whether each arm prunes, in its own way.
@@ -34,6 +35,7 @@ class Task:
         folder: Where the arm may write; it is empty.
     """
 
+    arm: str
     configurations: list[dict[str, Any]]
     epochs: int
     pruning: bool

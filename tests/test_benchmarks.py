@@ -33,6 +33,7 @@ def measured(seconds, *found, steady=STEADY):
 
 def task(**changes):
     values = {
+        "arm": "ours",
         "configurations": [{"architecture": "softmax"}] * 2,
         "epochs": 2,
         "pruning": False,
@@ -132,10 +133,10 @@ def test_probe_measures_something():
 def test_arm_that_trained_less_is_refused(found, pruning, said):
     asked = task(pruning=pruning)
     if said is None:
-        check_same_work(asked, "ours", rows(*found))
+        check_same_work(asked, rows(*found))
     else:
         with pytest.raises(RuntimeError, match=said):
-            check_same_work(asked, "ours", rows(*found))
+            check_same_work(asked, rows(*found))
 
 
 def test_time_per_trial_is_that_of_first_reports():

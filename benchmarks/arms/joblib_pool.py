@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from joblib import Parallel, delayed
 
-from benchmarks.arms import serve
 from benchmarks.task import OurTrial, Row, Task
 from trainables.data import ImageData
 
@@ -24,7 +23,3 @@ def run(task: Task) -> list[Row]:
         delayed(train)(task, data, trial) for trial in range(len(task.configurations))
     )
     return [reported for rows in done for reported in rows]
-
-
-if __name__ == "__main__":
-    serve(run)

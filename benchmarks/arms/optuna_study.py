@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-
 import optuna
 import torch
 
-from benchmarks.arms import serve
 from benchmarks.task import OurTrial, Row, Task
 
 
-def pruner(name: str, task: Task) -> optuna.pruners.BasePruner:
+def pruner(task: Task) -> optuna.pruners.BasePruner:
     """Returns what an arm prunes by."""
     if not task.pruning:
         return optuna.pruners.NopPruner()
-    if name == "optuna-halving":
+    if task.arm == "optuna-halving":
         return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
     return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=task.epochs, reduction_factor=3)
 
@@ -40,12 +37,8 @@ def run(task: Task) -> list[Row]:
                 raise optuna.TrialPruned
         return accuracy
 
-    study = optuna.create_study(direction="maximize", pruner=pruner(sys.argv[3], task))
+    study = optuna.create_study(direction="maximize", pruner=pruner(task))
     for index in range(len(task.configurations)):
         study.enqueue_trial({"trial": index})
     study.optimize(objective, n_trials=len(task.configurations))
     return rows
-
-
-if __name__ == "__main__":
-    serve(run)

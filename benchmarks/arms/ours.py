@@ -7,12 +7,11 @@ from typing import Any
 
 from rich.console import Console
 
-import search  # noqa: F401  before anything imports Ray
-from benchmarks.arms import serve
 from benchmarks.task import Row, Task, no_op_accuracy, row
 from search import engine
 from search.journal import Journal
-from search.launch import leave, start
+from search.launch import leave as leave
+from search.launch import start
 from search.options import StudyOptions
 from trainables.trial import Trial
 
@@ -53,7 +52,7 @@ def run(task: Task) -> list[Row]:
         precision=task.precision,
     )
     folder = Path(task.folder, "study")
-    code = start(options, folder, Console(), wandb={"wandb": "off"})
+    code = start(options, folder, Console(), wandb={"mode": "off"})
     assert code == 0, code
     events = Journal(folder / "reports.jsonl").read()
     return [
@@ -66,8 +65,3 @@ def run(task: Task) -> list[Row]:
         for event in events
         if event.get("epoch")
     ]
-
-
-if __name__ == "__main__":
-    serve(run)
-    leave(0)

@@ -24,7 +24,6 @@ from torch import nn, optim
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 
-from benchmarks.arms import serve
 from benchmarks.obvious import obvious_network
 from benchmarks.task import Row, Task, no_op_accuracy, row
 from trainables.data import ImageData, load_split, split_validation
@@ -123,7 +122,3 @@ def run(task: Task) -> list[Row]:
         assert frame is not None
         rows += json.loads(frame[["trial", "epoch", "val_accuracy", "finished_at"]].to_json(orient="records"))
     return rows
-
-
-if __name__ == "__main__":
-    serve(run)
