@@ -334,8 +334,11 @@ def schedulers(table: pd.DataFrame) -> Figure:
             for measure, fill in (("regret_other", "none"), ("regret", colour)):
                 if math.isnan(row[measure]):
                     continue  # one seed
-                errors = {
-                    f"{x}err": [[row[name] - row[f"{name}_low"]], [row[f"{name}_high"] - row[name]]]
+                errors = {  # a mean of equal values may lie beyond its interval by a rounding error
+                    f"{x}err": [
+                        [max(0.0, row[name] - row[f"{name}_low"])],
+                        [max(0.0, row[f"{name}_high"] - row[name])],
+                    ]
                     for x, name in (("x", "epochs"), ("y", measure))
                 }
                 label = row["scheduler"] if measure == "regret" else None

@@ -51,7 +51,7 @@ def subset(data_name: str, data_dir: Path, images: int | None) -> str:
     """
     data = prepare(data_name, data_dir)
     if images is None:
-        return data_name
+        return absolute(data_name)
     folder = data_dir / f"benchmark-{data.sha256[:12]}-{images}"
     if not folder.exists():
         x, y = load_split(data, "train")
@@ -63,6 +63,11 @@ def subset(data_name: str, data_dir: Path, images: int | None) -> str:
                     Image.fromarray(x[index].transpose(1, 2, 0)).save(where / f"{index:06d}.png")
         building.rename(folder)
     return str(folder)
+
+
+def absolute(name: str) -> str:
+    """Returns a path that means the same in every process, and what is no path as it is."""
+    return str(Path(name).absolute()) if Path(name).exists() else name
 
 
 def _parts(of_class: np.ndarray, count: int) -> list[tuple[str, np.ndarray]]:
@@ -229,7 +234,7 @@ def compare(options: argparse.Namespace) -> int:
                 (work := Path(folder, "arm")).mkdir()
                 task = Task(
                     arm=arm,
-                    configurations=configurations(family, options.weights),
+                    configurations=configurations(family, absolute(options.weights)),
                     epochs=family.epochs,
                     pruning=family.pruning,
                     no_op=family.no_op,

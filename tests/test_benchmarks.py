@@ -177,6 +177,7 @@ def test_gpu_script_on_a_processor(tmp_path):
         "DEVICE": "cpu",
         "REPEAT": "1",
         "FAMILIES": "softmax",
+        "ARMS": "ours tutorial tune-plain joblib optuna-hyperband",
         "ARMS_TRIALS": "2",
         "ARMS_EPOCHS": "1",
         "ARMS_IMAGES": "300",
@@ -194,7 +195,7 @@ def test_gpu_script_on_a_processor(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "out" / "softmax.json").read_text())
-    assert {arm: len(runs) for arm, runs in result["arms"].items()} == dict.fromkeys(run.ARMS, 1)
+    assert {arm: len(runs) for arm, runs in result["arms"].items()} == dict.fromkeys(small["ARMS"].split(), 1)
     assert all(runs[0]["epochs"] == 2 and runs[0]["cpu_seconds"] > 1 for runs in result["arms"].values())
     # the same configurations and images: those that train by our code find the same
     ours, plain, pool = (result["arms"][arm][0]["best"] for arm in ("ours", "tune-plain", "joblib"))

@@ -110,6 +110,13 @@ def test_diverged_lr_is_a_cross_below_the_curve(study):
     assert axes.get_xscale() == "log"
 
 
+def test_interval_of_equal_regrets_is_drawn_in_spite_of_rounding():
+    found = np.full((1, 1, 5, 4), 0.1)
+    table = compare(found, ["ray_asha"], np.random.default_rng(0)).assign(family="softmax", workers=1)
+    table["regret_low"] = table.regret + 1e-17 + np.spacing(0.1)
+    plots.schedulers(table).savefig(io.BytesIO())
+
+
 def test_schedulers_are_told_apart_and_drawn_at_epochs_and_regret():
     found = np.random.default_rng(0).uniform(0.1, 0.2, (3, 2, 20, 4))
     found[..., 0] = np.array([300, 180, 170])[:, None, None]
