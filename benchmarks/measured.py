@@ -1,16 +1,17 @@
-"""What did one run of an arm take? Seconds, CPU seconds of all its processes, and what it reported."""
+"""What did one run of an arm take? Seconds, the machine's CPU seconds, and what it reported."""
 
 from __future__ import annotations
 
 import ctypes
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from benchmarks.probe import probe
 from benchmarks.task import Row, Task
@@ -20,7 +21,7 @@ PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
 
 def adopt_orphans() -> None:
-    """Makes orphans of an arm children of this process, whose CPU seconds are then counted (Linux)."""
+    """Makes orphans of an arm children of this process, which can then wait for their end (Linux)."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
@@ -29,7 +30,7 @@ class Measured:
     """One run of an arm."""
 
     seconds: float  # from starting python to its end
-    cpu_seconds: float  # of all its processes, user and system
+    cpu_seconds: float  # that the machine was busy, for whomever: Ray's raylet hides those of its workers
     rows: list[Row]  # finished_at is in seconds from the start
     probe: dict[str, float]  # just before
     load: float  # of the last minute, just before
@@ -61,7 +62,7 @@ def measure(task: Task) -> Measured:
     used, started, began = _cpu_seconds(), time.time(), time.perf_counter()
     with printed.open("w") as out:
         code = subprocess.call(command, env=_untouched(), stdout=out, stderr=out, stdin=subprocess.DEVNULL)
-    seconds = time.perf_counter() - began
+    seconds, cpu_seconds = time.perf_counter() - began, _cpu_seconds() - used
     _reap()
     if code != 0:
         raise RuntimeError(f"arm {task.arm} ended with code {code}:\n{printed.read_text()[-3000:]}")
@@ -69,7 +70,7 @@ def measure(task: Task) -> Measured:
     for row in rows:
         row["finished_at"] -= started
     check_same_work(task, rows)
-    return Measured(seconds, _cpu_seconds() - used, rows, before, load)
+    return Measured(seconds, cpu_seconds, rows, before, load)
 
 
 def _untouched() -> dict[str, str]:
@@ -81,8 +82,8 @@ def _untouched() -> dict[str, str]:
 
 
 def _cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system)
 
 
 def _reap() -> None:
