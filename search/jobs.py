@@ -77,15 +77,11 @@ class Jobs:
         self.avoided: frozenset[str] = frozenset()  # ids of nodes that failed whatever they got
         self.deadline = None if seconds is None else clock() + seconds
         self.trials: dict[str, TrialRecord] = {}
+        self.searched: list[TrialRecord] = []  # of these, without the winner's seeds
         self.running: set[str] = set()
         self.interrupted: deque[str] = deque()  # at work when the driver died; they go first
         self.search_is_over = False
         self.finished = False
-
-    @property
-    def searched(self) -> list[TrialRecord]:
-        """Returns the trials of the search, without the winner's seeds."""
-        return [trial for trial in self.trials.values() if not trial.is_final]
 
     def next_job(self) -> Job | None:
         """Returns what a free worker should do; None: wait, or all is done (``finished``)."""
@@ -181,7 +177,7 @@ class Jobs:
                 f"trial {trial_id} was {config} and would now be {again}: the code or a library differs "
                 "from when the study began; go back to the versions in study.json"
             )
-        self.trials[trial_id] = TrialRecord(trial_id, config)
+        self._add(trial_id, config)
         self.running.add(trial_id)
 
     def _next_search_job(self) -> Job | None:
@@ -224,8 +220,13 @@ class Jobs:
 
     def _start(self, trial_id: str, config: dict[str, Any]) -> Job:
         self.journal.append({"trial_id": trial_id, "epoch": 0, "config": config})
-        self.trials[trial_id] = TrialRecord(trial_id, config)
+        self._add(trial_id, config)
         return self._job(trial_id)
+
+    def _add(self, trial_id: str, config: dict[str, Any]) -> None:
+        trial = self.trials[trial_id] = TrialRecord(trial_id, config)
+        if not trial.is_final:
+            self.searched.append(trial)
 
     def _job(self, trial_id: str) -> Job:
         trial = self.trials[trial_id]
