@@ -80,8 +80,10 @@ def _memory(process: psutil.Popen, journal: Path) -> Iterable[float]:
             process.wait(SAMPLE_SECONDS)
             return
         except psutil.TimeoutExpired:
-            if journal.exists() and journal.read_bytes().count(b'"config"') >= SETTLED:
-                yield process.memory_full_info().uss / 2**20
+            if not journal.exists() or journal.read_bytes().count(b'"config"') < SETTLED:
+                continue
+            if used := process.memory_full_info().uss:  # 0 when it is about to end
+                yield used / 2**20
 
 
 def ms_per_trial(rows: list[Row]) -> tuple[float, float]:

@@ -13,6 +13,7 @@ behind their form (NOTES.md, "Workers"):
 
 from __future__ import annotations
 
+import json
 import os
 from collections import deque
 from pathlib import Path
@@ -99,8 +100,7 @@ class JobScheduler(FIFOScheduler):
         self, tune_controller: TuneController, trial: TuneTrial, result: dict[str, Any]
     ) -> str:
         """Records the report; STOP ends the job, be it paused, pruned or done."""
-        prefix = "report/"  # Tune flattens results
-        report = {key.removeprefix(prefix): value for key, value in result.items() if key.startswith(prefix)}
+        report = json.loads(result["report"])
         self._tell_of(result.get("node_id"), failed=report.get("status") == "error")
         goes_on = self.jobs.report(trial.config["trial_id"], report)
         return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP

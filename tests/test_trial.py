@@ -1,5 +1,7 @@
 """One worker's work, without Ray: what step() reports, and what a kill between two steps costs."""
 
+import json
+
 import pandas as pd
 import pytest
 
@@ -28,7 +30,7 @@ def worker(data_dir, tmp_path):
 
 def report_of(trial):
     """Returns the next report without what differs from run to run."""
-    report = trial.step()["report"]
+    report = json.loads(trial.step()["report"])
     return {
         name: report[name] for name in report if name not in ("epoch_seconds", "finished_at", "pid", "node")
     }

@@ -64,7 +64,7 @@ def drive(job: dict[str, Any], *, context: TrialContext, workers: int, resources
         told = context.fetch(own_fault)
         if told is None:
             raise
-        tune.report({"report": json.loads(told.read_text())})
+        tune.report({"report": told.read_text()})
 
 
 def _train(settings: dict[str, Any]) -> None:
@@ -77,7 +77,7 @@ def _train(settings: dict[str, Any]) -> None:
         run = JobRun(job, context, Group.current())
         while True:
             report = run.report()
-            train.report({"report": report})
+            train.report({"report": json.dumps(report)})
             if "status" in report:
                 return
     except Exception as error:

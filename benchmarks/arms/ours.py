@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class NoOpTrial(Trial):
         trial = int(self.job["trial_id"])
         report = row(trial, self.epoch, no_op_accuracy(trial, self.epoch))
         ends = {"status": "done"} if self.epoch == self.job["config"]["epochs"] else {}
-        return {"report": {**report, "epoch_seconds": 0.0, **ends}}
+        return {"report": json.dumps({**report, "epoch_seconds": 0.0, **ends})}
 
 
 def run(task: Task) -> list[Row]:
