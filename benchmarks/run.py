@@ -1,7 +1,8 @@
 """How much faster is a study by tunefleet than by what one would use instead?
 
 Runs arms in turn (A B B A …) on the same configurations, images, epochs and number type, each from a cold
-``python``, and prints the median of the repetitions' ratios; writes benchmarks/results/FAMILY.json::
+``python``, and prints the median of the repetitions' ratios, or, where the machine's own speed varied too
+much for them, by how much it did; writes both to benchmarks/results/FAMILY.json::
 
     python -m benchmarks.run ours tutorial --family softmax --data cifar10 --repeat 3
     python -m benchmarks.run --family study          # all arms: when is a good trial found?
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from analysis import stats
 from benchmarks.arms import ARMS
 from benchmarks.families import FAMILIES, Family, configurations
 from benchmarks.measured import Measured, adopt_orphans, measure
@@ -38,7 +40,6 @@ from trainables.data import DATA_DIR, load_split, prepare
 
 RESULTS = Path(__file__).with_name("results")
 STEADY = 0.15  # by which fraction the probe may vary before ratios say nothing
-RESAMPLES = 10_000  # of the bootstrap
 
 
 def subset(data_name: str, data_dir: Path, images: int | None) -> str:
@@ -79,9 +80,8 @@ def _parts(of_class: np.ndarray, count: int) -> list[tuple[str, np.ndarray]]:
 
 def interval95(ratios: list[float]) -> tuple[float, float]:
     """Returns the bootstrap's 95 % interval of the median of ratios ``(n,)``."""
-    generator = np.random.default_rng(0)
-    drawn = generator.choice(ratios, size=(RESAMPLES, len(ratios)))
-    low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
+    drawn = np.random.default_rng(0).choice(ratios, size=(stats.RESAMPLES, len(ratios)))
+    low, high = stats.interval95(np.median(drawn, axis=1))
     return float(low), float(high)
 
 
@@ -115,8 +115,8 @@ def target_of(family: Family, measured: dict[str, list[Measured]]) -> float | No
 
 
 def print_table(family: Family, measured: dict[str, list[Measured]]) -> None:
-    """Prints a row per arm, 80 columns wide."""
-    target = target_of(family, measured)
+    """Prints a row per arm, 80 columns wide; instead of ratios, why there are none."""
+    target, said = target_of(family, measured), unsteady(measured)
     if target is not None:
         print(f"seconds until val_accuracy {target:.4f}, the tutorial's best")
     print(f"{'arm':17}{'seconds':>8}{'CPU s':>8}{'epochs':>8}{'best':>8}{'÷ ours':>8}  95 % interval")
@@ -127,11 +127,13 @@ def print_table(family: Family, measured: dict[str, list[Measured]]) -> None:
             f"{statistics.median(len(run.rows) for run in runs):8.0f}"
             f"{statistics.median(run.best for run in runs):8.4f}"
         )
-        if arm != "ours" and "ours" in measured:
+        if arm != "ours" and "ours" in measured and not said:
             found = ratios(measured, arm, target)
             low, high = interval95(found)
             line += f"{statistics.median(found):8.2f}  {low:.2f} to {high:.2f}, n = {len(found)}"
         print(line)
+    if said:
+        print(said)
 
 
 def unsteady(measured: dict[str, list[Measured]]) -> str:
@@ -141,7 +143,7 @@ def unsteady(measured: dict[str, list[Measured]]) -> str:
     worst = max(varied, key=lambda name: varied[name])
     if varied[worst] <= STEADY:
         return ""
-    return f"the machine's {worst} varied by {varied[worst]:.0%}: on a quieter one these ratios may differ"
+    return f"the machine's {worst} varied by {varied[worst]:.0%}: no ratios; run it again on quiet cores"
 
 
 def result(family: str, options: argparse.Namespace, measured: dict[str, list[Measured]]) -> dict[str, Any]:
@@ -253,8 +255,6 @@ def compare(options: argparse.Namespace) -> int:
                 flush=True,
             )
     print_table(family, measured)
-    if said := unsteady(measured):
-        print(said)
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / f"{options.family}.json"
     file.write_text(json.dumps(result(options.family, options, measured), indent=1) + "\n")

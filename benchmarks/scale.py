@@ -110,4 +110,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: main()))
+    sys.exit(exit_code(main))

@@ -109,10 +109,17 @@ def test_interval_covers_the_median_and_nothing_beyond_the_values():
     assert run.interval95([2.0]) == (2.0, 2.0)
 
 
-def test_unsteady_machine_is_said_so():
-    slow = STEADY | {"gflops": 40.0}
-    assert run.unsteady({"ours": [measured(1), measured(1)]}) == ""
-    assert "gflops varied by 20%" in run.unsteady({"ours": [measured(1), measured(1, steady=slow)]})
+@pytest.mark.parametrize(("gflops", "shown"), [(50.0, "5.00  5.00 to 5.00, n = 1"), (40.0, "varied by 20%")])
+def test_unsteady_machine_has_no_ratios(gflops, shown, capsys):
+    theirs = measured(10.0, (0, 1, 0.5, 1.0), steady=STEADY | {"gflops": gflops})
+    both = {"ours": [measured(2.0, (0, 1, 0.5, 1.0))], "tutorial": [theirs]}
+    run.print_table(families.FAMILIES["softmax"], both)
+    printed = capsys.readouterr().out
+    assert shown in printed
+    assert ("5.00" in printed) == (gflops == 50.0)
+
+
+def test_spread_is_a_fraction_of_the_median():
     assert spread([10.0, 9.0, 11.0]) == pytest.approx(0.2)
 
 
