@@ -24,15 +24,14 @@ from rich.console import Console
 import search  # noqa: F401  sets Ray's environment before anything imports Ray
 from analysis.curves import COLUMNS, curves_of, table_of
 from analysis.load import load
+from search.flags import add_options, parse_study, study_parser
 from search.launch import resume, start
 from search.options import StudyOptions
 from search.printing import shown
-from search.run import add_options
 from search.spaces import described, find_space
 from search.study_file import read_study, write_whole
 from search.suggest import RandomSampler
-from search.wandb_options import take_flags
-from trainables.command_line import Parser, exit_code
+from trainables.command_line import exit_code
 from trainables.config import TrainConfig, check_integer
 
 SEEDS = 2  # per configuration: what one seed's luck chose, the other judges
@@ -121,20 +120,12 @@ def write_table(folder: Path, out: Path) -> None:
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Returns what to do, and the study's options as far as they were given."""
-    parser = Parser(prog="python -m benchmarks.curves", description=__doc__.split("\n")[0])
-    parser.add_argument("--space", help="architecture")
+    """Returns what to do, and the study's options that were given."""
+    parser = study_parser("python -m benchmarks.curves", __doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the table's file, .csv")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="per configuration (default: %(default)s)")
-    parser.add_argument(
-        "--study-dir", type=Path, help="the study's folder (default: a new one under studies/)"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print what would run, for how long, and end")
-    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with a stopped or killed study")
-    add_options(parser, list(OPTIONS))
-    options = vars(parser.parse_args(arguments))
-    names = ("space", "out", "seeds", "study_dir", "dry_run", "resume")
-    return argparse.Namespace(**{name: options.pop(name) for name in names}), options
+    add_options(parser, OPTIONS)
+    return parse_study(parser, arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -160,18 +151,19 @@ def carry_out(do: argparse.Namespace, given: dict[str, Any], console: Console) -
         console.print(f"{counts} -> {shown(do.out)}", highlight=False, soft_wrap=True)
         return int(bool(statuses.keys() & {"error", "out_of_memory"}))
 
-    wandb = take_flags({}) | {"mode": "off"}  # nothing beside a recording, whose seconds count
+    wandb = do.wandb | {"mode": "off"}  # nothing beside a recording, whose seconds count
     if not do.resume:
         options = new_options(do, given)
         return start(
             options, do.study_dir, console, dry_run=do.dry_run, finish=finish, script=script, wandb=wandb
         )
-    study = read_study(do.resume)
+    folder = Path(do.resume)
+    study = read_study(folder)
     if not study["options"]["points"] or study["options"]["pruner"] != "none":
-        raise ValueError(f"--resume={do.resume} records no curves; it is a study of another script")
+        raise ValueError(f"--resume={folder} records no curves; it is a study of another script")
     if study["status"] == "done":
-        return finish(do.resume, console)  # its table could not be written then
-    return resume(do.resume, given, console, finish=finish, script=script, wandb=wandb)
+        return finish(folder, console)  # its table could not be written then
+    return resume(folder, given, console, finish=finish, script=script, wandb=wandb)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.families import published
 from benchmarks.obvious import obvious_network
-from trainables.config import TrainConfig, check_integer, check_name
+from trainables.config import check_integer, check_name
 from trainables.data import DATA_DIR, ImageData, load_split, prepare, split_validation
 from trainables.levers import Levers, choose
 from trainables.training import TrainingRun
@@ -34,30 +35,12 @@ ACCURACY_EPOCHS = 3
 EVAL_BATCH = 500  # images, of the obvious loop
 
 
-@dataclass(frozen=True)
-class Case:
-    """An architecture at its published hyperparameters."""
-
-    values: dict[str, Any]  # of TrainConfig
-    batches: int | None = None  # of an epoch that are timed unless --images says more; None: all
-
-
-CASES = {
-    "softmax": Case({"batch_size": 512, "lr": 0.01}),
-    "twolayernn": Case(
-        {"batch_size": 256, "lr": 1e-4, "weight_decay": 1e-4, "optimizer": "adam", "hidden": 250}
-    ),
-    "convnet": Case(
-        {"batch_size": 512, "lr": 0.001, "weight_decay": 0.01, "momentum": 0.9}
-        | {"hidden": 50, "kernel_size": 5},
-        batches=4,
-    ),
-    "mymodel": Case(
-        {"batch_size": 128, "lr": 0.001, "weight_decay": 0.001, "momentum": 0.98}
-        | {"hidden": 64, "kernel_size": 5},
-        batches=12,
-    ),
-    "resnet_softmax_updatable": Case({"batch_size": 128, "lr": 0.01, "weight_decay": 0.001}, batches=8),
+BATCHES = {  # of an epoch that are timed unless --images says more; None: all
+    "softmax": None,
+    "twolayernn": None,
+    "convnet": 4,
+    "mymodel": 12,
+    "resnet_softmax_updatable": 8,
 }
 
 
@@ -130,14 +113,13 @@ class Bench:
 
     def pair(self, name: str, seed: int) -> tuple[TrainingRun, ObviousRun]:
         """Builds both arms over the same images, a random part of the training split or all of it."""
-        case = CASES[name]
-        weights = self.weights if name.startswith("resnet") else "none"
-        config = TrainConfig(name, epochs=ACCURACY_EPOCHS, seed=seed, weights=weights, **case.values)
+        config = published(name, epochs=ACCURACY_EPOCHS, weights=self.weights, seed=seed)
         ours = TrainingRun(config, self.data, self.levers, self.data_dir)
         images, labels = load_split(self.data, "train")
         train, _ = split_validation(labels)
         if self.images == "auto":
-            wanted = len(train) if case.batches is None else case.batches * config.batch_size
+            batches = BATCHES[name]
+            wanted = len(train) if batches is None else batches * config.batch_size
         else:
             wanted = len(train) if self.images == "all" else int(self.images)
         if wanted < len(train):
@@ -198,7 +180,7 @@ def _is_channels_last(x: Tensor) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     """Times both arms of every named architecture."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.epoch", description=__doc__.split("\n")[0])
-    parser.add_argument("architectures", nargs="*", metavar="ARCH", help=f"of: {', '.join(CASES)}")
+    parser.add_argument("architectures", nargs="*", metavar="ARCH", help=f"of: {', '.join(BATCHES)}")
     parser.add_argument("--data", default="cifar10", help="cifar10, digits, or an image folder or archive")
     parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="cache folder (%(default)s)")
     parser.add_argument(
@@ -215,9 +197,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--precision", default="auto", help="of ours: auto, fp32 or bf16")
     options = parser.parse_args(arguments)
     try:
-        names = options.architectures or list(CASES)
+        names = options.architectures or list(BATCHES)
         for name in names:
-            check_name("ARCH", name, CASES)
+            check_name("ARCH", name, BATCHES)
         check_integer("--threads", options.threads, 1)
         check_integer("--repeat", options.repeat, 0)
         if options.images not in ("auto", "all") and not (options.images.isdigit() and int(options.images)):

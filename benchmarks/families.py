@@ -12,6 +12,7 @@ from typing import Any
 
 from search.spaces import find_space, fixed_values
 from search.suggest import RandomSampler
+from trainables.config import TrainConfig
 
 FILE = Path(__file__).with_name("configurations.json")
 DRAWN = 32  # configurations per architecture
@@ -60,6 +61,12 @@ def configurations(family: Family, weights: str) -> list[dict[str, Any]]:
         family.architecture, epochs=family.epochs, image_size=32, weights=weights, seed=0, fix=FIX
     )
     return [fixed | drawn[trial % DRAWN] for trial in range(family.trials)]
+
+
+def published(architecture: str, *, epochs: int, weights: str, seed: int = 0) -> TrainConfig:
+    """Returns the published best of an architecture, without what only one arm has."""
+    fixed = fixed_values(architecture, epochs=epochs, image_size=32, weights=weights, seed=seed, fix=FIX)
+    return TrainConfig.from_dict(fixed | dict(find_space(architecture, FIX).published))
 
 
 def draw(architecture: str) -> list[dict[str, Any]]:

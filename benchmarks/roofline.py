@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.epoch import CASES
+from benchmarks.epoch import BATCHES
+from benchmarks.families import published
 from trainables.command_line import Parser, exit_code
-from trainables.config import TrainConfig, check_integer, check_name
+from trainables.config import check_integer, check_name
 from trainables.data import DATA_DIR, prepare
 from trainables.levers import Levers, choose
 from trainables.training import TrainingRun
@@ -56,7 +57,7 @@ def flops_per_image(run: TrainingRun, count: int) -> float:
 def main(arguments: list[str] | None = None) -> int:
     """Prints a row per architecture."""
     parser = Parser(prog="python -m benchmarks.roofline", description=__doc__.split("\n")[0])
-    parser.add_argument("architectures", nargs="*", metavar="ARCH", help=f"of: {', '.join(CASES)}")
+    parser.add_argument("architectures", nargs="*", metavar="ARCH", help=f"of: {', '.join(BATCHES)}")
     parser.add_argument("--data", default="cifar10", help="cifar10, or a folder or archive of 32×32 images")
     parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="cache folder (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -67,14 +68,14 @@ def main(arguments: list[str] | None = None) -> int:
     check_integer("--threads", options.threads, 1)
     check_integer("--repeat", options.repeat, 1)
     for name in options.architectures:
-        check_name("ARCH", name, CASES)
+        check_name("ARCH", name, BATCHES)
     levers = choose(options.device, options.precision)
     data = prepare(options.data, options.data_dir)
     torch.set_num_threads(options.threads)
     print(f"{levers.device} {levers.precision}, {options.threads} thread(s), {data.name}")
     print(f"{'architecture':26}{'images/s':>10}{'MFLOP':>8}{'GFLOP/s':>10}{'of peak':>9}{'peak':>9}")
-    for name in options.architectures or CASES:
-        run = TrainingRun(TrainConfig(name, **CASES[name].values), data, levers, options.data_dir)
+    for name in options.architectures or BATCHES:
+        run = TrainingRun(published(name, epochs=1, weights="none"), data, levers, options.data_dir)
         flops = flops_per_image(run, min(run.micro_batch, len(run.inputs.train_y)))
         seconds, peaks = [], []
         for _ in range(options.repeat + 1):

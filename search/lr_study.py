@@ -26,15 +26,15 @@ from rich.table import Table
 
 import search  # noqa: F401  sets Ray's environment before anything imports Ray
 from search.final import summarise
+from search.flags import add_options, add_storage, parse_study, study_parser
 from search.journal import Journal, TrialRecord, records
 from search.launch import leave, resume, start
 from search.options import StudyOptions
 from search.printing import shown
-from search.run import RESUME_HELP, STORAGE_HELP, add_options
 from search.spaces import find_space
 from search.study_file import read_study, write_study
-from search.wandb_options import add_wandb_flags, take_flags
-from trainables.command_line import Parser, exit_code
+from search.wandb_options import add_wandb_flags
+from trainables.command_line import exit_code
 from trainables.config import TrainConfig, check_integer, check_number
 
 GRID = 12  # values
@@ -187,9 +187,8 @@ def configuration(space: str, source: Path | None) -> tuple[dict[str, Any], dict
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Returns what to do, and the study's options as far as they were given."""
-    parser = Parser(prog=f"python {SCRIPT}", description=__doc__.split("\n")[0])
-    parser.add_argument("--space", help="architecture")
+    """Returns what to do, and the study's options that were given."""
+    parser = study_parser(f"python {SCRIPT}", __doc__.split("\n")[0])
     parser.add_argument(
         "--from", dest="source", type=Path, metavar="STUDY", help="take its best configuration"
     )
@@ -197,19 +196,11 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, An
         "--lrs", type=float, nargs="+", help=f"values (default: {GRID} over {DECADES:g} decades)"
     )
     parser.add_argument("--seeds", type=int, default=SEEDS, help="per value (default: %(default)s)")
-    parser.add_argument(
-        "--study-dir", type=Path, help="the study's folder (default: a new one under studies/)"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print what would run, for how long, and end")
-    parser.add_argument("--storage", metavar="PLACE", help=STORAGE_HELP)
-    parser.add_argument("--resume", metavar="DIR", help=RESUME_HELP)
     parser.add_argument("--extend", type=Path, metavar="DIR", help="widen a finished study beyond its edge")
-    add_options(parser, list(OPTIONS))
+    add_storage(parser)
+    add_options(parser, OPTIONS)
     add_wandb_flags(parser)
-    options = vars(parser.parse_args(arguments))
-    wandb = take_flags(options)
-    names = ("space", "source", "lrs", "seeds", "study_dir", "storage", "dry_run", "resume", "extend")
-    return argparse.Namespace(**{name: options.pop(name) for name in names}, wandb=wandb), options
+    return parse_study(parser, arguments)
 
 
 def new_options(do: argparse.Namespace, given: dict[str, Any]) -> StudyOptions:

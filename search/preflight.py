@@ -19,11 +19,7 @@ from trainables.data import ImageData
 from trainables.levers import Levers
 from trainables.training import TrainingRun
 
-OPTIMIZER_VALUES = {
-    "sgd": 1,
-    "adam": 2,
-    "adamw": 2,
-}  # that it keeps per parameter
+OPTIMIZER_VALUES = {"sgd": 1, "adam": 2, "adamw": 2}  # kept per parameter, at most
 MEASURED_STEPS = 10  # optimizer steps that forecast an epoch
 START_SECONDS = 12  # Ray and its first workers, on two cores
 

@@ -1,6 +1,7 @@
 """Curves of studies and of tables: read, checked, written and read again."""
 
 import json
+import sys
 
 import numpy as np
 import pandas as pd
@@ -201,7 +202,9 @@ def recorded(data_dir, tmp_path_factory):
     search = ["--searcher", "random", "--pruner", "promote", "--concurrency", "1", "--final-seeds", "0"]
     try:
         out = ["--study-dir", str(folder / "s"), "--out", str(folder / "c.csv"), "--concurrency", "2"]
-        assert main([*common, *out]) == 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["benchmarks/curves.py", *common, *out])
+            assert main([*common, *out]) == 0
         assert run([*common, *search, "--study-dir", str(folder / "p"), "--wandb", "off"]) == 0
     finally:
         ray.shutdown()
@@ -219,7 +222,7 @@ def test_recorded_table_says_what_the_study_does(recorded):
         read(str(recorded / "s")).accuracy, abs=1e-5
     )
     told = json.loads((recorded / "c.json").read_text())
-    assert told["command"].startswith("python -m benchmarks.curves ")
+    assert told["command"].startswith("python -m benchmarks.curves --space softmax --data digits --trials 6 ")
     assert told["configurations"][0] == dict(SPACES["softmax"].published)
     assert len(told["configurations"]) == 6
     assert (told["data"], told["epochs"], told["seeds"]) == ("digits", 4, [3, 4])

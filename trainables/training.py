@@ -106,7 +106,7 @@ class TrainingRun:
             train figures are means over the epoch, measured as its steps went by; the val figures of
             a refit are None.
         """
-        groups = self.optimizer.param_groups
+        groups = self.optimizer.param_groups  # built now, not in the epoch's seconds
         began = time.perf_counter()
         train_loss, train_accuracy = _means(*self.train_epoch(), len(self.inputs.train_y))
         val_loss, val_accuracy = None, None
