@@ -40,6 +40,8 @@ AGENTS, AGENTS_GONE_WITHIN = ("ray::DashboardAgent", "ray::RuntimeEnvAgent"), 90
 STUDY = ("--space", "softmax", "--data", "digits", "--wandb", "off", "--concurrency", "1")
 TRIALS = (*STUDY, "--trials", "12", "--epochs", "27", "--final-seeds", "1")
 PLACE_AND_TIME = ("seconds", "node")  # columns of trials.csv
+SLOW_TRIALS = (*TRIALS, "--fix", "batch_size=2")  # 0.1 s an epoch: long enough to be hit in mid-trial
+AMID = {*range(4, 7), *range(10, 24)}  # their epochs from which a trial goes on for some: no rung is near
 FULL_BYTES = 4 * 2**20  # of the small disk
 
 
@@ -103,6 +105,11 @@ class Run:
     def reports(self) -> list[dict]:
         """Returns the reports so far, of epochs only."""
         return [event for event in self.journal.read() if event.get("epoch")]
+
+    def amid_trial(self, seen: int) -> dict | None:
+        """Returns the last report, if it came after the first ``seen`` and its trial has epochs to go."""
+        fresh = self.reports()[seen:]
+        return fresh[-1] if fresh and fresh[-1]["epoch"] in AMID else None
 
     def wait_for(self, what: Callable[[], object]) -> object:
         """Returns what() once it is true; the study must not end before."""
@@ -364,32 +371,26 @@ def exhaust_memory(folder: Path, times: int, undisturbed: Undisturbed) -> Outcom
 
 def kill_raylet(folder: Path, times: int, undisturbed: Undisturbed) -> Outcome:
     """SIGKILL of the raylet of the node that a trial is on; another node joins."""
-    alone = undisturbed(*TRIALS)
+    alone = undisturbed(*SLOW_TRIALS)
     with three_nodes() as cluster:
         run = Run(folder, {"RAY_ADDRESS": cluster.address})
         storage = folder / "storage"
         storage.mkdir()
-        run.start(*TRIALS, "--data-dir", folder / "data", "--storage", storage)
+        run.start(*SLOW_TRIALS, "--data-dir", folder / "data", "--storage", storage)
         run.find_in(storage)
-        gone: set[int] = set()
 
         def lost() -> list[str]:
             return [event["lost"] for event in run.journal.read() if "lost" in event]
 
-        def at_work() -> int | None:
-            reports = run.reports()
-            if len(reports) < 10 * (len(lost()) + 1) or reports[-1]["pid"] in gone:
-                return None
-            return reports[-1]["pid"]
-
-        while len(lost()) < times:  # where its trial had just ended, a node's death costs none
-            raylet = psutil.Process(run.wait_for(at_work)).parent()
+        seen = 0
+        for k in range(times):
+            report = run.wait_for(lambda seen=seen: run.amid_trial(seen))
+            raylet = psutil.Process(report["pid"]).parent()
             assert "raylet" in raylet.name()
-            gone |= {child.pid for child in raylet.children(recursive=True)}
             raylet.kill()
             cluster.add_node(num_cpus=1)
-            before = len(lost())
-            run.wait_for(lambda before=before: len(lost()) > before or at_work())
+            run.wait_for(lambda k=k: len(lost()) > k)
+            seen = len(run.reports())
         done = outcome(times, run, run.finish(), like=alone)
         if lost() != ["node"] * times:
             done.wrong.append(f"the journal tells of {lost()}")
@@ -418,7 +419,7 @@ NOTICE = " ".join(f"RAY_health_check_{name}={value}" for name, value in HEALTH.i
 
 def cut_link(folder: Path, times: int, undisturbed: Undisturbed) -> Outcome:
     """The cable of the machine that a trial is on is pulled; plugged in again after the node was given up."""
-    alone = undisturbed(*TRIALS)
+    alone = undisturbed(*SLOW_TRIALS)
     with Lab("10.79.0.1/16") as lab:
         export = f"export PATH=~/venv/bin:$PATH PYTHONPATH=~/tunefleet RAY_AUTH_MODE=token {NOTICE}; "
 
@@ -439,7 +440,7 @@ def cut_link(folder: Path, times: int, undisturbed: Undisturbed) -> Outcome:
         for address in WORKERS:
             join(address)
         run = Run(folder)
-        asked = f"{' '.join(TRIALS)} --data-dir /run/data --storage {lab.shared}"
+        asked = f"{' '.join(SLOW_TRIALS)} --data-dir /run/data --storage {lab.shared}"
         driver = f"{export} cd ~/tunefleet; RAY_ADDRESS={HEAD}:6379 python search/run.py {asked}"
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         run.process = lab.start(*lab.by_ssh(HEAD, driver), **pipes)
@@ -448,15 +449,13 @@ def cut_link(folder: Path, times: int, undisturbed: Undisturbed) -> Outcome:
         def losses() -> list[str]:
             return [event["lost"] for event in run.journal.read() if "lost" in event]
 
+        seen = 0
         for k in range(times):
-
-            def at_work(k: int = k) -> str:
-                reports = run.reports()[15 * (k + 1) :]
-                return reports[-1]["node"] if reports else ""
-
-            address = str(run.wait_for(at_work)).removeprefix("node-").replace("-", ".")
+            report = run.wait_for(lambda seen=seen: run.amid_trial(seen))
+            address = report["node"].removeprefix("node-").replace("-", ".")
             lab.link(address, "down")
             run.wait_for(lambda k=k: len(losses()) > k)
+            seen = len(run.reports())
             lab.link(address, "up")
             on(address, "ray stop --force")
             join(address)
