@@ -24,6 +24,7 @@ from ray import cloudpickle, tune
 from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.air.execution._internal.tracked_actor_task import TrackedActorTask
 from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.tune import tune as tune_run
 from ray.tune.execution import tune_controller
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial as TuneTrial
@@ -143,6 +144,21 @@ class ActorManager(RayActorManager):
         super()._actor_task_failed(tracked_actor_task, exception)
 
 
+class Controller(TuneController):
+    """Forgets trials that have ended; Ray's own (2.60) keeps them all, 40 kB each, and goes over them."""
+
+    def on_step_end(self) -> None:
+        """Forgets all that have ended but the newest: of no trial at all Tune reads its own files at the end."""
+        super().on_step_end()
+        for trial in [trial for trial in self._trials[:-1] if trial.is_finished()]:
+            self._trials.remove(trial)
+            self._live_trials.discard(trial)  # Tune leaves those with an error there
+            self._stopped_trials.discard(trial)
+            self._failed_trials.discard(trial)
+            self._trials_to_cache.discard(trial)
+            self._trial_metadata.pop(trial.trial_id, None)
+
+
 class StepCallback(tune.Callback):
     """Calls a function at each turn of Tune's loop, about ten times a second or more."""
 
@@ -168,6 +184,7 @@ def run_jobs(jobs: Jobs, context: TrialContext, *, resources: Resources, on_step
     """
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(resources.slots)
     tune_controller.RayActorManager = ActorManager  # type: ignore[misc]
+    tune_run.TuneController = Controller  # type: ignore[misc]
     if resources.workers == 1:
         trainable = tune.with_resources(tune.with_parameters(Trial, context=context), resources.of_trial)
     else:
