@@ -28,6 +28,7 @@ from ray.tune import tune as tune_run
 from ray.tune.execution import tune_controller
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -148,7 +149,7 @@ class Controller(TuneController):
     """Forgets trials that have ended; Ray's own (2.60) keeps them all, 40 kB each, and goes over them."""
 
     def on_step_end(self) -> None:
-        """Forgets all that have ended but the newest: of no trial at all Tune reads its own files at the end."""
+        """Forgets all that have ended but the newest: without any, Tune reads its own files at the end."""
         super().on_step_end()
         for trial in [trial for trial in self._trials[:-1] if trial.is_finished()]:
             self._trials.remove(trial)
@@ -159,11 +160,23 @@ class Controller(TuneController):
             self._trial_metadata.pop(trial.trial_id, None)
 
 
-class StepCallback(tune.Callback):
-    """Calls a function at each turn of Tune's loop, about ten times a second or more."""
+class StepCallback(TrialProgressCallback):
+    """Calls a function at each turn of Tune's loop, about ten times a second or more.
+
+    It stands in for Tune's own report of progress (2.60), which keeps every trial and its last result.
+    """
 
     def __init__(self, on_step: Any) -> None:
+        super().__init__()
         self.on_step = on_step
+
+    def log_result(self, trial: TuneTrial, result: dict[str, Any], error: bool = False) -> None:
+        """Prints nothing, and keeps nothing."""
+
+    def on_trial_complete(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
+    ) -> None:
+        """Prints nothing, and keeps nothing."""
 
     def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         """Passes the turn on."""

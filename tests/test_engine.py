@@ -1,5 +1,7 @@
 """Jobs through Ray Tune on real workers: who runs where, and what survives. One cluster for the file."""
 
+import gc
+import itertools
 import math
 import os
 import signal
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ray.tune.experiment import Trial as TuneTrial
 
 from search.asha import PRUNERS
 from search.collect import collect
@@ -160,9 +163,17 @@ def test_workers_and_memory_stay_flat_over_sixty_four_trials(study):
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    folder, _ = study(trials=64, epochs=9, pruner="none", searcher="random", final_seeds=0)
+    steps, kept = itertools.count(), []
+
+    def count():
+        if next(steps) % 100 == 0:
+            kept.append(sum(isinstance(what, TuneTrial) for what in gc.get_objects()))
+
+    folder, _ = study(on_step=count, trials=64, epochs=9, pruner="none", searcher="random", final_seeds=0)
     stop.set()
     watcher.join()
+    assert len(kept) > 4
+    assert max(kept) - kept[0] <= 2 * SLOTS + 1, kept  # of 64: the driver forgets what has ended
     pids = {report["pid"] for report in reports_of(folder)}
     assert len(pids) == SLOTS
     assert pids <= workers
