@@ -167,7 +167,7 @@ def test_workers_and_memory_stay_flat_over_sixty_four_trials(study):
 
     def count():
         if next(steps) % 100 == 0:
-            kept.append(sum(isinstance(what, TuneTrial) for what in gc.get_objects()))
+            kept.append(sum(type(what) is TuneTrial for what in gc.get_objects()))
 
     folder, _ = study(on_step=count, trials=64, epochs=9, pruner="none", searcher="random", final_seeds=0)
     stop.set()
