@@ -146,13 +146,14 @@ def unsteady(measured: dict[str, list[Measured]]) -> str:
     return f"the machine's {worst} varied by {varied[worst]:.0%}: no ratios; run it again on quiet cores"
 
 
-def result(family: str, options: argparse.Namespace, measured: dict[str, list[Measured]]) -> dict[str, Any]:
-    """Returns what is kept of a benchmark."""
-    of_family = FAMILIES[family]
-    target = target_of(of_family, measured)
+def result(
+    family: Family, options: argparse.Namespace, measured: dict[str, list[Measured]]
+) -> dict[str, Any]:
+    """Returns what is kept of a benchmark; of an unsteady machine no ratios."""
+    target, said = target_of(family, measured), unsteady(measured)
     return {
-        "family": family,
-        **dataclasses.asdict(of_family),
+        "family": options.family,
+        **dataclasses.asdict(family),
         "commit": commit(),
         "versions": versions(),
         "machine": machine_name(),
@@ -160,7 +161,7 @@ def result(family: str, options: argparse.Namespace, measured: dict[str, list[Me
         "precision": options.precision,
         "device": options.device,
         "target": target,
-        "unsteady": unsteady(measured),
+        "unsteady": said,
         "arms": {
             arm: [
                 {
@@ -179,7 +180,7 @@ def result(family: str, options: argparse.Namespace, measured: dict[str, list[Me
         "ratios": {
             arm: {"median": statistics.median(found), "interval95": interval95(found), "values": found}
             for arm in measured
-            if arm != "ours" and "ours" in measured and (found := ratios(measured, arm, target))
+            if arm != "ours" and "ours" in measured and not said and (found := ratios(measured, arm, target))
         },
     }
 
@@ -257,7 +258,7 @@ def compare(options: argparse.Namespace) -> int:
     print_table(family, measured)
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / f"{options.family}.json"
-    file.write_text(json.dumps(result(options.family, options, measured), indent=1) + "\n")
+    file.write_text(json.dumps(result(family, options, measured), indent=1) + "\n")
     print(f"-> {file}")
     return 0
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,9 @@ def test_unsteady_machine_has_no_ratios(gflops, shown, capsys):
     printed = capsys.readouterr().out
     assert shown in printed
     assert ("5.00" in printed) == (gflops == 50.0)
+    kept = run.result(replace(families.FAMILIES["softmax"], trials=7), run.parse([]), both)
+    assert kept["trials"] == 7  # as run, not as the family has it
+    assert bool(kept["ratios"]) == (gflops == 50.0)
 
 
 def test_spread_is_a_fraction_of_the_median():
