@@ -146,7 +146,7 @@ class ActorManager(RayActorManager):
 
 
 class Controller(TuneController):
-    """Forgets trials that have ended; Ray's own (2.60) keeps them all, 40 kB each, and goes over them."""
+    """Forgets trials that have ended; Ray's own (2.60) keeps them all, and goes over them."""
 
     def on_step_end(self) -> None:
         """Forgets all that have ended but the newest: without any, Tune reads its own files at the end."""

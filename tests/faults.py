@@ -106,6 +106,10 @@ class Run:
         """Returns the reports so far, of epochs only."""
         return [event for event in self.journal.read() if event.get("epoch")]
 
+    def lost(self) -> list[str]:
+        """Returns the cause of each worker's loss so far."""
+        return [event["lost"] for event in self.journal.read() if "lost" in event]
+
     def amid_trial(self, seen: int) -> dict | None:
         """Returns the last report, if it came after the first ``seen`` and its trial has epochs to go."""
         fresh = self.reports()[seen:]
@@ -238,9 +242,8 @@ def kill_worker(folder: Path, times: int, undisturbed: Undisturbed) -> Outcome:
         killed.add(last["pid"])
     ended = run.finish()
     done = outcome(times, run, ended, like=undisturbed(*TRIALS))
-    lost = [event["lost"] for event in run.journal.read() if "lost" in event]
-    if lost != ["worker"] * times:
-        done.wrong.append(f"the journal tells of {lost}")
+    if run.lost() != ["worker"] * times:
+        done.wrong.append(f"the journal tells of {run.lost()}")
     return done
 
 
@@ -379,9 +382,6 @@ def kill_raylet(folder: Path, times: int, undisturbed: Undisturbed) -> Outcome:
         run.start(*SLOW_TRIALS, "--data-dir", folder / "data", "--storage", storage)
         run.find_in(storage)
 
-        def lost() -> list[str]:
-            return [event["lost"] for event in run.journal.read() if "lost" in event]
-
         seen = 0
         for k in range(times):
             report = run.wait_for(lambda seen=seen: run.amid_trial(seen))
@@ -389,11 +389,11 @@ def kill_raylet(folder: Path, times: int, undisturbed: Undisturbed) -> Outcome:
             assert "raylet" in raylet.name()
             raylet.kill()
             cluster.add_node(num_cpus=1)
-            run.wait_for(lambda k=k: len(lost()) > k)
+            run.wait_for(lambda k=k: len(run.lost()) > k)
             seen = len(run.reports())
         done = outcome(times, run, run.finish(), like=alone)
-        if lost() != ["node"] * times:
-            done.wrong.append(f"the journal tells of {lost()}")
+        if run.lost() != ["node"] * times:
+            done.wrong.append(f"the journal tells of {run.lost()}")
         if groups := _placement_groups(cluster.address):
             done.wrong.append(f"placement groups left behind: {groups}")
         return done
@@ -446,22 +446,19 @@ def cut_link(folder: Path, times: int, undisturbed: Undisturbed) -> Outcome:
         run.process = lab.start(*lab.by_ssh(HEAD, driver), **pipes)
         run.find_in(lab.shared)
 
-        def losses() -> list[str]:
-            return [event["lost"] for event in run.journal.read() if "lost" in event]
-
         seen = 0
         for k in range(times):
             report = run.wait_for(lambda seen=seen: run.amid_trial(seen))
             address = report["node"].removeprefix("node-").replace("-", ".")
             lab.link(address, "down")
-            run.wait_for(lambda k=k: len(losses()) > k)
+            run.wait_for(lambda k=k: len(run.lost()) > k)
             seen = len(run.reports())
             lab.link(address, "up")
             on(address, "ray stop --force")
             join(address)
         done = outcome(times, run, run.finish(), like=alone)
-        if losses() != ["node"] * times:
-            done.wrong.append(f"the journal tells of {losses()}")
+        if run.lost() != ["node"] * times:
+            done.wrong.append(f"the journal tells of {run.lost()}")
         return done
 
 
