@@ -32,7 +32,7 @@ class Measured:
     seconds: float  # from starting python to its end
     cpu_seconds: float  # that the machine was busy, for whomever: Ray's raylet hides those of its workers
     rows: list[Row]  # finished_at is in seconds from the start
-    probe: dict[str, float]  # just before
+    probes: list[dict[str, float]]  # just before and just after
     load: float  # of the last minute, just before
 
     @property
@@ -70,7 +70,7 @@ def measure(task: Task) -> Measured:
     for row in rows:
         row["finished_at"] -= started
     check_same_work(task, rows)
-    return Measured(seconds, cpu_seconds, rows, before, load)
+    return Measured(seconds, cpu_seconds, rows, [before, probe()], load)
 
 
 def _untouched() -> dict[str, str]:

@@ -1,8 +1,9 @@
 """How much faster is a study by tunefleet than by what one would use instead?
 
 Runs arms in turn (A B B A …) on the same configurations, images, epochs and number type, each from a cold
-``python``, and prints the median of the repetitions' ratios, or, where the machine's own speed varied too
-much for them, by how much it did; writes both to benchmarks/results/FAMILY.json::
+``python``, and prints the median of the repetitions' ratios. A repetition in which the machine's own speed
+varied too much has none, is told, and made up for by another, at most one fewer than were asked for. Writes
+benchmarks/results/FAMILY.json after each::
 
     python -m benchmarks.run ours tutorial --family softmax --data cifar10 --repeat 3
     python -m benchmarks.run --family study          # all arms: when is a good trial found?
@@ -39,7 +40,7 @@ from trainables.config import check_integer, check_name
 from trainables.data import DATA_DIR, load_split, prepare
 
 RESULTS = Path(__file__).with_name("results")
-STEADY = 0.15  # by which fraction the probe may vary before ratios say nothing
+STEADY = 0.15  # by which fraction probes may vary before a ratio says nothing
 
 
 def subset(data_name: str, data_dir: Path, images: int | None) -> str:
@@ -86,7 +87,7 @@ def interval95(ratios: list[float]) -> tuple[float, float]:
 
 
 def ratios(measured: dict[str, list[Measured]], arm: str, target: float | None) -> list[float]:
-    """Returns, per repetition, how many times as long an arm took as ours.
+    """Returns, per steady repetition, how many times as long an arm took as ours.
 
     Args:
         measured: Runs of each arm, by repetition.
@@ -95,8 +96,20 @@ def ratios(measured: dict[str, list[Measured]], arm: str, target: float | None) 
     """
     return [
         seconds_of(theirs, target) / seconds_of(ours, target)
-        for theirs, ours in zip(measured[arm], measured["ours"], strict=True)
+        for theirs, ours in _pairs(measured, arm)
+        if variation(theirs, ours)[0] <= STEADY
     ]
+
+
+def _pairs(measured: dict[str, list[Measured]], arm: str) -> list[tuple[Measured, Measured]]:
+    """Returns an arm's runs, each with ours of its repetition; of ours none."""
+    return [] if arm == "ours" else list(zip(measured[arm], measured.get("ours", ()), strict=False))
+
+
+def variation(*runs: Measured) -> tuple[float, str]:
+    """Returns by which fraction the machine's speed varied beside some runs, and in what it did most."""
+    probes = [probed for run in runs for probed in run.probes]
+    return max((spread([probed[name] for probed in probes]), name) for name in probes[0])
 
 
 def seconds_of(run: Measured, target: float | None) -> float:
@@ -115,8 +128,8 @@ def target_of(family: Family, measured: dict[str, list[Measured]]) -> float | No
 
 
 def print_table(family: Family, measured: dict[str, list[Measured]]) -> None:
-    """Prints a row per arm, 80 columns wide; instead of ratios, why there are none."""
-    target, said = target_of(family, measured), unsteady(measured)
+    """Prints a row per arm, 80 columns wide, and which repetitions were left out of the ratios."""
+    target = target_of(family, measured)
     if target is not None:
         print(f"seconds until val_accuracy {target:.4f}, the tutorial's best")
     print(f"{'arm':17}{'seconds':>8}{'CPU s':>8}{'epochs':>8}{'best':>8}{'÷ ours':>8}  95 % interval")
@@ -127,30 +140,33 @@ def print_table(family: Family, measured: dict[str, list[Measured]]) -> None:
             f"{statistics.median(len(run.rows) for run in runs):8.0f}"
             f"{statistics.median(run.best for run in runs):8.4f}"
         )
-        if arm != "ours" and "ours" in measured and not said:
-            found = ratios(measured, arm, target)
+        if found := ratios(measured, arm, target):
             low, high = interval95(found)
             line += f"{statistics.median(found):8.2f}  {low:.2f} to {high:.2f}, n = {len(found)}"
         print(line)
-    if said:
+    for said in unsteady(measured):
         print(said)
 
 
-def unsteady(measured: dict[str, list[Measured]]) -> str:
-    """Says by how much the machine's speed varied, where that is too much for ratios; else nothing."""
-    runs = [run for of_arm in measured.values() for run in of_arm]
-    varied = {name: spread([run.probe[name] for run in runs]) for name in ("gflops", "gbytes")}
-    worst = max(varied, key=lambda name: varied[name])
-    if varied[worst] <= STEADY:
-        return ""
-    return f"the machine's {worst} varied by {varied[worst]:.0%}: no ratios; run it again on quiet cores"
+def unsteady(measured: dict[str, list[Measured]]) -> list[str]:
+    """Says, a line per arm, of how many repetitions the machine's speed varied too much for a ratio."""
+    lines = []
+    for arm in measured:
+        varied = [variation(*pair) for pair in _pairs(measured, arm)]
+        if left_out := [worst for worst in varied if worst[0] > STEADY]:
+            by, name = max(left_out)
+            lines.append(
+                f"{arm}: {len(left_out)} of {len(varied)} repetitions have no ratio: "
+                f"the machine's {name} varied by up to {by:.0%}"
+            )
+    return lines
 
 
 def result(
     family: Family, options: argparse.Namespace, measured: dict[str, list[Measured]]
 ) -> dict[str, Any]:
-    """Returns what is kept of a benchmark; of an unsteady machine no ratios."""
-    target, said = target_of(family, measured), unsteady(measured)
+    """Returns what is kept of a benchmark; of unsteady repetitions no ratios."""
+    target = target_of(family, measured)
     return {
         "family": options.family,
         **dataclasses.asdict(family),
@@ -161,7 +177,7 @@ def result(
         "precision": options.precision,
         "device": options.device,
         "target": target,
-        "unsteady": said,
+        "unsteady": unsteady(measured),
         "arms": {
             arm: [
                 {
@@ -171,7 +187,9 @@ def result(
                     "epochs": len(run.rows),
                     "best": round(run.best, 4),
                     "load": round(run.load, 2),
-                    "probe": {name: round(value, 2) for name, value in run.probe.items()},
+                    "probes": [
+                        {name: round(value, 2) for name, value in probed.items()} for probed in run.probes
+                    ],
                 }
                 for run in runs
             ]
@@ -180,7 +198,7 @@ def result(
         "ratios": {
             arm: {"median": statistics.median(found), "interval95": interval95(found), "values": found}
             for arm in measured
-            if arm != "ours" and "ours" in measured and not said and (found := ratios(measured, arm, target))
+            if (found := ratios(measured, arm, target))
         },
     }
 
@@ -194,7 +212,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m benchmarks.run", description=__doc__.split("\n")[0])
     parser.add_argument("arms", nargs="*", metavar="ARM", help="; ".join(f"{a}: {ARMS[a][1]}" for a in ARMS))
     parser.add_argument("--family", default="softmax", help=", ".join(FAMILIES))
-    parser.add_argument("--repeat", type=int, default=5, help="runs of each arm (%(default)s)")
+    parser.add_argument("--repeat", type=int, default=5, help="steady runs of each arm (%(default)s)")
     parser.add_argument("--data", default="cifar10", help="cifar10, or a folder or archive of 32×32 images")
     parser.add_argument("--data-dir", type=Path, default=DATA_DIR / "benchmarks", help="cache (%(default)s)")
     parser.add_argument("--weights", default="none", help="of ResNets: imagenet, none or a path")
@@ -230,7 +248,13 @@ def compare(options: argparse.Namespace) -> int:
         f"{options.family}: {family.trials} trials × {family.epochs} epochs of {family.architecture}, "
         f"{images.train_count} images, {options.workers} at once, {options.precision}"
     )
-    for turn in range(options.repeat):
+    others = [arm for arm in options.arms if arm != "ours"] if "ours" in options.arms else []
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / f"{options.family}.json"
+    for turn in range(2 * options.repeat - 1):
+        counted = [len(ratios(measured, arm, None)) for arm in others]
+        if turn >= options.repeat and min(counted, default=turn) >= options.repeat:
+            break
         for arm in options.arms if turn % 2 == 0 else options.arms[::-1]:
             shutil.rmtree(options.data_dir / "prepared", ignore_errors=True)
             with tempfile.TemporaryDirectory() as folder:
@@ -252,13 +276,12 @@ def compare(options: argparse.Namespace) -> int:
             measured[arm].append(done)
             print(
                 f"  {arm:17}{done.seconds:8.1f} s{done.cpu_seconds:8.1f} CPU s, best {done.best:.4f}, load "
-                f"{done.load:.1f}, {done.probe['gflops']:.0f} GFLOP/s, {done.probe['gbytes']:.1f} GB/s",
+                f"{done.load:.1f}, "
+                + " to ".join(f"{p['gflops']:.0f} GFLOP/s {p['gbytes']:.1f} GB/s" for p in done.probes),
                 flush=True,
             )
+        file.write_text(json.dumps(result(family, options, measured), indent=1) + "\n")
     print_table(family, measured)
-    options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / f"{options.family}.json"
-    file.write_text(json.dumps(result(family, options, measured), indent=1) + "\n")
     print(f"-> {file}")
     return 0
 
