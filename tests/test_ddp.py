@@ -132,7 +132,9 @@ def test_pruned_groups_are_gone_at_once_and_more_trials_than_fit_all_run(study):
         time.sleep(0.2)
 
 
-def test_killed_worker_costs_nothing_that_was_reported(study, data_dir):
+def test_killed_worker_costs_nothing_that_was_reported_and_a_failing_trial_is_not_tried_again(
+    study, data_dir
+):
     killed = []
 
     def kill_once(jobs):
@@ -143,9 +145,14 @@ def test_killed_worker_costs_nothing_that_was_reported(study, data_dir):
         os.kill(victim, signal.SIGKILL)
         killed.append(victim)
 
-    folder = study([CONFIG], kill_once, slots=1, epochs=40, pruner="none")
-    (trial,) = records(Journal(folder / "reports.jsonl").read()).values()
-    assert trial.status == "done"
+    points = [CONFIG, CONFIG | {"weights": "/nothing/here.pth"}]
+    folder = study(points, kill_once, slots=1, epochs=40, pruner="none")
+    events = Journal(folder / "reports.jsonl").read()
+    trial, failing = records(events).values()
+    assert (trial.status, failing.status) == ("done", "error")
+    assert "Traceback" in failing.error
+    of_failing = [event for event in events if event["trial_id"] == failing.trial_id]
+    assert len(of_failing) == 2  # start and end
     assert list(trial.reports) == list(range(1, 41))
     pids = [trial.reports[epoch]["pid"] for epoch in trial.reports]
     assert len(set(pids)) == 2  # rank 0 of the first group and of the second
@@ -156,12 +163,3 @@ def test_killed_worker_costs_nothing_that_was_reported(study, data_dir):
         expected = alone.epoch()
         assert trial.reports[epoch]["train_accuracy"] == pytest.approx(expected["train_accuracy"], abs=0.002)
         assert trial.reports[epoch]["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-3)
-
-
-def test_failure_of_the_trial_itself_is_recorded_and_not_tried_again(study):
-    folder = study([CONFIG, CONFIG | {"weights": "/nothing/here.pth"}], slots=1, epochs=1)
-    good, bad = records(Journal(folder / "reports.jsonl").read()).values()
-    assert (bad.status, good.status) == ("error", "done")
-    assert "Traceback" in bad.error
-    events = Journal(folder / "reports.jsonl").read()
-    assert len([event for event in events if event["trial_id"] == bad.trial_id]) == 2  # start and end
