@@ -61,7 +61,9 @@ def measure(task: Task) -> Measured:
     command = [sys.executable, "-m", "benchmarks.arms", task.arm, str(asked), str(answered)]
     used, started, began = _cpu_seconds(), time.time(), time.perf_counter()
     with printed.open("w") as out:
-        code = subprocess.call(command, env=_untouched(), stdout=out, stderr=out, stdin=subprocess.DEVNULL)
+        code = subprocess.call(
+            command, env=environment(task.arm), stdout=out, stderr=out, stdin=subprocess.DEVNULL
+        )
     seconds, cpu_seconds = time.perf_counter() - began, _cpu_seconds() - used
     _reap()
     if code != 0:
@@ -73,12 +75,13 @@ def measure(task: Task) -> Measured:
     return Measured(seconds, cpu_seconds, rows, [before, probe()], load)
 
 
-def _untouched() -> dict[str, str]:
-    """Returns this process's variables but for those of Ray and Tune, which ``search`` has set for itself.
+def environment(arm: str) -> dict[str, str]:
+    """Returns a shell's variables, without those of Ray and Tune that ``search`` has set for itself.
 
-    Those of the allocator stay: all arms gain by them.
+    Those of the allocator go with our training code, to whichever arm runs it; the tutorial has its own.
     """
-    return {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "TUNE_"))}
+    of_search = ("RAY_", "TUNE_", "MALLOC_") if arm == "tutorial" else ("RAY_", "TUNE_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(of_search)}
 
 
 def _cpu_seconds() -> float:

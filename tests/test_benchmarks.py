@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import families, run
-from benchmarks.measured import Measured, check_same_work
+from benchmarks.measured import Measured, check_same_work, environment
 from benchmarks.obvious import obvious_network
 from benchmarks.probe import probe, spread
 from benchmarks.scale import ms_per_trial
@@ -148,6 +148,11 @@ def test_unsteady_repetitions_are_made_up_for(steady_after, repeat, runs, tmp_pa
     kept = json.loads((tmp_path / "out" / "softmax.json").read_text())
     assert len(kept["arms"]["ours"]) == runs
     assert bool(kept["ratios"]) == (steady_after < repeat)
+
+
+def test_allocator_is_that_of_a_study_where_our_code_trains():
+    assert environment("joblib")["MALLOC_TRIM_THRESHOLD_"]
+    assert not [name for name in environment("tutorial") if name.startswith(("MALLOC_", "RAY_", "TUNE_"))]
 
 
 def test_spread_is_a_fraction_of_the_median():
