@@ -9,7 +9,8 @@ import torch
 
 SIDE = 1024  # of the square matrices
 MEMORY_BYTES = 256 * 2**20  # beyond any cache
-SECONDS = 0.5  # for which each is repeated
+WARM_UP = 0.5  # seconds, untimed
+SECONDS = 2.0  # for which each is repeated
 
 
 def probe() -> dict[str, float]:
@@ -29,12 +30,13 @@ def probe() -> dict[str, float]:
 
 def _median_seconds(work: Callable[[], object]) -> float:
     """Returns the median seconds of a call."""
-    seconds: list[float] = []
-    until = time.perf_counter() + SECONDS
-    while time.perf_counter() < until or len(seconds) < 3:
-        began = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - began)
+    timed: list[tuple[float, float]] = []  # when it ended, how long it took
+    started = ended = time.perf_counter()
+    while ended < started + WARM_UP + SECONDS or len(timed) < 3:
+        began, _ = time.perf_counter(), work()
+        ended = time.perf_counter()
+        timed.append((ended, ended - began))
+    seconds = [took for when, took in timed if when >= started + WARM_UP]
     return sorted(seconds)[len(seconds) // 2]
 
 
