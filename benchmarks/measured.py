@@ -41,6 +41,12 @@ class Measured:
         last = {row["trial"]: row["val_accuracy"] or 0.0 for row in self.rows}
         return max(last.values())
 
+    @property
+    def first_and_last(self) -> tuple[float, float]:
+        """Returns when the first report came, and the last: before and after lies what an engine costs."""
+        times = [row["finished_at"] for row in self.rows]
+        return min(times), max(times)
+
     def seconds_until(self, accuracy: float) -> float | None:
         """Returns when a report first reached an accuracy; None: never."""
         found = [row["finished_at"] for row in self.rows if (row["val_accuracy"] or 0.0) >= accuracy]

@@ -183,6 +183,7 @@ def result(
                 {
                     "seconds": round(run.seconds, 2),
                     "seconds_counted": round(seconds_of(run, target), 2),
+                    "reports_at": [round(seconds, 1) for seconds in run.first_and_last],
                     "cpu_seconds": round(run.cpu_seconds, 1),
                     "epochs": len(run.rows),
                     "best": round(run.best, 4),

@@ -85,6 +85,7 @@ def test_best_is_of_last_reports_and_the_target_of_any():
     assert done.best == 0.4
     assert done.seconds_until(0.4) == 1.0
     assert done.seconds_until(0.6) is None
+    assert done.first_and_last == (1.0, 4.0)
 
 
 def test_ratio_is_taken_within_a_repetition():
@@ -121,6 +122,7 @@ def test_repetitions_of_an_unsteady_machine_have_no_ratio(capsys):
     assert "5.00  5.00 to 5.00, n = 1" in printed
     assert "tutorial: 2 of 3 repetitions have no ratio: the machine's gflops varied by up to 20%" in printed
     kept = run.result(replace(families.FAMILIES["softmax"], trials=7), run.parse([]), both)
+    assert kept["arms"]["ours"][0]["reports_at"] == [1.0, 1.0]
     assert kept["trials"] == 7  # as run, not as the family has it
     assert kept["ratios"]["tutorial"]["values"] == [5.0]
     del both["tutorial"][0], both["ours"][0]
