@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from search.spaces import find_space, fixed_values
 from search.suggest import RandomSampler
 from trainables.config import TrainConfig
@@ -49,18 +51,22 @@ FAMILIES = {
 }
 
 
-def configurations(family: Family, weights: str) -> list[dict[str, Any]]:
+def configurations(family: Family, weights: str, repetition: int = 0) -> list[dict[str, Any]]:
     """Returns the fields of TrainConfig of each trial of a family.
 
     Args:
         family: Which trials; more than the committed list has begin it again.
         weights: Of ResNet backbones: imagenet, none or a path.
+        repetition: Each has an order of its own where arms prune, since it matters when a good one comes.
     """
     drawn = json.loads(FILE.read_text())[family.architecture]
     fixed = fixed_values(
         family.architecture, epochs=family.epochs, image_size=32, weights=weights, seed=0, fix=FIX
     )
-    return [fixed | drawn[trial % DRAWN] for trial in range(family.trials)]
+    listed = [fixed | drawn[trial % DRAWN] for trial in range(family.trials)]
+    if not family.pruning or repetition == 0:
+        return listed
+    return [listed[k] for k in np.random.default_rng(repetition).permutation(family.trials)]
 
 
 def published(architecture: str, *, epochs: int, weights: str, seed: int = 0) -> TrainConfig:

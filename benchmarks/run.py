@@ -262,7 +262,7 @@ def compare(options: argparse.Namespace) -> int:
                 (work := Path(folder, "arm")).mkdir()
                 task = Task(
                     arm=arm,
-                    configurations=configurations(family, absolute(options.weights)),
+                    configurations=configurations(family, absolute(options.weights), turn),
                     epochs=family.epochs,
                     pruning=family.pruning,
                     no_op=family.no_op,

@@ -64,6 +64,16 @@ def test_every_configuration_is_a_trial_of_the_family(name):
     }
 
 
+def test_repetitions_of_a_race_have_the_same_trials_in_another_order():
+    first, second, again = (
+        families.configurations(families.FAMILIES["study"], "none", repetition) for repetition in (0, 1, 1)
+    )
+    assert first != second == again
+    assert sorted(map(json.dumps, first)) == sorted(map(json.dumps, second))
+    unpruned = families.FAMILIES["convnet"]
+    assert families.configurations(unpruned, "none", 1) == families.configurations(unpruned, "none")
+
+
 @pytest.mark.parametrize("name", sorted({f.architecture for f in families.FAMILIES.values()}))
 def test_obvious_network_computes_what_ours_does(name):
     config = TrainConfig.from_dict(
