@@ -53,13 +53,16 @@ class Measured:
         return min(found, default=None)
 
 
-def measure(task: Task) -> Measured:
+def measure(task: Task, before: dict[str, float]) -> Measured:
     """Runs an arm in a process of its own and waits until all that it started is gone.
+
+    Args:
+        task: What it shall run.
+        before: What a probe just found.
 
     Raises:
         RuntimeError: It failed; the end of what it printed.
     """
-    before = probe()
     load = os.getloadavg()[0]
     folder = Path(task.folder)
     asked, answered, printed = (folder.with_suffix(end) for end in (".task", ".rows", ".txt"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -30,14 +31,19 @@ def probe() -> dict[str, float]:
 
 def _median_seconds(work: Callable[[], object]) -> float:
     """Returns the median seconds of a call."""
-    timed: list[tuple[float, float]] = []  # when it ended, how long it took
-    started = ended = time.perf_counter()
-    while ended < started + WARM_UP + SECONDS or len(timed) < 3:
-        began, _ = time.perf_counter(), work()
-        ended = time.perf_counter()
-        timed.append((ended, ended - began))
-    seconds = [took for when, took in timed if when >= started + WARM_UP]
-    return sorted(seconds)[len(seconds) // 2]
+    _calls(work, WARM_UP)
+    return statistics.median(_calls(work, SECONDS))
+
+
+def _calls(work: Callable[[], object], for_seconds: float) -> list[float]:
+    """Returns the seconds of each of three calls, or of as many more as fit."""
+    seconds: list[float] = []
+    until = time.perf_counter() + for_seconds
+    while time.perf_counter() < until or len(seconds) < 3:
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return seconds
 
 
 def spread(values: list[float]) -> float:

@@ -2,7 +2,7 @@
 
 Runs arms in turn (A B B A …) on the same configurations, images, epochs and number type, each from a cold
 ``python``, and prints the median of the repetitions' ratios. A repetition in which the machine's own speed
-varied too much has none, is told, and made up for by another, at most one fewer than were asked for. Writes
+varied too much has none; another makes up for it, up to nearly twice as many as were asked for. Writes
 benchmarks/results/FAMILY.json after each::
 
     python -m benchmarks.run ours tutorial --family softmax --data cifar10 --repeat 3
@@ -32,7 +32,7 @@ from analysis import stats
 from benchmarks.arms import ARMS
 from benchmarks.families import FAMILIES, Family, configurations
 from benchmarks.measured import Measured, adopt_orphans, measure
-from benchmarks.probe import spread
+from benchmarks.probe import probe, spread
 from benchmarks.task import Task
 from search.provenance import commit, cpu_count, machine_name, versions
 from trainables.command_line import Parser, exit_code
@@ -102,8 +102,10 @@ def ratios(measured: dict[str, list[Measured]], arm: str, target: float | None) 
 
 
 def _pairs(measured: dict[str, list[Measured]], arm: str) -> list[tuple[Measured, Measured]]:
-    """Returns an arm's runs, each with ours of its repetition; of ours none."""
-    return [] if arm == "ours" else list(zip(measured[arm], measured.get("ours", ()), strict=False))
+    """Returns an arm's runs, each with ours of its repetition; none of ours, or without ours."""
+    if arm == "ours" or "ours" not in measured:
+        return []
+    return list(zip(measured[arm], measured["ours"], strict=True))
 
 
 def variation(*runs: Measured) -> tuple[float, str]:
@@ -249,12 +251,13 @@ def compare(options: argparse.Namespace) -> int:
         f"{options.family}: {family.trials} trials × {family.epochs} epochs of {family.architecture}, "
         f"{images.train_count} images, {options.workers} at once, {options.precision}"
     )
-    others = [arm for arm in options.arms if arm != "ours"] if "ours" in options.arms else []
+    compared = [arm for arm in options.arms if "ours" in options.arms and arm != "ours"]
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / f"{options.family}.json"
+    probed = probe()
     for turn in range(2 * options.repeat - 1):
-        counted = [len(ratios(measured, arm, None)) for arm in others]
-        if turn >= options.repeat and min(counted, default=turn) >= options.repeat:
+        steady = all(len(ratios(measured, arm, None)) >= options.repeat for arm in compared)
+        if turn >= options.repeat and steady:
             break
         for arm in options.arms if turn % 2 == 0 else options.arms[::-1]:
             shutil.rmtree(options.data_dir / "prepared", ignore_errors=True)
@@ -273,8 +276,9 @@ def compare(options: argparse.Namespace) -> int:
                     precision=options.precision,
                     folder=str(work),
                 )
-                done = measure(task)
+                done = measure(task, probed)
             measured[arm].append(done)
+            probed = done.probes[-1]  # nothing lies between two arms
             print(
                 f"  {arm:17}{done.seconds:8.1f} s{done.cpu_seconds:8.1f} CPU s, best {done.best:.4f}, load "
                 f"{done.load:.1f}, "

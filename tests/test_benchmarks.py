@@ -146,13 +146,14 @@ def test_repetitions_of_an_unsteady_machine_have_no_ratio(capsys):
 def test_unsteady_repetitions_are_made_up_for(steady_after, repeat, runs, tmp_path, monkeypatch):
     order = []
 
-    def stand_in(asked):
+    def stand_in(asked, before):
         order.append(asked.arm)
         unsteady = asked.arm == "ours" and len(order) <= 2 * steady_after
         found = ((trial, 2, 0.5, 1.0) for trial in range(len(asked.configurations)))
         return measured(1.0, *found, steady=STEADY | ({"gbytes": 1.0} if unsteady else {}))
 
     monkeypatch.setattr(run, "measure", stand_in)
+    monkeypatch.setattr(run, "probe", lambda: STEADY)
     small = f"ours joblib --trials 2 --epochs 2 --repeat {repeat} --data digits".split()
     code = run.main([*small, "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "out")])
     assert code == 0

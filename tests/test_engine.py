@@ -72,10 +72,8 @@ def reports_of(folder):
     return [event for event in Journal(folder / "reports.jsonl").read() if "pid" in event]
 
 
-@pytest.mark.parametrize(
-    ("pruner", "searcher"),
-    sorted({("promote", searcher) for searcher in SEARCHERS} | {(pruner, "tpe") for pruner in PRUNERS}),
-)
+@pytest.mark.parametrize("searcher", SEARCHERS)
+@pytest.mark.parametrize("pruner", PRUNERS)
 def test_sixty_four_short_trials_run_on_exactly_two_workers(study, pruner, searcher):
     folder, jobs = study(pruner=pruner, searcher=searcher, trials=64, epochs=3, final_seeds=2)
     pids = [report["pid"] for report in reports_of(folder) if not report["trial_id"].startswith("final")]
