@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +22,18 @@ LEFT_SECONDS = 60.0  # that Ray's processes may take to go after their driver
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
 
-def adopt_orphans() -> None:
-    """Makes orphans of an arm children of this process, which can then wait for their end (Linux)."""
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+@contextlib.contextmanager
+def adopting_orphans() -> Iterator[None]:
+    """Makes orphans of an arm children of this process, which can then wait for their end (Linux).
+
+    Not for longer: a Ray worker takes its raylet for dead only once init has adopted it (Ray 2.60).
+    """
+    prctl = ctypes.CDLL(None).prctl
+    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -69,12 +80,12 @@ def measure(task: Task, before: dict[str, float]) -> Measured:
     task.write(asked)
     command = [sys.executable, "-m", "benchmarks.arms", task.arm, str(asked), str(answered)]
     used, started, began = _cpu_seconds(), time.time(), time.perf_counter()
-    with printed.open("w") as out:
+    with printed.open("w") as out, adopting_orphans():
         code = subprocess.call(
             command, env=environment(task.arm), stdout=out, stderr=out, stdin=subprocess.DEVNULL
         )
-    seconds, cpu_seconds = time.perf_counter() - began, _cpu_seconds() - used
-    _reap()
+        seconds, cpu_seconds = time.perf_counter() - began, _cpu_seconds() - used
+        _reap()
     if code != 0:
         raise RuntimeError(f"arm {task.arm} ended with code {code}:\n{printed.read_text()[-3000:]}")
     rows = json.loads(answered.read_text())

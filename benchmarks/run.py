@@ -31,7 +31,7 @@ from PIL import Image
 from analysis import stats
 from benchmarks.arms import ARMS
 from benchmarks.families import FAMILIES, Family, configurations
-from benchmarks.measured import Measured, adopt_orphans, measure
+from benchmarks.measured import Measured, measure
 from benchmarks.probe import probe, spread
 from benchmarks.task import Task
 from search.provenance import commit, cpu_count, machine_name, versions
@@ -245,7 +245,6 @@ def compare(options: argparse.Namespace) -> int:
     images = prepare(data, options.data_dir)
     if images.image_shape != (3, 32, 32):
         raise ValueError(f"--data={options.data} has images {images.image_shape}; give one of 3×32×32")
-    adopt_orphans()
     measured: dict[str, list[Measured]] = {arm: [] for arm in options.arms}
     print(
         f"{options.family}: {family.trials} trials × {family.epochs} epochs of {family.architecture}, "

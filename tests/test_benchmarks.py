@@ -7,11 +7,12 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from benchmarks import families, run
-from benchmarks.measured import Measured, check_same_work, environment
+from benchmarks.measured import Measured, adopting_orphans, check_same_work, environment
 from benchmarks.obvious import obvious_network
 from benchmarks.probe import probe, spread
 from benchmarks.scale import ms_per_trial
@@ -166,6 +167,23 @@ def test_unsteady_repetitions_are_made_up_for(steady_after, repeat, runs, tmp_pa
 def test_allocator_is_that_of_a_study_where_our_code_trains():
     assert environment("joblib")["MALLOC_TRIM_THRESHOLD_"]
     assert not [name for name in environment("tutorial") if name.startswith(("MALLOC_", "RAY_", "TUNE_"))]
+
+
+def orphan():
+    """Returns a process whose parent has just ended."""
+    return psutil.Process(int(subprocess.check_output("sleep 60 > /dev/null & echo $!", shell=True)))
+
+
+def test_orphans_are_adopted_only_while_an_arm_runs():
+    # a raylet's workers that pytest had adopted stayed for a minute after it, and then as zombies
+    with adopting_orphans():
+        ours = orphan()
+        assert ours.ppid() == os.getpid()
+    others = orphan()
+    assert others.ppid() != os.getpid()
+    for process in (ours, others):
+        process.kill()
+    ours.wait()
 
 
 def test_spread_is_a_fraction_of_the_median():
