@@ -13,10 +13,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 DROPOUT = 0.2  # fraction of mymodel's hidden features, after each hidden linear layer
 MYMODEL_LAST_HIDDEN = 50  # features that mymodel's last linear layer sees
+
+
+class FlattenMaps(nn.Flatten):
+    """A Flatten behind a ReLU, which gets its gradient back in the memory format of its output.
+
+    Left as it comes, the gradient takes ReLU ten times as long on a processor (torch 2.15): 13 % of
+    convnet's step in bf16.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Flattens maps `(N, C, H, W)` to `(N, C·H·W)`."""
+        if input.requires_grad and input.is_contiguous(memory_format=torch.channels_last):
+            input.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
+        return super().forward(input)
 
 
 @dataclass(frozen=True)
@@ -69,7 +84,7 @@ def convnet(
     height, width = _pooled_size((height, width), kernel_size, padding, stages=1)
     return nn.Sequential(
         *_conv_stage(channels, 3 * hidden, kernel_size, padding),
-        nn.Flatten(),
+        FlattenMaps(),
         nn.Linear(3 * hidden * height * width, num_classes),
     )
 

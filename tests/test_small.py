@@ -34,6 +34,25 @@ def test_pool_before_relu_equals_relu_before_pool_gradients_included(kind):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_convnets_relu_gets_its_gradient_in_the_format_of_its_output():
+    torch.manual_seed(0)
+    head = small.convnet((3, 8, 8), 10, hidden=3, kernel_size=3)
+    images = torch.randn(4, 3, 8, 8)
+    found = {}
+    for form in (torch.contiguous_format, torch.channels_last):
+        head.to(memory_format=form).zero_grad()
+        maps = head[:3](images.contiguous(memory_format=form))
+        loss, gradients = head[3:](maps).square().sum(), []
+        maps.register_hook(gradients.append)  # hooks run in the order of their registration
+        loss.backward()
+        assert maps.is_contiguous(memory_format=form)
+        assert gradients[0].is_contiguous(memory_format=form)
+        found[form] = [*gradients, *(parameter.grad.clone() for parameter in head.parameters())]
+    torch.testing.assert_close(*found.values())
+    with torch.inference_mode():
+        assert head(images.contiguous(memory_format=torch.channels_last)).shape == (4, 10)
+
+
 def test_convnet_has_three_times_hidden_channels_whatever_comes_in():
     for channels in (1, 3, 256):
         convolution = small.convnet((channels, 8, 8), 10, hidden=5, kernel_size=3)[0]

@@ -15,8 +15,8 @@ from torch import nn
 
 PRECISIONS = ("auto", "fp32", "bf16")
 # Activations of one micro-batch that still sit in a processor's caches while they are reused by the
-# backward pass (bytes; measured best for convnet between 4 and 12 MB, NOTES.md).
-MICRO_BATCH_BYTES = 8 * 2**20
+# backward pass (bytes; best for convnet with a trial on each core, NOTES.md).
+MICRO_BATCH_BYTES = 4 * 2**20
 MICRO_BATCH_MIN = 8  # images; below it the convolution's own overhead shows
 
 
