@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from benchmarks import families, run
+from benchmarks import families, run, table
 from benchmarks.measured import Measured, adopting_orphans, check_same_work, environment
 from benchmarks.obvious import obvious_network
 from benchmarks.probe import probe, spread
@@ -240,6 +240,33 @@ def test_wrong_argument_is_one_line(arguments, said, tmp_path, capsys):
     assert code == 2
     assert error.count("\n") == 1
     assert said in error
+
+
+def test_readme_has_the_table_of_the_results_that_are_kept():
+    files = sorted(map(str, (ROOT / "benchmarks" / "results").rglob("*.json")))
+    found = [json.loads(Path(file).read_text()) for file in files]
+    assert table.table(found) in (ROOT / "README.md").read_text()
+
+
+def test_table_says_what_was_compared(tmp_path, capsys):
+    found = {
+        "family": "study",
+        **{"trials": 32, "epochs": 9, "images": 1800, "pruning": True, "no_op": False},
+        **{"precision": "bf16", "processor": "x86_64, AVX512, 2 cores"},
+        "arms": {"ours": [{"seconds_counted": 9.6}, {"seconds_counted": 10.6}], "joblib": [], "tutorial": []},
+        "ratios": {"tutorial": {"median": 2.0, "interval95": [1.0, 3.0], "values": [1.0, 3.0]}},
+    }
+    (file := tmp_path / "study.json").write_text(json.dumps(found))
+    assert table.main([str(file)]) == 0
+    head, _, line = capsys.readouterr().out.splitlines()
+    assert head == "| trials | numbers | ours, s | tutorial | joblib |"
+    assert line == (
+        "| study: 32 × at most 9 × 1,800 images, until the tutorial's best | bf16, AVX512 | 10 "
+        "| 2.00 (1.00 to 3.00, n = 2) | unsteady |"
+    )
+    file.write_text("{}")
+    assert table.main([str(file)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.ray

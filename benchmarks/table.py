@@ -1,0 +1,69 @@
+"""What did the benchmarks find? Results of benchmarks.run -> one Markdown table, as in README.md.
+
+::
+
+    python -m benchmarks.table benchmarks/results/*.json benchmarks/results/*/*.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.arms import ARMS
+
+PEERS = tuple(arm for arm in ARMS if arm != "ours")
+
+
+def work(found: dict[str, Any]) -> str:
+    """Returns what a result's arms were given to do."""
+    images = f"{found['images']:,} images" if found["images"] else "all images"
+    ends = "no-op" if found["no_op"] else f"{found['epochs']} × {images}"
+    if found["pruning"]:
+        ends = f"at most {ends}, until the tutorial's best"
+    return f"{found['family']}: {found['trials']} × {ends}"
+
+
+def row(found: dict[str, Any]) -> list[str]:
+    """Returns the cells of one result: work, number type, seconds of ours, and how many times others took it."""
+    seconds = [run["seconds_counted"] for run in found["arms"]["ours"]]
+    cells = [work(found), f"{found['precision']}, {found['processor'].split(', ')[1]}", f"{median(seconds):.0f}"]
+    for peer in PEERS:
+        ratio = found["ratios"].get(peer)
+        if ratio:
+            low, high = ratio["interval95"]
+            cells.append(f"{ratio['median']:.2f} ({low:.2f} to {high:.2f}, n = {len(ratio['values'])})")
+        else:
+            cells.append("unsteady" if peer in found["arms"] else "")
+    return cells
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Returns a row per result; peers that no result has are left out."""
+    peers = [any(peer in one["arms"] for one in found) for peer in PEERS]
+    kept = [True, True, True, *peers]
+    lines = [["trials", "numbers", "ours, s", *PEERS], ["---"] * len(kept), *map(row, found)]
+    return "".join(
+        "| " + " | ".join(cell for cell, keep in zip(line, kept, strict=True) if keep) + " |\n"
+        for line in lines
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the table; returns the exit code."""
+    files = sys.argv[1:] if arguments is None else arguments
+    try:
+        found = [json.loads(Path(file).read_text()) for file in files]
+        text = table(found)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"error: {' '.join(files)}: {error!r}; give JSON files that benchmarks.run wrote", file=sys.stderr)
+        return 2
+    print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
