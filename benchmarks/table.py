@@ -28,9 +28,13 @@ def work(found: dict[str, Any]) -> str:
 
 
 def row(found: dict[str, Any]) -> list[str]:
-    """Returns the cells of one result: work, number type, seconds of ours, and how many times others took it."""
+    """Returns the cells of one result: work, number type, seconds of ours, and others' time over ours."""
     seconds = [run["seconds_counted"] for run in found["arms"]["ours"]]
-    cells = [work(found), f"{found['precision']}, {found['processor'].split(', ')[1]}", f"{median(seconds):.0f}"]
+    cells = [
+        work(found),
+        f"{found['precision']}, {found['processor'].split(', ')[1]}",
+        f"{median(seconds):.0f}",
+    ]
     for peer in PEERS:
         ratio = found["ratios"].get(peer)
         if ratio:
@@ -42,7 +46,8 @@ def row(found: dict[str, Any]) -> list[str]:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """Returns a row per result; peers that no result has are left out."""
+    """Returns a row per result, by number type and family; peers that no result has are left out."""
+    found = sorted(found, key=lambda one: (one["precision"], work(one)))
     peers = [any(peer in one["arms"] for one in found) for peer in PEERS]
     kept = [True, True, True, *peers]
     lines = [["trials", "numbers", "ours, s", *PEERS], ["---"] * len(kept), *map(row, found)]
@@ -59,7 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
         found = [json.loads(Path(file).read_text()) for file in files]
         text = table(found)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"error: {' '.join(files)}: {error!r}; give JSON files that benchmarks.run wrote", file=sys.stderr)
+        said = f"error: {' '.join(files)}: {error!r}; give JSON files that benchmarks.run wrote"
+        print(said, file=sys.stderr)
         return 2
     print(text, end="")
     return 0

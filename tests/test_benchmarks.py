@@ -251,8 +251,13 @@ def test_readme_has_the_table_of_the_results_that_are_kept():
 def test_table_says_what_was_compared(tmp_path, capsys):
     found = {
         "family": "study",
-        **{"trials": 32, "epochs": 9, "images": 1800, "pruning": True, "no_op": False},
-        **{"precision": "bf16", "processor": "x86_64, AVX512, 2 cores"},
+        "trials": 32,
+        "epochs": 9,
+        "images": 1800,
+        "pruning": True,
+        "no_op": False,
+        "precision": "bf16",
+        "processor": "x86_64, AVX512, 2 cores",
         "arms": {"ours": [{"seconds_counted": 9.6}, {"seconds_counted": 10.6}], "joblib": [], "tutorial": []},
         "ratios": {"tutorial": {"median": 2.0, "interval95": [1.0, 3.0], "values": [1.0, 3.0]}},
     }
