@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.arms import ARMS
+from trainables.command_line import Parser, exit_code
 
 PEERS = tuple(arm for arm in ARMS if arm != "ours")
 
@@ -57,18 +58,31 @@ def table(found: list[dict[str, Any]]) -> str:
     )
 
 
+def read(file: str) -> dict[str, Any]:
+    """Returns a result.
+
+    Raises:
+        ValueError: The file holds none.
+    """
+    try:
+        found: dict[str, Any] = json.loads(Path(file).read_text())
+        row(found)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no result ({error!r}); give JSON files of benchmarks.run") from None
+    return found
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table; returns the exit code."""
-    files = sys.argv[1:] if arguments is None else arguments
-    try:
-        found = [json.loads(Path(file).read_text()) for file in files]
-        text = table(found)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        said = f"error: {' '.join(files)}: {error!r}; give JSON files that benchmarks.run wrote"
-        print(said, file=sys.stderr)
-        return 2
-    print(text, end="")
-    return 0
+    parser = Parser(prog="python -m benchmarks.table", description=__doc__.split("\n")[0])
+    parser.add_argument("files", nargs="+", metavar="FILE", help="that benchmarks.run wrote")
+    files = parser.parse_args(arguments).files
+
+    def show() -> int:
+        print(table([read(file) for file in files]), end="")
+        return 0
+
+    return exit_code(show)
 
 
 if __name__ == "__main__":

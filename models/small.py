@@ -29,7 +29,8 @@ class FlattenMaps(nn.Flatten):
 
     def forward(self, input: Tensor) -> Tensor:
         """Flattens maps `(N, C, H, W)` to `(N, C·H·W)`."""
-        if input.requires_grad and input.is_contiguous(memory_format=torch.channels_last):
+        turned = input.device.type == "cpu" and input.is_contiguous(memory_format=torch.channels_last)
+        if turned and input.requires_grad:
             input.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
         return super().forward(input)
 
