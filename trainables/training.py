@@ -14,8 +14,6 @@ import os
 import sys
 import time
 import zipfile
-from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from trainables.features import build_model
 from trainables.group import Group
 from trainables.inputs import load_inputs
 from trainables.levers import Levers, choose, has_convolution, micro_batch
+from trainables.optimizers import make_optimizer
 from trainables.pipeline import Pipeline, augment, draw_crops
 
 EVAL_BATCH_BYTES = 32 * 2**20  # inputs of one evaluation batch; activations are some 50 times that
@@ -79,6 +78,7 @@ class TrainingRun:
         if levers.channels_last and has_convolution(self.model):
             self.model.to(memory_format=torch.channels_last)
         self.trained = [p for p in self.network.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(config, self.trained)
         self.generator = torch.Generator().manual_seed(config.seed)  # order and augmentation
         torch.manual_seed(config.seed)  # dropout draws from the device's own generator
         self.reports: list[dict[str, Any]] = []  # of all epochs so far
@@ -86,11 +86,6 @@ class TrainingRun:
         sample = self.to_network(self.inputs.train_x[:1])
         self.micro_batch = micro_batch(levers, self.network, sample, config.batch_size)
         self.parallel = group.parallel(self.network)
-
-    @cached_property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """Returns the optimizer, built when first used: torch (2.15) then imports its compiler, for 1.7 s."""
-        return make_optimizer(self.config, self.trained)
 
     @property
     def epochs_done(self) -> int:
@@ -106,7 +101,6 @@ class TrainingRun:
             train figures are means over the epoch, measured as its steps went by; the val figures of
             a refit are None.
         """
-        groups = self.optimizer.param_groups  # built now, not in the epoch's seconds
         began = time.perf_counter()
         train_loss, train_accuracy = _means(*self.train_epoch(), len(self.inputs.train_y))
         val_loss, val_accuracy = None, None
@@ -119,7 +113,7 @@ class TrainingRun:
             "train_accuracy": train_accuracy,
             "val_loss": val_loss,
             "val_accuracy": val_accuracy,
-            "lr": groups[0]["lr"],
+            "lr": self.optimizer.param_groups[0]["lr"],
             "epoch_seconds": time.perf_counter() - began,
             "finished_at": time.time(),
         }
@@ -321,21 +315,6 @@ def lr_at(config: TrainConfig, epochs: float) -> float:
         return config.lr
     done = (epochs - config.warmup_epochs) / max(config.epochs - config.warmup_epochs, 1e-9)
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-
-
-def make_optimizer(config: TrainConfig, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """Builds the optimizer, fused (14 % of a step of twolayernn); the lr of every step comes from lr_at."""
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters,
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            nesterov=config.nesterov,
-            fused=True,
-        )
-    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
