@@ -5,17 +5,17 @@ An architecture is one row of `ARCHITECTURES`: a head, alone or behind a frozen 
 Example:
     model = build("resnet_conv", 10, (3, 32, 32), hidden=64, kernel_size=3, weights="imagenet")
     logits = model(images)  # (N, 3, 32, 32) to (N, 10)
+
+The rows need no torch, which takes more than a second to import; what builds networks comes with it.
 """
 
-import difflib
+import importlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from models import resnet, small
-from models.fast_conv import make_convolutions_fast
-from models.resnet import load_weights, weights_file
+if TYPE_CHECKING:
+    from models.building import Classifier, build, build_args
+    from models.resnet import load_weights, weights_file
 
 __all__ = [
     "ARCHITECTURES",
@@ -78,130 +78,13 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-class Classifier(nn.Module):
-    """A head behind a backbone; logits, never probabilities.
-
-    A frozen backbone stays in eval mode and takes no gradient, whatever `train()` is told: in train mode
-    its BatchNorm statistics would go on following the images, for which they need no gradient.
-
-    Attributes:
-        backbone: ResNet-18 up to a cut, or `nn.Identity()`.
-        head: what is always trained.
-        frozen: whether the backbone is fixed.
-
-    Shapes: `(N, C, H, W)` to `(N, num_classes)`.
-    """
-
-    backbone: nn.Module
-    head: nn.Module
-
-    def __init__(self, backbone: nn.Module, head: nn.Module, *, frozen: bool = False) -> None:
-        super().__init__()
-        self.backbone = backbone.requires_grad_(not frozen)
-        self.head = head
-        self.frozen = frozen
-        self.train()
-
-    def train(self, mode: bool = True) -> "Classifier":
-        """Sets the mode of everything but a frozen backbone, which stays in eval mode."""
-        super().train(mode)
-        if self.frozen:
-            self.backbone.eval()
-        return self
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Takes normalised images `(N, C, H, W)` to logits `(N, num_classes)`."""
-        if self.frozen:
-            with torch.no_grad():
-                features = self.backbone(images)
-        else:
-            features = self.backbone(images)
-        return self.head(features)
+_MODULES = {
+    **dict.fromkeys(("Classifier", "build", "build_args"), "models.building"),
+    **dict.fromkeys(("load_weights", "weights_file"), "models.resnet"),
+}
 
 
-def build(
-    name: str,
-    num_classes: int,
-    image_shape: tuple[int, int, int],
-    *,
-    hidden: int | None = None,
-    kernel_size: int | None = None,
-    weights: str = "none",
-) -> Classifier:
-    """Builds an architecture, initialised by torch's defaults from its global generator: seed that first.
-
-    Args:
-        name: a row of `ARCHITECTURES`.
-        num_classes: logits per image, at least 2.
-        image_shape: `(C, H, W)` of the images that the model will see; C is 3 where there is a backbone.
-        hidden: width of the head, where `build_args` names it; None: the row's.
-        kernel_size: of the head's convolutions in pixels, where `build_args` names it; None: the row's.
-        weights: of the backbone: "none", "imagenet" or a path, as `load_weights` takes it.
-
-    Returns:
-        The model, on the CPU and in train mode.
-
-    Raises:
-        ValueError: an argument is unknown, out of range or not one that this architecture takes, or
-            the weights cannot be had.
-    """
-    architecture = _find(name)
-    head = small.HEADS[architecture.head]
-    num_classes = _checked_int("num_classes", num_classes, at_least=2)
-    image_shape = _checked_image_shape(image_shape)
-    given = {"hidden": hidden, "kernel_size": kernel_size}
-    for arg, value in given.items():
-        if arg not in head.args and value is not None:
-            raise ValueError(f"{arg}={value!r} is not possible: {name} takes no {arg}; leave it out")
-    args = {
-        arg: _checked_int(arg, getattr(architecture, arg) if given[arg] is None else given[arg], at_least=1)
-        for arg in head.args
-    }
-
-    if architecture.cut is None:
-        if weights != "none":
-            raise ValueError(f"weights={weights!r} is not possible: {name} has no backbone; give none")
-        model = Classifier(nn.Identity(), head.build(image_shape, num_classes, **args))
-        make_convolutions_fast(model)
-        return model
-    if image_shape[0] != resnet.IN_CHANNELS:
-        raise ValueError(
-            f"image_shape={image_shape} is not possible: the backbone of {name} takes "
-            f"{resnet.IN_CHANNELS} channels; repeat a grey channel, or choose one without a backbone"
-        )
-    backbone = resnet.build_backbone(architecture.cut, weights)
-    features = resnet.output_shape(architecture.cut, image_shape)
-    model = Classifier(backbone, head.build(features, num_classes, **args), frozen=architecture.frozen)
-    make_convolutions_fast(model)
-    return model
-
-
-def build_args(name: str) -> tuple[str, ...]:
-    """Which of "hidden" and "kernel_size" this architecture takes.
-
-    Raises:
-        ValueError: the name is unknown.
-    """
-    return small.HEADS[_find(name).head].args
-
-
-def _find(name: str) -> Architecture:
-    if name in ARCHITECTURES:
-        return ARCHITECTURES[name]
-    close = difflib.get_close_matches(name, ARCHITECTURES, n=1)
-    meant = f"; did you mean {close[0]}?" if close else "."
-    raise ValueError(f"name={name!r} is unknown{meant} Choose from: {', '.join(ARCHITECTURES)}")
-
-
-def _checked_int(arg: str, value: int | None, *, at_least: int) -> int:
-    # bool is an int to Python, and a slip here.
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ValueError(f"{arg}={value!r} is not possible; give an integer of at least {at_least}")
-    return value
-
-
-def _checked_image_shape(image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    if len(image_shape) != 3 or not all(isinstance(size, int) and size >= 1 for size in image_shape):
-        raise ValueError(f"image_shape={image_shape!r} is not possible; give (C, H, W), each at least 1")
-    channels, height, width = image_shape
-    return channels, height, width
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -33,9 +33,10 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from search.bad_nodes import BadNodes
+from search.connection import TRIAL_SLOT
 from search.faults import cause_of, told
 from search.jobs import Jobs
-from search.resources import TRIAL_SLOT, Resources
+from search.resources import Resources
 from trainables.ddp import drive
 from trainables.trial import Trial, TrialContext
 

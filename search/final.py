@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.special import stdtrit
 
 from search.journal import TrialRecord
@@ -76,6 +75,8 @@ def keep_best(study_dir: Path, trials: dict[str, TrialRecord]) -> None:
     (best / "config.json").write_text(json.dumps(done[0].config, indent=2) + "\n")
     checkpoint = study_dir / "checkpoints" / f"{done[0].trial_id}.pt"
     if checkpoint.exists():
+        import torch  # takes a second, and commands read final results without it
+
         network = torch.load(checkpoint, map_location="cpu", weights_only=True)["network"]
         first = next(tensor for tensor in network.values() if tensor.dim() >= 2)
         np.save(best / "first_layer.npy", first.float().numpy())

@@ -13,8 +13,7 @@ from search.options import StudyOptions, flag
 from search.suggest import SEARCHERS
 from search.wandb_options import take_flags
 from trainables.command_line import Parser
-from trainables.config import FIELD_TYPES, TrainConfig, nearest
-from trainables.levers import PRECISIONS
+from trainables.config import FIELD_TYPES, PRECISIONS, TrainConfig, nearest
 
 HELP = {
     "data": "cifar10, digits, or a folder or archive of images CLASS/FILE, with or without train/ and test/",

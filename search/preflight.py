@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
+from models import ARCHITECTURES
 from search.asha import expected_epochs
 from search.options import StudyOptions
+from search.printing import clock, shown
 from search.provenance import cpu_count
 from search.resources import Resources
 from search.spaces import find_space
@@ -123,10 +126,32 @@ def check_disk(folder: Path, needed: int) -> None:
         )
 
 
-def clock(seconds: float) -> str:
-    """Returns 75 as 1 min 15 s."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes_left = divmod(minutes, 60)
-    return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {rest:02d} s"
+def print_forecast(
+    options: StudyOptions,
+    folder: Path,
+    resources: Resources,
+    data: ImageData,
+    levers: Levers,
+    prepared: Prepared,
+    console: Console,
+) -> int:
+    """Prints what --dry-run promises; returns 0."""
+    facts = forecast(options, resources, prepared)
+    gpus = f" and {resources.gpus_per_trial:g} GPU" if resources.gpus_per_trial else ""
+    lines = [
+        f"space      {options.space}: {ARCHITECTURES[options.space].summary}",
+        f"data       {data.name}, {prepared.train_count} train, {prepared.validation_count} validation, "
+        f"{data.test_count} test images",
+        f"trials     {options.trials}, {resources.slots} at once, each {resources.cpus_per_trial:g} CPU{gpus}"
+        f", {levers.precision}",
+        f"epochs     {facts['epochs']} expected ({(options.trials or 0) * (options.epochs or 0)} unpruned), "
+        f"rungs {list(options.rungs)}, {options.pruner}",
+        f"final      {options.final_seeds} seeds, {facts['final_epochs']} epochs",
+        f"time       about {clock(facts['seconds'])}, from {prepared.epoch_seconds:.2f} s an epoch "
+        "of the published best",
+        f"disk       up to {facts['checkpoint_bytes'] / 1e6:.0f} MB of checkpoints while it runs",
+        f"folder     {shown(folder)}, not written",
+    ]
+    for text in lines:
+        console.print(text, highlight=False, soft_wrap=True)
+    return 0

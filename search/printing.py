@@ -8,14 +8,8 @@ from pathlib import Path
 from rich.console import Console
 
 from models import ARCHITECTURES
-from search import preflight
-from search.options import StudyOptions
-from search.preflight import Prepared
-from search.resources import Resources
 from search.spaces import SPACES
 from search.study_file import read_study
-from trainables.data import ImageData
-from trainables.levers import Levers
 from trainables.storage import is_url
 
 
@@ -48,7 +42,7 @@ def print_result(folder: Path, console: Console) -> int:
         failed["of the fresh seeds"] = len(final["failed"])
     print_line(
         f"{study['trials']} trials, {study['epochs_spent']} epochs of {study['epochs_unpruned']} unpruned, "
-        f"{preflight.clock(study['seconds'])}, busy {study['busy_fraction'] or 0:.2f} -> {shown(folder)}"
+        f"{clock(study['seconds'])}, busy {study['busy_fraction'] or 0:.2f} -> {shown(folder)}"
     )
     if lost := study["lost_workers"]:
         print_line(f"lost workers, whose trials went on with others: {_counts(lost)}")
@@ -59,37 +53,6 @@ def print_result(folder: Path, console: Console) -> int:
 
 def _counts(of: dict[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in of.items())
-
-
-def print_forecast(
-    options: StudyOptions,
-    folder: Path,
-    resources: Resources,
-    data: ImageData,
-    levers: Levers,
-    prepared: Prepared,
-    console: Console,
-) -> int:
-    """Prints what --dry-run promises; returns 0."""
-    facts = preflight.forecast(options, resources, prepared)
-    gpus = f" and {resources.gpus_per_trial:g} GPU" if resources.gpus_per_trial else ""
-    lines = [
-        f"space      {options.space}: {ARCHITECTURES[options.space].summary}",
-        f"data       {data.name}, {prepared.train_count} train, {prepared.validation_count} validation, "
-        f"{data.test_count} test images",
-        f"trials     {options.trials}, {resources.slots} at once, each {resources.cpus_per_trial:g} CPU{gpus}"
-        f", {levers.precision}",
-        f"epochs     {facts['epochs']} expected ({(options.trials or 0) * (options.epochs or 0)} unpruned), "
-        f"rungs {list(options.rungs)}, {options.pruner}",
-        f"final      {options.final_seeds} seeds, {facts['final_epochs']} epochs",
-        f"time       about {preflight.clock(facts['seconds'])}, from {prepared.epoch_seconds:.2f} s an epoch "
-        "of the published best",
-        f"disk       up to {facts['checkpoint_bytes'] / 1e6:.0f} MB of checkpoints while it runs",
-        f"folder     {shown(folder)}, not written",
-    ]
-    for text in lines:
-        console.print(text, highlight=False, soft_wrap=True)
-    return 0
 
 
 def list_spaces(console: Console) -> int:
@@ -113,3 +76,12 @@ def shown(place: Path | str) -> str:
         return str(place)
     relative = os.path.relpath(place)
     return str(place) if relative.startswith("..") else relative
+
+
+def clock(seconds: float) -> str:
+    """Returns 75 as 1 min 15 s."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes_left = divmod(minutes, 60)
+    return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {rest:02d} s"

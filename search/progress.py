@@ -15,7 +15,7 @@ from search.asha import expected_epochs
 from search.jobs import Jobs
 from search.journal import TrialRecord, winner
 from search.options import StudyOptions
-from search.preflight import clock
+from search.printing import clock
 
 TERMINAL_SECONDS = 0.5  # between refreshes
 PLAIN_SECONDS = 5.0  # between lines in a log file

@@ -1,20 +1,17 @@
-"""How are CPUs and GPUs divided among trials, and how is Ray reached that hands them out?"""
+"""How are CPUs and GPUs divided among trials?"""
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
 import os
-import signal
-import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 import torch
 
+from search.connection import TRIAL_SLOT, connect
 from search.options import StudyOptions
 from search.provenance import cpu_count
 from search.spaces import find_space
@@ -22,7 +19,6 @@ from trainables.levers import Levers, choose
 
 NODE_SECONDS = 900.0  # an autoscaler's first node may take so long to come up
 NODES_MAX = 1000  # of one kind: an autoscaler may have no limit
-TRIAL_SLOT = "trial_slot"  # a resource of the head node: one for each group of workers that fits
 
 
 @dataclass(frozen=True)
@@ -193,63 +189,3 @@ def _by_gpu(gpus: float, of_worker: float) -> float:
 def _fitting(there: Machine, cpus: float, gpus: float) -> int:
     """Returns how many workers of so many CPUs and GPUs the nodes hold, none of which is divided."""
     return sum(int(min(math.floor(c / cpus + 1e-9), _by_gpu(g, gpus))) for c, g in there.sizes)
-
-
-def connect(trial_slots: int = 0) -> None:
-    """Starts Ray on this host, or joins the cluster that RAY_ADDRESS names; silent.
-
-    Args:
-        trial_slots: How many groups of workers shall run at once; 0: trials have one worker each.
-
-    Raises:
-        ValueError: Ray did not start, or the cluster cannot be joined.
-    """
-    if ray.is_initialized():
-        if not trial_slots or TRIAL_SLOT in ray.cluster_resources():
-            return
-        ray.shutdown()  # a cluster of our own, started for an earlier study
-    # without an address ray.init would join whatever cluster this host happens to run
-    address = os.environ.get("RAY_ADDRESS") or "local"
-    local = address == "local"
-    try:
-        with _findable_cluster() if trial_slots and local else contextlib.nullcontext():
-            ray.init(
-                address=address,
-                resources={TRIAL_SLOT: trial_slots} if trial_slots and local else None,
-                include_dashboard=bool(trial_slots) if local else None,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-    except Exception as error:  # Ray 2.60 raises ConnectionError, RuntimeError, and Exception itself
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"Ray did not start on this host ({reason}); wait until it has free CPUs and memory"
-            if local
-            else f"RAY_ADDRESS={address} cannot be joined ({reason}); start that cluster, give its token "
-            "(RAY_AUTH_MODE=token, ~/.ray/auth_token), or unset RAY_ADDRESS to use this host"
-        ) from error
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # lost workers stand in reports.jsonl
-    # what raylets say last, C++ stacks included, would go to our stdout whatever the level (2.60)
-    ray._private.worker.print_to_stdstream = lambda *arguments, **options: None
-    # ray.init puts a handler in place that prints a C++ stack and aborts (2.60); a SIGTERM, which a
-    # cluster sends before it takes a node, shall be a Ctrl-C
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
-@contextlib.contextmanager
-def _findable_cluster() -> Iterator[None]:
-    """Lets the processes of a cluster that starts inside know its address.
-
-    Train's actor that gives a stopped group's resources back asks the dashboard, and finds it by
-    RAY_ADDRESS or by guessing among all clusters of the host, in vain where there are two (Ray 2.60).
-    """
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
-    names = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}
-    os.environ.update(names)
-    try:
-        yield
-    finally:
-        for name in names:
-            os.environ.pop(name)

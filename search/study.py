@@ -11,7 +11,6 @@ import dataclasses
 import shlex
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from filelock import FileLock, Timeout
 from search.asha import Asha
 from search.collect import collect
 from search.final import keep_best
+from search.folders import check_free
 from search.jobs import Jobs
 from search.journal import Journal
 from search.mirror import storage_of
@@ -211,43 +211,3 @@ def _lock(folder: Path) -> FileLock:
     except Timeout:
         raise ValueError(f"another process is running {folder}; wait for it or stop it") from None
     return lock
-
-
-def check_free(folder: Path) -> None:
-    """Raises ValueError where a new study's folder holds something already."""
-    if (folder / "study.json").exists():
-        raise ValueError(
-            f"--study-dir={folder} holds another study; give a new folder, or go on with --resume {folder}"
-        )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--study-dir={folder} is no empty folder; give a new one")
-
-
-def check_storage(url: str | None, name: str) -> None:
-    """Raises ValueError where an object store cannot be written and read, or holds such a study."""
-    if url is None:
-        return
-    storage = Storage(f"{url.rstrip('/')}/{name}")
-    try:
-        if storage.names():
-            raise ValueError(
-                f"{storage.url} holds another study; give another --study-dir name, or --resume it"
-            )
-        with tempfile.TemporaryDirectory() as folder:
-            (probe := Path(folder) / "probe").write_bytes(b"")
-            storage.put(probe, "probe")
-        storage.remove("probe")
-    except OSError as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"--storage={url} cannot be used ({reason}); check bucket, credentials and AWS_ENDPOINT_URL"
-        ) from error
-
-
-def default_folder(space: str, data: str, under: Path = Path("studies")) -> Path:
-    """Returns a new folder's name: space, data and time."""
-    name = f"{space}-{Path(data).name.split('.')[0]}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder, again = under / name, 2
-    while folder.exists():
-        folder, again = under / f"{name}-{again}", again + 1
-    return folder

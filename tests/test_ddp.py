@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import psutil
 import pytest
 
+from search.connection import connect
 from search.engine import run_jobs
 from search.journal import Journal, records
 from search.options import StudyOptions
 from search.preflight import prepare as preflight
-from search.resources import Machine, Resources, connect, settle
+from search.resources import Machine, Resources, settle
 from search.study import Study
 from search.study_file import read_study
 from trainables.config import TrainConfig

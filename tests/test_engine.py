@@ -36,7 +36,7 @@ SLOTS = 2
 def cluster():
     import ray
 
-    from search.resources import connect
+    from search.connection import connect
 
     os.environ.pop("RAY_ADDRESS", None)
     connect()

@@ -13,7 +13,7 @@ def test_ray_starts_whichever_is_imported_first(imports):
     """Ray settles once how it authenticates; a server that is told otherwise later refuses it."""
     code = (
         f"import {imports}\n"
-        "from search.resources import connect\n"
+        "from search.connection import connect\n"
         "connect()\n"
         "import os, ray\n"
         "print(os.environ['RAY_AUTH_MODE'], ray.cluster_resources()['CPU'] > 0)\n"
@@ -30,7 +30,7 @@ def test_ray_starts_whichever_is_imported_first(imports):
 
 
 def test_command_imports_nothing_that_only_some_studies_need():
-    slow = ("torchvision", "torch._dynamo", "hyperopt", "scipy.stats", "wandb", "matplotlib")
-    code = f"import search.run, sys; print([name for name in {slow} if name in sys.modules])"
+    slow = ("torch", "torchvision", "torch._dynamo", "hyperopt", "scipy.stats", "wandb", "matplotlib")
+    code = f"import search.run, search.lr_study, sys; print([name for name in {slow} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stdout + done.stderr

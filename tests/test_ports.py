@@ -19,7 +19,7 @@ def cluster():
     """Starts what a study with groups of workers has: a dashboard, too."""
     import ray
 
-    from search.resources import connect
+    from search.connection import connect
 
     os.environ.pop("RAY_ADDRESS", None)
     connect(trial_slots=2)

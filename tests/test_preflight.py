@@ -2,10 +2,11 @@ import re
 
 import pytest
 
+from search.folders import default_folder
 from search.options import StudyOptions
-from search.preflight import check_disk, checkpoint_bytes, clock
+from search.preflight import check_disk, checkpoint_bytes
+from search.printing import clock
 from search.resources import Machine, Resources, plan, settle
-from search.study import default_folder
 from trainables.config import TrainConfig
 from trainables.data import prepare
 from trainables.levers import Levers, choose

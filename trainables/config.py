@@ -12,6 +12,7 @@ from typing import Any
 
 from models import ARCHITECTURES
 
+PRECISIONS = ("auto", "fp32", "bf16")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "cosine")
 AUGMENTS = ("none", "crop", "crop_flip")  # a mirrored digit is another sign: flips are a choice of their own

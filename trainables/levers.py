@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-PRECISIONS = ("auto", "fp32", "bf16")
+from trainables.config import PRECISIONS
+
 # Activations of one micro-batch that still sit in a processor's caches while they are reused by the
 # backward pass (bytes; best for convnet with a trial on each core, NOTES.md).
 MICRO_BATCH_BYTES = 4 * 2**20

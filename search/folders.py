@@ -1,0 +1,70 @@
+"""Where does a new study go? Into a folder of its own, and an object store where it is told to."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from pathlib import Path
+
+from search.options import StudyOptions
+from trainables.storage import Storage, is_url
+
+
+def place_of(options: StudyOptions, folder: Path | None, storage: str | None) -> tuple[StudyOptions, Path]:
+    """Returns the options with where the study is kept, and its folder.
+
+    Raises:
+        ValueError: Something is there already, or nothing can be written there.
+    """
+    if storage and is_url(storage):
+        options = dataclasses.replace(options, storage=storage)
+    elif storage and folder:
+        raise ValueError(f"--storage={storage} is a folder, and so is --study-dir={folder}; give one of them")
+    under = Path("studies" if options.storage or not storage else storage)
+    folder = folder or default_folder(options.space, options.data, under)
+    check_free(folder)
+    check_storage(options.storage, folder.name)
+    if Path(options.weights).is_file():  # a node's working directory may be another
+        options = dataclasses.replace(options, weights=str(Path(options.weights).absolute()))
+    return options, folder
+
+
+def check_free(folder: Path) -> None:
+    """Raises ValueError where a new study's folder holds something already."""
+    if (folder / "study.json").exists():
+        raise ValueError(
+            f"--study-dir={folder} holds another study; give a new folder, or go on with --resume {folder}"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--study-dir={folder} is no empty folder; give a new one")
+
+
+def check_storage(url: str | None, name: str) -> None:
+    """Raises ValueError where an object store cannot be written and read, or holds such a study."""
+    if url is None:
+        return
+    storage = Storage(f"{url.rstrip('/')}/{name}")
+    try:
+        if storage.names():
+            raise ValueError(
+                f"{storage.url} holds another study; give another --study-dir name, or --resume it"
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            (probe := Path(folder) / "probe").write_bytes(b"")
+            storage.put(probe, "probe")
+        storage.remove("probe")
+    except OSError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"--storage={url} cannot be used ({reason}); check bucket, credentials and AWS_ENDPOINT_URL"
+        ) from error
+
+
+def default_folder(space: str, data: str, under: Path = Path("studies")) -> Path:
+    """Returns a new folder's name: space, data and time."""
+    name = f"{space}-{Path(data).name.split('.')[0]}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder, again = under / name, 2
+    while folder.exists():
+        folder, again = under / f"{name}-{again}", again + 1
+    return folder
