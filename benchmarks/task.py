@@ -11,8 +11,6 @@ from typing import Any
 
 from trainables.config import TrainConfig
 from trainables.data import ImageData, prepare
-from trainables.levers import Levers, choose
-from trainables.training import TrainingRun
 
 Row = dict[str, Any]  # a report: trial, epoch, val_accuracy (fraction), finished_at (seconds since 1970)
 
@@ -63,29 +61,6 @@ class Task:
     def images(self) -> ImageData:
         """Returns the decoded images."""
         return prepare(self.data, Path(self.data_dir))
-
-    def levers(self) -> Levers:
-        """Returns how our training code is to use the device."""
-        return choose(self.device, self.precision)
-
-
-class OurTrial:
-    """A trial by tunefleet's training code, without its engine: what well-made peers run, too."""
-
-    def __init__(self, task: Task, data: ImageData | None, trial: int) -> None:
-        self.trial, self.epochs_done = trial, 0
-        self.run = None
-        if not task.no_op:
-            assert data is not None
-            self.run = TrainingRun(task.config(trial), data, task.levers(), Path(task.data_dir))
-
-    def epoch(self) -> Row:
-        """Trains and evaluates an epoch, or only says so."""
-        self.epochs_done += 1
-        if self.run is None:
-            return row(self.trial, self.epochs_done, no_op_accuracy(self.trial, self.epochs_done))
-        accuracy = self.run.epoch()["val_accuracy"]
-        return row(self.trial, self.epochs_done, accuracy)
 
 
 def no_op_accuracy(trial: int, epoch: int) -> float:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from joblib import Parallel, delayed
 
-from benchmarks.task import OurTrial, Row, Task
+from benchmarks.our_trial import OurTrial
+from benchmarks.task import Row, Task
 from trainables.data import ImageData
 
 

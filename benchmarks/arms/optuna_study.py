@@ -5,7 +5,8 @@ from __future__ import annotations
 import optuna
 import torch
 
-from benchmarks.task import OurTrial, Row, Task
+from benchmarks.our_trial import OurTrial
+from benchmarks.task import Row, Task
 
 
 def pruner(task: Task) -> optuna.pruners.BasePruner:

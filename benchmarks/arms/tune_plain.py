@@ -9,7 +9,8 @@ import torch
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
-from benchmarks.task import OurTrial, Row, Task
+from benchmarks.our_trial import OurTrial
+from benchmarks.task import Row, Task
 from trainables.data import ImageData
 
 
