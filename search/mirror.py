@@ -57,6 +57,10 @@ class Mirror:
                         self.storage.put(file, name.as_posix())
                         self._sent[str(name)] = mark
 
+    def paused(self) -> threading.Lock:
+        """Returns a context in which nothing is put, for files that the storage is not to keep."""
+        return self._copying
+
     def finish(self) -> str:
         """Puts the rest; returns what to tell the user, nothing where all is there."""
         try:

@@ -170,7 +170,8 @@ def carry_out(
                 )
             if jobs.gave_up:
                 raise GaveUpError(jobs.gave_up)
-            study.tidy(jobs)
+            with mirror.paused():
+                study.tidy(jobs)
     except (KeyboardInterrupt, GaveUpError) as end:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left takes a second or two
         resume_by = f"python {script} --resume {shown(study.place)}"

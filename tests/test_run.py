@@ -1,9 +1,12 @@
 """The command line: what a wrong argument prints, and that nothing is written then."""
 
+import contextlib
 import io
 import re
 import tarfile
+import time
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -13,7 +16,7 @@ from search.run import main
 
 @pytest.fixture
 def run(data_dir, tmp_path, monkeypatch, capsys):
-    """Runs search/run.py in an empty folder; returns exit code, stdout and stderr."""
+    """Runs search/run.py in an empty folder, up to Ray's start; returns exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("ray.init", lambda *a, **k: pytest.fail("Ray was started"))
 
@@ -59,15 +62,32 @@ def write_images(folder, classes=("cat", "dog"), count=6, color=40):
         (["--space", "softmax", "--trials", 0], ["--trials=0", "at least 1"]),
         (["--space", "softmax", "--epochs", 0], ["--epochs=0"]),
         (["--space", "softmax", "--concurrency", 0], ["--concurrency=0"]),
-        (["--space", "softmax", "--concurrency", 10_000], ["10000 × 1 CPUs", "--concurrency of at most"]),
-        (["--space", "softmax", "--cpus-per-trial", 10_000], ["10000 CPUs", "give --cpus-per-trial"]),
-        (["--space", "softmax", "--gpus-per-trial", 64], ["--gpus-per-trial=64", "GPUs"]),
         (["--space", "softmax", "--time-budget", -1], ["--time-budget=-1"]),
         (["--space", "softmax", "--data", "nothing/here"], ["nothing/here does not exist"]),
         (["--space", "softmax", "--data", "digit"], ["did you mean digits?"]),
-        (["--space", "twolayernn", "--fix", f"hidden={10**12}"], ["does not fit into memory", "--fix"]),
         (["--resume", "nothing"], ["nothing holds no study"]),
         (["--resume", "nothing", "--space", "softmax"], ["--resume takes space"]),
+    ],
+)
+def test_bad_argument_is_one_line_and_writes_nothing(run, tmp_path, arguments, needles):
+    data = None if "--resume" in arguments else "digits"
+    assert_one_line_error(run(*arguments, data=data), *needles)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def ray_beside(monkeypatch):
+    """Leaves Ray out of what follows torch's import, beside which it starts."""
+    monkeypatch.setattr("search.launch.connect_early", lambda options: None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needles"),
+    [
+        (["--space", "softmax", "--concurrency", 10_000], ["10000 × 1 CPUs", "--concurrency of at most"]),
+        (["--space", "softmax", "--cpus-per-trial", 10_000], ["10000 CPUs", "give --cpus-per-trial"]),
+        (["--space", "softmax", "--gpus-per-trial", 64], ["--gpus-per-trial=64", "GPUs"]),
+        (["--space", "twolayernn", "--fix", f"hidden={10**12}"], ["does not fit into memory", "--fix"]),
         (["--space", "resnet_softmax", "--weights", "nothing.pth"], ["nothing.pth"]),
         (
             ["--space", "resnet_mymodel", "--weights", "none", "--image-size", 8],
@@ -75,10 +95,27 @@ def write_images(folder, classes=("cat", "dog"), count=6, color=40):
         ),
     ],
 )
-def test_bad_argument_is_one_line_and_writes_nothing(run, tmp_path, arguments, needles):
-    data = None if "--resume" in arguments else "digits"
-    assert_one_line_error(run(*arguments, data=data), *needles)
+def test_what_torch_has_to_judge_is_one_line_and_writes_nothing(
+    run, ray_beside, tmp_path, arguments, needles
+):
+    assert_one_line_error(run(*arguments), *needles)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.ray
+def test_error_beside_ray_leaves_nothing_of_it(cli, tmp_path):
+    command = cli(
+        "--space", "softmax", "--data", "digits", "--gpus-per-trial", 64, "--study-dir", tmp_path / "s"
+    )
+    known: dict[psutil.Process, str] = {}
+    while command.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            known |= {p: p.name() for p in psutil.Process(command.pid).children(recursive=True)}
+        time.sleep(0.1)
+    assert (command.returncode, command.stderr.read().count("\n")) == (2, 1)
+    assert "raylet" in known.values()
+    assert psutil.wait_procs(known, timeout=10)[1] == []
+    assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize(
@@ -160,13 +197,13 @@ def test_truncated_archive_is_one_line(run, tmp_path):
     assert_one_line_error(run("--space", "softmax", "--data", tmp_path / "cut.tar.gz"), "cut.tar.gz")
 
 
-def test_weights_of_another_network_are_one_line(run, tmp_path):
+def test_weights_of_another_network_are_one_line(run, ray_beside, tmp_path):
     torch.save({"fc.weight": torch.zeros(10, 5)}, tmp_path / "other.pth")
     result = run("--space", "resnet_softmax", "--weights", tmp_path / "other.pth")
     assert_one_line_error(result, "other.pth", "ResNet-18")
 
 
-def test_no_network_names_the_offline_ways(run, monkeypatch):
+def test_no_network_names_the_offline_ways(run, ray_beside, monkeypatch):
     def refuse(*arguments, **options):
         raise OSError("no route to host")
 
