@@ -35,7 +35,7 @@ class Scaled:
     """What a long study took; pairs are (after SETTLED trials, at the end)."""
 
     ms_per_trial: tuple[float, float]
-    driver_mib: tuple[float, float]  # unique to the process
+    driver_mib: tuple[float, float]  # anonymous; libraries become its own when its workers end
     folder_mib: float
 
 
@@ -82,7 +82,8 @@ def _memory(process: psutil.Popen, journal: Path) -> Iterable[float]:
         except psutil.TimeoutExpired:
             if not journal.exists() or journal.read_bytes().count(b'"config"') < SETTLED:
                 continue
-            if used := process.memory_full_info().uss:  # 0 when it is about to end
+            memory = process.memory_info()
+            if used := memory.rss - memory.shared:  # 0 when it is about to end
                 yield used / 2**20
 
 
