@@ -1,4 +1,4 @@
-"""What does a study say, before it starts and when it is done? Text for people, 80 columns wide."""
+"""What does a study say when it is done? Text for people, 80 columns wide."""
 
 from __future__ import annotations
 
