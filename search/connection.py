@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 
+from models import ARCHITECTURES
 from search.options import StudyOptions
 from search.spaces import find_space
 
@@ -31,13 +32,14 @@ def connect_early(options: StudyOptions) -> None:
         workers = find_space(options.space).workers_per_trial if shutil.which("nvidia-smi") else 1
     if workers > 1:
         return
-    # Modules of no part of Ray: its own may not be imported by two threads at once.
-    torch = threading.Thread(target=importlib.import_module, args=("trainables.training",))
-    torch.start()
+    # No modules of Ray: its own may not be imported by two threads at once.
+    names = ["trainables.training", *(["torchvision"] if ARCHITECTURES[options.space].cut else [])]
+    imports = threading.Thread(target=lambda: [importlib.import_module(name) for name in names])
+    imports.start()
     try:
         connect()
     finally:
-        torch.join()
+        imports.join()
 
 
 def connect(trial_slots: int = 0) -> None:
