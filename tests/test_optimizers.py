@@ -42,6 +42,7 @@ def test_steps_are_torchs(kind: str) -> None:
     torchs, options = KINDS[kind]
     optimizer = make_optimizer(config_of(kind), ours.parameters())
     reference = torchs(theirs.parameters(), lr=0.01, weight_decay=0.1, **options)
+    assert optimizer.turned == [p.dim() == 4 for p in ours.parameters()]
     for seed in range(3):
         train(ours, optimizer, seed)
         train(theirs, reference, seed)
