@@ -34,7 +34,8 @@ from benchmarks.families import FAMILIES, Family, configurations
 from benchmarks.measured import Measured, measure
 from benchmarks.probe import probe, spread
 from benchmarks.task import Task
-from search.provenance import commit, cpu_count, machine_name, versions
+from search.local_ray import cpu_count
+from search.provenance import commit, machine_name, versions
 from trainables.command_line import Parser, exit_code
 from trainables.config import check_integer, check_name
 from trainables.data import DATA_DIR, load_split, prepare

@@ -8,14 +8,13 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import ray
 
 from models import ARCHITECTURES
+from search.local_ray import cpu_count, findable, is_local, lean
 from search.options import StudyOptions
 from search.spaces import find_space
 
@@ -32,21 +31,35 @@ def connect_early(options: StudyOptions) -> None:
         workers = find_space(options.space).workers_per_trial if shutil.which("nvidia-smi") else 1
     if workers > 1:
         return
+    torchvision = ["torchvision"] if ARCHITECTURES[options.space].cut else []
     # No modules of Ray: its own may not be imported by two threads at once.
-    names = ["trainables.training", *(["torchvision"] if ARCHITECTURES[options.space].cut else [])]
+    names = ["trainables.training", *torchvision]
     imports = threading.Thread(target=lambda: [importlib.import_module(name) for name in names])
-    imports.start()
     try:
-        connect()
+        connect(
+            imports=["torch", "ray.tune", *torchvision] if _on_all_cpus(options) else [],
+            meanwhile=imports.start,
+        )
     finally:
-        imports.join()
+        if imports.ident:  # it was started
+            imports.join()
 
 
-def connect(trial_slots: int = 0) -> None:
+def _on_all_cpus(options: StudyOptions) -> bool:
+    """Returns whether there will be a trial on each CPU of this host, as far as that can be told early."""
+    trials = options.concurrency or options.trials or 0
+    return options.cpus_per_trial in (None, 1) and trials >= cpu_count() and not shutil.which("nvidia-smi")
+
+
+def connect(
+    trial_slots: int = 0, imports: Sequence[str] = (), meanwhile: Callable[[], None] = lambda: None
+) -> None:
     """Starts Ray on this host, or joins the cluster that RAY_ADDRESS names; silent.
 
     Args:
         trial_slots: How many groups of workers shall run at once; 0: trials have one worker each.
+        imports: Modules that workers on this host import before they are given a trial.
+        meanwhile: Called once, when nothing is left but to wait for Ray.
 
     Raises:
         ValueError: Ray did not start, or the cluster cannot be joined.
@@ -56,10 +69,16 @@ def connect(trial_slots: int = 0) -> None:
             return
         ray.shutdown()  # a cluster of our own, started for an earlier study
     # without an address ray.init would join whatever cluster this host happens to run
-    address = os.environ.get("RAY_ADDRESS") or "local"
-    local = address == "local"
+    local = is_local()
+    address = "local" if local else os.environ["RAY_ADDRESS"]
     try:
-        with _findable_cluster() if trial_slots and local else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if local:
+                stack.enter_context(lean(bool(trial_slots), imports, meanwhile))
+            else:
+                meanwhile()
+            if local and trial_slots:
+                stack.enter_context(findable())
             ray.init(
                 address=address,
                 resources={TRIAL_SLOT: trial_slots} if trial_slots and local else None,
@@ -75,31 +94,9 @@ def connect(trial_slots: int = 0) -> None:
             else f"RAY_ADDRESS={address} cannot be joined ({reason}); start that cluster, give its token "
             "(RAY_AUTH_MODE=token, ~/.ray/auth_token), or unset RAY_ADDRESS to use this host"
         ) from error
-    if local:  # it would scale a cluster, and takes a second to end when told to (2.60)
-        node: Any = ray._private.worker._global_node
-        node.kill_monitor()
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # lost workers stand in reports.jsonl
     # what raylets say last, C++ stacks included, would go to our stdout whatever the level (2.60)
     ray._private.worker.print_to_stdstream = lambda *arguments, **options: None
     # ray.init puts a handler in place that prints a C++ stack and aborts (2.60); a SIGTERM, which a
     # cluster sends before it takes a node, shall be a Ctrl-C
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
-@contextlib.contextmanager
-def _findable_cluster() -> Iterator[None]:
-    """Lets the processes of a cluster that starts inside know its address.
-
-    Train's actor that gives a stopped group's resources back asks the dashboard, and finds it by
-    RAY_ADDRESS or by guessing among all clusters of the host, in vain where there are two (Ray 2.60).
-    """
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
-    names = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}
-    os.environ.update(names)
-    try:
-        yield
-    finally:
-        for name in names:
-            os.environ.pop(name)

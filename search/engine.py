@@ -26,6 +26,7 @@ from ray.air.execution._internal.tracked_actor_task import TrackedActorTask
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune import tune as tune_run
 from ray.tune.execution import tune_controller
+from ray.tune.execution.class_cache import _ActorClassCache
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.progress_reporter import TrialProgressCallback
@@ -36,6 +37,7 @@ from search.bad_nodes import BadNodes
 from search.connection import TRIAL_SLOT
 from search.faults import cause_of, told
 from search.jobs import Jobs
+from search.local_ray import is_local
 from search.resources import Resources
 from trainables.ddp import drive
 from trainables.trial import Trial, TrialContext
@@ -146,6 +148,19 @@ class ActorManager(RayActorManager):
         super()._actor_task_failed(tracked_actor_task, exception)
 
 
+class ActorClasses(_ActorClassCache):
+    """Leaves out Tune's runtime environment in a Ray of our own, whose workers have the driver's variables.
+
+    With one, no worker that Ray has started before is taken for a trial (2.60).
+    """
+
+    def get(self, trainable_cls: type) -> Any:
+        """Returns the actor class of a trainable."""
+        if is_local() and trainable_cls not in self._cache:
+            self._cache[trainable_cls] = ray.remote(trainable_cls)
+        return super().get(trainable_cls)
+
+
 class Controller(TuneController):
     """Forgets trials that have ended; Ray's own (2.60) keeps them all, and goes over them."""
 
@@ -198,6 +213,7 @@ def run_jobs(jobs: Jobs, context: TrialContext, *, resources: Resources, on_step
     """
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(resources.slots)
     tune_controller.RayActorManager = ActorManager  # type: ignore[misc]
+    tune_controller._ActorClassCache = ActorClasses  # type: ignore[misc]
     tune_run.TuneController = Controller  # type: ignore[misc]
     if resources.workers == 1:
         trainable = tune.with_resources(tune.with_parameters(Trial, context=context), resources.of_trial)

@@ -12,9 +12,9 @@ from rich.console import Console
 
 from models import ARCHITECTURES
 from search.asha import expected_epochs
+from search.local_ray import cpu_count
 from search.options import StudyOptions
 from search.printing import clock, shown
-from search.provenance import cpu_count
 from search.resources import Resources
 from search.spaces import find_space
 from trainables.config import TrainConfig

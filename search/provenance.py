@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
 import platform
 import re
 import subprocess
 from pathlib import Path
 
 import torch
+
+from search.local_ray import cpu_count
 
 PACKAGES = ("torch", "torchvision", "ray", "hyperopt", "numpy")  # a result may depend on these
 
@@ -57,8 +58,3 @@ def _read(file: str) -> str:
         return Path(file).read_text()
     except OSError:
         return ""
-
-
-def cpu_count() -> int:
-    """Returns the CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

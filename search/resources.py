@@ -12,8 +12,8 @@ import ray
 import torch
 
 from search.connection import TRIAL_SLOT, connect
+from search.local_ray import cpu_count
 from search.options import StudyOptions
-from search.provenance import cpu_count
 from search.spaces import find_space
 from trainables.levers import Levers, choose
 
