@@ -24,7 +24,7 @@ from trainables.training import TrainingRun
 
 OPTIMIZER_VALUES = {"sgd": 1, "adam": 2, "adamw": 2}  # kept per parameter, at most
 MEASURED_STEPS = 10  # optimizer steps that forecast an epoch
-START_SECONDS = 12  # Ray and its first workers, on two cores
+START_SECONDS = 8  # Ray, its first workers and its end, on two cores
 
 
 def example(options: StudyOptions) -> TrainConfig:

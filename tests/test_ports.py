@@ -44,8 +44,8 @@ def test_only_rays_own_ports_are_beyond_localhost():
             beyond.add((connection.pid, mine[connection.pid].name()))
     others = {(pid, name) for pid, name in beyond if name not in NODE_TO_NODE}
     for pid, _ in others - {(os.getpid(), psutil.Process().name())}:  # the driver serves its objects
-        command = " ".join(mine[pid].cmdline())  # dashboard and autoscaler serve their metrics
-        assert "ray/dashboard/dashboard.py" in command or "ray/autoscaler/_private/monitor.py" in command
+        command = " ".join(mine[pid].cmdline())  # the dashboard serves its metrics
+        assert "ray/dashboard/dashboard.py" in command
     assert {name for _, name in beyond} & NODE_TO_NODE
 
 
