@@ -1,4 +1,4 @@
-"""Where does a new study go? Into a folder of its own, and an object store where it is told to."""
+"""Where does a study live? In a folder of its own, new or left by one that was stopped."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import dataclasses
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-from search.options import StudyOptions
+from filelock import FileLock, Timeout
+
+from search.options import RESUMABLE, StudyOptions, flag
+from search.study_file import read_study
 from trainables.storage import Storage, is_url
 
 
@@ -28,6 +32,41 @@ def place_of(options: StudyOptions, folder: Path | None, storage: str | None) ->
     if Path(options.weights).is_file():  # a node's working directory may be another
         options = dataclasses.replace(options, weights=str(Path(options.weights).absolute()))
     return options, folder
+
+
+def unfinished(folder: Path, changes: dict[str, Any]) -> tuple[StudyOptions, dict[str, Any]]:
+    """Returns the options of a study to go on with, and its study.json.
+
+    Args:
+        folder: The study's.
+        changes: New values of options in RESUMABLE.
+
+    Raises:
+        ValueError: No study, one that is done or at work, or a change of what makes its results.
+    """
+    content = read_study(folder)
+    fixed = [flag(name) for name in changes if name not in RESUMABLE]
+    if fixed:
+        allowed = ", ".join(flag(name) for name in RESUMABLE)
+        raise ValueError(f"{', '.join(fixed)} cannot change when a study is resumed; what can: {allowed}")
+    if content["status"] == "done":
+        raise ValueError(f"{folder} is done; there is nothing to resume")
+    lock_of(folder).release()  # before anything slow: another process may be at it
+    return StudyOptions(**(content["options"] | changes)), content
+
+
+def lock_of(folder: Path) -> FileLock:
+    """Returns a study's lock, held; the system frees it when the process dies.
+
+    Raises:
+        ValueError: Another process holds it.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another process is running {folder}; wait for it or stop it") from None
+    return lock
 
 
 def check_free(folder: Path) -> None:

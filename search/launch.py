@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,11 +17,13 @@ import ray
 from rich.console import Console
 
 from search.connection import connect_early
-from search.folders import place_of
+from search.folders import place_of, unfinished
+from search.mirror import bring
 from search.options import StudyOptions
 from search.printing import print_result
 from search.wandb_options import choose as choose_wandb
 from trainables.data import prepare
+from trainables.storage import is_url
 
 Finish = Callable[[Path, Console], int]  # says what a finished study found; returns the exit code
 
@@ -58,11 +60,7 @@ def start(
     options, folder = place_of(options, folder, storage)
     with console.status(f"reading {options.data}"):
         data = prepare(options.data, Path(options.data_dir), options.image_size)
-    ours = not dry_run and not ray.is_initialized()
-    try:
-        if not dry_run:
-            with console.status("starting Ray"):
-                connect_early(options)
+    with contextlib.nullcontext() if dry_run else _ray_beside_torch(options, console):
         from search.running import begin
 
         return begin(
@@ -76,10 +74,6 @@ def start(
             script=script,
             wandb=wandb_options,
         )
-    except ValueError:
-        if ours:
-            ray.shutdown()
-        raise
 
 
 def resume(
@@ -104,9 +98,37 @@ def resume(
     Raises:
         ValueError: There is no study, it is done, or it cannot go on as asked.
     """
-    from search.running import go_on
+    folder = (bring(str(place)) if is_url(place) else Path(place)).resolve()
+    options, content = unfinished(folder, changes)
+    wandb_options = choose_wandb(wandb or {}, content.get("wandb"))
+    with console.status(f"reading {options.data}"):
+        data = prepare(options.data, Path(options.data_dir), options.image_size)
+    if data.sha256 != content["data_sha256"]:
+        raise ValueError(
+            f"--data={options.data} is not what the study began with (sha256 {data.sha256[:12]}, was "
+            f"{content['data_sha256'][:12]}); give the old images back"
+        )
+    with _ray_beside_torch(options, console):
+        from search.running import go_on
+        from search.study import Study
+        from trainables.levers import Levers
 
-    return go_on(place, changes, console, finish=finish, script=script, wandb=wandb)
+        study = Study(folder, options, data, Levers(**content["levers"]))
+        return go_on(study, console, finish=finish, script=script, wandb=wandb_options)
+
+
+@contextlib.contextmanager
+def _ray_beside_torch(options: StudyOptions, console: Console) -> Iterator[None]:
+    """Starts or joins Ray, and imports torch; a user's mistake inside leaves no Ray behind."""
+    ours = not ray.is_initialized()
+    try:
+        with console.status("starting Ray"):
+            connect_early(options)
+        yield
+    except ValueError:
+        if ours:
+            ray.shutdown()
+        raise
 
 
 def leave(code: int) -> NoReturn:

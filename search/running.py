@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,19 +20,16 @@ from search.bad_nodes import named
 from search.connection import connect
 from search.engine import run_jobs
 from search.launch import Finish
-from search.mirror import Mirror, bring
+from search.mirror import Mirror
 from search.nodes import check_nodes
 from search.options import StudyOptions
 from search.printing import shown
 from search.progress import Progress
 from search.resources import Machine, Resources, choose_levers, machine, plan, settle
 from search.study import Study
-from search.study_file import read_study
 from search.wandb_options import WandbOptions
-from search.wandb_options import choose as choose_wandb
 from search.wandb_sidecar import END_SECONDS, STOP_SECONDS, Sidecar
-from trainables.data import ImageData, prepare
-from trainables.storage import is_url
+from trainables.data import ImageData
 
 T = TypeVar("T")
 
@@ -88,33 +85,27 @@ def begin(
     return carry_out(study, resources, console, finish, script, Sidecar(study.folder, wandb))
 
 
-def go_on(
-    place: Path | str,
-    changes: dict[str, Any],
-    console: Console,
-    *,
-    finish: Finish,
-    script: str,
-    wandb: Mapping[str, Any] | None,
-) -> int:
-    """Goes on with a study; returns the exit code. ``launch.resume`` tells of the arguments and errors."""
-    study = Study.open(bring(str(place)) if is_url(place) else Path(place), changes)
-    sidecar = Sidecar(study.folder, choose_wandb(wandb or {}, read_study(study.folder).get("wandb")))
+def go_on(study: Study, console: Console, *, finish: Finish, script: str, wandb: WandbOptions) -> int:
+    """Goes on with a study; returns the exit code.
+
+    Args:
+        study: What is known of it; its data as they lie now.
+        console: Where to print.
+        finish: Called with the folder of a finished study.
+        script: What resumes it, should it be stopped again.
+        wandb: What is sent to W&B.
+
+    Raises:
+        ValueError: It cannot go on on this machine.
+    """
     options = study.options
     there = machine()
     resources = plan(options, study.levers, there)
-    data = prepare(options.data, Path(options.data_dir), options.image_size)
-    if data.sha256 != study.data.sha256:
-        raise ValueError(
-            f"--data={options.data} is not what the study began with (sha256 {data.sha256[:12]}, was "
-            f"{study.data.sha256[:12]}); give the old images back"
-        )
-    study.data = data  # it may lie in another cache folder now
     if there.nodes:
-        check_nodes(options, options.storage or str(study.folder.parent), data, study.levers, console)
-    on_a_node(there, resources, preflight.prepare)(options, data, study.levers)
+        check_nodes(options, options.storage or str(study.folder.parent), study.data, study.levers, console)
+    on_a_node(there, resources, preflight.prepare)(options, study.data, study.levers)
     start_ray(resources, console)
-    return carry_out(study, resources, console, finish, script, sidecar)
+    return carry_out(study, resources, console, finish, script, Sidecar(study.folder, wandb))
 
 
 def on_a_node(there: Machine, resources: Resources, function: Callable[..., T]) -> Callable[..., T]:

@@ -17,16 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from search.asha import Asha
 from search.collect import collect
 from search.final import keep_best
-from search.folders import check_free
+from search.folders import check_free, lock_of
 from search.jobs import Jobs
 from search.journal import Journal
 from search.mirror import storage_of
-from search.options import RESUMABLE, StudyOptions, flag
+from search.options import StudyOptions
 from search.preflight import Prepared
 from search.provenance import commit, machine_name, versions
 from search.spaces import described, find_space
@@ -94,30 +92,6 @@ class Study:
         )
         return study
 
-    @classmethod
-    def open(cls, folder: Path, changes: dict[str, Any]) -> Study:
-        """Opens a study to go on with it, in the way it was chosen to run.
-
-        Args:
-            folder: The study's.
-            changes: New values of options in RESUMABLE.
-
-        Raises:
-            ValueError: No study, a finished one, or a change of what makes its results.
-        """
-        folder = Path(folder).resolve()
-        content = read_study(folder)
-        fixed = [flag(name) for name in changes if name not in RESUMABLE]
-        if fixed:
-            allowed = ", ".join(flag(name) for name in RESUMABLE)
-            raise ValueError(f"{', '.join(fixed)} cannot change when a study is resumed; what can: {allowed}")
-        if content["status"] == "done":
-            raise ValueError(f"{folder} is done; there is nothing to resume")
-        _lock(folder).release()  # before anything slow: another process may be at it
-        options = StudyOptions(**(content["options"] | changes))
-        data = ImageData.from_dict(content["data"])
-        return cls(folder, options, data, Levers(**content["levers"]))
-
     def jobs(self) -> Jobs:
         """Returns the study's decisions, standing where its journal ends."""
         options = self.options
@@ -165,7 +139,7 @@ class Study:
         Raises:
             ValueError: Another process runs the study.
         """
-        lock = _lock(self.folder)
+        lock = lock_of(self.folder)
         content = read_study(self.folder)
         began, before = time.time(), content["seconds"]
         write_study(self.folder, content | {"status": "running", "resources": resources})
@@ -197,17 +171,3 @@ class Study:
         keep_best(self.folder, jobs.trials)
         for name in ("checkpoints", "ray"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
-
-
-def _lock(folder: Path) -> FileLock:
-    """Returns a study's lock, held; the system frees it when the process dies.
-
-    Raises:
-        ValueError: Another process holds it.
-    """
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"another process is running {folder}; wait for it or stop it") from None
-    return lock
