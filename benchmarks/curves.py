@@ -25,7 +25,7 @@ import search  # noqa: F401  sets Ray's environment before anything imports Ray
 from analysis.curves import COLUMNS, curves_of, table_of
 from analysis.load import load
 from search.flags import add_options, parse_study, study_parser
-from search.launch import resume, start
+from search.launch import Script, resume, start
 from search.options import StudyOptions
 from search.printing import shown
 from search.spaces import described, find_space
@@ -142,7 +142,7 @@ def carry_out(do: argparse.Namespace, given: dict[str, Any], console: Console) -
     """
     if do.out.suffix != ".csv" or not do.out.parent.is_dir():
         raise ValueError(f"--out={do.out} is not possible; give a .csv file in a folder that is there")
-    script = shlex.join(["-m", "benchmarks.curves", "--out", str(do.out)])
+    name = shlex.join(["-m", "benchmarks.curves", "--out", str(do.out)])
 
     def finish(folder: Path, console: Console) -> int:
         write_table(folder, do.out)
@@ -151,19 +151,18 @@ def carry_out(do: argparse.Namespace, given: dict[str, Any], console: Console) -
         console.print(f"{counts} -> {shown(do.out)}", highlight=False, soft_wrap=True)
         return int(bool(statuses.keys() & {"error", "out_of_memory"}))
 
+    script = Script(console, name, finish)
     wandb = do.wandb | {"mode": "off"}  # nothing beside a recording, whose seconds count
     if not do.resume:
         options = new_options(do, given)
-        return start(
-            options, do.study_dir, console, dry_run=do.dry_run, finish=finish, script=script, wandb=wandb
-        )
+        return start(options, do.study_dir, script, dry_run=do.dry_run, wandb=wandb)
     folder = Path(do.resume)
     study = read_study(folder)
     if not study["options"]["points"] or study["options"]["pruner"] != "none":
         raise ValueError(f"--resume={folder} records no curves; it is a study of another script")
     if study["status"] == "done":
         return finish(folder, console)  # its table could not be written then
-    return resume(folder, given, console, finish=finish, script=script, wandb=wandb)
+    return resume(folder, given, script, wandb=wandb)
 
 
 if __name__ == "__main__":

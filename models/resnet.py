@@ -1,16 +1,18 @@
 """Where is ResNet-18 cut to make a backbone, and where do its weights come from?
 
 The network is torchvision's (He et al. 2016, https://arxiv.org/abs/1512.03385); the cuts are named as in
-table 1 of the paper. torchvision is imported where it is used: it takes two seconds (0.29 imports torch's
-compiler), which studies of small networks need not wait for.
+table 1 of the paper.
 """
 
 import math
+import sys
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,9 +67,7 @@ def build_backbone(cut: str, weights: str = "none") -> nn.Sequential:
     state = load_weights(weights)
     # The meta device spares the random numbers that the weights would only replace: 0.04 s instead of 0.11.
     with torch.device("cpu" if state is None else "meta"):
-        from torchvision.models import resnet18
-
-        network = resnet18(weights=None)
+        network = _torchvision().resnet18(weights=None)
     network.add_module("flatten", nn.Flatten())
     kept = LAYERS[: LAYERS.index(CUTS[cut].last) + 1]
     backbone = nn.Sequential(OrderedDict((name, getattr(network, name)) for name in kept))
@@ -75,6 +75,26 @@ def build_backbone(cut: str, weights: str = "none") -> nn.Sequential:
         copies = {name: state[name].clone() for name in backbone.state_dict()}
         backbone.load_state_dict(copies, assign=True)
     return backbone
+
+
+def _torchvision() -> Any:
+    """Returns torchvision.models, imported without torch's compiler, which no network here needs.
+
+    torchvision (0.29) imports it to ask one thing in its RoI pooling: 1.2 of 1.4 s, in each worker of a study. A
+    module that says no stands in for it meanwhile.
+    """
+    asked = "torch._dynamo.utils"
+    if not {asked, "torchvision"} & sys.modules.keys():
+        stand_in = ModuleType(asked)
+        stand_in.is_compile_supported = lambda device_type: False  # type: ignore[attr-defined]
+        sys.modules[asked] = stand_in
+        try:
+            import torchvision  # noqa: F401
+        finally:
+            del sys.modules[asked]
+    from torchvision import models
+
+    return models
 
 
 def output_shape(cut: str, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
@@ -112,9 +132,8 @@ def weights_file(weights: str) -> Path | None:
     if weights == "none":
         return None
     if weights == "imagenet":
-        from torchvision.models import ResNet18_Weights
-
-        return Path(torch.hub.get_dir(), "checkpoints", Path(ResNet18_Weights.IMAGENET1K_V1.url).name)
+        url = _torchvision().ResNet18_Weights.IMAGENET1K_V1.url
+        return Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     return Path(weights).expanduser().absolute()
 
 
@@ -125,9 +144,7 @@ def _load(weights: str, mtime_ns: int | None) -> dict[str, Tensor]:
 
 
 def _download_imagenet() -> object:
-    from torchvision.models import ResNet18_Weights
-
-    imagenet = ResNet18_Weights.IMAGENET1K_V1
+    imagenet = _torchvision().ResNet18_Weights.IMAGENET1K_V1
     try:
         return imagenet.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
     # Whatever urllib, http and socket raise, a wrong hash, or a broken copy in the cache (see _read_file).
@@ -169,9 +186,7 @@ def _checked(state: object, weights: str) -> dict[str, Tensor]:
     if not isinstance(state, dict):
         raise ValueError(f"weights={weights!r} holds a {type(state).__name__}; {wanted}")
     with torch.device("meta"):  # shapes only: no memory, and no draw from the generator
-        from torchvision.models import resnet18
-
-        expected = resnet18(weights=None).state_dict()
+        expected = _torchvision().resnet18(weights=None).state_dict()
     # Files from before torch 0.4.1 lack these counters. Only BatchNorm with momentum=None reads them: 0 does.
     counters = {name: torch.tensor(0) for name in expected if name.endswith("num_batches_tracked")}
     state = counters | state

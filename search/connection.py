@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 
 import ray
 
-from models import ARCHITECTURES
 from search.local_ray import cpu_count, findable, is_local, lean
 from search.options import StudyOptions
 from search.spaces import find_space
@@ -31,15 +30,10 @@ def connect_early(options: StudyOptions) -> None:
         workers = find_space(options.space).workers_per_trial if shutil.which("nvidia-smi") else 1
     if workers > 1:
         return
-    torchvision = ["torchvision"] if ARCHITECTURES[options.space].cut else []
-    # No modules of Ray: its own may not be imported by two threads at once.
-    names = ["trainables.training", *torchvision]
-    imports = threading.Thread(target=lambda: [importlib.import_module(name) for name in names])
+    # No module of Ray: its own may not be imported by two threads at once.
+    imports = threading.Thread(target=importlib.import_module, args=["trainables.training"])
     try:
-        connect(
-            imports=["torch", "ray.tune", *torchvision] if _on_all_cpus(options) else [],
-            meanwhile=imports.start,
-        )
+        connect(imports=["torch", "ray.tune"] if _on_all_cpus(options) else [], meanwhile=imports.start)
     finally:
         if imports.ident:  # it was started
             imports.join()

@@ -10,6 +10,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,17 +26,22 @@ from search.wandb_options import choose as choose_wandb
 from trainables.data import prepare
 from trainables.storage import is_url
 
-Finish = Callable[[Path, Console], int]  # says what a finished study found; returns the exit code
+
+@dataclass(frozen=True)
+class Script:
+    """What a user has started, and a study speaks through."""
+
+    console: Console
+    name: str = "search/run.py"  # goes on with a study by --resume
+    finish: Callable[[Path, Console], int] = print_result  # tells of a finished study; returns the exit code
 
 
 def start(
     options: StudyOptions,
     folder: Path | None,
-    console: Console,
+    script: Script,
     *,
     dry_run: bool = False,
-    finish: Finish = print_result,
-    script: str = "search/run.py",
     wandb: Mapping[str, Any] | None = None,
     storage: str | None = None,
 ) -> int:
@@ -44,10 +50,8 @@ def start(
     Args:
         options: What was asked for.
         folder: The study's, new or empty; None: one under studies/.
-        console: Where to print.
+        script: What has been started.
         dry_run: Forecast the study and write nothing.
-        finish: Called with the folder of a finished study.
-        script: What resumes it with ``--resume``.
         wandb: The fields of WandbOptions that were given.
         storage: Where studies are kept: a folder, or an object store's URL, in which case the study's
             folder here is a copy. None: under studies/, or in ``folder``.
@@ -58,31 +62,19 @@ def start(
     shared = storage or (str(folder.absolute().parent) if folder else None)  # what nodes are asked to see
     wandb_options = choose_wandb(wandb or {})
     options, folder = place_of(options, folder, storage)
-    with console.status(f"reading {options.data}"):
+    with script.console.status(f"reading {options.data}"):
         data = prepare(options.data, Path(options.data_dir), options.image_size)
-    with contextlib.nullcontext() if dry_run else _ray_beside_torch(options, console):
+    with contextlib.nullcontext() if dry_run else _ray_beside_torch(options, script.console):
         from search.running import begin
 
-        return begin(
-            options,
-            folder,
-            data,
-            console,
-            shared=shared,
-            dry_run=dry_run,
-            finish=finish,
-            script=script,
-            wandb=wandb_options,
-        )
+        return begin(options, folder, data, script, shared=shared, dry_run=dry_run, wandb=wandb_options)
 
 
 def resume(
     place: Path | str,
     changes: dict[str, Any],
-    console: Console,
+    script: Script,
     *,
-    finish: Finish = print_result,
-    script: str = "search/run.py",
     wandb: Mapping[str, Any] | None = None,
 ) -> int:
     """Goes on with a study; returns the exit code.
@@ -90,9 +82,7 @@ def resume(
     Args:
         place: The study's folder, or its URL.
         changes: New values of options that change no result.
-        console: Where to print.
-        finish: Called with the folder of a finished study.
-        script: What resumes it, should it be stopped again.
+        script: What has been started.
         wandb: The fields of WandbOptions that were given; the others stay as they were.
 
     Raises:
@@ -101,20 +91,20 @@ def resume(
     folder = (bring(str(place)) if is_url(place) else Path(place)).resolve()
     options, content = unfinished(folder, changes)
     wandb_options = choose_wandb(wandb or {}, content.get("wandb"))
-    with console.status(f"reading {options.data}"):
+    with script.console.status(f"reading {options.data}"):
         data = prepare(options.data, Path(options.data_dir), options.image_size)
     if data.sha256 != content["data_sha256"]:
         raise ValueError(
             f"--data={options.data} is not what the study began with (sha256 {data.sha256[:12]}, was "
             f"{content['data_sha256'][:12]}); give the old images back"
         )
-    with _ray_beside_torch(options, console):
+    with _ray_beside_torch(options, script.console):
         from search.running import go_on
         from search.study import Study
         from trainables.levers import Levers
 
         study = Study(folder, options, data, Levers(**content["levers"]))
-        return go_on(study, console, finish=finish, script=script, wandb=wandb_options)
+        return go_on(study, script, wandb_options)
 
 
 @contextlib.contextmanager

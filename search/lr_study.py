@@ -28,7 +28,7 @@ import search  # noqa: F401  sets Ray's environment before anything imports Ray
 from search.final import summarise
 from search.flags import add_options, add_storage, parse_study, study_parser
 from search.journal import Journal, TrialRecord, records
-from search.launch import leave, resume, start
+from search.launch import Script, leave, resume, start
 from search.options import StudyOptions
 from search.printing import shown
 from search.spaces import find_space
@@ -259,23 +259,15 @@ def carry_out(do: argparse.Namespace, given: dict[str, Any], console: Console) -
     Raises:
         ValueError: It cannot be done.
     """
+    script = Script(console, SCRIPT, finish)
     if do.extend:
         extend(do.extend)
     if do.extend or do.resume:
-        return resume(do.extend or do.resume, given, console, finish=finish, script=SCRIPT, wandb=do.wandb)
+        return resume(do.extend or do.resume, given, script, wandb=do.wandb)
     options = new_options(do, given)
     for point in options.points or []:
         TrainConfig.from_dict(options.fixed_values() | point)
-    return start(
-        options,
-        do.study_dir,
-        console,
-        dry_run=do.dry_run,
-        finish=finish,
-        script=SCRIPT,
-        wandb=do.wandb,
-        storage=do.storage,
-    )
+    return start(options, do.study_dir, script, dry_run=do.dry_run, wandb=do.wandb, storage=do.storage)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from rich.console import Console
 
 import search  # noqa: F401  sets Ray's environment before anything imports Ray
 from search.flags import HELP, add_options, add_storage, parse_study, study_parser
-from search.launch import leave, resume, start
+from search.launch import Script, leave, resume, start
 from search.options import StudyOptions
 from search.printing import list_spaces
 from search.spaces import SPACES
@@ -53,6 +53,7 @@ def carry_out(do: argparse.Namespace, options: dict[str, Any], console: Console)
     """
     if do.list_spaces:
         return list_spaces(console)
+    script = Script(console)
     if do.resume:
         if do.space or do.study_dir or do.storage:
             raise ValueError(
@@ -61,7 +62,7 @@ def carry_out(do: argparse.Namespace, options: dict[str, Any], console: Console)
             )
         if do.dry_run:
             raise ValueError("--dry-run forecasts a new study; leave --resume out")
-        return resume(do.resume, options, console, wandb=do.wandb)
+        return resume(do.resume, options, script, wandb=do.wandb)
     if not do.space:
         raise ValueError(f"give --space NAME, or --resume DIR; spaces: {', '.join(SPACES)}, or all")
     check_name("--space", do.space, [*SPACES, "all"])
@@ -69,7 +70,7 @@ def carry_out(do: argparse.Namespace, options: dict[str, Any], console: Console)
         return start(
             StudyOptions(space=do.space, **options),
             do.study_dir,
-            console,
+            script,
             dry_run=do.dry_run,
             wandb=do.wandb,
             storage=do.storage,
@@ -82,7 +83,7 @@ def carry_out(do: argparse.Namespace, options: dict[str, Any], console: Console)
                 start(
                     StudyOptions(space=space, **options),
                     folder,
-                    console,
+                    script,
                     dry_run=do.dry_run,
                     wandb=do.wandb,
                     storage=do.storage,

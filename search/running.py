@@ -19,7 +19,7 @@ from search import preflight
 from search.bad_nodes import named
 from search.connection import connect
 from search.engine import run_jobs
-from search.launch import Finish
+from search.launch import Script
 from search.mirror import Mirror
 from search.nodes import check_nodes
 from search.options import StudyOptions
@@ -42,12 +42,10 @@ def begin(
     options: StudyOptions,
     folder: Path,
     data: ImageData,
-    console: Console,
+    script: Script,
     *,
     shared: str | None,
     dry_run: bool,
-    finish: Finish,
-    script: str,
     wandb: WandbOptions,
 ) -> int:
     """Runs a new study, or forecasts it; returns the exit code.
@@ -56,17 +54,15 @@ def begin(
         options: What was asked for.
         folder: The study's, free.
         data: The decoded images.
-        console: Where to print.
+        script: What has been started.
         shared: The place that all nodes of a cluster must see; None: none was given.
         dry_run: Forecast the study and write nothing.
-        finish: Called with the folder of a finished study.
-        script: What resumes it with ``--resume``.
         wandb: What is sent to W&B.
 
     Raises:
         ValueError: Something stands against it; nothing was written.
     """
-    there = machine()
+    there, console = machine(), script.console
     with console.status("looking at the device"):
         levers = choose_levers(options, there)
     options = settle(options, levers, there)
@@ -82,30 +78,28 @@ def begin(
         return preflight.print_forecast(options, folder, resources, data, levers, prepared, console)
     start_ray(resources, console)
     study = Study.create(folder, options, data, levers, prepared)
-    return carry_out(study, resources, console, finish, script, Sidecar(study.folder, wandb))
+    return carry_out(study, resources, script, Sidecar(study.folder, wandb))
 
 
-def go_on(study: Study, console: Console, *, finish: Finish, script: str, wandb: WandbOptions) -> int:
+def go_on(study: Study, script: Script, wandb: WandbOptions) -> int:
     """Goes on with a study; returns the exit code.
 
     Args:
         study: What is known of it; its data as they lie now.
-        console: Where to print.
-        finish: Called with the folder of a finished study.
-        script: What resumes it, should it be stopped again.
+        script: What has been started.
         wandb: What is sent to W&B.
 
     Raises:
         ValueError: It cannot go on on this machine.
     """
-    options = study.options
+    options, console = study.options, script.console
     there = machine()
     resources = plan(options, study.levers, there)
     if there.nodes:
         check_nodes(options, options.storage or str(study.folder.parent), study.data, study.levers, console)
     on_a_node(there, resources, preflight.prepare)(options, study.data, study.levers)
     start_ray(resources, console)
-    return carry_out(study, resources, console, finish, script, Sidecar(study.folder, wandb))
+    return carry_out(study, resources, script, Sidecar(study.folder, wandb))
 
 
 def on_a_node(there: Machine, resources: Resources, function: Callable[..., T]) -> Callable[..., T]:
@@ -135,11 +129,9 @@ def start_ray(resources: Resources, console: Console) -> None:
         connect(resources.slots if resources.workers > 1 else 0)
 
 
-def carry_out(
-    study: Study, resources: Resources, console: Console, finish: Finish, script: str, sidecar: Sidecar
-) -> int:
+def carry_out(study: Study, resources: Resources, script: Script, sidecar: Sidecar) -> int:
     """Runs a study to its end or to a Ctrl-C, and prints what came of it."""
-    options = study.options
+    options, console = study.options, script.console
     console.print(
         f"[bold]{options.space}[/] on {study.data.name}: {options.trials} trials of up to {options.epochs} "
         f"epochs, {resources.slots} at once, {study.levers.device} {study.levers.precision} "
@@ -165,7 +157,7 @@ def carry_out(
                 study.tidy(jobs)
     except (KeyboardInterrupt, GaveUpError) as end:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left takes a second or two
-        resume_by = f"python {script} --resume {shown(study.place)}"
+        resume_by = f"python {script.name} --resume {shown(study.place)}"
         if isinstance(end, GaveUpError):
             print(f"error: {end}. Mend it, then: {resume_by}", file=sys.stderr)
         else:
@@ -173,7 +165,7 @@ def carry_out(
         print_standing(sidecar.end(STOP_SECONDS), console)
         print_standing(mirror.finish(), console)
         return 3
-    code = finish(study.folder, console)
+    code = script.finish(study.folder, console)
     if jobs.avoided:
         print_standing(f"nodes that failed trials in a row and got no more: {named(jobs.avoided)}", console)
     print_standing(sidecar.end(END_SECONDS), console)

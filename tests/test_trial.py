@@ -66,6 +66,18 @@ def test_report_that_a_kill_swallowed_is_delivered_and_not_repeated(worker):
     assert report_of(trial)["epoch"] == 2
 
 
+def test_the_last_epoch_is_kept_only_of_what_is_the_best(worker, tmp_path):
+    report_of(worker("0000", epochs=1))
+    report_of(worker("final-1", final=True, epochs=1))
+    assert [file.name for file in (tmp_path / "checkpoints").iterdir()] == ["final-1.pt"]
+
+
+def test_a_last_report_that_a_kill_swallowed_is_trained_again(worker):
+    trial = worker()
+    last = [report_of(trial) for _ in range(3)][-1]
+    assert report_of(worker(reported=2)) == last
+
+
 def test_reports_that_a_groups_death_swallowed_are_all_delivered_in_order(worker):
     first = worker(epochs=4)
     reports = [report_of(first) for _ in range(3)]

@@ -99,13 +99,15 @@ class JobRun:
         # A kill after a checkpoint leaves reports to deliver, not epochs to repeat: one of a plain trial,
         # more of a group, whose reports wait for Train to collect them.
         if run.epochs_done <= self.reported:
-            run.epoch()
-            if self.group.rank == 0:
+            goes_on = not self._ends(run.epoch())
+            if self.group.rank == 0 and (
+                goes_on or self.job["final"]
+            ):  # nothing goes on from the others' last
                 run.save(context.file(checkpoint_name(trial_id)))
                 context.keep(checkpoint_name(trial_id))
         report = run.reports[self.reported] | _whereabouts()
         self.reported += 1
-        if report["diverged"] or report["epoch"] == run.config.epochs:
+        if self._ends(report):
             report["status"] = "diverged" if report["diverged"] else "done"
             if self.job["final"] and self.group.rank == 0:  # diverged, too: a mean without it would flatter
                 tag = f"-{trial_id}"
@@ -113,6 +115,10 @@ class JobRun:
                 for name in result_files(tag):
                     context.keep(f"best/{name}")
         return report
+
+    def _ends(self, report: dict[str, Any]) -> bool:
+        """Returns whether a report is the trial's last."""
+        return bool(report["diverged"]) or report["epoch"] == self.run.config.epochs
 
     def _new_run(self) -> TrainingRun:
         context, config = self.context, TrainConfig.from_dict(self.job["config"])

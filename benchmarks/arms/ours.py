@@ -8,8 +8,8 @@ from rich.console import Console
 
 from benchmarks.task import Row, Task
 from search.journal import Journal
+from search.launch import Script, start
 from search.launch import leave as leave
-from search.launch import start
 from search.options import StudyOptions
 
 
@@ -34,7 +34,7 @@ def run(task: Task) -> list[Row]:
         precision=task.precision,
     )
     folder = Path(task.folder, "study")
-    code = start(options, folder, Console(), wandb={"mode": "off"})
+    code = start(options, folder, Script(Console()), wandb={"mode": "off"})
     assert code == 0, code
     events = Journal(folder / "reports.jsonl").read()
     return [
