@@ -80,7 +80,7 @@ def build_backbone(cut: str, weights: str = "none") -> nn.Sequential:
 def _torchvision() -> Any:
     """Returns torchvision.models, imported without torch's compiler, which no network here needs.
 
-    torchvision (0.29) imports it to ask one thing in its RoI pooling: 1.2 of 1.4 s, in each worker of a study.
+    torchvision (0.29) imports it to ask one thing in its RoI pooling: 1.2 of 1.4 s, in each worker.
     A module that says no stands in for it meanwhile.
     """
     asked = "torch._dynamo.utils"
