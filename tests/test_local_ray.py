@@ -11,6 +11,7 @@ from ray._private.node import Node
 
 from search import local_ray
 from search.connection import _on_all_cpus
+from search.engine import ActorClasses
 from search.options import StudyOptions
 
 VARIABLE = "RAY_preload_python_modules"
@@ -74,6 +75,16 @@ def test_a_study_joins_a_cluster_only_where_it_is_told_to(monkeypatch, address, 
     if address is not None:
         monkeypatch.setenv("RAY_ADDRESS", address)
     assert local_ray.is_local() is local
+
+
+@pytest.mark.parametrize("address", [None, "auto"])
+def test_only_workers_of_other_hosts_are_given_the_drivers_variables(monkeypatch, address):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "secret")
+    given = ActorClasses().get(type("Trial", (), {}))._default_options.get("runtime_env")
+    assert given == ({"env_vars": given["env_vars"] | {"AWS_SESSION_TOKEN": "secret"}} if address else None)
 
 
 def test_what_was_replaced_comes_back(monkeypatch):
