@@ -99,10 +99,8 @@ class JobRun:
         # A kill after a checkpoint leaves reports to deliver, not epochs to repeat: one of a plain trial,
         # more of a group, whose reports wait for Train to collect them.
         if run.epochs_done <= self.reported:
-            goes_on = not self._ends(run.epoch())
-            if self.group.rank == 0 and (
-                goes_on or self.job["final"]
-            ):  # nothing goes on from the others' last
+            ends = self._ends(run.epoch())
+            if self.group.rank == 0 and (self.job["final"] or not ends):  # nobody reads the others' last
                 run.save(context.file(checkpoint_name(trial_id)))
                 context.keep(checkpoint_name(trial_id))
         report = run.reports[self.reported] | _whereabouts()
