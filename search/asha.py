@@ -9,6 +9,7 @@ wholesale, and the state is a function of the reports: whoever has them can rebu
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterable
 
@@ -37,11 +38,6 @@ def rung_epochs(grace: int, eta: int, epochs: int) -> tuple[int, ...]:
     return tuple(rungs)
 
 
-def ranked(values: Iterable[tuple[str, float]]) -> list[str]:
-    """Returns trial ids, best value first; ties stay in the order given."""
-    return [trial_id for trial_id, value in sorted(values, key=lambda item: -item[1])]
-
-
 class Asha:
     """The rungs of one study.
 
@@ -55,13 +51,14 @@ class Asha:
         self.eta = eta
         self.values: dict[int, dict[str, float]] = {rung: {} for rung in rungs}  # in order of arrival
         self.promoted: dict[int, set[str]] = {rung: set() for rung in rungs}  # from that rung
+        # -value, arrival, trial id; sorted as they come: a sort per report slowed a study as it grew
+        self._ranking: dict[int, list[tuple[float, int, str]]] = {rung: [] for rung in rungs}
 
     def record(self, trial_id: str, epoch: int, value: float | None) -> None:
-        """Takes in a report; one beyond a rung says that the trial was promoted from it."""
+        """Takes in a trial's first report of an epoch; beyond a rung it says that the trial was promoted."""
         for rung in self.rungs:
             if epoch == rung:
-                missing = value is None or math.isnan(value)
-                self.values[rung][trial_id] = WORST if missing else float(value)  # type: ignore[arg-type]
+                self._rank(trial_id, rung, WORST if value is None or math.isnan(value) else value)
             elif epoch > rung:
                 self.promoted[rung].add(trial_id)
 
@@ -69,8 +66,18 @@ class Asha:
         """Counts a trial that failed at or after this epoch as last of the rung that it was to reach."""
         for rung in self.rungs:
             if rung >= epoch and trial_id not in self.values[rung]:
-                self.values[rung][trial_id] = WORST
+                self._rank(trial_id, rung, WORST)
                 break
+
+    def _rank(self, trial_id: str, rung: int, value: float) -> None:
+        values = self.values[rung]
+        if trial_id not in values:
+            bisect.insort(self._ranking[rung], (-value, len(values), trial_id))
+            values[trial_id] = value
+
+    def best(self, rung: int, count: int) -> list[str]:
+        """Returns the ids of a rung's best trials, best value first; ties stay in order of arrival."""
+        return [trial_id for _, _, trial_id in self._ranking[rung][:count]]
 
     def promote(self, trial_id: str, rung: int) -> None:
         """Marks a trial as gone on from a rung."""
@@ -83,8 +90,7 @@ class Asha:
         there are fewer than eta, it must be the best.
         """
         values = self.values[rung]
-        best = ranked(values.items())[: max(1, len(values) // self.eta)]
-        return trial_id in best and values[trial_id] > WORST
+        return trial_id in self.best(rung, max(1, len(values) // self.eta)) and values[trial_id] > WORST
 
     def promotable(self, settled: float = 0) -> tuple[str, int] | None:
         """Returns the trial that the ``promote`` variant lets go on next, and its rung.
@@ -106,7 +112,7 @@ class Asha:
                 quota = max(1, quota)
             elif len(self.promoted[rung]) >= quota:
                 continue
-            for trial_id in ranked(values.items())[:quota]:
+            for trial_id in self.best(rung, quota):
                 if trial_id not in self.promoted[rung] and values[trial_id] > WORST:
                     return trial_id, rung
         return None

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from search.asha import WORST, Asha, expected_epochs, ranked, rung_epochs
+from search.asha import WORST, Asha, expected_epochs, rung_epochs
 
 WORST_FIRST = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 BEST_FIRST = WORST_FIRST[::-1]
@@ -64,8 +64,23 @@ def test_impossible_rungs_are_errors_naming_flag_value_and_rule(grace, eta, epoc
         rung_epochs(grace, eta, epochs)
 
 
-def test_ranking_is_best_first_with_ties_in_the_order_given():
-    assert ranked([("a", 0.1), ("b", 0.9), ("c", 0.9), ("d", WORST), ("e", 0.5)]) == ["b", "c", "e", "a", "d"]
+def test_best_are_best_first_with_ties_in_order_of_arrival():
+    asha = Asha((1,), 3)
+    for trial_id, value in (("a", 0.1), ("c", 0.9), ("b", 0.9), ("d", None), ("e", 0.5), ("f", math.nan)):
+        asha.record(trial_id, 1, value)
+    assert asha.best(1, 2) == ["c", "b"]
+    assert asha.best(1, 9) == ["c", "b", "e", "a", "d", "f"]
+
+
+def test_best_are_those_of_a_stable_sort_whatever_comes():
+    asha, values, rng = Asha((1,), 3), {}, random.Random(0)
+    for number in range(300):
+        trial_id, value = f"{rng.randrange(10**6)}-{number}", rng.choice([0.1, 0.2, 0.3, rng.random()])
+        asha.record(trial_id, 1, value)
+        asha.record(trial_id, 1, 1.0)  # a worker that says something else of the same epoch
+        values[trial_id] = value
+        count = rng.randrange(number + 2)
+        assert asha.best(1, count) == sorted(values, key=lambda one: -values[one])[:count]
 
 
 def test_one_in_eta_goes_on_when_the_worst_arrive_first():
