@@ -1,15 +1,18 @@
 """Does a study of thousands of trials stay as fast and as small as it began?
 
 Runs a study whose trials train nothing, with the default pruner, and prints milliseconds per trial and the
-driver's memory at its beginning and its end, and the size of the study's folder; writes nothing else::
+driver's memory at its beginning and its end, and the size of the study's folder; writes nothing else. A
+hundred trials take a second, less than a neighbour's burst on a shared machine: hence medians of runs::
 
-    python -m benchmarks.scale --trials 2000
+    python -m benchmarks.scale --trials 2000 --repeat 3
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,6 +31,7 @@ WINDOW = 100  # trials whose time is taken together
 SETTLED = 100  # trials after which workers are up and everything is imported
 EPOCHS = 3  # of a trial that is promoted to the end
 SAMPLE_SECONDS = 0.2  # between looks at the driver's memory
+COLUMNS = ("ms", "at end", "times", "driver MiB", "at end", "times", "folder MiB")  # times: end / beginning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,11 @@ class Scaled:
     ms_per_trial: tuple[float, float]
     driver_mib: tuple[float, float]  # anonymous; libraries become its own when its workers end
     folder_mib: float
+
+    def row(self) -> tuple[float, ...]:
+        """Returns the numbers of a line of the table, in the order of COLUMNS."""
+        pairs = ((begin, end, end / begin) for begin, end in (self.ms_per_trial, self.driver_mib))
+        return (*itertools.chain(*pairs), self.folder_mib)
 
 
 def run(trials: int, data: str, data_dir: Path) -> Scaled:
@@ -94,19 +103,27 @@ def ms_per_trial(rows: list[Row]) -> tuple[float, float]:
     return 1000 * first / WINDOW, 1000 * (times[-1] - times[-1 - WINDOW]) / WINDOW
 
 
+def _line(name: str, numbers: Iterable[float]) -> str:
+    return f"{name:6}" + "".join(f"{number:10.2f}" for number in numbers)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Prints what a long study took."""
     parser = Parser(prog="python -m benchmarks.scale", description=__doc__.split("\n")[0])
     parser.add_argument("--trials", type=int, default=2000, help="of the study (%(default)s)")
     parser.add_argument("--data", default="digits", help="which trials would train on (%(default)s)")
     parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="cache (%(default)s)")
+    parser.add_argument("--repeat", type=int, default=3, help="runs (%(default)s)")
     options = parser.parse_args(arguments)
     check_integer("--trials", options.trials, SETTLED + 2 * WINDOW)
-    scaled = run(options.trials, options.data, options.data_dir)
-    print(f"{options.trials} trials, after {SETTLED} and at the end:")
-    for name, (begin, end) in (("ms per trial", scaled.ms_per_trial), ("driver MiB", scaled.driver_mib)):
-        print(f"  {name:14}{begin:8.1f}{end:8.1f}   {end / begin:.2f}")
-    print(f"  folder MiB    {scaled.folder_mib:8.1f}")
+    check_integer("--repeat", options.repeat, 1)
+    print(f"{options.trials} trials, after {SETTLED} and at the end, ms per trial:")
+    print("run   " + "".join(f"{column:>10}" for column in COLUMNS))
+    rows = []
+    for number in range(options.repeat):
+        rows.append(run(options.trials, options.data, options.data_dir).row())
+        print(_line(str(number + 1), rows[-1]), flush=True)
+    print(_line("median", map(statistics.median, zip(*rows, strict=True))))
     return 0
 
 

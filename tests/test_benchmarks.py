@@ -11,11 +11,10 @@ import psutil
 import pytest
 import torch
 
-from benchmarks import families, run, table
+from benchmarks import families, run, scale, table
 from benchmarks.measured import Measured, adopting_orphans, check_same_work, environment
 from benchmarks.obvious import obvious_network
 from benchmarks.probe import probe, spread
-from benchmarks.scale import ms_per_trial
 from benchmarks.task import Task, no_op_accuracy
 from models import build, build_args
 from trainables.config import TrainConfig
@@ -217,7 +216,23 @@ def test_time_per_trial_is_that_of_first_reports():
     # 301 trials: a slow start, then 10 ms each, the last hundred 20 ms; second epochs do not count
     times = [1.0 + t * 0.01 for t in range(201)] + [3.0 + 0.02 * t for t in range(1, 101)]
     found = rows(*((t, 1, 0.5, seconds) for t, seconds in enumerate(times)), (0, 2, 0.5, 99.0))
-    assert ms_per_trial(found) == pytest.approx((10.0, 20.0))
+    assert scale.ms_per_trial(found) == pytest.approx((10.0, 20.0))
+
+
+def test_a_long_study_is_told_by_medians_of_its_runs(monkeypatch, capsys):
+    found = iter(
+        [
+            ((8.0, 12.0), (400.0, 500.0), 2.5),
+            ((10.0, 10.0), (400.0, 420.0), 2.0),
+            ((8.0, 9.0), (400.0, 440.0), 3.0),
+        ]
+    )
+    monkeypatch.setattr(scale, "run", lambda trials, data, data_dir: scale.Scaled(*next(found)))
+    assert scale.main(["--trials", "300"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[2].split() == ["1", "8.00", "12.00", "1.50", "400.00", "500.00", "1.25", "2.50"]
+    assert lines[-1].split() == ["median", "8.00", "10.00", "1.12", "400.00", "440.00", "1.10", "2.50"]
 
 
 def test_no_op_accuracies_tell_trials_apart():
