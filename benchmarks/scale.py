@@ -31,7 +31,7 @@ WINDOW = 100  # trials whose time is taken together
 SETTLED = 100  # trials after which workers are up and everything is imported
 EPOCHS = 3  # of a trial that is promoted to the end
 SAMPLE_SECONDS = 0.2  # between looks at the driver's memory
-COLUMNS = ("ms", "at end", "times", "driver MiB", "at end", "times", "folder MiB")  # times: end / beginning
+COLUMNS = ("ms", "at end", "times", "MiB", "at end", "times", "folder")  # times: end / beginning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     check_integer("--trials", options.trials, SETTLED + 2 * WINDOW)
     check_integer("--repeat", options.repeat, 1)
-    print(f"{options.trials} trials, after {SETTLED} and at the end, ms per trial:")
+    print(f"{options.trials} trials, after {SETTLED} and at the end: ms per trial, MiB of driver and folder")
     print("run   " + "".join(f"{column:>10}" for column in COLUMNS))
     rows = []
     for number in range(options.repeat):
