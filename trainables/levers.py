@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainables import gpu
 from trainables.config import PRECISIONS
+
+DEVICES = ("auto", "cpu", "cuda")
 
 # Activations of one micro-batch that still sit in a processor's caches while they are reused by the
 # backward pass (bytes; best for convnet with a trial on each core, NOTES.md).
@@ -29,6 +32,7 @@ class Levers:
     precision: str  # fp32 or bf16: the dtype of autocast and of cached inputs
     channels_last: bool  # memory format of convolutional networks
     micro_batch_bytes: int | None  # split a batch so that activations stay in cache; None: never
+    cuda_graph: bool = False  # replay full batches' steps (trainables/graph.py); older studies did not
 
     @property
     def dtype(self) -> torch.dtype:
@@ -50,16 +54,13 @@ def choose(device: str = "auto", precision: str = "auto") -> Levers:
             suffer (NOTES.md). Elsewhere bf16 is emulated, up to 300 times slower.
 
     Raises:
-        ValueError: Unknown names, or cuda without a CUDA device.
+        ValueError: Unknown names, cuda without a CUDA device, or a GPU that torch cannot use.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"--precision={precision} is unknown; choose from: {', '.join(PRECISIONS)}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"--device={device} is unknown; choose from: auto, cpu, cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device=cuda, but torch sees no CUDA device here; give --device cpu")
+    if device not in DEVICES:
+        raise ValueError(f"--device={device} is unknown; choose from: {', '.join(DEVICES)}")
+    device = _available(device)
     if precision == "auto":
         precision = "bf16" if _gains_by_bf16(device) else "fp32"
     on_cpu = device == "cpu"
@@ -68,7 +69,27 @@ def choose(device: str = "auto", precision: str = "auto") -> Levers:
         precision=precision,
         channels_last=True,
         micro_batch_bytes=MICRO_BATCH_BYTES if on_cpu else None,
+        cuda_graph=not on_cpu,
     )
+
+
+def _available(device: str) -> str:
+    """Returns cpu or cuda; a GPU that is there and cannot be used is no reason to train on CPUs unasked."""
+    if device == "cpu" or torch.cuda.is_available():
+        return "cpu" if device == "cpu" else "cuda"
+    why = gpu.why_unusable()
+    if device == "cuda":
+        why = why or "torch sees no CUDA device here"
+        raise ValueError(f"--device=cuda, but {why}; give --device cpu")
+    if why and not gpu.hidden_by_environment():
+        raise ValueError(f"{why}; install a torch and a driver that fit, or give --device cpu")
+    return "cpu"
+
+
+def use_exact_fp32() -> None:
+    """Switches TF32 off, which torch (2.15) uses for convolutions on GPUs: fp32 is to mean fp32."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def _gains_by_bf16(device: str) -> bool:
