@@ -13,6 +13,7 @@ behind their form (NOTES.md, "Workers"):
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections import deque
@@ -33,9 +34,9 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from search.bad_nodes import BadNodes
+from search.bad_nodes import BadNodes, GpuLosses
 from search.connection import TRIAL_SLOT
-from search.faults import cause_of, told
+from search.faults import cause_of, gpu_named, told
 from search.jobs import Jobs
 from search.local_ray import is_local
 from search.resources import Resources
@@ -59,7 +60,7 @@ class JobSearcher(Searcher):
         if job is None:
             return Searcher.FINISHED if self.jobs.finished else None  # type: ignore[return-value]  # a str, says Ray
         self.live[trial_id] = job.trial_id
-        return {"trial_id": job.trial_id, "config": job.config, "reported": job.reported, "final": job.final}
+        return dataclasses.asdict(job)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -88,6 +89,8 @@ class JobScheduler(FIFOScheduler):
     def __init__(self, jobs: Jobs, nodes: BadNodes | None, share: dict[str, float]) -> None:
         super().__init__()
         self.jobs, self.nodes, self.share = jobs, nodes, share
+        self.gpus = GpuLosses()
+        self._gpu_of: dict[str, str] = {}  # a worker's GPU, as its reports name it
         self._not_offered: deque[TuneTrial] = deque()
 
     def on_trial_add(self, tune_controller: TuneController, trial: TuneTrial) -> None:
@@ -107,6 +110,9 @@ class JobScheduler(FIFOScheduler):
         """Records the report; STOP ends the job, be it paused, pruned or done."""
         report = json.loads(result["report"])
         self._tell_of(result.get("node_id"), failed=report.get("status") == "error")
+        if "gpu" in report:
+            self._gpu_of[_worker_of(trial)] = report["gpu"]
+            self.gpus.succeed(report["gpu"])
         goes_on = self.jobs.report(trial.config["trial_id"], report)
         return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
 
@@ -116,12 +122,22 @@ class JobScheduler(FIFOScheduler):
         cause = cause_of(error)
         if cause == "worker":
             self._tell_of(_node_of(trial), failed=True)
-        self.jobs.lose(trial.config["trial_id"], cause, told(error))
+        gpu = gpu_named(error) or self._gpu_of.pop(_worker_of(trial), None)
+        if gpu and cause in ("gpu", "worker"):
+            cause, note = self.gpus.lose(gpu, cause)
+            self.jobs.notes.extend([note] if note else [])
+        self.jobs.lose(trial.config["trial_id"], cause, told(error), gpu)
 
     def _tell_of(self, node_id: str | None, failed: bool) -> None:
         if self.nodes and node_id:
             self.nodes.tell(node_id, failed)
             self.jobs.avoided = self.nodes.avoided()
+
+
+def _worker_of(trial: TuneTrial) -> str:
+    """Returns what names the worker that a trial is on; nothing where it has none yet."""
+    actor = trial.temporary_state.ray_actor
+    return actor._actor_id.hex() if actor else ""
 
 
 def _node_of(trial: TuneTrial) -> str | None:

@@ -5,7 +5,8 @@ Five kinds of line, told apart by their keys, in the order in which the study sa
 - a trial starts: ``{"trial_id", "epoch": 0, "config"}``
 - a report: ``{"trial_id", "epoch": n, "val_accuracy", …}``, its last one with a ``"status"``
 - a paused trial goes on: ``{"trial_id", "promoted_from": rung}``
-- a trial's worker is gone, and it goes on with another: ``{"trial_id", "lost": cause, "error"}``
+- a trial's worker is gone, and it goes on with another: ``{"trial_id", "lost": cause, "error"}``, with its
+  ``"gpu"`` where it was on one
 - a trial ends without a report: ``{"trial_id", "status", "error"}``
 
 Rungs, tables and resuming are rebuilt from this file alone. A repeated (trial, epoch) replaces the

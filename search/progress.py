@@ -50,6 +50,8 @@ class Progress:
 
     def update(self) -> None:
         """Shows the study's state, unless it was shown just now."""
+        while self.jobs.notes:
+            self.console.print(self.jobs.notes.popleft(), markup=False, highlight=False, soft_wrap=True)
         now = time.monotonic()
         if now - self.shown_at < (TERMINAL_SECONDS if self.live else PLAIN_SECONDS):
             return
@@ -78,6 +80,7 @@ class Progress:
             "phase": "final" if jobs.search_is_over else "search",
             "counts": counts(jobs.searched, jobs),
             "finals": counts([trial for trial in jobs.trials.values() if trial.is_final], jobs),
+            "testing": sum(jobs.phases.get(trial_id) == "testing" for trial_id in jobs.running),
             "final_seeds": options.final_seeds,
             "rungs": {rung: len(values) for rung, values in jobs.asha.values.items()},
             "started": len(jobs.searched),
@@ -102,8 +105,9 @@ def counts(trials: list[TrialRecord], jobs: Jobs) -> Counter[str]:
 
 def finals(facts: dict[str, Any]) -> str:
     """Returns how far the winner's seeds are."""
-    done, running = facts["finals"]["done"], facts["finals"]["running"]
-    return f"{done} of {facts['final_seeds']} seeds done, {running} running"
+    done, running, testing = facts["finals"]["done"], facts["finals"]["running"], facts["testing"]
+    tested = f", {testing} on the test images" if testing else ""
+    return f"{done} of {facts['final_seeds']} seeds done, {running - testing} training{tested}"
 
 
 def epochs_of(jobs: Jobs) -> int:

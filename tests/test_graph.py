@@ -35,7 +35,7 @@ CASES = {
 
 @pytest.fixture
 def replays(monkeypatch):
-    """Stands in for CUDA: capturing executes nothing, a replay runs the step; returns what was done, in order."""
+    """Stands in for CUDA: capturing executes nothing, a replay runs the step; returns what was done."""
     done = []
 
     def warm_up(graph, train_step):
@@ -60,7 +60,9 @@ def replays(monkeypatch):
 @pytest.fixture
 def make(data, tmp_path):  # noqa: F811
     def make_run(values, *, eager=False, levers=GRAPHED, **others):
-        run = TrainingRun(TrainConfig(**({"epochs": 3, "seed": 1} | values)), data, levers, tmp_path, **others)
+        run = TrainingRun(
+            TrainConfig(**({"epochs": 3, "seed": 1} | values)), data, levers, tmp_path, **others
+        )
         if eager:
             run._graph_of_epoch = lambda sizes: None
         return run

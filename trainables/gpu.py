@@ -5,6 +5,7 @@ Texts of errors are those of torch 2.11 and 2.15 and of CUDA 12 and 13.
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import shutil
@@ -17,8 +18,8 @@ import torch
 HIDDEN = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that hide every GPU
 CONTEXT_BYTES = 2**30  # of a process on a GPU beside torch's allocator: kernels, handles, workspaces
 SMI_SECONDS = 20.0  # nvidia-smi without its daemon takes some on a host of eight GPUs
-# torch.OutOfMemoryError is raised by its own allocator alone; libraries say it in their own ways, cuDNN also by
-# finding no algorithm that fits.
+# torch.OutOfMemoryError is raised by its own allocator alone; libraries say it in their own ways, cuDNN also
+# by finding no algorithm that fits.
 OUT_OF_MEMORY = (
     "CUDA out of memory",
     "CUDA error: out of memory",
@@ -81,6 +82,7 @@ def limit_memory(limit_bytes: int) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(limit_bytes, 0) / total))
 
 
+@functools.lru_cache  # asked once while all is well: a GPU that is lost does not answer
 def gpu_id() -> str:
     """Return the UUID of this process's GPU as CUDA_VISIBLE_DEVICES takes it: GPU-… or MIG-…."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0]

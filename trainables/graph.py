@@ -1,17 +1,17 @@
 """Run a training step as one CUDA graph.
 
-A step of a small network is bound by the launches of its kernels: ResNet-18 on 32×32 images uses 0.4 % of an
-H100. A CUDA graph records the kernels of one step and launches them together. The rules (PyTorch, "CUDA
+A step of a small network is bound by the launches of its kernels: ResNet-18 on 32×32 images uses 0.4 % of
+an H100. A CUDA graph records the kernels of one step and launches them together. The rules (PyTorch, "CUDA
 graphs"): a replay repeats the same kernels on the same addresses, so whatever changes from step to step is
-read from tensors that stay where they are, here the image indices, the crops and the learning rates of a whole
-epoch, copied once, of which a counter on the device picks a row. Capturing executes nothing, so the first steps
-run eagerly; they are the warm-up that libraries and the optimizer's state need, on a stream of their own, as
-autograd requires. Nothing inside may wait for the device. Python inside `forward` runs once, at the capture.
-Dropout draws from CUDA's default generator, which a replay advances as an eager step does. A batch of another
-size runs eagerly in between. Memory of the graph stays its own until it is dropped.
+read from tensors that stay where they are, here the image indices, the crops and the learning rates of a
+whole epoch, copied once, of which a counter on the device picks a row. Capturing executes nothing, so the
+first steps run eagerly; they are the warm-up that libraries and the optimizer's state need, on a stream of
+their own, as autograd requires. Nothing inside may wait for the device. Python inside `forward` runs once,
+at the capture. Dropout draws from CUDA's default generator, which a replay advances as an eager step does.
+A batch of another size runs eagerly in between. Memory of the graph stays its own until it is dropped.
 
-A capture that fails leaves CUDA's generator unusable (torch 2.15), whatever the reason: the process has to end
-(`CaptureError`), and the job continues eagerly from its checkpoint on another worker.
+A capture that fails leaves CUDA's generator unusable (torch 2.15), whatever the reason: the process has to
+end (`CaptureError`), and the job continues eagerly from its checkpoint on another worker.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from trainables.gpu import is_out_of_memory
+
 WARM_UP_STEPS = 3  # eager; PyTorch's own examples take 3, DDP's 11
 
 TrainStep = Callable[[Tensor, Tensor | None], None]  # indices (N,) and crops (N, 3) of one batch
@@ -28,6 +30,10 @@ TrainStep = Callable[[Tensor, Tensor | None], None]  # indices (N,) and crops (N
 
 class CaptureError(Exception):
     """A step could not be captured; this process must not train any more."""
+
+
+class CaptureMemoryError(CaptureError):
+    """A step could not be captured for lack of memory: a smaller trial's could."""
 
 
 class StepGraph:
@@ -44,7 +50,9 @@ class StepGraph:
         device = lr.device
         self.lr = lr
         self.order = torch.zeros(steps, batch_size, dtype=torch.int64, device=device)
-        self.crops = torch.zeros(steps, batch_size, 3, dtype=torch.int64, device=device) if augmented else None
+        self.crops = (
+            torch.zeros(steps, batch_size, 3, dtype=torch.int64, device=device) if augmented else None
+        )
         self.lrs = torch.zeros(steps, device=device)
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
         self.warm_up_steps = 0
@@ -98,7 +106,9 @@ class StepGraph:
             with torch.cuda.graph(graph):
                 self._one_step(train_step)
         except Exception as error:
-            raise CaptureError(f"the step cannot be captured as a CUDA graph ({error})") from error
+            kind = CaptureMemoryError if is_out_of_memory(error) else CaptureError
+            reason = str(error).partition("\n")[0]
+            raise kind(f"the step cannot be captured as a CUDA graph ({reason})") from error
         return graph
 
     def _one_step(self, train_step: TrainStep) -> None:

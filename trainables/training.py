@@ -14,7 +14,6 @@ import os
 import sys
 import time
 import zipfile
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +150,8 @@ class TrainingRun:
         graph = self._graph_of_epoch(sizes)
         if graph:
             graph.begin_epoch(order, crops, lrs)
-        batches = zip(sizes, order.split(sizes), crops.split(sizes) if crops is not None else repeat(None), lrs)
-        for size, indices, batch_crops, lr in batches:
+        crop_batches = [None] * len(sizes) if crops is None else crops.split(sizes)
+        for size, indices, batch_crops, lr in zip(sizes, order.split(sizes), crop_batches, lrs, strict=True):
             if graph and size == config.batch_size:
                 graph.step(self.train_step)
             else:
@@ -171,8 +170,8 @@ class TrainingRun:
         inputs, group, size = self.inputs, self.group, len(indices)
         indices = group.share(indices)
         parts = indices.split(size if self.micro_batch == self.config.batch_size else self.micro_batch)
-        crops_of = repeat(None) if crops is None else group.share(crops).split(len(parts[0]) or 1)
-        for k, (part, part_crops) in enumerate(zip(parts, crops_of), start=1):
+        crop_parts = [None] * len(parts) if crops is None else group.share(crops).split(max(1, len(parts[0])))
+        for k, (part, part_crops) in enumerate(zip(parts, crop_parts, strict=True), start=1):
             x, y = gather(inputs.train_x, part), inputs.train_y[part]
             if part_crops is not None:
                 x = augment(x, part_crops)
