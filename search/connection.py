@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import logging
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ import ray
 from search.local_ray import cpu_count, findable, is_local, lean
 from search.options import StudyOptions
 from search.spaces import find_space
+from trainables.driver import may_be_used
 
 TRIAL_SLOT = "trial_slot"  # a resource of the head node: one for each group of workers that fits
 
@@ -27,13 +27,14 @@ def connect_early(options: StudyOptions) -> None:
     """
     workers = options.workers_per_trial
     if workers is None:  # as resources.settle() chooses, which needs torch to count GPUs
-        workers = find_space(options.space).workers_per_trial if shutil.which("nvidia-smi") else 1
+        workers = find_space(options.space).workers_per_trial if may_be_used() else 1
     if workers > 1:
         return
     # No module of Ray: its own may not be imported by two threads at once.
     imports = threading.Thread(target=importlib.import_module, args=["trainables.training"])
+    first = ["torch", "ray.tune"] if _on_all_cpus(options) else []
     try:
-        connect(imports=["torch", "ray.tune"] if _on_all_cpus(options) else [], meanwhile=imports.start)
+        connect(imports=first, meanwhile=imports.start, device=options.device)
     finally:
         if imports.ident:  # it was started
             imports.join()
@@ -42,11 +43,23 @@ def connect_early(options: StudyOptions) -> None:
 def _on_all_cpus(options: StudyOptions) -> bool:
     """Returns whether there will be a trial on each CPU of this host, as far as that can be told early."""
     trials = options.concurrency or options.trials or 0
-    return options.cpus_per_trial in (None, 1) and trials >= cpu_count() and not shutil.which("nvidia-smi")
+    return options.cpus_per_trial in (None, 1) and trials >= cpu_count() and not may_be_used()
+
+
+def _gpu_count(device: str) -> int:
+    """Returns how many GPUs of this host Ray may hand out: those that trials are planned on."""
+    if device == "cpu" or not may_be_used():
+        return 0
+    import torch  # takes seconds, for which hosts without a GPU need not wait
+
+    return torch.cuda.device_count()
 
 
 def connect(
-    trial_slots: int = 0, imports: Sequence[str] = (), meanwhile: Callable[[], None] = lambda: None
+    trial_slots: int = 0,
+    imports: Sequence[str] = (),
+    meanwhile: Callable[[], None] = lambda: None,
+    device: str = "auto",
 ) -> None:
     """Starts Ray on this host, or joins the cluster that RAY_ADDRESS names; silent.
 
@@ -54,6 +67,7 @@ def connect(
         trial_slots: How many groups of workers shall run at once; 0: trials have one worker each.
         imports: Modules that workers on this host import before they are given a trial.
         meanwhile: Called once, when nothing is left but to wait for Ray.
+        device: ``--device``; with cpu a Ray of our own has no GPUs.
 
     Raises:
         ValueError: Ray did not start, or the cluster cannot be joined.
@@ -75,6 +89,8 @@ def connect(
                 stack.enter_context(findable())
             ray.init(
                 address=address,
+                num_cpus=cpu_count() if local else None,
+                num_gpus=_gpu_count(device) if local else None,
                 resources={TRIAL_SLOT: trial_slots} if trial_slots and local else None,
                 include_dashboard=bool(trial_slots) if local else None,
                 log_to_driver=False,

@@ -7,6 +7,7 @@ and a wrong argument waits for neither.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -19,11 +20,14 @@ from rich.console import Console
 
 from search.connection import connect_early
 from search.folders import place_of, unfinished
+from search.local_ray import is_local
 from search.mirror import bring
 from search.options import StudyOptions
-from search.printing import print_result
+from search.printing import phase, print_result
+from search.spaces import default_image_size
 from search.wandb_options import choose as choose_wandb
-from trainables.data import prepare
+from trainables.data import ImageData, prepare
+from trainables.driver import may_be_used
 from trainables.storage import is_url
 
 
@@ -62,9 +66,12 @@ def start(
     shared = storage or (str(folder.absolute().parent) if folder else None)  # what nodes are asked to see
     wandb_options = choose_wandb(wandb or {})
     options, folder = place_of(options, folder, storage)
-    with script.console.status(f"reading {options.data}"):
-        data = prepare(options.data, Path(options.data_dir), options.image_size)
-    with contextlib.nullcontext() if dry_run else _ray_beside_torch(options, script.console):
+    data, on_cpus = None, is_local() and (options.device == "cpu" or not may_be_used())
+    if on_cpus:  # else a GPU is asked first: it decides on the images' size
+        size = options.image_size or default_image_size(options.space, options.weights, "cpu")
+        options = dataclasses.replace(options, image_size=size)
+        data = read_images(options, script.console)
+    with contextlib.nullcontext() if on_cpus and dry_run else _ray_beside_torch(options, script.console):
         from search.running import begin
 
         return begin(options, folder, data, script, shared=shared, dry_run=dry_run, wandb=wandb_options)
@@ -91,8 +98,7 @@ def resume(
     folder = (bring(str(place)) if is_url(place) else Path(place)).resolve()
     options, content = unfinished(folder, changes)
     wandb_options = choose_wandb(wandb or {}, content.get("wandb"))
-    with script.console.status(f"reading {options.data}"):
-        data = prepare(options.data, Path(options.data_dir), options.image_size)
+    data = read_images(options, script.console)
     if data.sha256 != content["data_sha256"]:
         raise ValueError(
             f"--data={options.data} is not what the study began with (sha256 {data.sha256[:12]}, was "
@@ -104,7 +110,18 @@ def resume(
         from trainables.levers import Levers
 
         study = Study(folder, options, data, Levers(**content["levers"]))
-        return go_on(study, script, wandb_options)
+        return go_on(study, script, wandb_options, moved="device" in changes)
+
+
+def read_images(options: StudyOptions, console: Console) -> ImageData:
+    """Returns a study's images, decoded now unless they are already.
+
+    Raises:
+        ValueError: They cannot be read.
+    """
+    assert options.image_size is not None
+    with phase(console, f"reading {options.data}", "images") as progress:
+        return prepare(options.data, Path(options.data_dir), options.image_size, progress)
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ from search.spaces import find_space
 from search.study_file import read_study, write_study
 from search.wandb_options import add_wandb_flags
 from trainables.command_line import exit_code
-from trainables.config import TrainConfig, check_integer, check_number
+from trainables.config import check_integer, check_number
 
 GRID = 12  # values
 DECADES = 4.0  # that the grid spans, its middle at the best lr known
@@ -265,8 +265,6 @@ def carry_out(do: argparse.Namespace, given: dict[str, Any], console: Console) -
     if do.extend or do.resume:
         return resume(do.extend or do.resume, given, script, wandb=do.wandb)
     options = new_options(do, given)
-    for point in options.points or []:
-        TrainConfig.from_dict(options.fixed_values() | point)
     return start(options, do.study_dir, script, dry_run=do.dry_run, wandb=do.wandb, storage=do.storage)
 
 

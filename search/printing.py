@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from models import ARCHITECTURES
 from search.spaces import SPACES
 from search.study_file import read_study
 from trainables.storage import is_url
+
+TERMINAL_SECONDS = 0.5  # between refreshes
+PLAIN_SECONDS = 5.0  # between lines in a log file
 
 
 def print_result(folder: Path, console: Console) -> int:
@@ -59,6 +66,9 @@ def list_spaces(console: Console) -> int:
     """Prints each space: what it is and what it samples."""
     for name, space in SPACES.items():
         budget = f"{space.trials} trials of up to {space.epochs} epochs"
+        if ARCHITECTURES[name].cut:
+            sizes = f"{space.image_size} pixels a side on GPUs, {space.cpu_image_size} on CPUs"
+            budget += f"; with trained weights {sizes}"
         console.print(f"[bold]{name}[/]: {ARCHITECTURES[name].summary}; {budget}", highlight=False)
         console.print(f"    samples {', '.join(space.ranges)}", highlight=False, soft_wrap=True)
         published = ", ".join(f"{key} {value}" for key, value in space.published.items())
@@ -68,6 +78,37 @@ def list_spaces(console: Console) -> int:
             soft_wrap=True,
         )
     return 0
+
+
+@contextlib.contextmanager
+def phase(console: Console, text: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
+    """Shows what is going on before there are trials: in place in a terminal, as lines elsewhere.
+
+    Args:
+        console: Where to.
+        text: What is going on.
+        unit: What the counts of ``progress(done, total)``, the function that this gives, are of.
+    """
+    began = last = time.monotonic()
+    ascii_only = not console.encoding.lower().startswith("utf")
+    live = console.is_terminal and not console.is_dumb_terminal
+    spinner = console.status(escape(text), spinner="line" if ascii_only else "dots") if live else None
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < (TERMINAL_SECONDS if spinner else PLAIN_SECONDS):
+            return
+        last = now
+        left = f", about {clock((now - began) * (total - done) / done)} left" if done else ""
+        line = f"{text}: {done:,} of {total:,} {unit}{left}"
+        if spinner:
+            spinner.update(escape(line))
+        else:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    with spinner or contextlib.nullcontext():
+        yield progress
 
 
 def shown(place: Path | str) -> str:

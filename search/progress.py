@@ -15,10 +15,8 @@ from search.asha import expected_epochs
 from search.jobs import Jobs
 from search.journal import TrialRecord, winner
 from search.options import StudyOptions
-from search.printing import clock
+from search.printing import PLAIN_SECONDS, TERMINAL_SECONDS, clock
 
-TERMINAL_SECONDS = 0.5  # between refreshes
-PLAIN_SECONDS = 5.0  # between lines in a log file
 SHOWN = ("lr", "weight_decay", "momentum", "batch_size", "hidden", "kernel_size", "schedule", "augment")
 
 

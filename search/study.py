@@ -118,7 +118,7 @@ class Study:
                     storage.remove(name)
         return jobs
 
-    def context(self, threads: int) -> TrialContext:
+    def context(self, threads: int, gpu_bytes: int | None = None) -> TrialContext:
         """Returns what the study's trials share."""
         (self.folder / "checkpoints").mkdir(exist_ok=True)
         (self.folder / "best").mkdir(exist_ok=True)
@@ -130,6 +130,7 @@ class Study:
             threads=threads,
             leaves_chance_by=find_space(self.options.space).leaves_chance_by,
             storage=self.storage,
+            gpu_bytes=gpu_bytes,
         )
 
     @contextlib.contextmanager
@@ -142,7 +143,11 @@ class Study:
         lock = lock_of(self.folder)
         content = read_study(self.folder)
         began, before = time.time(), content["seconds"]
-        write_study(self.folder, content | {"status": "running", "resources": resources})
+        content |= {"status": "running", "resources": resources}
+        if Levers(**content["levers"]) != self.levers:  # resumed on another device
+            earlier = [*content.get("earlier_levers", []), {"until": before, "levers": content["levers"]}]
+            content |= {"levers": self.levers.to_dict(), "earlier_levers": earlier}
+        write_study(self.folder, content)
         status = "stopped"
         try:
             yield

@@ -7,7 +7,7 @@ import torch
 
 from search.bad_nodes import IN_A_ROW, SAME_EVENT_SECONDS, GpuLosses
 from search.faults import cause_of, gpu_named
-from trainables import gpu
+from trainables import driver as driver_module
 from trainables.gpu import BrokenGpuError, is_out_of_memory
 from trainables.graph import CaptureError, CaptureMemoryError
 from trainables.levers import choose
@@ -22,7 +22,7 @@ def host(monkeypatch):
     def make(*, usable=False, driver=({}, "none"), visible=None):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-        monkeypatch.setattr(gpu, "driver_gpus", lambda: driver)
+        monkeypatch.setattr(driver_module, "driver_gpus", lambda: driver)
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible is not None:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -72,10 +72,13 @@ def test_the_drivers_list_is_read(monkeypatch, tmp_path):
     )
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert gpu.driver_gpus() == ({"GPU-aaaa": "NVIDIA H100 80GB HBM3", "GPU-bbbb": "NVIDIA T4"}, "580.95")
-    assert gpu.may_be_used()
+    assert driver_module.driver_gpus() == (
+        {"GPU-aaaa": "NVIDIA H100 80GB HBM3", "GPU-bbbb": "NVIDIA T4"},
+        "580.95",
+    )
+    assert driver_module.may_be_used()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert not gpu.may_be_used()
+    assert not driver_module.may_be_used()
 
 
 @pytest.mark.parametrize(

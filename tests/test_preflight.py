@@ -26,13 +26,13 @@ def planned(cpus, gpus, space="resnet_conv", levers=None, trial_slots=None, **op
     [
         (2, 0, {}, (2, 1.0, 0.0)),  # a laptop
         (96, 8, {}, (16, 6.0, 0.5)),  # an 8-GPU node; a frozen ResNet's head takes half a GPU
-        (96, 8, {"space": "resnet_finetune"}, (4, 24.0, 2.0, 2)),  # groups of two workers
-        (96, 8, {"space": "resnet_finetune", "workers_per_trial": 1}, (8, 12.0, 1.0)),
+        (96, 8, {"space": "resnet_finetune", "workers_per_trial": 2}, (4, 24.0, 2.0, 2)),  # groups of two
+        (96, 8, {"space": "resnet_finetune"}, (8, 12.0, 1.0)),
         (96, 8, {"workers_per_trial": 4}, (2, 48.0, 4.0, 4)),
         (96, 1, {"space": "resnet_finetune"}, (1, 96.0, 1.0)),
         (5, 0, {"workers_per_trial": 2}, (2, 2.0, 0.0, 2)),
         (8, 0, {"workers_per_trial": 2, "cpus_per_trial": 4.0}, (2, 4.0, 0.0, 2)),
-        (96, 8, {"space": "resnet_finetune", "trial_slots": 3}, (3, 24.0, 2.0, 2)),
+        (96, 8, {"space": "resnet_finetune", "workers_per_trial": 2, "trial_slots": 3}, (3, 24.0, 2.0, 2)),
         (96, 8, {"gpus_per_trial": 0.25}, (32, 3.0, 0.25)),
         (96, 8, {"gpus_per_trial": 2.0}, (4, 24.0, 2.0)),
         (96, 8, {"gpus_per_trial": 3.0}, (2, 48.0, 3.0)),
@@ -49,7 +49,7 @@ def test_resources_are_divided_as_worked_out(cpus, gpus, options, expected):
 
 
 def test_each_worker_of_a_group_gets_its_share():
-    resources = planned(96, 8, space="resnet_finetune")
+    resources = planned(96, 8, space="resnet_finetune", workers_per_trial=2)
     assert resources.of_worker == {"CPU": 12.0, "GPU": 1.0}
     assert resources.threads == 12
     assert planned(8, 0, workers_per_trial=2, cpus_per_trial=6.0).threads == 3

@@ -123,7 +123,7 @@ def test_impossible_value_of_a_study_is_an_error_before_it_starts(key, value):
 
 
 def test_fixed_values_are_sampled_no_more():
-    options = StudyOptions("convnet", fix={"hidden": 20, "label_smoothing": 0.1})
+    options = StudyOptions("convnet", image_size=32, fix={"hidden": 20, "label_smoothing": 0.1})
     assert options.fixed_values()["hidden"] == 20
     assert options.fixed_values()["label_smoothing"] == 0.1
     sampler = options.sampler()

@@ -7,13 +7,14 @@ resume. ``python -m benchmarks.epoch`` shows on any machine whether it was right
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from trainables import gpu
+from trainables import driver
 from trainables.config import PRECISIONS
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -77,13 +78,40 @@ def _available(device: str) -> str:
     """Returns cpu or cuda; a GPU that is there and cannot be used is no reason to train on CPUs unasked."""
     if device == "cpu" or torch.cuda.is_available():
         return "cpu" if device == "cpu" else "cuda"
-    why = gpu.why_unusable()
+    why = why_unusable()
     if device == "cuda":
         why = why or "torch sees no CUDA device here"
         raise ValueError(f"--device=cuda, but {why}; give --device cpu")
-    if why and not gpu.hidden_by_environment():
+    if why and not driver.hidden_by_environment():
         raise ValueError(f"{why}; install a torch and a driver that fit, or give --device cpu")
     return "cpu"
+
+
+def why_unusable() -> str | None:
+    """Return why torch can use no GPU though there are some; None where there are none.
+
+    Call it where ``torch.cuda.is_available()`` is false.
+    """
+    if driver.hidden_by_environment():
+        return f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r} hides every GPU"
+    gpus, version = driver.driver_gpus()
+    if not gpus:
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and not any(
+        driver.is_listed(entry.strip(), list(gpus)) for entry in visible.split(",")
+    ):
+        return f"CUDA_VISIBLE_DEVICES={visible} names none of this host's GPUs ({', '.join(gpus)})"
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    try:
+        torch.cuda.init()
+        reason = "no reason given"
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+    return (
+        f"the driver ({version}) lists {len(gpus)} × {next(iter(gpus.values()))}, but torch "
+        f"{torch.__version__}, {built}, cannot use them ({reason})"
+    )
 
 
 def use_exact_fp32() -> None:

@@ -14,12 +14,13 @@ import os
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainables.command_line import Parser
@@ -28,7 +29,7 @@ from trainables.data import DATA_DIR, ImageData, prepare
 from trainables.features import build_model
 from trainables.graph import StepGraph
 from trainables.group import Group
-from trainables.inputs import load_inputs
+from trainables.inputs import Inputs, cached_features, load_inputs
 from trainables.levers import Levers, choose, has_convolution, micro_batch, use_exact_fp32
 from trainables.optimizers import make_optimizer
 from trainables.pipeline import Pipeline, augment, draw_crops
@@ -53,6 +54,7 @@ class TrainingRun:
         data_dir: Where prepared inputs are cached.
         leaves_chance_by: Epoch from which an accuracy at chance means that it diverged; None: never.
         group: This worker's place where several train the trial; reports are then of all together.
+        inputs: What to train and validate on; None: all of the data, as the config wants it.
 
     Raises:
         ValueError: The architecture cannot be built from the config.
@@ -66,12 +68,14 @@ class TrainingRun:
         data_dir: Path,
         leaves_chance_by: int | None = None,
         group: Group = ALONE,
+        inputs: Inputs | None = None,
     ) -> None:
         self.config, self.data, self.levers, self.group = config, data, levers, group
+        self.data_dir = Path(data_dir)
         self.device = torch.device(levers.device)
         self.leaves_chance_by = leaves_chance_by
         use_exact_fp32()
-        self.inputs = load_inputs(config, data, levers, data_dir)
+        self.inputs = inputs or load_inputs(config, data, levers, data_dir)
         self.pipeline = Pipeline.of(config, data, levers)
         self.model = build_model(config, data).to(self.device)
         group.synchronise_batchnorm(self.model)
@@ -234,13 +238,19 @@ class TrainingRun:
         return self.group.total(loss_sum, correct)
 
     @torch.inference_mode()
-    def predict(self, images: Tensor) -> Tensor:
-        """Returns class probabilities ``(N, classes)`` of uint8 images ``(N, 3, H, W)``, on the CPU."""
-        self.model.eval()
+    def predict(self, images: np.ndarray) -> Tensor:
+        """Returns class probabilities ``(N, classes)`` of test images, uint8 ``(N, 3, H, W)``, on the CPU."""
+        network: nn.Module = self.model
+        prepare: Callable[[Tensor], Tensor] = self.pipeline
+        x = torch.from_numpy(images)
+        if self.inputs.kind == "features" and self.config.weights != "none":  # else each seed has its own
+            x = cached_features(self.config, self.data, self.levers, self.data_dir, images)
+            network, prepare = self.network, _as_is
+        network.eval()
         probabilities = []
-        for part in self._eval_batches(images):
+        for part in self._eval_batches(x):
             with self.autocast():
-                logits = self.model(self.pipeline(part.to(self.device)))
+                logits = network(prepare(part.to(self.device)))
             probabilities.append(logits.float().softmax(1).cpu())
         return torch.cat(probabilities)
 
@@ -333,6 +343,10 @@ class TrainingRun:
         chance = 1 / len(self.data.classes)
         limit = chance + CHANCE_MARGIN * math.sqrt(chance * (1 - chance) / count)
         return accuracy <= limit < (1 + chance) / 2  # too few images say nothing
+
+
+def _as_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _means(loss_sum: Tensor, correct: Tensor, count: int) -> tuple[float, float]:
