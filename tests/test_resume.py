@@ -98,6 +98,29 @@ def test_ctrl_c_stops_within_ten_seconds_and_says_how_to_go_on(cli, tmp_path):
     assert len(table(folder)) == 1 + 12
 
 
+def test_a_study_continues_on_another_device_and_keeps_that_it_did(cli, tmp_path):
+    process = cli(*STUDY, "--study-dir", "study", "--pruner", "none", "--precision", "fp32")
+    folder = tmp_path / "study"
+    wait_for_lines(folder, 40, process)
+    process.send_signal(signal.SIGINT)
+    finish(process)
+    file = folder / "study.json"
+    study = json.loads(file.read_text())
+    study["levers"] |= {"device": "cuda", "micro_batch_bytes": None, "cuda_graph": True}  # as if on a GPU
+    study["options"]["device"] = "cuda"
+    file.write_text(json.dumps(study))
+    code, _, err = finish(cli("--resume", "study"))
+    assert code == 2
+    assert "trains on cuda, and there is no GPU" in err
+    assert err.count("\n") == 1
+    code, out, err = finish(cli("--resume", "study", "--device", "cpu"))
+    assert code == 0, err
+    assert "trained on cuda fp32 so far, continues on cpu fp32: numbers may differ" in " ".join(out.split())
+    study = json.loads(file.read_text())
+    assert study["levers"]["device"] == "cpu"
+    assert study["earlier_levers"][0]["levers"]["device"] == "cuda"
+
+
 def test_two_drivers_of_one_study_are_refused(cli, tmp_path):
     first = cli(*STUDY, "--trials", 1000, "--study-dir", "study", "--pruner", "none", "--searcher", "random")
     wait_for_lines(tmp_path / "study", 5, first)
