@@ -69,7 +69,8 @@ def test_study_folder_holds_what_the_readme_says(undisturbed):
     assert len(study["final"]["test_accuracy"]["values"]) == 1
     assert 0 < study["busy_fraction"] <= 1
     names = {path.name for path in folder.iterdir()}
-    assert names == {".lock", "best", "epochs.parquet", "reports.jsonl", "study.json", "trials.csv"}
+    locks = {".lock", ".collect.lock"}
+    assert names == locks | {"best", "epochs.parquet", "reports.jsonl", "study.json", "trials.csv"}
     best = {path.name for path in (folder / "best").iterdir()}
     assert best == {
         "checkpoint.pt",
