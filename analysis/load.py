@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,13 +96,29 @@ def fetch(url: str, into: Path) -> Path:
     return folder
 
 
-def _load(folder: Path) -> Study:
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Return study.json; search/study_file.py says what its last entry is.
+
+    Raises:
+        ValueError: There is none, or it is damaged.
+    """
+    file = folder / "study.json"
     try:
-        facts = json.loads((folder / "study.json").read_text())
+        text = file.read_bytes().decode()
+        facts = json.loads(text)
     except FileNotFoundError:
         raise ValueError(f"{folder} holds no study: there is no study.json in it") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / 'study.json'} cannot be read ({error})") from None
+        raise ValueError(f"{file} cannot be read ({error})") from None
+    content, _, _ = text.rpartition(',\n  "crc": "')
+    crc = f"{zlib.crc32(content.encode()):08x}"
+    if not isinstance(facts, dict) or facts.pop("crc", crc) != crc:
+        raise ValueError(f"{file} is damaged; restore it from a copy")
+    return facts
+
+
+def _load(folder: Path) -> Study:
+    facts = read_facts(folder)
     try:
         trials = pd.read_csv(
             folder / "trials.csv", dtype={"trial_id": "str"}, keep_default_na=False, na_values=[""]

@@ -10,11 +10,12 @@ measured by a study's fresh seeds (README.md, "Words").
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
+
+from analysis.load import read_facts
 
 # The course report's, of CIFAR-10's test images; its ResNets began with ImageNet weights
 PUBLISHED = {
@@ -41,18 +42,6 @@ COLUMNS = (
     *("architecture", "published", "test accuracy ± sd (seeds)", "trials", "epochs (all)", "weights"),
     *("best hyperparameters", "minutes", "machine", "commit"),
 )
-
-
-def read(folder: Path) -> dict[str, Any]:
-    """Returns a study's study.json.
-
-    Raises:
-        ValueError: The folder holds none.
-    """
-    try:
-        return json.loads((folder / "study.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no study that can be read ({error})") from None
 
 
 def row(study: dict[str, Any]) -> list[str]:
@@ -113,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("error: give study folders: python -m analysis.results studies/*", file=sys.stderr)
         return 2
     try:
-        studies = [read(Path(folder)) for folder in folders]
+        studies = [read_facts(Path(folder)) for folder in folders]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

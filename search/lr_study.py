@@ -27,12 +27,12 @@ from rich.table import Table
 import search  # noqa: F401  sets Ray's environment before anything imports Ray
 from search.final import summarise
 from search.flags import add_options, add_storage, parse_study, study_parser
-from search.journal import Journal, TrialRecord, records
+from search.journal import TrialRecord, records
 from search.launch import Script, leave, resume, start
 from search.options import StudyOptions
 from search.printing import shown
 from search.spaces import find_space
-from search.study_file import read_study, write_study
+from search.study_file import lock_of, read_events, read_study, write_study
 from search.wandb_options import add_wandb_flags
 from trainables.command_line import exit_code
 from trainables.config import check_integer, check_number
@@ -126,7 +126,7 @@ def best_lr(curve: pd.DataFrame) -> float | None:
 def finish(folder: Path, console: Console) -> int:
     """Writes lr_curve.csv and its best into study.json, prints the curve; returns the exit code."""
     study = read_study(folder)
-    trials = list(records(Journal(folder / "reports.jsonl").read()).values())
+    trials = list(records(read_events(folder, study)).values())
     classes = len(study["data"]["classes"])
     validation = study["validation_count"]
     chance = 1 / classes + 3 * math.sqrt((1 - 1 / classes) / classes / validation)
@@ -136,7 +136,9 @@ def finish(folder: Path, console: Console) -> int:
     temporary.replace(folder / "lr_curve.csv")
     best = best_lr(curve)
     at_edge = best is not None and best in (curve.lr.min(), curve.lr.max())
-    write_study(folder, study | {"lr_study": {"best_lr": best, "at_edge": at_edge}})
+    lock = lock_of(folder)
+    write_study(folder, read_study(folder) | {"lr_study": {"best_lr": best, "at_edge": at_edge}})
+    lock.release()
     console.print(curve_table(curve, best))
     if best is None:
         console.print("no lr was trained to the end", highlight=False)
@@ -244,7 +246,9 @@ def extend(folder: Path) -> None:
     lrs = extended(sorted({point["lr"] for point in old}), study["lr_study"]["best_lr"])
     seeds = sorted({point["seed"] for point in old})
     options = study["options"] | {"points": old + points(old[0], lrs, seeds), "trials": None}
+    lock = lock_of(folder)
     write_study(folder, study | {"options": options, "status": "stopped"})
+    lock.release()
 
 
 def main(arguments: list[str] | None = None) -> int:

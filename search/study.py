@@ -20,7 +20,7 @@ from typing import Any
 from search.asha import Asha
 from search.collect import collect
 from search.final import keep_best
-from search.folders import check_free, lock_of
+from search.folders import check_free
 from search.jobs import Jobs
 from search.journal import Journal
 from search.mirror import storage_of
@@ -28,7 +28,7 @@ from search.options import StudyOptions
 from search.preflight import Prepared
 from search.provenance import commit, machine_name, versions
 from search.spaces import described, find_space
-from search.study_file import read_study, write_study
+from search.study_file import lock_of, read_events, read_study, write_study
 from trainables.data import ImageData
 from trainables.disk import is_full
 from trainables.levers import Levers
@@ -98,8 +98,9 @@ class Study:
         assert options.trials is not None
         assert options.pruner is not None
         journal = Journal(self.folder / "reports.jsonl")
-        events = journal.read()
-        journal.mend()
+        events = read_events(self.folder, read_study(self.folder))
+        if torn := journal.mend():
+            print(f"{journal.file.name}: dropped its last line, of which only {torn} bytes had been written")
         jobs = Jobs(
             sampler=options.sampler(),
             asha=Asha(options.rungs, options.eta),
@@ -111,7 +112,13 @@ class Study:
             max_failures=options.max_failures,
             seconds=options.time_budget,
         )
-        jobs.replay(events)
+        try:
+            jobs.replay(events)
+        except (KeyError, TypeError) as error:  # a journal of the old form has no checksums
+            raise ValueError(f"{journal.file} does not fit study.json ({error!r}); restore both") from error
+        for file in (self.folder / "checkpoints").glob("*.pt"):
+            if file.stem not in jobs.trials:  # its start is lost, and another trial will have its number
+                file.unlink()
         if storage := self.storage:
             for name in storage.names("checkpoints"):
                 if Path(name).stem not in jobs.trials:  # of a trial whose start was lost with its driver
@@ -154,10 +161,7 @@ class Study:
             status = "done"
         finally:
             try:
-                content = read_study(self.folder)
-                seconds = round(before + time.time() - began, 3)
-                write_study(self.folder, content | {"status": status, "seconds": seconds})
-                collect(self.folder)
+                collect(self.folder, status=status, seconds=round(before + time.time() - began, 3))
             except OSError as error:
                 if not is_full(error) or status == "done":
                     raise  # else study.json still says running, as after a kill, and a resume counts on

@@ -86,6 +86,8 @@ def test_configuration_and_data_come_from_a_study(tmp_path):
     best = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.5, "batch_size": 64, "schedule": "cosine"}
     study = {
         "space": "softmax",
+        "status": "done",
+        "rungs": [],
         "best": {"config": best | {"architecture": "softmax"}},
         "options": {"data": "digits", "image_size": 32, "weights": "none"},
     }
@@ -120,7 +122,8 @@ def test_bad_input_is_one_line_and_writes_nothing(arguments, needle, tmp_path, m
 
 
 def test_unfinished_study_is_not_extended(tmp_path):
-    (tmp_path / "study.json").write_text('{"status": "stopped"}')
+    study = {"space": "softmax", "status": "stopped", "options": {}, "rungs": []}
+    (tmp_path / "study.json").write_text(json.dumps(study))
     with pytest.raises(ValueError, match="no finished learning-rate study"):
         extend(tmp_path)
 
