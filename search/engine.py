@@ -257,6 +257,6 @@ def run_jobs(jobs: Jobs, context: TrialContext, *, resources: Resources, on_step
     )
     try:
         tuner.fit()
-    except Exception:  # Tune reads at the end what it could not write to a full disk
-        if not jobs.gave_up:
+    except Exception:  # at the end Tune asks workers that may be gone, and reads what it could not write
+        if not (jobs.gave_up or jobs.finished):
             raise

@@ -5,8 +5,8 @@ Five kinds of line, told apart by their keys, in the order in which the study sa
 - a trial starts: ``{"trial_id", "epoch": 0, "config"}``
 - a report: ``{"trial_id", "epoch": n, "val_accuracy", …}``, its last one with a ``"status"``
 - a paused trial continues: ``{"trial_id", "promoted_from": rung}``
-- a trial's worker is lost, and another continues the trial: ``{"trial_id", "lost": cause, "error"}``, with its
-  ``"gpu"`` where it was on one
+- a trial's worker is lost, and another continues the trial: ``{"trial_id", "lost": cause, "error"}``, with
+  its ``"gpu"`` where it was on one
 - a trial ends without a report: ``{"trial_id", "status", "error"}``
 
 Each line ends with its number ``"n"`` and with ``"crc"``, the CRC-32 of what precedes it, so a line that was
@@ -39,19 +39,27 @@ NUMBERS = (  # of a report; null where not finite or not measured
 CRC = b', "crc": "'
 
 
+class ClosedError(Exception):
+    """An event came after the study was stopped."""
+
+
 class Journal:
     """The append-only log of one study; the file is opened per line, so a copy or pickle is safe."""
 
     def __init__(self, file: Path) -> None:
         self.file = Path(file)
         self._size, self._last = 0, 0  # of the file and number of its last line, after our last append
+        self._closed = False
 
     def append(self, event: dict[str, Any]) -> None:
         """Write one line before anything acts on it.
 
         Raises:
             OSError: It cannot be written; nothing of it is.
+            ClosedError: The study has been stopped.
         """
+        if self._closed:
+            raise ClosedError
         descriptor = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         before = os.fstat(descriptor).st_size
         try:
@@ -68,6 +76,10 @@ class Journal:
             os.close(descriptor)
         self._size = before + len(line)
         self._last += self._last >= 0
+
+    def close(self) -> None:
+        """Let nothing be appended any more: what happens after a study was stopped is no part of it."""
+        self._closed = True
 
     def read(self) -> list[dict[str, Any]]:
         """Return all events; a last line cut off by a kill or a full disk is left out.

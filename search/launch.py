@@ -10,8 +10,9 @@ import contextlib
 import dataclasses
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,10 +26,13 @@ from search.mirror import bring
 from search.options import StudyOptions
 from search.printing import phase, print_result
 from search.spaces import default_image_size
+from search.stopping import Stops, say_nothing_written
 from search.wandb_options import choose as choose_wandb
 from trainables.data import ImageData, prepare
 from trainables.driver import may_be_used
 from trainables.storage import is_url
+
+SHUTDOWN_SECONDS = 4.0  # for Ray to end its processes; it takes 1
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Script:
     console: Console
     name: str = "search/run.py"  # goes on with a study by --resume
     finish: Callable[[Path, Console], int] = print_result  # tells of a finished study; returns the exit code
+    stops: Stops = field(default_factory=Stops)  # what a signal does
 
 
 def start(
@@ -63,6 +68,7 @@ def start(
     Raises:
         ValueError: Something stands against it; nothing was written.
     """
+    script.stops.change(say_nothing_written)  # of several studies the one before may have had another answer
     shared = storage or (str(folder.absolute().parent) if folder else None)  # what nodes are asked to see
     wandb_options = choose_wandb(wandb or {})
     options, folder = place_of(options, folder, storage)
@@ -139,8 +145,13 @@ def _ray_beside_torch(options: StudyOptions, console: Console) -> Iterator[None]
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process; Python's own end, which takes the modules of torch and Ray apart, costs 1.5 s."""
-    ray.shutdown()
+    """Ends the process; Python's own end, which takes the modules of torch and Ray apart, costs 1.5 s.
+
+    A Ray whose processes are gone may not answer; what is left of it ends with this process.
+    """
+    shutdown = threading.Thread(target=ray.shutdown, daemon=True)
+    shutdown.start()
+    shutdown.join(SHUTDOWN_SECONDS)
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
         sys.stderr.flush()

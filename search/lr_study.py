@@ -254,16 +254,16 @@ def extend(folder: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     do, given = parse(arguments)
-    return exit_code(lambda: carry_out(do, given, Console()))
+    script = Script(Console(), SCRIPT, finish)
+    return script.stops.run(lambda: exit_code(lambda: carry_out(do, given, script)))
 
 
-def carry_out(do: argparse.Namespace, given: dict[str, Any], console: Console) -> int:
+def carry_out(do: argparse.Namespace, given: dict[str, Any], script: Script) -> int:
     """Does what was asked for; returns the exit code.
 
     Raises:
         ValueError: It cannot be done.
     """
-    script = Script(console, SCRIPT, finish)
     if do.extend:
         extend(do.extend)
     if do.extend or do.resume:

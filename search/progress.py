@@ -35,6 +35,7 @@ class Progress:
         self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self.began = time.monotonic()
         self.shown_at = -float("inf")
+        self.closed = False
         self.epochs_before = epochs_of(jobs)  # of an earlier run of a resumed study
 
     def __enter__(self) -> Progress:
@@ -43,11 +44,18 @@ class Progress:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Shows nothing any more."""
+        self.closed = True
         if self.live:
             self.live.stop()
 
     def update(self) -> None:
         """Shows the study's state, unless it was shown just now."""
+        if self.closed:
+            return
         while self.jobs.notes:
             self.console.print(self.jobs.notes.popleft(), markup=False, highlight=False, soft_wrap=True)
         now = time.monotonic()

@@ -42,7 +42,7 @@ class Stops:
     """
 
     def __init__(self) -> None:
-        self.stop: Callable[[str], int | None] = _say_nothing_written
+        self.stop: Callable[[str], int | None] = say_nothing_written
         self.watch: Callable[[], str] = str
         self._turn = threading.Lock()
         self._stopping = self._signalled = False
@@ -85,6 +85,19 @@ class Stops:
                 raise SystemExit
             self.stop, self.watch = stop, watch
 
+    @contextlib.contextmanager
+    def held(self, stop: Callable[[str], int | None]) -> Iterator[None]:
+        """Let signals wait for what is done inside; afterwards they have another answer.
+
+        Raises:
+            SystemExit: The command is being stopped.
+        """
+        with self._turn:
+            if self._stopping:
+                raise SystemExit
+            yield
+            self.stop = stop
+
     def _answer(self, reason: str) -> int | None:
         with self._turn:
             code = self.stop(reason)
@@ -116,6 +129,7 @@ class Stops:
                 signal.signal(number, signal.SIG_IGN if handler is _end_at_once else handler)
 
 
-def _say_nothing_written(reason: str) -> int:
+def say_nothing_written(reason: str) -> int:
+    """Answer a signal before there is a study; return the exit code."""
     print(reason or NOTHING_WRITTEN, file=sys.stderr)
     return 3

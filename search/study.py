@@ -11,11 +11,14 @@ import dataclasses
 import shlex
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from search.asha import Asha
 from search.collect import collect
@@ -44,6 +47,10 @@ class Study:
     options: StudyOptions
     data: ImageData
     levers: Levers
+    _lock: FileLock | None = None
+    _began: float = 0.0  # seconds since 1970
+    _seconds_before: float = 0.0  # of earlier runs
+    _ending: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def storage(self) -> Storage | None:
@@ -140,33 +147,49 @@ class Study:
             gpu_bytes=gpu_bytes,
         )
 
-    @contextlib.contextmanager
-    def running(self, resources: dict[str, Any]) -> Iterator[None]:
-        """Holds the study's lock, keeps its status and seconds, and collects it however it ends.
+    def begin(self, resources: dict[str, Any]) -> None:
+        """Takes the study's lock and writes that it runs.
 
         Raises:
             ValueError: Another process runs the study.
         """
-        lock = lock_of(self.folder)
+        self._lock = lock_of(self.folder)
         content = read_study(self.folder)
-        began, before = time.time(), content["seconds"]
+        self._began, self._seconds_before = time.time(), content["seconds"]
         content |= {"status": "running", "resources": resources}
         if Levers(**content["levers"]) != self.levers:  # resumed on another device
-            earlier = [*content.get("earlier_levers", []), {"until": before, "levers": content["levers"]}]
+            earlier = [
+                *content.get("earlier_levers", []),
+                {"until": self._seconds_before, "levers": content["levers"]},
+            ]
             content |= {"levers": self.levers.to_dict(), "earlier_levers": earlier}
         write_study(self.folder, content)
+
+    def end(self, status: str) -> None:
+        """Writes the study's tables, status and seconds, and frees its lock; only the first call does."""
+        with self._ending:
+            if self._lock is None:
+                return
+            try:
+                seconds = round(self._seconds_before + time.time() - self._began, 3)
+                collect(self.folder, status=status, seconds=seconds)
+            except OSError as error:
+                if not is_full(error) or status == "done":
+                    raise  # else study.json still says running, as after a kill, and a resume counts on
+            finally:
+                self._lock.release()
+                self._lock = None
+
+    @contextlib.contextmanager
+    def running(self, resources: dict[str, Any]) -> Iterator[None]:
+        """Begins the study, and ends it however what is inside ends."""
+        self.begin(resources)
         status = "stopped"
         try:
             yield
             status = "done"
         finally:
-            try:
-                collect(self.folder, status=status, seconds=round(before + time.time() - began, 3))
-            except OSError as error:
-                if not is_full(error) or status == "done":
-                    raise  # else study.json still says running, as after a kill, and a resume counts on
-            finally:
-                lock.release()
+            self.end(status)
 
     def tidy(self, jobs: Jobs) -> None:
         """Keeps the winner's results and drops what only a resume would need."""

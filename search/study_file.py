@@ -87,7 +87,7 @@ def lock_of(folder: Path) -> FileLock:
         RunningError: Another process holds it.
         ValueError: The folder cannot be locked.
     """
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / ".lock", thread_local=False)  # released by whichever thread ends the study
     try:
         lock.acquire(timeout=0)
     except Timeout:
