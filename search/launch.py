@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import ray
 from rich.console import Console
 
-from search.connection import connect_early
+from search.connection import RayWatch, connect_early
 from search.folders import place_of, unfinished
 from search.local_ray import is_local
 from search.mirror import bring
@@ -77,7 +77,7 @@ def start(
         size = options.image_size or default_image_size(options.space, options.weights, "cpu")
         options = dataclasses.replace(options, image_size=size)
         data = read_images(options, script.console)
-    with contextlib.nullcontext() if on_cpus and dry_run else _ray_beside_torch(options, script.console):
+    with contextlib.nullcontext() if on_cpus and dry_run else _ray_beside_torch(options, script):
         from search.running import begin
 
         return begin(options, folder, data, script, shared=shared, dry_run=dry_run, wandb=wandb_options)
@@ -110,7 +110,7 @@ def resume(
             f"--data={options.data} is not what the study began with (sha256 {data.sha256[:12]}, was "
             f"{content['data_sha256'][:12]}); give the old images back"
         )
-    with _ray_beside_torch(options, script.console):
+    with _ray_beside_torch(options, script):
         from search.running import go_on
         from search.study import Study
         from trainables.levers import Levers
@@ -131,12 +131,14 @@ def read_images(options: StudyOptions, console: Console) -> ImageData:
 
 
 @contextlib.contextmanager
-def _ray_beside_torch(options: StudyOptions, console: Console) -> Iterator[None]:
+def _ray_beside_torch(options: StudyOptions, script: Script) -> Iterator[None]:
     """Starts or joins Ray, and imports torch; a user's mistake inside leaves no Ray behind."""
     ours = not ray.is_initialized()
     try:
-        with console.status("starting Ray"):
+        with script.console.status("starting Ray"):
             connect_early(options)
+        if ray.is_initialized():
+            script.stops.change(say_nothing_written, RayWatch())
         yield
     except ValueError:
         if ours:

@@ -14,6 +14,18 @@ stays closed. Exit codes as of search/run.py.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # a folder of PYTHONPATH may have a search.py or a models.py
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import search  # noqa: F401  sets Ray's environment before anything imports Ray
+from search import stopping
+
+if __name__ == "__main__":
+    stopping.answer_at_once()  # what follows takes seconds to import
+
 import argparse
 import math
 from pathlib import Path
@@ -24,7 +36,6 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-import search  # noqa: F401  sets Ray's environment before anything imports Ray
 from search.final import summarise
 from search.flags import add_options, add_storage, parse_study, study_parser
 from search.journal import TrialRecord, records

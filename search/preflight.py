@@ -18,7 +18,6 @@ from rich.console import Console
 from models import ARCHITECTURES
 from models.resnet import output_shape
 from search.asha import expected_epochs
-from search.local_ray import cpu_count
 from search.options import StudyOptions
 from search.printing import clock, shown
 from search.resources import Machine, Resources
@@ -28,6 +27,7 @@ from trainables.data import BUILT_IN, ImageData
 from trainables.decoding import Progress
 from trainables.gpu import free_memory, is_out_of_memory
 from trainables.graph import WARM_UP_STEPS, CaptureError, CaptureMemoryError
+from trainables.host import cpu_count
 from trainables.inputs import load_inputs, sample_inputs, split_counts
 from trainables.levers import Levers
 from trainables.training import TrainingRun

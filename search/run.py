@@ -11,17 +11,22 @@ study, ``--resume FOLDER`` goes on with it. Exit code 0: all well, 1: done but s
 
 from __future__ import annotations
 
-import argparse
 import sys
-from typing import Any
+from pathlib import Path
 
-from rich.console import Console
+if __name__ == "__main__":  # a folder of PYTHONPATH may have a search.py or a models.py
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import search  # noqa: F401  sets Ray's environment before anything imports Ray
 from search import stopping
 
 if __name__ == "__main__":
     stopping.answer_at_once()  # what follows takes seconds to import
+
+import argparse
+from typing import Any
+
+from rich.console import Console
 
 from search.flags import HELP, add_options, add_storage, parse_study, study_parser
 from search.launch import Script, leave, resume, start

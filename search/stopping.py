@@ -131,5 +131,7 @@ class Stops:
 
 def say_nothing_written(reason: str) -> int:
     """Answer a signal before there is a study; return the exit code."""
-    print(reason or NOTHING_WRITTEN, file=sys.stderr)
+    print(
+        f"error: {reason} before the study began; try again" if reason else NOTHING_WRITTEN, file=sys.stderr
+    )
     return 3

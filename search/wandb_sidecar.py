@@ -54,7 +54,14 @@ class Sidecar:
         log = self.folder / "wandb" / "sync.log"
         with contextlib.suppress(OSError), log.open("wb") as file:  # the study is whole without it
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "search.wandb_sync", str(self.folder), "--follow"],
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "search.wandb_sync",  # -P: not a module of the user's folder
+                    str(self.folder),
+                    "--follow",
+                ],
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=file,
