@@ -7,6 +7,7 @@ import functools
 import importlib
 import logging
 import os
+import resource
 import secrets
 import shlex
 import socket
@@ -30,6 +31,7 @@ WATCH_SECONDS = 1.0  # between looks at them
 CLUSTER_WATCH_SECONDS = 5.0  # between looks at a joined cluster
 CONNECT_SECONDS = 2.0
 GONE_SECONDS = 45.0  # of silence, after which a cluster is gone; Ray waits 60
+ADDRESS_SPACE_MIN = 8 * 10**9  # bytes; with 6 GB Ray's servers do not start (2.60)
 JOIN_SECONDS = 10.0  # in which a cluster has to answer, twice
 TEMP_LONGEST = 40  # characters of the temporary folder; Ray appends some 65
 OBJECT_STORE_BYTES = 256 * 2**20  # of a Ray of our own; a study passes next to nothing through it
@@ -97,7 +99,9 @@ def connect(
     address = "local" if local else os.environ["RAY_ADDRESS"]
     # one warning that Ray's SIGTERM handler is for the main thread; search/stopping.py has that signal
     logging.getLogger("ray._private.worker").setLevel(logging.ERROR)
-    if not local:
+    if local:
+        check_limits()
+    else:
         check_answers(address)
         check_token_file()
     try:
@@ -132,6 +136,16 @@ def connect(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # lost workers stand in reports.jsonl
     # what raylets say last, C++ stacks included, would go to our stdout whatever the level (2.60)
     ray._private.worker.print_to_stdstream = lambda *arguments, **options: None
+
+
+def check_limits() -> None:
+    """Raises ValueError where a limit of this user's ends Ray's servers, which then say it in a page of C++."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and limit < ADDRESS_SPACE_MIN:
+        raise ValueError(
+            f"ulimit -v allows {limit / 1e9:.1f} GB of addresses to a process, and Ray's servers map "
+            f"{ADDRESS_SPACE_MIN / 1e9:.0f} GB, most of which they never use; set ulimit -v unlimited"
+        )
 
 
 def check_answers(address: str) -> None:

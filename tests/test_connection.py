@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from search.connection import _from_our_code, _local_variables, _remedy, check_answers, check_token_file
+from search.connection import (
+    _from_our_code,
+    _local_variables,
+    _remedy,
+    check_answers,
+    check_limits,
+    check_token_file,
+)
 from tests.conftest import ROOT
 
 
@@ -56,6 +63,12 @@ def test_a_left_over_address_is_one_line_with_nothing_of_rays(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: RAY_ADDRESS={address} cannot be reached")
     assert done.stderr.count("\n") == 1
+
+
+def test_too_few_addresses_are_one_line(monkeypatch):
+    monkeypatch.setattr("resource.getrlimit", lambda which: (4 * 10**9, -1))
+    with pytest.raises(ValueError, match=r"^ulimit -v allows 4\.0 GB .*set ulimit -v unlimited$"):
+        check_limits()
 
 
 @pytest.fixture
