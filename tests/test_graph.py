@@ -127,9 +127,7 @@ def test_a_batch_that_holds_all_images_and_more_runs_eagerly(make, replays):
 def test_a_failed_capture_is_an_error_of_its_own(make, monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: _Failing())
-    monkeypatch.setattr(
-        TrainingRun, "train_step", _raise("operation not permitted when stream is capturing")
-    )
+    monkeypatch.setattr(TrainingRun, "train_step", _raise("operation not permitted when stream is capturing"))
     monkeypatch.setattr("trainables.graph.WARM_UP_STEPS", 0)
     with pytest.raises(CaptureError, match="cannot be captured as a CUDA graph \\(operation not permitted"):
         make({"architecture": "softmax", "batch_size": 8}).train_epoch()

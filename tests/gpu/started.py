@@ -61,8 +61,6 @@ class Started:
         elif name == "undisturbed" and ON_GPU:
             self.environment["CUDA_VISIBLE_DEVICES"] = uuid()
         device = {"refused": "cuda", "hidden": "auto"}.get(name, DEVICE)
-        self.began = time.monotonic()
-        self.seconds = 0.0
         self._start(*STUDIES[name], "--data", DATA, "--device", device, "--study-dir", self.study)
         self._thread = threading.Thread(target=self._kill_and_resume)
         if name == "killed":
@@ -96,7 +94,6 @@ class Started:
         if self._thread.ident:
             self._thread.join()
         out, err = self.process.communicate(timeout=SECONDS)
-        self.seconds = self.seconds or time.monotonic() - self.began
         return self.process.returncode, out, err
 
     def events(self) -> list[dict]:
