@@ -145,10 +145,11 @@ class Jobs:
         if self.gave_up:
             self.running.discard(trial_id)
             return
+        known = self.all_eager  # another worker's step has failed in the same way a moment ago
         self._count_loss(trial_id, cause)
         lost = self.losses[trial_id]
         crashes = lost["worker"] + lost["memory"] + lost["gpu"]
-        if cause in ("graph", "graph_memory"):
+        if cause in ("graph", "graph_memory") and not known:
             who = "all trials train" if self.all_eager else f"trial {trial_id} trains"
             self.notes.append(f"{error.strip().rpartition(chr(10))[2]}; {who} eagerly from now on")
         if lost["memory"] > 1:

@@ -102,6 +102,17 @@ def test_a_resumed_run_warms_up_again_and_equals_the_uninterrupted_one(make, rep
     assert replays[0] == "warm-up"
 
 
+def test_a_run_that_goes_back_captures_again(make, replays, tmp_path):
+    run = make(CASES["momentum and warm-up"])
+    run.epoch()
+    run.save(tmp_path / "checkpoint.pt")
+    expected = without_times(run.epoch())
+    del replays[:]
+    run.load(tmp_path / "checkpoint.pt")
+    assert without_times(run.epoch()) == expected
+    assert replays[: WARM_UP_STEPS + 1] == ["warm-up"] * WARM_UP_STEPS + ["capture"]
+
+
 def test_several_workers_of_one_trial_run_eagerly(make, replays):
     run = make({"architecture": "softmax", "batch_size": 8})
     run.group = Group(rank=0, size=2)
@@ -115,15 +126,25 @@ def test_a_batch_that_holds_all_images_and_more_runs_eagerly(make, replays):
 
 def test_a_failed_capture_is_an_error_of_its_own(make, monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: _raising())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: _Failing())
+    monkeypatch.setattr(TrainingRun, "train_step", _raise("operation not permitted when stream is capturing"))
     monkeypatch.setattr("trainables.graph.WARM_UP_STEPS", 0)
     with pytest.raises(CaptureError, match="cannot be captured as a CUDA graph \\(operation not permitted"):
         make({"architecture": "softmax", "batch_size": 8}).train_epoch()
 
 
-class _raising:  # noqa: N801  a context manager that fails as a capture does
+def _raise(text):
+    def function(*_):
+        raise RuntimeError(text)
+
+    return function
+
+
+class _Failing:
+    """A capture, whose end raises an error of its own once something inside has failed."""
+
     def __enter__(self):
-        raise RuntimeError("operation not permitted when stream is capturing")
+        return None
 
     def __exit__(self, *error):
-        return None
+        raise RuntimeError("operation failed due to a previous error during capture")

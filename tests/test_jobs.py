@@ -326,6 +326,13 @@ def test_a_step_that_cannot_be_captured_makes_all_trials_eager_after_a_resume_to
     assert again.next_job().eager
 
 
+def test_workers_whose_captures_fail_at_once_are_said_once(tmp_path):
+    jobs = make_jobs(tmp_path / "reports.jsonl")
+    for trial_id in [jobs.next_job().trial_id, jobs.next_job().trial_id]:
+        jobs.lose(trial_id, "graph", "CaptureError: the step cannot be captured")
+    assert len(jobs.notes) == 1
+
+
 def test_a_capture_without_enough_memory_makes_that_trial_eager_alone(tmp_path):
     jobs = make_jobs(tmp_path / "reports.jsonl")
     jobs.next_job()

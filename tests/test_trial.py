@@ -107,6 +107,14 @@ def test_damaged_checkpoint_means_a_new_beginning(worker, tmp_path, damage):
     assert [report_of(again) for _ in range(2)] == expected
 
 
+def test_a_missing_checkpoint_means_a_new_beginning(worker, tmp_path):
+    trial = worker()
+    expected = [report_of(trial) for _ in range(2)]
+    (tmp_path / "checkpoints" / "0000.pt").unlink()
+    again = worker(reported=2)
+    assert [report_of(again) for _ in range(2)] == expected
+
+
 def test_final_seed_ends_with_the_test_split(worker, tmp_path):
     trial = worker("final-1", final=True, epochs=2)
     assert "test_accuracy" not in report_of(trial)

@@ -44,11 +44,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(
         isinstance(cause, torch.OutOfMemoryError | MemoryError)
         or (isinstance(cause, RuntimeError) and any(text in str(cause) for text in OUT_OF_MEMORY))
-        for cause in _causes(error)
+        for cause in causes(error)
     )
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, and what it was raised from or while handling, back to the first."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

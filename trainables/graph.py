@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trainables.gpu import is_out_of_memory
+from trainables.gpu import causes, is_out_of_memory
 
 WARM_UP_STEPS = 3  # eager; PyTorch's own examples take 3, DDP's 11
 
@@ -107,7 +107,8 @@ class StepGraph:
                 self._one_step(train_step)
         except Exception as error:
             kind = CaptureMemoryError if is_out_of_memory(error) else CaptureError
-            reason = str(error).partition("\n")[0]
+            cause = list(causes(error))[-1]  # the end of a failed capture raises an error of its own
+            reason = str(cause).partition("\n")[0]
             raise kind(f"the step cannot be captured as a CUDA graph ({reason})") from error
         return graph
 

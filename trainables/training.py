@@ -299,6 +299,7 @@ class TrainingRun:
         if state["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"])
         self.reports = list(state["reports"])
+        self.graph = None  # it would write to the optimizer state of before
 
     def save(self, file: Path) -> None:
         """Writes a checkpoint whole, then renames it: a kill leaves the old one or the new one."""

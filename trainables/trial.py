@@ -97,6 +97,8 @@ class JobRun:
                 self.run.load(checkpoint)
             except DamagedCheckpointError:
                 self.run, self.reported = self._new_run(), 0  # the same seed gives the same epochs again
+        else:  # a copied study's is gone: no better than a damaged one
+            self.reported = 0
 
     def report(self) -> dict[str, Any]:
         """Trains an epoch, unless one waits to be reported, and returns its report.
