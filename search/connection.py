@@ -139,7 +139,7 @@ def connect(
 
 
 def check_limits() -> None:
-    """Raises ValueError where a limit of this user's ends Ray's servers, which then say it in a page of C++."""
+    """Raises ValueError where ulimit -v ends Ray's servers, which then say it in a page of C++."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY and limit < ADDRESS_SPACE_MIN:
         raise ValueError(

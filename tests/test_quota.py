@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,9 @@ def half_a_cpu():
     except OSError as error:
         pytest.skip(f"no cgroup can be made here: {error}")
     yield folder / "cgroup.procs"
+    deadline = time.monotonic() + 20  # until Ray's last processes have ended
+    while (folder / "cgroup.procs").read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)
     folder.rmdir()
 
 
