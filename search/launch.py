@@ -126,8 +126,11 @@ def read_images(options: StudyOptions, console: Console) -> ImageData:
         ValueError: They cannot be read.
     """
     assert options.image_size is not None
-    with phase(console, f"reading {options.data}", "images") as progress:
-        return prepare(options.data, Path(options.data_dir), options.image_size, progress)
+    with phase(console, f"reading {options.data}") as progress:
+        data = prepare(options.data, Path(options.data_dir), options.image_size, progress)
+    for note in data.notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    return data
 
 
 @contextlib.contextmanager

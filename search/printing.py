@@ -81,27 +81,34 @@ def list_spaces(console: Console) -> int:
 
 
 @contextlib.contextmanager
-def phase(console: Console, text: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
+def phase(console: Console, text: str) -> Iterator[Callable[[str, int, int], None]]:
     """Shows what is going on before there are trials: in place in a terminal, as lines elsewhere.
 
     Args:
         console: Where to.
         text: What is going on.
-        unit: What the counts of ``progress(done, total)``, the function that this gives, are of.
+
+    Gives ``progress(step, done, total)``, which shows a part of it and its count of images; 0 of 0 where
+    there is none.
     """
     began = last = time.monotonic()
     ascii_only = not console.encoding.lower().startswith("utf")
     live = console.is_terminal and not console.is_dumb_terminal
     spinner = console.status(escape(text), spinner="line" if ascii_only else "dots") if live else None
 
-    def progress(done: int, total: int) -> None:
-        nonlocal last
+    step_began = began
+    current = ""
+
+    def progress(step: str, done: int, total: int) -> None:
+        nonlocal last, step_began, current
         now = time.monotonic()
+        if step != current:
+            current, step_began = step, now
         if now - last < (TERMINAL_SECONDS if spinner else PLAIN_SECONDS):
             return
         last = now
-        left = f", about {clock((now - began) * (total - done) / done)} left" if done else ""
-        line = f"{text}: {done:,} of {total:,} {unit}{left}"
+        left = f", about {clock((now - step_began) * (total - done) / done)} left" if done else ""
+        line = f"{text}: {step}" + (f" {done:,} of {total:,} images{left}" if total else "")
         if spinner:
             spinner.update(escape(line))
         else:

@@ -107,7 +107,7 @@ def look_before(
     elsewhere = bool(there.nodes) or levers.device == "cuda"
     if elsewhere:
         start_ray(resources, levers.device, console)
-    with phase(console, "timing a sample" if dry_run else "preparing inputs", "images") as progress:
+    with phase(console, "timing a sample" if dry_run else "preparing inputs") as progress:
         if elsewhere:  # in a process whose end gives the GPU's memory back
             prepared = on_a_node(resources, preflight.prepare)(options, data, levers, threads)
         else:

@@ -27,8 +27,8 @@ from torch import Tensor
 from models import ARCHITECTURES
 from trainables.config import TrainConfig
 from trainables.data import ImageData, load_split, split_sha256, split_validation
-from trainables.decoding import Progress
 from trainables.features import extractor, weights_sha256
+from trainables.image_files import Progress
 from trainables.levers import Levers
 from trainables.pipeline import Pipeline
 
@@ -79,7 +79,7 @@ def load_inputs(
         data: The decoded images.
         levers: The device's choices.
         data_dir: Where prepared tensors are cached, on this node.
-        progress: Called with (images prepared, images in all).
+        progress: Called with what is done, images prepared and images in all.
     """
     wanted = _Prepared.of(config, data, levers)
     key = (wanted, config.refit)
@@ -259,7 +259,7 @@ def _write(
         size = max(size, GPU_PREPARE_BYTES // (4 * images[0].size))
     for start in range(0, len(index), size):
         if progress:
-            progress(start, len(index))
+            progress("computing", start, len(index))
         rows = index[start : start + size]
         batch = prepare(torch.from_numpy(images[rows]))
         if batch.dim() == 4 and channels_last:
