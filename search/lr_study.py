@@ -41,7 +41,7 @@ from search.flags import add_options, add_storage, parse_study, study_parser
 from search.journal import TrialRecord, records
 from search.launch import Script, leave, resume, start
 from search.options import StudyOptions
-from search.printing import shown
+from search.printing import rounded, shown
 from search.spaces import find_space
 from search.study_file import lock_of, read_events, read_study, write_study
 from search.wandb_options import add_wandb_flags
@@ -75,7 +75,9 @@ def extended(lrs: list[float], best: float) -> list[float]:
     """
     lrs = sorted(lrs)
     if best not in (lrs[0], lrs[-1]):
-        raise ValueError(f"the best lr {best:g} stands inside {lrs[0]:g} to {lrs[-1]:g}; nothing to extend")
+        raise ValueError(
+            f"the best lr {best:.10g} stands inside {lrs[0]:.10g} to {lrs[-1]:.10g}; nothing to extend"
+        )
     ratio = (lrs[-1] / lrs[0]) ** (1 / (len(lrs) - 1)) if len(lrs) > 1 else 10 ** (DECADES / (GRID - 1))
     step = ratio if best == lrs[-1] else 1 / ratio
     return [float(f"{best * step**k:.3g}") for k in range(1, EXTENSION + 1)]
@@ -154,7 +156,7 @@ def finish(folder: Path, console: Console) -> int:
     if best is None:
         console.print("no lr was trained to the end", highlight=False)
         return 1
-    console.print(f"best lr {best:g} -> {shown(folder / 'lr_curve.csv')}", highlight=False, soft_wrap=True)
+    console.print(f"best lr {best:.10g} -> {shown(folder / 'lr_curve.csv')}", highlight=False, soft_wrap=True)
     if at_edge:
         console.print(
             f"[yellow]warning:[/] the best lr stands at the grid's edge; the true best may lie beyond it. "
@@ -169,11 +171,11 @@ def curve_table(curve: pd.DataFrame, best: float | None) -> Table:
     """Returns the curve as a table that fits 80 columns."""
     table = Table("lr", "val_accuracy", "95 % interval", "n", "epochs", "", box=None, header_style="bold")
     for row in curve.to_dict("records"):
-        mean = "-" if pd.isna(row["mean"]) else f"{row['mean']:.4f}"
-        interval = "-" if pd.isna(row["low"]) else f"{row['low']:.4f} to {row['high']:.4f}"
+        mean = "-" if pd.isna(row["mean"]) else rounded(row["mean"])
+        interval = "-" if pd.isna(row["low"]) else f"{rounded(row['low'])} to {rounded(row['high'])}"
         mark = "best" if row["lr"] == best else row["verdict"].replace("done", "")
         table.add_row(
-            f"{row['lr']:.3g}", mean, interval, f"{row['n']}/{row['seeds']}", str(row["epochs"]), mark
+            f"{row['lr']:.10g}", mean, interval, f"{row['n']}/{row['seeds']}", str(row["epochs"]), mark
         )
     return table
 

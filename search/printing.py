@@ -33,18 +33,20 @@ def print_result(folder: Path, console: Console) -> int:
     if best is None:
         print_line(f"[bold]no trial[/] left chance: {_counts(study['statuses'])}")
         return 1
-    print_line(f"[bold]best val_accuracy[/] {best['val_accuracy']:.4f}, trial {best['trial_id']}:")
+    print_line(f"[bold]best val_accuracy[/] {rounded(best['val_accuracy'])}, trial {best['trial_id']}:")
     for name in {**SPACES[study["space"]].ranges, **(study["options"].get("fix") or {})}:
         value = best["config"][name]
-        print_line(f"  {name} {value:.4g}" if isinstance(value, float) else f"  {name} {value}")
+        print_line(f"  {name} {rounded(value, 'g') if isinstance(value, float) else value}")
     if final and final["test_accuracy"]:
         test, count = final["test_accuracy"], len(final["seeds"])
         spread = ""
         if test["sd"] is not None:
             low, high = test["interval95"]
-            spread = f" ± {test['sd']:.4f} sd, 95 % interval of the mean {low:.4f} to {high:.4f}"
+            spread = (
+                f" ± {rounded(test['sd'])} sd, 95 % interval of the mean {rounded(low)} to {rounded(high)}"
+            )
         diverged = f", {len(final['diverged'])} of them diverged" if final["diverged"] else ""
-        print_line(f"[bold]test_accuracy[/] {test['mean']:.4f}{spread}, {count} fresh seeds{diverged}")
+        print_line(f"[bold]test_accuracy[/] {rounded(test['mean'])}{spread}, {count} fresh seeds{diverged}")
     if final and final["failed"]:
         failed["of the fresh seeds"] = len(final["failed"])
     print_line(
@@ -126,10 +128,18 @@ def shown(place: Path | str) -> str:
     return str(place) if relative.startswith("..") else relative
 
 
+def rounded(value: float, form: str = "f") -> str:
+    """Returns a number to four digits, and more where it would read 0 or 1 and is neither."""
+    digits = 4
+    while float(text := f"{value:.{digits}{form}}") in (0, 1) and float(text) != value and digits < 17:
+        digits += 1
+    return text
+
+
 def clock(seconds: float) -> str:
     """Returns 75 as 1 min 15 s."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
     hours, minutes_left = divmod(minutes, 60)
     return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {rest:02d} s"

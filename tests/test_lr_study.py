@@ -6,7 +6,19 @@ import pandas as pd
 import pytest
 
 from search.journal import TrialRecord
-from search.lr_study import best_lr, extend, extended, lr_curve, lr_grid, main, new_options, parse, points
+from search.lr_study import (
+    best_lr,
+    curve_table,
+    extend,
+    extended,
+    lr_curve,
+    lr_grid,
+    main,
+    new_options,
+    parse,
+    points,
+)
+from search.printing import rounded
 
 
 def trial(lr, seed, values, status=None):
@@ -59,6 +71,15 @@ def test_curve_is_over_the_seeds_that_went_furthest():
     assert curve.loc[0.01, "high"] - 0.35 == pytest.approx(12.706 * 0.0707107 / math.sqrt(2), abs=1e-3)
     assert math.isnan(curve.loc[1.0, "mean"])
     assert best_lr(curve.reset_index()) == 0.1
+
+
+def test_close_values_are_told_apart_and_only_1_reads_1():
+    trials = [trial(lr, 0, [value], "done") for lr, value in ((0.01231, 0.99998), (0.01234, 1.0))]
+    lrs, means, *_ = curve_table(lr_curve(trials, 0.1), 0.01234).columns
+    assert list(lrs.cells) == ["0.01231", "0.01234"]
+    assert list(means.cells) == ["0.99998", "1.0000"]
+    assert [rounded(value) for value in (0.0, 0.00004, 0.12344)] == ["0.0000", "0.00004", "0.1234"]
+    assert [rounded(value, "g") for value in (0.99996, 1.0, 1e-6)] == ["0.99996", "1", "1e-06"]
 
 
 def test_best_is_none_where_nothing_saw_all_epochs():
