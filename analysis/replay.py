@@ -35,7 +35,7 @@ from analysis.compared import EXPLAINED, MEASURES, REFERENCE, as_text, compare, 
 from analysis.curves import Curves, read
 from analysis.simulate import Halving, Report, Scheduler, simulate
 from analysis.text import counted, printable
-from search.asha import Asha, expected_epochs, rung_epochs
+from search.asha import Asha, least_epochs, rung_epochs
 from search.jobs import Jobs
 from search.journal import Journal, TrialRecord, winner
 from search.suggest import PointSampler
@@ -171,7 +171,7 @@ def default_schedulers(count: int, rungs: tuple[int, ...], eta: int, epochs: int
     """
     tops = {3, max(1, count // eta**2)}
     if rungs:
-        left = expected_epochs(count, rungs, eta, epochs) - count * rungs[0]
+        left = least_epochs(count, rungs, eta, epochs) - count * rungs[0]
         tops.add(max(1, left // (epochs - rungs[0])))
     *others, last = SCHEDULERS
     return [*others, *(f"{TOP}{k}" for k in sorted(tops) if k <= count), last]

@@ -208,7 +208,8 @@ def forecast(options: StudyOptions, resources: Resources, prepared: Prepared) ->
     assert options.trials is not None
     assert options.epochs is not None
     assert prepared.epoch_seconds is not None
-    epochs = expected_epochs(options.trials, options.rungs, options.eta, options.epochs)
+    assert options.pruner is not None
+    epochs = expected_epochs(options.trials, options.rungs, options.eta, options.epochs, options.pruner)
     waves = math.ceil(options.final_seeds / resources.slots) * options.epochs
     return {
         "epochs": epochs,

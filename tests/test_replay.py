@@ -21,7 +21,7 @@ from analysis.replay import (
     scheduler_of,
 )
 from analysis.simulate import simulate
-from search.asha import expected_epochs, rung_epochs
+from search.asha import least_epochs, rung_epochs
 
 NAN = math.nan
 A, B, C = (0.1, 0.5, 0.9), (0.3, 0.3, 0.3), (0.2, 0.6, 0.8)  # three epochs; eta 3: the only rung is 1
@@ -117,7 +117,7 @@ def test_promote_lets_a_late_best_go_on_at_the_end():
 def test_promote_spends_the_expected_epochs_where_the_best_come_first(count, epochs, workers):
     curves = ranked_curves(count, epochs)
     seen, _, picked = run("promote", curves, order=list(range(count))[::-1], workers=workers)
-    assert sum(seen) == expected_epochs(count, rung_epochs(1, 3, epochs), 3, epochs)
+    assert sum(seen) == least_epochs(count, rung_epochs(1, 3, epochs), 3, epochs)
     assert picked == count - 1
 
 
