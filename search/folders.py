@@ -10,6 +10,7 @@ from typing import Any
 
 from search.options import RESUMABLE, StudyOptions, flag
 from search.study_file import lock_of, read_events, read_study
+from trainables.data import BUILT_IN, expanded
 from trainables.storage import Storage, is_url
 
 
@@ -23,13 +24,21 @@ def place_of(options: StudyOptions, folder: Path | None, storage: str | None) ->
         options = dataclasses.replace(options, storage=storage)
     elif storage and folder:
         raise ValueError(f"--storage={storage} is a folder, and so is --study-dir={folder}; give one of them")
-    under = Path("studies" if options.storage or not storage else storage)
-    folder = folder or default_folder(options.space, options.data, under)
+    under = Path("studies") if options.storage or not storage else expanded("--storage", storage)
+    folder = expanded("--study-dir", folder) if folder else default_folder(options.space, options.data, under)
     check_free(folder)
     check_storage(options.storage, folder.name)
-    if Path(options.weights).is_file():  # a node's working directory may be another
-        options = dataclasses.replace(options, weights=str(Path(options.weights).absolute()))
-    return options, folder
+    return absolute(options), folder
+
+
+def absolute(options: StudyOptions) -> StudyOptions:
+    """Returns options whose paths are absolute: a node, or a resume, may have another working directory."""
+    paths: dict[str, Any] = {"data_dir": str(expanded("--data-dir", options.data_dir).absolute())}
+    if options.data not in BUILT_IN and (data := expanded("--data", options.data)).exists():
+        paths["data"] = str(data.absolute())
+    if (weights := expanded("--weights", options.weights)).is_file():
+        paths["weights"] = str(weights.absolute())
+    return dataclasses.replace(options, **paths)
 
 
 def unfinished(folder: Path, changes: dict[str, Any]) -> tuple[StudyOptions, dict[str, Any]]:
@@ -52,19 +61,25 @@ def unfinished(folder: Path, changes: dict[str, Any]) -> tuple[StudyOptions, dic
     lock_of(folder).release()  # before anything slow: another process may be at it
     read_events(folder, content)
     try:
-        return StudyOptions(**(content["options"] | changes)), content
+        return absolute(StudyOptions(**(content["options"] | changes))), content
     except TypeError as error:
         raise ValueError(f"{folder / 'study.json'} has options of another version ({error})") from None
 
 
 def check_free(folder: Path) -> None:
-    """Raises ValueError where a new study's folder holds something already."""
-    if (folder / "study.json").exists():
-        raise ValueError(
-            f"--study-dir={folder} holds another study; give a new folder, or go on with --resume {folder}"
-        )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--study-dir={folder} is no empty folder; give a new one")
+    """Raises ValueError where a new study's folder holds something already, or cannot be made."""
+    try:
+        if (folder / "study.json").exists():
+            raise ValueError(
+                f"--study-dir={folder} holds another study; give a new folder, or --resume {folder}"
+            )
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"--study-dir={folder} is no empty folder; give a new one")
+        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        with tempfile.TemporaryDirectory(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(f"--study-dir={folder} cannot be made ({error.strerror}); give another") from error
 
 
 def check_storage(url: str | None, name: str) -> None:

@@ -127,20 +127,21 @@ def prepare(
     torch.set_num_threads(cpu_count())
     config, data_dir = example(options), Path(options.data_dir)
     gpu_bytes = torch.cuda.mem_get_info()[0] if levers.device == "cuda" else None
+    train_count, val_count, split = split_counts(data)
     try:
+        left, seconds = 0.0, None
         if threads is None:
             load_inputs(config, data, levers, data_dir, progress=progress)
-            run, left = TrainingRun(config, data, levers, data_dir), 0.0
+            run = TrainingRun(config, data, levers, data_dir)
         else:
             count = MEASURED_STEPS[levers.device] * config.batch_size
             inputs, left = sample_inputs(config, data, levers, data_dir, count)
             run = TrainingRun(config, data, levers, data_dir, inputs=inputs)
+            seconds = _measure(run, threads, train_count + val_count)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise ValueError(f"{options.space} does not fit into memory here; --fix smaller sizes") from error
-    train_count, val_count, split = split_counts(data)
-    seconds = None if threads is None else _measure(run, threads, train_count + val_count)
     kept = checkpoint_bytes(run)
     del run
     peak = largest_peak(options, data, levers) if levers.device == "cuda" else None

@@ -71,7 +71,7 @@ def begin(
         ValueError: Something stands against it; nothing was written.
     """
     there, console = machine(options.device), script.console
-    with console.status("looking at the device"):
+    with phase(console, "looking at the device"):
         levers, there = look_at_device(options, there)
     if levers.device == "cpu" and options.device == "auto" and hidden_by_environment():
         print_standing("CUDA_VISIBLE_DEVICES hides every GPU: training on CPUs", console)
@@ -171,7 +171,7 @@ def on_a_node(resources: Resources, function: Callable[..., T]) -> Callable[...,
 
 def start_ray(resources: Resources, device: str, console: Console) -> None:
     """Starts or joins Ray, before a study's folder is there: a failure leaves nothing behind."""
-    with console.status("starting Ray"):
+    with phase(console, "starting Ray"):
         connect(resources.slots if resources.workers > 1 else 0, device=device)
 
 
@@ -229,7 +229,7 @@ def carry_out(study: Study, resources: Resources, script: Script, sidecar: Sidec
 
 def tell_stopped(study: Study, script: Script, reason: str) -> int:
     """Prints that a study has stopped and how to resume it; returns the exit code."""
-    resume_by = f"python {script.name} --resume {shlex.quote(str(shown(study.place)))}"
+    resume_by = f"python {script.name} --resume {shlex.quote(str(shown(script.place or study.place)))}"
     if reason:
         print(f"error: {reason}; fix the cause, then resume with: {resume_by}", file=sys.stderr)
     else:
