@@ -82,7 +82,7 @@ def begin(
         check_nodes(options, shared, data, levers, console)
     prepared, resources = look_before(options, data, levers, there, resources, console, dry_run=dry_run)
     if not options.storage:
-        preflight.check_disk(folder, prepared.checkpoint_bytes * (options.trials or 0))
+        preflight.check_disk(folder, *preflight.disk_needed(options, resources, prepared))
     if dry_run:
         return preflight.print_forecast(options, folder, resources, data, levers, prepared, console)
     start_ray(resources, levers.device, console)
