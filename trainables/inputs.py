@@ -24,8 +24,11 @@ from torch import Tensor
 
 from models import ARCHITECTURES
 from trainables.config import TrainConfig
-from trainables.data import ImageData, load_split, split_sha256, split_validation
-from trainables.features import extractor, weights_sha256
+from trainables.data import ImageData, expanded, load_split, split_sha256, split_validation
+from trainables.decoded import allocate
+from trainables.disk import is_full
+from trainables.features import backbone_sha256, extractor
+from trainables.image_files import printable
 from trainables.levers import Levers
 from trainables.pipeline import Pipeline
 
@@ -74,7 +77,7 @@ def load_inputs(config: TrainConfig, data: ImageData, levers: Levers, data_dir: 
     if key not in _loaded:  # a reused worker opens its inputs once and not once per trial
         if len(_loaded) >= LOADED_MAX:
             _loaded.pop(next(iter(_loaded)))
-        _loaded[key] = _load(wanted, config, data, levers, Path(data_dir))
+        _loaded[key] = _load(wanted, config, data, levers, expanded("--data-dir", data_dir))
     return _loaded[key]
 
 
@@ -88,7 +91,7 @@ class _Prepared:
     dtype: torch.dtype | None
     device: str
     channels_last: bool
-    backbone: tuple[str | None, str, int | None] | None  # cut, weights, and the seed of random weights
+    backbone: str | None  # backbone_sha256 of features
     version: int = FORMAT_VERSION
 
     @classmethod
@@ -97,10 +100,6 @@ class _Prepared:
         kind = kind_of(config, data)
         as_stored = kind == "images"
         flat = row.cut is None and row.head in FLAT_HEADS
-        backbone = None
-        if kind == "features":
-            seed = config.seed if config.weights == "none" else None
-            backbone = (row.cut, weights_sha256(config.weights), seed)
         return cls(
             kind=kind,
             data_sha256=data.sha256,
@@ -108,7 +107,7 @@ class _Prepared:
             dtype=None if as_stored else levers.dtype,
             device=levers.device,
             channels_last=levers.channels_last and not flat,
-            backbone=backbone,
+            backbone=backbone_sha256(config, data) if kind == "features" else None,
         )
 
 
@@ -122,15 +121,25 @@ def _load(wanted: _Prepared, config: TrainConfig, data: ImageData, levers: Lever
     order = np.concatenate([train, val])  # one array: a refit reads it whole
     name = hashlib.sha256(repr((wanted, split)).encode()).hexdigest()[:32]
     file = data_dir / "prepared" / f"{name}.npy"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_suffix(".lock")):  # one worker prepares, the others wait and read
-        if not file.exists():
-            partial = file.with_suffix(".partial")
-            try:
-                _write(partial, images, order, _preparation(config, data, levers), wanted.channels_last)
-                partial.replace(file)
-            finally:
-                partial.unlink(missing_ok=True)
+    try:
+        if not file.exists():  # otherwise the folder may be read-only
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(file.with_suffix(".lock")):  # one worker prepares, the others wait and read
+                if not file.exists():
+                    partial = file.with_suffix(".partial")
+                    try:
+                        _write(
+                            partial, images, order, _preparation(config, data, levers), wanted.channels_last
+                        )
+                        partial.replace(file)
+                    finally:
+                        partial.unlink(missing_ok=True)
+    except (OSError, NotImplementedError) as error:
+        if is_full(error):
+            raise
+        raise ValueError(
+            f"--data-dir={printable(data_dir)} cannot be written ({printable(error)}); give another"
+        ) from error
     device = torch.device(levers.device)
     x = _read(file, wanted.channels_last).to(device)
     y = torch.from_numpy(labels[order]).to(device)
@@ -165,7 +174,7 @@ def _write(
         if out is None:
             dtype = batch.numpy().dtype
             shape = (len(index), *batch.shape[1:])
-            out = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
+            out = allocate(file, dtype, shape)
         out[start : start + len(rows)] = batch.numpy()
 
 
