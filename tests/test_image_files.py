@@ -284,7 +284,7 @@ def test_names_of_any_bytes_are_read_and_printable(tmp_path: Path, cache: Path, 
     source = pack(folder.with_name(f"{folder.name}{archive}"), folder) if archive else folder
     data = prepare(str(source), cache)
     assert count(data) == 6 * len(NAMES)
-    assert all(name.isprintable() for name in data.classes)
+    assert all(name.isprintable() for name in (data.name, *data.classes, *data.notes))
     assert r"caf\xe9" in data.classes
     assert r"line\nbreak" in data.classes
     assert prepare(str(source), cache) == data
