@@ -1,43 +1,206 @@
 #!/usr/bin/env bash
-# Everything that is worth measuring on a machine with one GPU, in one command:
-#   bash benchmarks/gpu.sh
-# The arms of benchmarks.run, then the table of all thirteen spaces, then a roofline. Results lie under $OUT.
-# What is there already is not run again, so a run that was cut off goes on. By environment:
-#   OUT (benchmarks/results/gpu)  DATA (cifar10)  WEIGHTS (imagenet)  DEVICE (cuda)  PRECISION (auto)
-#   REPEAT (3)  WORKERS (2)  FAMILIES, SPACES, ARCHITECTURES (all; empty: none)
-#   TRIALS (64) and EPOCHS (the space's) of the table;  ARMS, ARMS_TRIALS, ARMS_EPOCHS, ARMS_IMAGES (the family's)
-set -euo pipefail
+# All that is to be measured on a machine with one GPU:  bash benchmarks/gpu.sh PART…
+#   tests   tests/gpu                                                                      2 min at most
+#   epoch   decoding; images/s and share of the peak of every space, eager and captured    1
+#   kill    kill -9 in the middle of a study of real images, --resume, compared            1
+#   share   images/s of 1, 2 and 4 trials at once on the GPU                               1
+#   rows    the table of all thirteen spaces: a search and three fresh seeds each          9
+#   lr      lr against accuracy, for the five spaces whose backbone is trained             5
+# Each part ends at its bound and leaves in $OUT what it has by then: log.txt, PART.txt, and of rows and lr the
+# studies without checkpoints in PART.tar.xz: eight files of 16 MiB at most, all parts together. What an earlier
+# run left in $RESULTS is skipped: finished studies; of the other parts, those that ended well. A study that the
+# bound stopped goes on; one whose best lr stood at the edge of its grid is extended.
+#
+# On a bare machine without Ray and a network (Python 3.12, torch 2.11), everything travels in .gpu/:
+#   here:   bash ../shared/gpu/pack.sh; git describe --always --dirty --abbrev=12 > .gpu/commit
+#   there:  carry [".gpu"], command  bash benchmarks/gpu.sh tests epoch kill   (timeout_s 330)
+#           carry [".gpu"], command  bash benchmarks/gpu.sh rows               (timeout_s 600)
+#   between: mkdir -p .gpu/results; cp FILES_AT/* .gpu/results/                (what is there is skipped)
+# Without .gpu/unpack.sh it takes the Python and the images that it is given, by environment:
+#   OUT (benchmarks/results/gpu)  RESULTS (.gpu/results)  WORK (/tmp/tunefleet-gpu)  PYTHON (python3)
+#   DATA (/tmp/data/cifar10-jpeg.tar.xz)  WEIGHTS (/tmp/data/resnet18-imagenet.pth)  DEVICE (cuda)
+#   LANES (3): studies at once, since half of a short study is the start of its processes
+#   BOUND: seconds of each part, instead of its own     ROWS: which rows, of rows and lr (all)
+#   SMALL=1: a rehearsal, 2 trials of 1 epoch
+set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-OUT=${OUT:-benchmarks/results/gpu} DATA=${DATA:-cifar10} WEIGHTS=${WEIGHTS:-imagenet} DEVICE=${DEVICE:-cuda}
-PRECISION=${PRECISION:-auto} REPEAT=${REPEAT:-3} WORKERS=${WORKERS:-2} TRIALS=${TRIALS:-64}
-FAMILIES=${FAMILIES-softmax twolayernn convnet mymodel resnet frozen study no-op}
-SPACES=${SPACES-softmax twolayernn convnet mymodel resnet_softmax resnet_twolayernn resnet_conv resnet_mymodel
-    resnet_softmax_updatable resnet_twolayernn_updatable resnet_conv_updatable resnet_mymodel_updatable
-    resnet_finetune}
-ARCHITECTURES=${ARCHITECTURES-softmax twolayernn convnet mymodel resnet_softmax_updatable}
-mkdir -p "$OUT"
-
-for family in $FAMILIES; do
-    if [ -e "$OUT/$family.json" ]; then continue; fi
-    # shellcheck disable=SC2086  # ARMS is a list
-    python -m benchmarks.run ${ARMS:-} --family "$family" --data "$DATA" --weights "$WEIGHTS" \
-        --device "$DEVICE" --workers "$WORKERS" --repeat "$REPEAT" --out "$OUT" \
-        ${ARMS_TRIALS:+--trials "$ARMS_TRIALS"} ${ARMS_EPOCHS:+--epochs "$ARMS_EPOCHS"} \
-        ${ARMS_IMAGES:+--images "$ARMS_IMAGES"}
-done
-
-for space in $SPACES; do
-    study=$OUT/studies/$space
-    if grep -qs '"status": "done"' "$study/study.json"; then continue; fi
-    begin=(--space "$space" --data "$DATA" --weights "$WEIGHTS" --device "$DEVICE" --precision "$PRECISION"
-        --trials "$TRIALS" --wandb off --study-dir "$study" ${EPOCHS:+--epochs "$EPOCHS"})
-    if [ -e "$study/study.json" ]; then begin=(--resume "$study"); fi
-    python search/run.py "${begin[@]}"
-done
-if [ -n "$SPACES" ]; then python -m analysis.results "$OUT"/studies/* | tee "$OUT/table.md"; fi
-
-if [ -n "$ARCHITECTURES" ]; then
-    # shellcheck disable=SC2086
-    python -m benchmarks.roofline $ARCHITECTURES --data "$DATA" --device "$DEVICE" --precision "$PRECISION" |
-        tee "$OUT/roofline.txt"
+export OUT=${OUT:-benchmarks/results/gpu} RESULTS=${RESULTS:-.gpu/results} WORK=${WORK:-/tmp/tunefleet-gpu}
+export PYTHON=${PYTHON:-python3} DEVICE=${DEVICE:-cuda} LANES=${LANES:-3} SMALL=${SMALL:-}
+export PYTHONPATH=${PYTHONPATH:-$PWD} COLUMNS=${COLUMNS:-110} WANDB_MODE=disabled
+if [ -f .gpu/unpack.sh ] && ! "$PYTHON" -c 'import sys, importlib.util as u; sys.exit(not u.find_spec("ray"))'; then
+    # shellcheck disable=SC1091
+    . .gpu/unpack.sh
 fi
+export DATA=${DATA:-/tmp/data/cifar10-jpeg.tar.xz} WEIGHTS=${WEIGHTS:-/tmp/data/resnet18-imagenet.pth}
+
+declare -A BOUNDS=([tests]=120 [epoch]=60 [kill]=60 [share]=60 [rows]=540 [lr]=300)
+STOP_SECONDS=${STOP_SECONDS:-20} # in which a study that is stopped has to end
+# The longest first, so that the lanes end together. lr and, where the published one is far from the others, a
+# width or two are left to search; the rest was found by hand (docs/gpu.md).
+TUNED="momentum=0.9 weight_decay=0.0005 batch_size=128 augment=crop_flip label_smoothing=0 warmup_epochs=0.5"
+declare -A FLAGS=(
+    [resnet_softmax_updatable]="--trials 3 --epochs 9 --fix $TUNED"
+    [resnet_finetune]="--trials 3 --epochs 9 --fix $TUNED"
+    [resnet_twolayernn_updatable]="--trials 3 --epochs 9 --fix $TUNED"
+    [resnet_conv_updatable]="--trials 3 --epochs 9 --fix $TUNED"
+    [resnet_mymodel_updatable]="--trials 4 --epochs 15 --fix hidden=128 $TUNED"
+    [mymodel]="--trials 4 --epochs 14 --fix hidden=64 kernel_size=3 optimizer=adam augment=crop_flip
+        weight_decay=0 momentum=0 warmup_epochs=0.5"
+    [resnet_mymodel]="--trials 6 --epochs 18 --fix hidden=128"
+    [resnet_conv]="--trials 6 --epochs 15 --fix hidden=150 momentum=0.9 weight_decay=0.001"
+    [convnet]="--trials 6 --epochs 15 --fix hidden=50 kernel_size=7 augment=crop_flip weight_decay=0.001"
+    [resnet_twolayernn]="--trials 12 --epochs 27"
+    [resnet_softmax]="--trials 9 --epochs 27"
+    [twolayernn]="--trials 12 --epochs 27 --fix hidden=1000"
+    [softmax]="--trials 24 --epochs 27"
+)
+ORDER="resnet_softmax_updatable resnet_finetune resnet_twolayernn_updatable resnet_conv_updatable
+    resnet_mymodel_updatable mymodel resnet_mymodel resnet_conv convnet resnet_twolayernn resnet_softmax
+    twolayernn softmax"
+LR_ORDER="resnet_softmax_updatable resnet_finetune resnet_twolayernn_updatable resnet_conv_updatable
+    resnet_mymodel_updatable"
+LRS="3e-4 1e-3 3e-3 1e-2 3e-2 1e-1 3e-1"
+LR_FLAGS="--lrs $LRS --epochs 3 --seeds 1"
+if [ -n "$SMALL" ]; then LR_FLAGS="--lrs 1e-3 1e-2 --epochs 1 --seeds 1"; fi
+
+say() { # text…: a line for the log
+    echo "$(date +%H:%M:%S) $*" | tee -a "$OUT/log.txt"
+}
+
+left() { # seconds until the part has to end
+    echo $((DEADLINE - $(date +%s)))
+}
+
+bounded() { # seconds, command…: SIGINT at the bound, SIGKILL some seconds later
+    local seconds=$1
+    shift
+    # SIGINT is ignored in what a script starts in the background, and Python then keeps ignoring it
+    timeout --foreground --preserve-status --signal=INT --kill-after=$STOP_SECONDS "$seconds" env --default-signal=INT "$@"
+}
+
+keep() { # part: its studies so far, without checkpoints, and their table
+    "$PYTHON" - "$1" <<'P'
+import json, os, pathlib, sys, tarfile
+part, out, work = sys.argv[1], pathlib.Path(os.environ["OUT"]), pathlib.Path(os.environ["WORK"])
+commit = pathlib.Path(".gpu/commit")
+def lean(member):
+    dropped = {"checkpoints", "ray", "wandb", ".lock", "checkpoint.pt"} & set(member.name.split("/"))
+    return None if dropped or member.name.endswith((".tmp", "figures")) else member
+for file in (work / part).glob("*/study.json"):
+    study = json.loads(file.read_text())
+    if study.get("commit") is None and study["status"] == "done" and commit.exists():  # no git is there
+        file.write_text(json.dumps(study | {"commit": commit.read_text().strip()}, indent=2) + "\n")
+partial = out / f"{part}.{os.getpid()}"
+with tarfile.open(partial, "w:xz", preset=3) as tar:
+    tar.add(work / part, part, filter=lean)
+partial.replace(out / f"{part}.tar.xz")
+P
+}
+
+is_done() { # folder: whether its study is finished
+    grep -qs '"status": "done"' "$1/study.json"
+}
+
+rows() { # space: searches it, unless that is done
+    local study=$WORK/rows/$1 small=() began=$SECONDS code=0
+    if is_done "$study"; then say "rows: $1 is there"; return; fi
+    if [ "$(left)" -lt $((2 * STOP_SECONDS)) ]; then say "rows: no time left for $1"; return; fi
+    if [ -n "$SMALL" ]; then small=(--trials 2 --epochs 1 --final-seeds 1); fi
+    # shellcheck disable=SC2206  # flags are words
+    local begin=(--space "$1" --data "$DATA" --device "$DEVICE" ${FLAGS[$1]} "${small[@]}" --study-dir "$study")
+    if [ "${1#resnet}" != "$1" ]; then begin+=(--weights "$WEIGHTS"); fi
+    if [ -e "$study/study.json" ]; then begin=(--resume "$study"); fi
+    say "rows: $1 begins, $(left) s left"
+    bounded $(($(left) - STOP_SECONDS)) "$PYTHON" search/run.py "${begin[@]}" --data-dir "$WORK/cache" \
+        --wandb off >"$WORK/$1.out" 2>&1 || code=$?
+    sed "s/^/$1: /" "$WORK/$1.out" >>"$OUT/log.txt"
+    say "rows: $1 ended with $code after $((SECONDS - began)) s: $(grep -h test_accuracy "$WORK/$1.out")"
+    keep rows
+}
+
+lr() { # space: its learning-rate study, or an extension of that
+    local study=$WORK/lr/$1 began=$SECONDS code=0
+    local begin=(--space "$1" --data "$DATA" --weights "$WEIGHTS" --device "$DEVICE" --study-dir "$study")
+    if is_done "$study"; then
+        if ! grep -qs '"at_edge": true' "$study/study.json"; then say "lr: $1 is there"; return; fi
+        begin=(--extend "$study")
+    elif [ -e "$study/study.json" ]; then
+        begin=(--resume "$study")
+    else
+        if is_done "$WORK/rows/$1"; then begin+=(--from "$WORK/rows/$1"); else say "lr: $1 has no row"; fi
+        # shellcheck disable=SC2206
+        begin+=($LR_FLAGS)
+    fi
+    if [ "$(left)" -lt $((2 * STOP_SECONDS)) ]; then say "lr: no time left for $1"; return; fi
+    say "lr: $1 begins (${begin[0]}), $(left) s left"
+    bounded $(($(left) - STOP_SECONDS)) "$PYTHON" search/lr_study.py "${begin[@]}" --data-dir "$WORK/cache" \
+        --wandb off >"$WORK/$1.lr.out" 2>&1 || code=$?
+    sed "s/^/$1: /" "$WORK/$1.lr.out" >>"$OUT/log.txt"
+    say "lr: $1 ended with $code after $((SECONDS - began)) s: $(grep -hE '^best lr|warning' "$WORK/$1.lr.out" | tr '\n' ' ')"
+    keep lr
+}
+
+studies() { # part, space…: some at once, the others as lanes get free
+    local part=$1
+    shift
+    printf '%s\n' "$@" | xargs -P "$LANES" -I{} bash benchmarks/gpu.sh --one "$part" {}
+    case $part in
+        rows) "$PYTHON" -m analysis.results "$WORK"/rows/*/ >"$OUT/rows.txt" 2>&1 ;;
+        lr) tail -n +1 "$WORK"/lr/*/lr_curve.csv >"$OUT/lr.txt" 2>&1 ;;
+    esac
+    cat "$OUT/$part.txt"
+    local space
+    for space in "$@"; do is_done "$WORK/$part/$space" || return 1; done
+}
+
+measured() { # part, command…: what it prints is PART.txt, which ends with "complete" where all went well
+    local part=$1 code=0
+    shift
+    if tail -n 1 "$OUT/$part.txt" 2>/dev/null | grep -q "^complete"; then say "$part: is there"; return; fi
+    : >"$OUT/$part.txt"
+    bounded "$(left)" "$@" > >(tee -a "$OUT/$part.txt") 2>&1 || code=$?
+    sleep 0.2 # for tee
+    if [ $code = 0 ]; then echo "complete $(commit)" >>"$OUT/$part.txt"; fi
+    return $code
+}
+
+commit() { # of this code
+    git describe --always --dirty --abbrev=12 2>/dev/null || cat .gpu/commit 2>/dev/null || echo unknown
+}
+
+run_part() { # name
+    local shared=(--data "$DATA" --data-dir "$WORK/cache" --device "$DEVICE" --weights "$WEIGHTS")
+    export GPU_TESTS_DEVICE=$DEVICE
+    case $1 in
+        tests) measured tests "$PYTHON" -m pytest tests/gpu -q -s --durations=15 -p no:cacheprovider ;;
+        kill)
+            export GPU_TESTS_DATA=$DATA
+            measured kill "$PYTHON" -m pytest tests/gpu/test_studies.py -k killed -q -s -p no:cacheprovider ;;
+        epoch) measured epoch "$PYTHON" -m benchmarks.gpu decode epoch "${shared[@]}" ;;
+        share) measured share "$PYTHON" -m benchmarks.gpu share "${shared[@]}" ;;
+        rows) studies rows ${ROWS:-$ORDER} ;;
+        lr) studies lr ${ROWS:-$LR_ORDER} ;;
+    esac
+}
+
+if [ "${1:-}" = --one ]; then "${@:2}"; exit; fi
+for part in "$@"; do
+    if [ -z "${BOUNDS[$part]:-}" ]; then echo "error: no part $part; give of: ${!BOUNDS[*]}" >&2; exit 2; fi
+done
+if [ $# = 0 ]; then sed -n '2,8p' "$0"; exit 2; fi
+mkdir -p "$OUT" "$WORK"/{rows,lr,cache}
+if [ -d "$RESULTS" ]; then cp -n "$RESULTS"/*.txt "$RESULTS"/*.tar.xz "$OUT" 2>/dev/null; fi
+for part in rows lr; do
+    if [ -f "$OUT/$part.tar.xz" ]; then
+        "$PYTHON" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="data")' \
+            "$OUT/$part.tar.xz" "$WORK"
+    fi
+done
+say "$* at commit $(commit), $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null || echo no GPU)"
+failed=0
+for part in "$@"; do
+    export DEADLINE=$(($(date +%s) + ${BOUND:-${BOUNDS[$part]}})) began=$SECONDS
+    run_part "$part" || failed=1
+    say "$part: $([ $failed = 0 ] && echo "all well" || echo "not all is well") after $((SECONDS - began)) s"
+done
+exit $failed

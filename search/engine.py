@@ -13,6 +13,7 @@ behind their form (NOTES.md, "Workers"):
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections import deque
@@ -33,13 +34,14 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from search.bad_nodes import BadNodes
+from search.bad_nodes import BadNodes, GpuLosses
 from search.connection import TRIAL_SLOT
-from search.faults import cause_of, told
+from search.faults import cause_of, gpu_named, told
 from search.jobs import Jobs
 from search.local_ray import is_local
 from search.resources import Resources
 from trainables.ddp import drive
+from trainables.host import oom_kills
 from trainables.trial import Trial, TrialContext
 
 
@@ -59,7 +61,7 @@ class JobSearcher(Searcher):
         if job is None:
             return Searcher.FINISHED if self.jobs.finished else None  # type: ignore[return-value]  # a str, says Ray
         self.live[trial_id] = job.trial_id
-        return {"trial_id": job.trial_id, "config": job.config, "reported": job.reported, "final": job.final}
+        return dataclasses.asdict(job)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -88,6 +90,9 @@ class JobScheduler(FIFOScheduler):
     def __init__(self, jobs: Jobs, nodes: BadNodes | None, share: dict[str, float]) -> None:
         super().__init__()
         self.jobs, self.nodes, self.share = jobs, nodes, share
+        self.gpus = GpuLosses()
+        self._kills = oom_kills()  # by the kernel, for want of memory; of this host
+        self._gpu_of: dict[str, str] = {}  # a worker's GPU, as its reports name it
         self._not_offered: deque[TuneTrial] = deque()
 
     def on_trial_add(self, tune_controller: TuneController, trial: TuneTrial) -> None:
@@ -107,6 +112,9 @@ class JobScheduler(FIFOScheduler):
         """Records the report; STOP ends the job, be it paused, pruned or done."""
         report = json.loads(result["report"])
         self._tell_of(result.get("node_id"), failed=report.get("status") == "error")
+        if "gpu" in report:
+            self._gpu_of[_worker_of(trial)] = report["gpu"]
+            self.gpus.succeed(report["gpu"])
         goes_on = self.jobs.report(trial.config["trial_id"], report)
         return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
 
@@ -114,14 +122,26 @@ class JobScheduler(FIFOScheduler):
         """Tells the study that a worker is gone, which then makes another job of its trial."""
         error = _error_of(trial)
         cause = cause_of(error)
+        if cause == "worker" and is_local() and oom_kills() > self._kills:  # Ray was not the one to kill it
+            cause, self._kills = "memory", oom_kills()
         if cause == "worker":
             self._tell_of(_node_of(trial), failed=True)
-        self.jobs.lose(trial.config["trial_id"], cause, told(error))
+        gpu = gpu_named(error) or self._gpu_of.pop(_worker_of(trial), None)
+        if gpu and cause in ("gpu", "worker"):
+            cause, note = self.gpus.lose(gpu, cause)
+            self.jobs.notes.extend([note] if note else [])
+        self.jobs.lose(trial.config["trial_id"], cause, told(error), gpu)
 
     def _tell_of(self, node_id: str | None, failed: bool) -> None:
         if self.nodes and node_id:
             self.nodes.tell(node_id, failed)
             self.jobs.avoided = self.nodes.avoided()
+
+
+def _worker_of(trial: TuneTrial) -> str:
+    """Returns what names the worker that a trial is on; nothing where it has none yet."""
+    actor = trial.temporary_state.ray_actor
+    return actor._actor_id.hex() if actor else ""
 
 
 def _node_of(trial: TuneTrial) -> str | None:
@@ -241,6 +261,6 @@ def run_jobs(jobs: Jobs, context: TrialContext, *, resources: Resources, on_step
     )
     try:
         tuner.fit()
-    except Exception:  # Tune reads at the end what it could not write to a full disk
-        if not jobs.gave_up:
+    except Exception:  # at the end Tune asks workers that may be gone, and reads what it could not write
+        if not (jobs.gave_up or jobs.finished):
             raise

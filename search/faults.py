@@ -5,6 +5,10 @@
 - ``memory``: Ray ended the worker because its node ran out of memory. The trial gets one more try, which may
   find the node less crowded; then it has ended as out_of_memory.
 - ``disk``: there is no room for its checkpoint. No trial could go on, so the study stops, resumable.
+- ``gpu``: a CUDA error has made the GPU unusable for the process, such as a device-side assert. That counts
+  as a crash. ``neighbour``: lost a moment after such an error on the same GPU; the trial is not to blame.
+- ``graph``: its step cannot be captured as a CUDA graph, ``graph_memory``: for lack of memory. It goes on
+  without; of the first kind, all trials do.
 - ``worker``: the process died otherwise. The trial goes on, ``--max-failures`` times.
 
 The texts are those of Ray 2.60.
@@ -12,9 +16,10 @@ The texts are those of Ray 2.60.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from trainables.disk import FULL
+from trainables.disk import says_full
 
 MEMORY = ("NODE_OUT_OF_MEMORY", "running low on memory")
 NODE = (
@@ -29,15 +34,33 @@ NODE = (
 )
 
 
+BY_CLASS = {  # names of our exceptions, as Ray's texts have them
+    "CaptureMemoryError": "graph_memory",
+    "CaptureError": "graph",
+    "BrokenGpuError": "gpu",
+}
+
+
 def cause_of(error: Exception | None) -> str:
-    """Returns node, memory, disk or worker."""
+    """Returns node, memory, disk, gpu, graph, graph_memory or worker."""
     text = f"{type(error).__name__}: {error}"
+    for name, cause in BY_CLASS.items():
+        if name in text:
+            return cause
     if any(sign in text for sign in MEMORY):
         return "memory"
-    if any(sign in text for sign in FULL):
+    if says_full(text):
         return "disk"
     gone: Any = getattr(error, "preempted", False)
     return "node" if gone or any(sign in text for sign in NODE) else "worker"
+
+
+def gpu_named(error: Exception | None) -> str | None:
+    """Returns the GPU whose UUID one of our errors names."""
+    found = (
+        re.search(r"(GPU|MIG)-[0-9a-f][0-9a-f-]{7,}", str(error)) if "BrokenGpuError" in repr(error) else None
+    )
+    return found[0] if found else None
 
 
 def told(error: Exception | None) -> str:

@@ -18,7 +18,8 @@ from trainables.config import FIELD_TYPES, PRECISIONS, TrainConfig, nearest
 HELP = {
     "data": "cifar10, digits, or a folder or archive of images CLASS/FILE, with or without train/ and test/",
     "data_dir": "where downloads, decoded images and features are cached",
-    "image_size": "pixels a side; larger or mixed images are resized once",
+    "image_size": "pixels a side; larger or mixed images are resized once (default: 32, or with trained "
+    "weights what the space is best at on the device)",
     "weights": "of ResNet backbones: imagenet, none, or a path to a torchvision ResNet-18 state_dict",
     "trials": "how many configurations to try (default: the space's)",
     "epochs": "of a trial that is never pruned, and the schedule's horizon (default: the space's)",
@@ -31,11 +32,11 @@ HELP = {
     "cpus_per_trial": "CPUs of a trial, and its threads (default: 1, or a GPU's share)",
     "gpus_per_trial": "GPUs of a trial, fractions allowed (default: the space's where there are any)",
     "workers_per_trial": "processes that train a trial together (DDP) and share its CPUs and GPUs "
-    "(default: 1, or 2 for resnet_finetune where there are 2 GPUs)",
+    "(default: 1)",
     "time_budget": "seconds of search, after which only the winner is retrained (default: no limit)",
     "seed": "of the sampling, and of each trial's initialisation and order",
     "final_seeds": "fresh seeds on which the winner is retrained and tested",
-    "device": "auto, cpu or cuda",
+    "device": "auto, cpu or cuda; on resume the device to continue on",
     "precision": "auto chooses what the device is known to gain by",
     "fix": "values of TrainConfig that every trial has, instead of sampled ones: hidden=32 augment=crop",
     "max_failures": "how often a trial's worker may die; a lost node does not count",

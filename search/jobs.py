@@ -36,6 +36,7 @@ class Job:
     config: dict[str, Any]
     reported: int  # epochs whose reports the study has
     final: bool  # ends with the test split
+    eager: bool = False  # its steps are not to be captured as a CUDA graph
 
 
 class Jobs:
@@ -75,6 +76,11 @@ class Jobs:
         self.losses: defaultdict[str, Counter[str]] = defaultdict(Counter)  # by trial and cause
         self.gave_up = ""  # why the study ends before its time
         self.avoided: frozenset[str] = frozenset()  # ids of nodes that failed whatever they got
+        self.eager: set[str] = set()  # trials whose steps could not be captured as a CUDA graph
+        self.all_eager = False  # no trial's can be
+        self.phases: dict[str, str] = {}  # what trials do that is no epoch
+        self.notes: deque[str] = deque()  # lines that the user should see, once
+        self.best_yet: tuple[float, int, TrialRecord] | None = None  # highest val_accuracy, epoch and trial
         self.deadline = None if seconds is None else clock() + seconds
         self.trials: dict[str, TrialRecord] = {}
         self.searched: list[TrialRecord] = []  # of these, without the winner's seeds
@@ -106,6 +112,9 @@ class Jobs:
     def report(self, trial_id: str, report: dict[str, Any]) -> bool:
         """Takes in a worker's report; returns whether the worker should go on with this trial."""
         trial = self.trials[trial_id]
+        if "phase" in report:
+            self.phases[trial_id] = report["phase"]
+            return not self.gave_up
         if report.get("epoch", trial.epoch + 1) <= trial.epoch:
             return trial.status is None  # a restarted worker says again what was decided already
         report = {key: finite(value) for key, value in report.items()}  # as a replay will read them
@@ -119,32 +128,45 @@ class Jobs:
             return False
         return True
 
-    def lose(self, trial_id: str, cause: str, error: str) -> None:
+    def lose(self, trial_id: str, cause: str, error: str, gpu: str | None = None) -> None:
         """Takes in that a trial's worker is gone: the trial goes on, unless that came too often.
 
         Args:
             trial_id: The trial.
-            cause: node, memory, disk or worker (search/faults.py).
+            cause: node, memory, disk, worker, gpu, neighbour, graph or graph_memory (search/faults.py).
             error: What is known of it.
+            gpu: Where, if it was on one.
         """
         if cause != "disk":
+            event = {"trial_id": trial_id, "lost": cause, "error": error} | ({"gpu": gpu} if gpu else {})
             with self._stopping_where_full():
-                self.journal.append({"trial_id": trial_id, "lost": cause, "error": error})
+                self.journal.append(event)
         else:
             self._stop_as_full(error.strip().rpartition("\n")[2])
         if self.gave_up:
             self.running.discard(trial_id)
             return
+        known = self.all_eager  # another worker's step has failed in the same way a moment ago
+        self._count_loss(trial_id, cause)
         lost = self.losses[trial_id]
-        lost[cause] += 1
+        crashes = lost["worker"] + lost["memory"] + lost["gpu"]
+        if cause in ("graph", "graph_memory") and not known:
+            who = "all trials train" if self.all_eager else f"trial {trial_id} trains"
+            self.notes.append(f"{error.strip().rpartition(chr(10))[2]}; {who} eagerly from now on")
         if lost["memory"] > 1:
             self.report(trial_id, {"status": "out_of_memory", "error": error})
-        elif lost["worker"] + lost["memory"] > self.max_failures:
-            text = f"its worker was lost {lost['worker'] + lost['memory']} times, at last: {error}"
+        elif crashes > self.max_failures:
+            text = f"its worker was lost {crashes} times, at last: {error}"
             self.report(trial_id, {"status": "error", "error": text})
         else:
             self.running.discard(trial_id)
             self.interrupted.append(trial_id)
+
+    def _count_loss(self, trial_id: str, cause: str) -> None:
+        self.losses[trial_id][cause] += 1
+        self.all_eager |= cause == "graph"
+        if cause == "graph_memory":
+            self.eager.add(trial_id)
 
     def replay(self, events: list[dict[str, Any]]) -> None:
         """Goes through an old journal's events as if they happened now, without writing them again.
@@ -160,7 +182,7 @@ class Jobs:
                 self.asha.promote(trial_id, event["promoted_from"])
                 self.running.add(trial_id)
             elif "lost" in event:
-                self.losses[trial_id][event["lost"]] += 1
+                self._count_loss(trial_id, event["lost"])
             else:
                 trial = self.trials[trial_id]
                 if event.get("epoch", trial.epoch + 1) > trial.epoch and not self._apply(trial, event):
@@ -231,11 +253,16 @@ class Jobs:
     def _job(self, trial_id: str) -> Job:
         trial = self.trials[trial_id]
         self.running.add(trial_id)
-        return Job(trial_id, trial.config, trial.epoch, trial.is_final)
+        self.phases.pop(trial_id, None)
+        eager = self.all_eager or trial_id in self.eager
+        return Job(trial_id, trial.config, trial.epoch, trial.is_final, eager)
 
     def _apply(self, trial: TrialRecord, report: dict[str, Any]) -> bool:
         """Updates rungs and searcher by a report; returns whether the trial goes on now."""
         trial.take(report)
+        value = report.get("val_accuracy")
+        if not trial.is_final and value is not None and (not self.best_yet or value > self.best_yet[0]):
+            self.best_yet = value, report["epoch"], trial
         if trial.is_final:
             return trial.status is None
         if trial.status not in (None, "done"):

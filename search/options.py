@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from search.asha import PRUNERS, rung_epochs
-from search.spaces import find_space, fixed_values
+from search.spaces import SMALLEST_SIZE, find_space, fixed_values
 from search.suggest import SEARCHERS, PointSampler, Sampler, make_sampler
-from trainables.config import check_integer, check_name, check_number
+from trainables.config import TrainConfig, check_integer, check_name, check_number
 from trainables.data import DATA_DIR, expanded
 
 
@@ -36,7 +36,7 @@ class StudyOptions:
 
     space: str
     data: str = "cifar10"
-    image_size: int = 32
+    image_size: int | None = None  # None: what the space is best at on the device
     weights: str = "imagenet"  # of ResNet backbones
     trials: int | None = None  # None: the space's
     epochs: int | None = None  # None: the space's
@@ -46,7 +46,7 @@ class StudyOptions:
     searcher: str = "tpe"
     seed: int = 0
     final_seeds: int = 3
-    device: str = "auto"
+    device: str = "auto"  # resume; the numbers may then differ from those of one device
     precision: str = "auto"
     data_dir: str = str(DATA_DIR)  # resume
     concurrency: int | None = None  # resume; None: as many as CPUs or GPUs allow
@@ -78,27 +78,29 @@ class StudyOptions:
         for name, lowest in (
             ("trials", 1),
             ("epochs", 1),
-            ("image_size", 1),
             ("seed", 0),
             ("final_seeds", 0),
         ):
             check_integer(flag(name), getattr(self, name), lowest)
         check_integer("--max-failures", self.max_failures, 0)
-        if self.concurrency is not None:
-            check_integer("--concurrency", self.concurrency, 1)
+        for name in ("image_size", "concurrency"):
+            if getattr(self, name) is not None:
+                check_integer(flag(name), getattr(self, name), 1)
         for name in ("cpus_per_trial", "time_budget"):
             if getattr(self, name) is not None:
                 check_number(flag(name), getattr(self, name), 0, float("inf"), low_allowed=False)
         if self.gpus_per_trial is not None:
             check_number("--gpus-per-trial", self.gpus_per_trial, 0, float("inf"))
         _ = self.rungs
-        self._check_fix()
+        self._check_values()
 
-    def _check_fix(self) -> None:
+    def _check_values(self) -> None:
         for name in self.fix or {}:
             if name in NOT_TO_FIX:
                 raise ValueError(f"--fix {name} is not possible; {NOT_TO_FIX[name]}")
-        self.fixed_values()
+        values = self._fixed_values(self.image_size or SMALLEST_SIZE)
+        for point in self.points or []:
+            TrainConfig.from_dict(values | point)
 
     @property
     def rungs(self) -> tuple[int, ...]:
@@ -108,12 +110,16 @@ class StudyOptions:
         return () if self.pruner == "none" else rungs
 
     def fixed_values(self) -> dict[str, Any]:
-        """Returns every config value that is not sampled."""
+        """Returns every config value that is not sampled; the image size is settled by then."""
+        assert self.image_size is not None
+        return self._fixed_values(self.image_size)
+
+    def _fixed_values(self, image_size: int) -> dict[str, Any]:
         assert self.epochs is not None
         return fixed_values(
             self.space,
             epochs=self.epochs,
-            image_size=self.image_size,
+            image_size=image_size,
             weights=self.weights,
             seed=self.seed,
             fix=self.fix,
@@ -129,4 +135,12 @@ class StudyOptions:
         return make_sampler(self.searcher, space.ranges, dict(space.published), self.seed)
 
 
-RESUMABLE = ("data_dir", "concurrency", "cpus_per_trial", "gpus_per_trial", "max_failures", "time_budget")
+RESUMABLE = (
+    "device",
+    "data_dir",
+    "concurrency",
+    "cpus_per_trial",
+    "gpus_per_trial",
+    "max_failures",
+    "time_budget",
+)

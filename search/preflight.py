@@ -2,29 +2,86 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 import shutil
+import tarfile
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from ray.tune.search.sample import Categorical, Integer
 from rich.console import Console
 
 from models import ARCHITECTURES
+from models.resnet import output_shape
 from search.asha import expected_epochs
-from search.local_ray import cpu_count
 from search.options import StudyOptions
 from search.printing import clock, shown
-from search.resources import Resources
-from search.spaces import find_space
+from search.resources import Machine, Resources
+from search.spaces import default_image_size, find_space
 from trainables.config import TrainConfig
-from trainables.data import ImageData
+from trainables.data import BUILT_IN, ImageData
+from trainables.gpu import free_memory, is_out_of_memory
+from trainables.graph import WARM_UP_STEPS, CaptureError, CaptureMemoryError
+from trainables.host import cpu_count
+from trainables.image_files import Progress
+from trainables.inputs import load_inputs, sample_inputs, split_counts
 from trainables.levers import Levers
 from trainables.training import TrainingRun
 
 OPTIMIZER_VALUES = {"sgd": 1, "adam": 2, "adamw": 2}  # kept per parameter, at most
-MEASURED_STEPS = 10  # optimizer steps that forecast an epoch
+MEASURED_STEPS = {"cpu": 10, "cuda": 100}  # optimizer steps that forecast an epoch
+PEAK_BATCHES = 2 * WARM_UP_STEPS + 5  # halves of a batch: some steps are captured, and one is short
+SIZES = (128, 64, 32)  # pixels a side that a GPU's memory decides between
+BUILT_IN_IMAGES = {"cifar10": 60_000, "digits": 1797}
+SAMPLED_MEMBERS = 1000  # of an archive, to estimate how many it holds
 START_SECONDS = 8  # Ray, its first workers and its end, on two cores
+
+
+def settle_image_size(options: StudyOptions, levers: Levers, there: Machine) -> StudyOptions:
+    """Returns the options with an image size: as given, or the space's best that there is room for.
+
+    Each trial on a GPU has the inputs there; together they may take half of what is free, and the disk has
+    to hold them.
+    """
+    if options.image_size is not None:
+        return options
+    wanted = default_image_size(options.space, options.weights, levers.device)
+    if levers.device == "cuda" and wanted > SIZES[-1]:
+        count = count_images(options.data)
+        share = options.gpus_per_trial or find_space(options.space).gpus_per_trial
+        trials = max(1, int(1 / share))
+        disk = shutil.disk_usage(
+            next(p for p in Path(options.data_dir).absolute().parents if p.exists())
+        ).free
+        room = min(disk, math.inf if there.gpu_bytes is None else there.gpu_bytes / 2 / trials)
+        fitting = (s for s in SIZES if s <= wanted and count * input_bytes(options.space, s, levers) <= room)
+        wanted = next(fitting, SIZES[-1])
+    return replace(options, image_size=wanted)
+
+
+def input_bytes(space: str, image_size: int, levers: Levers) -> int:
+    """Returns what one image takes on the device: as features of a frozen backbone, or as uint8 pixels."""
+    row = ARCHITECTURES[space]
+    if not row.frozen:
+        return 3 * image_size**2
+    assert row.cut is not None
+    return math.prod(output_shape(row.cut, (3, image_size, image_size))) * levers.dtype.itemsize
+
+
+def count_images(source: str) -> int:
+    """Returns about how many images a source holds, without reading all of it."""
+    path = Path(source).expanduser()
+    if source in BUILT_IN or path.is_dir():
+        return BUILT_IN_IMAGES.get(source) or sum(len(files) for _, _, files in os.walk(path))
+    if zipfile.is_zipfile(path):
+        return len(zipfile.ZipFile(path).infolist())
+    with path.open("rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar:
+        members = sum(1 for _ in itertools.islice(tar, SAMPLED_MEMBERS))
+        return members if members < SAMPLED_MEMBERS else members * path.stat().st_size // file.tell()
 
 
 def example(options: StudyOptions) -> TrainConfig:
@@ -42,32 +99,90 @@ class Prepared:
     validation_count: int
     checkpoint_bytes: int  # of one trial
     epoch_seconds: float | None  # of the published best on one worker; None: not measured
+    preparing_seconds: float = 0.0  # that inputs will take which a forecast left out
+    peak_bytes: int | None = None  # of a GPU, of the largest trial; None: on a CPU, or it did not fit
+    gpu_bytes: int | None = None  # free on the GPU before
 
 
-def prepare(options: StudyOptions, data: ImageData, levers: Levers, threads: int | None = None) -> Prepared:
+def prepare(
+    options: StudyOptions,
+    data: ImageData,
+    levers: Levers,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Prepared:
     """Builds the published best with all cores, which prepares the inputs that the trials share.
 
     Args:
         options: The study's.
         data: The decoded images.
         levers: How trials use their device.
-        threads: Measure an epoch on so many; None: do not.
+        threads: Forecast: measure an epoch on so many, on a sample of images whose inputs are kept nowhere;
+            None: prepare all inputs, and measure no epoch.
+        progress: Called with what is done, images prepared and images in all.
 
     Raises:
         ValueError: Weights, sizes or data do not fit the architecture, or the network not into memory.
     """
     torch.set_num_threads(cpu_count())
+    config, data_dir = example(options), Path(options.data_dir)
+    gpu_bytes = torch.cuda.mem_get_info()[0] if levers.device == "cuda" else None
     try:
-        run = TrainingRun(example(options), data, levers, Path(options.data_dir))
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        if threads is None:
+            load_inputs(config, data, levers, data_dir, progress=progress)
+            run, left = TrainingRun(config, data, levers, data_dir), 0.0
+        else:
+            count = MEASURED_STEPS[levers.device] * config.batch_size
+            inputs, left = sample_inputs(config, data, levers, data_dir, count)
+            run = TrainingRun(config, data, levers, data_dir, inputs=inputs)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
         raise ValueError(f"{options.space} does not fit into memory here; --fix smaller sizes") from error
-    seconds = None if threads is None else _measure(run, threads)
-    inputs = run.inputs
-    return Prepared(
-        inputs.split_sha256, len(inputs.train_y), len(inputs.val_y), checkpoint_bytes(run), seconds
-    )
+    train_count, val_count, split = split_counts(data)
+    seconds = None if threads is None else _measure(run, threads, train_count + val_count)
+    kept = checkpoint_bytes(run)
+    del run
+    peak = largest_peak(options, data, levers) if levers.device == "cuda" else None
+    return Prepared(split, train_count, val_count, kept, seconds, left, peak, gpu_bytes)
+
+
+def largest_peak(options: StudyOptions, data: ImageData, levers: Levers) -> int | None:
+    """Returns the bytes that torch's allocator takes for the ranges' largest trial; None: too many."""
+    free_memory()
+    torch.cuda.reset_peak_memory_stats()
+    config = largest(options)
+    try:
+        run = TrainingRun(config, data, levers, Path(options.data_dir))
+        inputs = run.inputs
+        count = PEAK_BATCHES * config.batch_size // 2  # full batches and a short one
+        run.inputs = replace(inputs, train_x=inputs.train_x[:count], train_y=inputs.train_y[:count])
+        run.train_epoch()
+        run.evaluate(inputs.val_x, inputs.val_y)
+        torch.cuda.synchronize()
+    except CaptureMemoryError:
+        return None
+    except CaptureError:  # its trials will train eagerly
+        pass
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    return torch.cuda.max_memory_reserved()
+
+
+def largest(options: StudyOptions) -> TrainConfig:
+    """Returns the config of a study that takes most memory: the highest of every number, augmented images."""
+    config = example(options).to_dict()
+    if options.points:
+        return TrainConfig.from_dict(config)
+    for name, domain in find_space(options.space, options.fix).ranges.items():
+        if isinstance(domain, Categorical):
+            numbers = all(isinstance(value, int | float) for value in domain.categories)
+            config[name] = max(domain.categories) if numbers else domain.categories[-1]
+        elif isinstance(domain, Integer):
+            config[name] = domain.upper - 1
+    return TrainConfig.from_dict(config)
 
 
 def checkpoint_bytes(run: TrainingRun) -> int:
@@ -76,24 +191,12 @@ def checkpoint_bytes(run: TrainingRun) -> int:
     return network + OPTIMIZER_VALUES[run.config.optimizer] * sum(p.nbytes for p in run.trained)
 
 
-def _measure(run: TrainingRun, threads: int) -> float:
-    """Returns the seconds of an epoch, from a few steps."""
+def _measure(run: TrainingRun, threads: int, images: int) -> float:
+    """Returns the seconds of an epoch of so many images, from one of a few steps."""
     torch.set_num_threads(threads)
-    batch, whole = run.config.batch_size, run.inputs
-    count = min(len(whole.train_y), MEASURED_STEPS * batch)
-    val_count = min(len(whole.val_y), count)
-    run.inputs = replace(
-        whole,
-        train_x=whole.train_x[:count],
-        train_y=whole.train_y[:count],
-        val_x=whole.val_x[:val_count],
-        val_y=whole.val_y[:val_count],
-    )
     run.train_epoch()  # warms caches and lazy initialisation
     report = run.epoch()
-    run.inputs = whole
-    images = len(whole.train_y) + len(whole.val_y)
-    return float(report["epoch_seconds"] * images / (count + val_count))
+    return float(report["epoch_seconds"] * images / (len(run.inputs.train_y) + len(run.inputs.val_y)))
 
 
 def forecast(options: StudyOptions, resources: Resources, prepared: Prepared) -> dict[str, float]:
@@ -105,12 +208,15 @@ def forecast(options: StudyOptions, resources: Resources, prepared: Prepared) ->
     assert options.trials is not None
     assert options.epochs is not None
     assert prepared.epoch_seconds is not None
-    epochs = expected_epochs(options.trials, options.rungs, options.eta, options.epochs)
+    assert options.pruner is not None
+    epochs = expected_epochs(options.trials, options.rungs, options.eta, options.epochs, options.pruner)
     waves = math.ceil(options.final_seeds / resources.slots) * options.epochs
     return {
         "epochs": epochs,
         "final_epochs": options.final_seeds * options.epochs,
-        "seconds": START_SECONDS + prepared.epoch_seconds * (epochs / resources.slots + waves),
+        "seconds": START_SECONDS
+        + prepared.preparing_seconds
+        + prepared.epoch_seconds * (epochs / resources.slots + waves),
         "checkpoint_bytes": prepared.checkpoint_bytes * (options.trials + options.final_seeds),
     }
 
@@ -141,7 +247,7 @@ def print_forecast(
     lines = [
         f"space      {options.space}: {ARCHITECTURES[options.space].summary}",
         f"data       {data.name}, {prepared.train_count} train, {prepared.validation_count} validation, "
-        f"{data.test_count} test images",
+        f"{data.test_count} test images, {options.image_size} pixels a side",
         f"trials     {options.trials}, {resources.slots} at once, each {resources.cpus_per_trial:g} CPU{gpus}"
         f", {levers.precision}",
         f"epochs     {facts['epochs']} expected ({(options.trials or 0) * (options.epochs or 0)} unpruned), "
@@ -152,6 +258,10 @@ def print_forecast(
         f"disk       up to {facts['checkpoint_bytes'] / 1e6:.0f} MB of checkpoints while it runs",
         f"folder     {shown(folder)}, not written",
     ]
+    if prepared.preparing_seconds >= 1:
+        lines.insert(
+            -2, f"           {clock(prepared.preparing_seconds)} of it once, for inputs that are then kept"
+        )
     for text in lines:
         console.print(text, highlight=False, soft_wrap=True)
     return 0

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from models import ARCHITECTURES
 from search.spaces import SPACES
 from search.study_file import read_study
 from trainables.storage import is_url
+
+TERMINAL_SECONDS = 0.5  # between refreshes
+PLAIN_SECONDS = 5.0  # between lines in a log file
 
 
 def print_result(folder: Path, console: Console) -> int:
@@ -26,18 +33,20 @@ def print_result(folder: Path, console: Console) -> int:
     if best is None:
         print_line(f"[bold]no trial[/] left chance: {_counts(study['statuses'])}")
         return 1
-    print_line(f"[bold]best val_accuracy[/] {best['val_accuracy']:.4f}, trial {best['trial_id']}:")
+    print_line(f"[bold]best val_accuracy[/] {rounded(best['val_accuracy'])}, trial {best['trial_id']}:")
     for name in {**SPACES[study["space"]].ranges, **(study["options"].get("fix") or {})}:
         value = best["config"][name]
-        print_line(f"  {name} {value:.4g}" if isinstance(value, float) else f"  {name} {value}")
+        print_line(f"  {name} {rounded(value, 'g') if isinstance(value, float) else value}")
     if final and final["test_accuracy"]:
         test, count = final["test_accuracy"], len(final["seeds"])
         spread = ""
         if test["sd"] is not None:
             low, high = test["interval95"]
-            spread = f" ± {test['sd']:.4f} sd, 95 % interval of the mean {low:.4f} to {high:.4f}"
+            spread = (
+                f" ± {rounded(test['sd'])} sd, 95 % interval of the mean {rounded(low)} to {rounded(high)}"
+            )
         diverged = f", {len(final['diverged'])} of them diverged" if final["diverged"] else ""
-        print_line(f"[bold]test_accuracy[/] {test['mean']:.4f}{spread}, {count} fresh seeds{diverged}")
+        print_line(f"[bold]test_accuracy[/] {rounded(test['mean'])}{spread}, {count} fresh seeds{diverged}")
     if final and final["failed"]:
         failed["of the fresh seeds"] = len(final["failed"])
     print_line(
@@ -59,6 +68,9 @@ def list_spaces(console: Console) -> int:
     """Prints each space: what it is and what it samples."""
     for name, space in SPACES.items():
         budget = f"{space.trials} trials of up to {space.epochs} epochs"
+        if ARCHITECTURES[name].cut:
+            sizes = f"{space.image_size} pixels a side on GPUs, {space.cpu_image_size} on CPUs"
+            budget += f"; with trained weights {sizes}"
         console.print(f"[bold]{name}[/]: {ARCHITECTURES[name].summary}; {budget}", highlight=False)
         console.print(f"    samples {', '.join(space.ranges)}", highlight=False, soft_wrap=True)
         published = ", ".join(f"{key} {value}" for key, value in space.published.items())
@@ -70,6 +82,44 @@ def list_spaces(console: Console) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def phase(console: Console, text: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Shows what is going on before there are trials: in place in a terminal, as lines elsewhere.
+
+    Args:
+        console: Where to.
+        text: What is going on.
+
+    Gives ``progress(step, done, total)``, which shows a part of it and its count of images; 0 of 0 where
+    there is none.
+    """
+    began = last = time.monotonic()
+    ascii_only = not console.encoding.lower().startswith("utf")
+    live = console.is_terminal and not console.is_dumb_terminal
+    spinner = console.status(escape(text), spinner="line" if ascii_only else "dots") if live else None
+
+    step_began = began
+    current = ""
+
+    def progress(step: str, done: int, total: int) -> None:
+        nonlocal last, step_began, current
+        now = time.monotonic()
+        if step != current:
+            current, step_began = step, now
+        if now - last < (TERMINAL_SECONDS if spinner else PLAIN_SECONDS):
+            return
+        last = now
+        left = f", about {clock((now - step_began) * (total - done) / done)} left" if done else ""
+        line = f"{text}: {step}" + (f" {done:,} of {total:,} images{left}" if total else "")
+        if spinner:
+            spinner.update(escape(line))
+        else:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    with spinner or contextlib.nullcontext():
+        yield progress
+
+
 def shown(place: Path | str) -> str:
     """Returns a path as short as the reader's working directory allows; a URL as it is."""
     if is_url(place):
@@ -78,10 +128,18 @@ def shown(place: Path | str) -> str:
     return str(place) if relative.startswith("..") else relative
 
 
+def rounded(value: float, form: str = "f") -> str:
+    """Returns a number to four digits, and more where it would read 0 or 1 and is neither."""
+    digits = 4
+    while float(text := f"{value:.{digits}{form}}") in (0, 1) and float(text) != value and digits < 17:
+        digits += 1
+    return text
+
+
 def clock(seconds: float) -> str:
     """Returns 75 as 1 min 15 s."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
     hours, minutes_left = divmod(minutes, 60)
     return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {rest:02d} s"

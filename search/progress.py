@@ -13,12 +13,10 @@ from rich.text import Text
 
 from search.asha import expected_epochs
 from search.jobs import Jobs
-from search.journal import TrialRecord, winner
+from search.journal import TrialRecord
 from search.options import StudyOptions
-from search.printing import clock
+from search.printing import PLAIN_SECONDS, TERMINAL_SECONDS, clock
 
-TERMINAL_SECONDS = 0.5  # between refreshes
-PLAIN_SECONDS = 5.0  # between lines in a log file
 SHOWN = ("lr", "weight_decay", "momentum", "batch_size", "hidden", "kernel_size", "schedule", "augment")
 
 
@@ -34,9 +32,11 @@ class Progress:
 
     def __init__(self, jobs: Jobs, options: StudyOptions, slots: int, console: Console) -> None:
         self.jobs, self.options, self.slots, self.console = jobs, options, slots, console
-        self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        live = console.is_terminal and not console.is_dumb_terminal
+        self.live = Live(console=console, auto_refresh=False, transient=True) if live else None
         self.began = time.monotonic()
         self.shown_at = -float("inf")
+        self.closed = False
         self.epochs_before = epochs_of(jobs)  # of an earlier run of a resumed study
 
     def __enter__(self) -> Progress:
@@ -45,11 +45,20 @@ class Progress:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Shows nothing any more."""
+        self.closed = True
         if self.live:
             self.live.stop()
 
     def update(self) -> None:
         """Shows the study's state, unless it was shown just now."""
+        if self.closed:
+            return
+        while self.jobs.notes:
+            self.console.print(self.jobs.notes.popleft(), markup=False, highlight=False, soft_wrap=True)
         now = time.monotonic()
         if now - self.shown_at < (TERMINAL_SECONDS if self.live else PLAIN_SECONDS):
             return
@@ -67,7 +76,7 @@ class Progress:
         assert options.epochs is not None
         elapsed = now - self.began
         done = epochs_of(jobs)
-        expected = expected_epochs(jobs.max_trials, options.rungs, options.eta, options.epochs)
+        expected = expected_epochs(jobs.max_trials, options.rungs, options.eta, options.epochs, jobs.pruner)
         searched = sum(trial.epoch for trial in jobs.searched)
         if jobs.search_is_over:
             expected = searched
@@ -78,6 +87,7 @@ class Progress:
             "phase": "final" if jobs.search_is_over else "search",
             "counts": counts(jobs.searched, jobs),
             "finals": counts([trial for trial in jobs.trials.values() if trial.is_final], jobs),
+            "testing": sum(jobs.phases.get(trial_id) == "testing" for trial_id in jobs.running),
             "final_seeds": options.final_seeds,
             "rungs": {rung: len(values) for rung, values in jobs.asha.values.items()},
             "started": len(jobs.searched),
@@ -88,7 +98,7 @@ class Progress:
             "epochs_per_second": rate,
             "elapsed": elapsed,
             "eta": (total - done) / rate if rate else None,
-            "best": winner(jobs.trials),
+            "best": jobs.best_yet,
         }
 
 
@@ -102,8 +112,9 @@ def counts(trials: list[TrialRecord], jobs: Jobs) -> Counter[str]:
 
 def finals(facts: dict[str, Any]) -> str:
     """Returns how far the winner's seeds are."""
-    done, running = facts["finals"]["done"], facts["finals"]["running"]
-    return f"{done} of {facts['final_seeds']} seeds done, {running} running"
+    done, running, testing = facts["finals"]["done"], facts["finals"]["running"], facts["testing"]
+    tested = f", {testing} on the test images" if testing else ""
+    return f"{done} of {facts['final_seeds']} seeds done, {running - testing} training{tested}"
 
 
 def epochs_of(jobs: Jobs) -> int:
@@ -111,17 +122,19 @@ def epochs_of(jobs: Jobs) -> int:
     return sum(trial.epoch for trial in jobs.trials.values())
 
 
-def describe(best: TrialRecord | None) -> str:
-    """Returns the best trial in words."""
+def describe(best: tuple[float, int, TrialRecord] | None) -> str:
+    """Returns the highest value yet in words."""
     if best is None:
         return "none yet"
-    config = best.config
+    value, epoch, trial = best
+    config = trial.config
     values = ", ".join(
         f"{name} {config[name]:.3g}" if isinstance(config[name], float) else f"{name} {config[name]}"
         for name in SHOWN
         if config.get(name) is not None
     )
-    return f"{best.val_accuracy or 0:.4f} after {best.epoch} epochs (trial {best.trial_id}: {values})"
+    epochs = f"{epoch} epoch{'' if epoch == 1 else 's'}"
+    return f"{value:.4f} after {epochs} (trial {trial.trial_id}: {values})"
 
 
 def line(facts: dict[str, Any]) -> str:
@@ -130,7 +143,7 @@ def line(facts: dict[str, Any]) -> str:
     if facts["phase"] == "final":
         counted += f"; {finals(facts)}"
     best = facts["best"]
-    value = f"{best.val_accuracy:.4f}" if best else "-"
+    value = f"{best[0]:.4f}" if best else "-"
     left = f", about {clock(facts['eta'])} left" if facts["eta"] else ""
     return (
         f"{facts['space']} {facts['phase']}: {facts['started']}/{facts['trials']} trials ({counted}), "

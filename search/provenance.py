@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from search.local_ray import cpu_count
+from trainables.host import cpu_count
 
 PACKAGES = ("torch", "torchvision", "ray", "hyperopt", "numpy")  # a result may depend on these
 

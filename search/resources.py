@@ -12,10 +12,11 @@ import ray
 import torch
 
 from search.connection import TRIAL_SLOT, connect
-from search.local_ray import cpu_count
 from search.options import StudyOptions
 from search.spaces import find_space
-from trainables.levers import Levers, choose
+from trainables import driver, gpu
+from trainables.host import cpu_count
+from trainables.levers import Levers, choose, why_unusable
 
 NODE_SECONDS = 900.0  # an autoscaler's first node may take so long to come up
 NODES_MAX = 1000  # of one kind: an autoscaler may have no limit
@@ -29,6 +30,7 @@ class Machine:
     gpus: float = 0
     trial_slots: float | None = None  # that the cluster offers; None: our own cluster, as many as fit
     nodes: tuple[tuple[float, float], ...] = ()  # CPUs and GPUs of each; none: this host is all there is
+    gpu_bytes: int | None = None  # free on the GPU that has least; None: there is none, or it is not known
 
     @property
     def sizes(self) -> tuple[tuple[float, float], ...]:
@@ -44,6 +46,7 @@ class Resources:
     cpus_per_trial: float
     gpus_per_trial: float
     workers: int = 1  # that share a trial and its resources
+    gpu_bytes: int | None = None  # of a GPU that trials share, what each may take; None: all
 
     @property
     def threads(self) -> int:
@@ -62,10 +65,15 @@ class Resources:
         return of_worker | ({"GPU": self.gpus_per_trial / self.workers} if self.gpus_per_trial else {})
 
 
-def machine() -> Machine:
-    """Returns what there is to divide among trials; of an autoscaling cluster, what there may be."""
+def machine(device: str = "auto") -> Machine:
+    """Returns what there is to divide among trials; of an autoscaling cluster, what there may be.
+
+    Args:
+        device: ``--device``; with cpu there are no GPUs on this host.
+    """
     if not os.environ.get("RAY_ADDRESS"):
-        return Machine(cpu_count(), torch.cuda.device_count())
+        gpus = 0 if device == "cpu" else torch.cuda.device_count()
+        return Machine(cpu_count(), gpus, gpu_bytes=driver.free_bytes() if gpus else None)
     connect()
     sizes = _sizes(row["Resources"] for row in ray.nodes() if row["Alive"])
     if config := ray._private.state.state.get_cluster_config():  # None without an autoscaler (Ray 2.60)
@@ -82,20 +90,23 @@ def _sizes(nodes: Iterable[Mapping[str, float]]) -> tuple[tuple[float, float], .
     return tuple(size for size in sizes if any(size))
 
 
-def choose_levers(options: StudyOptions, there: Machine) -> Levers:
+def look_at_device(options: StudyOptions, there: Machine) -> tuple[Levers, Machine]:
     """Chooses how trials use their device: here, or on a node of the cluster, where they will run.
+
+    Returns:
+        The choice, and the machine with what is free on its GPUs.
 
     Raises:
         ValueError: The device is not there, or no node came up.
     """
     if not there.nodes:
-        return choose(options.device, options.precision)
+        return choose(options.device, options.precision), there
     on_gpu = options.device == "cuda" or (options.device == "auto" and there.gpus > 0)
     if on_gpu and not there.gpus:
         raise ValueError("--device=cuda, but no node of the cluster has a GPU; give --device cpu")
-    task: Any = ray.remote(choose).options(**({"num_gpus": 1} if on_gpu else {"num_cpus": 1}))
+    task: Any = ray.remote(_look).options(**({"num_gpus": 1} if on_gpu else {"num_cpus": 1}))
     try:
-        chosen: Levers = ray.get(
+        levers, free = ray.get(
             task.remote("cuda" if on_gpu else options.device, options.precision), timeout=NODE_SECONDS
         )
     except ray.exceptions.RayTaskError as error:
@@ -105,7 +116,23 @@ def choose_levers(options: StudyOptions, there: Machine) -> Levers:
             f"no node with a free {'GPU' if on_gpu else 'CPU'} within {NODE_SECONDS / 60:.0f} min; "
             "ray status says what the cluster waits for"
         ) from error
-    return chosen
+    return levers, replace(there, gpu_bytes=free)
+
+
+def _look(device: str, precision: str) -> tuple[Levers, int | None]:
+    """Returns the levers of this process's device, and what is free on its GPU."""
+    levers = choose(device, precision)
+    return levers, torch.cuda.mem_get_info()[0] if levers.device == "cuda" else None
+
+
+def check_device(levers: Levers, there: Machine) -> None:
+    """Raises ValueError where a study's device is not there."""
+    if levers.device == "cuda" and not there.gpus:
+        why = None if there.nodes else why_unusable()
+        raise ValueError(
+            f"the study trains on {levers.device}, and there is no GPU{f': {why}' if why else ''}; resume it "
+            "where there is one, or give --device cpu (numbers may then differ)"
+        )
 
 
 def settle(options: StudyOptions, levers: Levers, there: Machine) -> StudyOptions:
@@ -177,6 +204,39 @@ def plan(options: StudyOptions, levers: Levers, there: Machine) -> Resources:
     assert options.trials is not None
     slots = min(slots, max(options.trials, options.final_seeds))
     return Resources(slots, cpus_per_trial, gpus_per_trial, workers)
+
+
+def fit_memory(resources: Resources, peak_bytes: int | None, free: int | None) -> tuple[Resources, str]:
+    """Returns the resources with as many trials on each GPU as its memory holds, and a line where fewer.
+
+    Args:
+        resources: As planned.
+        peak_bytes: What the largest trial of the ranges takes in torch's allocator; None: more than it has.
+        free: Bytes of a GPU that is to be shared, as a process sees them that is on it; None: not known.
+    """
+    share = resources.gpus_per_trial / resources.workers
+    if not share > 0 or free is None:
+        return resources, ""
+    at_once, room = max(1, int(1 / share)), free + gpu.CONTEXT_BYTES
+    holds = at_once if peak_bytes is None else max(1, room // (peak_bytes + gpu.CONTEXT_BYTES))
+    needed = "more than a GPU has" if peak_bytes is None else f"{peak_bytes / 1e9:.1f} GB"
+    line = ""
+    if peak_bytes is None or peak_bytes > free:
+        line = (
+            f"the largest trials of the ranges need {needed}, and {free / 1e9:.1f} GB are free: they will "
+            "end as out_of_memory"
+        )
+    elif holds < at_once:
+        line = (
+            f"the largest trials of the ranges need {needed} each, and {free / 1e9:.1f} GB of a GPU are "
+            f"free: {holds} at once on it, not {at_once}"
+        )
+        slots = max(1, resources.slots * holds // at_once)
+        resources = replace(resources, slots=slots, gpus_per_trial=resources.workers / holds)
+        at_once = holds
+    if at_once == 1:
+        return resources, line
+    return replace(resources, gpu_bytes=room // at_once - gpu.CONTEXT_BYTES), line
 
 
 def _by_gpu(gpus: float, of_worker: float) -> float:

@@ -6,7 +6,8 @@ Started by search/launch.py; imports torch, which that one does not.
 from __future__ import annotations
 
 import dataclasses
-import signal
+import functools
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,31 +18,38 @@ from rich.console import Console
 
 from search import preflight
 from search.bad_nodes import named
-from search.connection import connect
+from search.connection import RayWatch, connect
 from search.engine import run_jobs
-from search.launch import Script
+from search.launch import Script, read_images
 from search.mirror import Mirror
 from search.nodes import check_nodes
 from search.options import StudyOptions
-from search.printing import shown
+from search.printing import phase, shown
 from search.progress import Progress
-from search.resources import Machine, Resources, choose_levers, machine, plan, settle
+from search.resources import (
+    Machine,
+    Resources,
+    check_device,
+    fit_memory,
+    look_at_device,
+    machine,
+    plan,
+    settle,
+)
 from search.study import Study
 from search.wandb_options import WandbOptions
 from search.wandb_sidecar import END_SECONDS, STOP_SECONDS, Sidecar
 from trainables.data import ImageData
+from trainables.driver import hidden_by_environment
+from trainables.levers import Levers
 
 T = TypeVar("T")
-
-
-class GaveUpError(Exception):
-    """A study ended before its time, since what stopped its trials would stop the next ones."""
 
 
 def begin(
     options: StudyOptions,
     folder: Path,
-    data: ImageData,
+    data: ImageData | None,
     script: Script,
     *,
     shared: str | None,
@@ -53,7 +61,7 @@ def begin(
     Args:
         options: What was asked for.
         folder: The study's, free.
-        data: The decoded images.
+        data: The decoded images; None: they are to be read once their size is settled.
         script: What has been started.
         shared: The place that all nodes of a cluster must see; None: none was given.
         dry_run: Forecast the study and write nothing.
@@ -62,53 +70,91 @@ def begin(
     Raises:
         ValueError: Something stands against it; nothing was written.
     """
-    there, console = machine(), script.console
+    there, console = machine(options.device), script.console
     with console.status("looking at the device"):
-        levers = choose_levers(options, there)
-    options = settle(options, levers, there)
+        levers, there = look_at_device(options, there)
+    if levers.device == "cpu" and options.device == "auto" and hidden_by_environment():
+        print_standing("CUDA_VISIBLE_DEVICES hides every GPU: training on CPUs", console)
+    options = settle(preflight.settle_image_size(options, levers, there), levers, there)
     resources = plan(options, levers, there)
+    data = data or read_images(options, console)
     if there.nodes:
         check_nodes(options, shared, data, levers, console)
-    with console.status("preparing inputs"):
-        threads = resources.threads if dry_run else None
-        prepared = on_a_node(there, resources, preflight.prepare)(options, data, levers, threads)
+    prepared, resources = look_before(options, data, levers, there, resources, console, dry_run=dry_run)
     if not options.storage:
         preflight.check_disk(folder, prepared.checkpoint_bytes * (options.trials or 0))
     if dry_run:
         return preflight.print_forecast(options, folder, resources, data, levers, prepared, console)
-    start_ray(resources, console)
-    study = Study.create(folder, options, data, levers, prepared)
+    start_ray(resources, levers.device, console)
+    study = Study(folder.resolve(), options, data, levers)
+    with script.stops.held(functools.partial(tell_stopped, study, script)):
+        Study.create(folder, options, data, levers, prepared)
     return carry_out(study, resources, script, Sidecar(study.folder, wandb))
 
 
-def go_on(study: Study, script: Script, wandb: WandbOptions) -> int:
+def look_before(
+    options: StudyOptions,
+    data: ImageData,
+    levers: Levers,
+    there: Machine,
+    resources: Resources,
+    console: Console,
+    *,
+    dry_run: bool = False,
+) -> tuple[preflight.Prepared, Resources]:
+    """Prepares what trials read, where they will run; returns what it found, and what GPUs have room for."""
+    threads = resources.threads if dry_run else None
+    elsewhere = bool(there.nodes) or levers.device == "cuda"
+    if elsewhere:
+        start_ray(resources, levers.device, console)
+    with phase(console, "timing a sample" if dry_run else "preparing inputs") as progress:
+        if elsewhere:  # in a process whose end gives the GPU's memory back
+            prepared = on_a_node(resources, preflight.prepare)(options, data, levers, threads)
+        else:
+            prepared = preflight.prepare(options, data, levers, threads, progress)
+    resources, line = fit_memory(resources, prepared.peak_bytes, prepared.gpu_bytes)
+    print_standing(line, console)
+    return prepared, resources
+
+
+def go_on(study: Study, script: Script, wandb: WandbOptions, *, moved: bool = False) -> int:
     """Goes on with a study; returns the exit code.
 
     Args:
         study: What is known of it; its data as they lie now.
         script: What has been started.
         wandb: What is sent to W&B.
+        moved: Whether the device was given anew.
 
     Raises:
         ValueError: It cannot go on on this machine.
     """
     options, console = study.options, script.console
-    there = machine()
+    there = machine(options.device if moved else study.levers.device)
+    if moved:
+        before = study.levers
+        study.levers, there = look_at_device(options, there)
+        if study.levers != before:
+            print_standing(
+                f"trained on {before.device} {before.precision} so far, continues on {study.levers.device} "
+                f"{study.levers.precision}: numbers may differ from those of one device",
+                console,
+            )
+    check_device(study.levers, there)
     resources = plan(options, study.levers, there)
     if there.nodes:
         check_nodes(options, options.storage or str(study.folder.parent), study.data, study.levers, console)
-    on_a_node(there, resources, preflight.prepare)(options, study.data, study.levers)
-    start_ray(resources, console)
+    _, resources = look_before(options, study.data, study.levers, there, resources, console)
+    start_ray(resources, study.levers.device, console)
     return carry_out(study, resources, script, Sidecar(study.folder, wandb))
 
 
-def on_a_node(there: Machine, resources: Resources, function: Callable[..., T]) -> Callable[..., T]:
-    """Returns a function that runs where trials will: here, or on a node of the cluster.
+def on_a_node(resources: Resources, function: Callable[..., T]) -> Callable[..., T]:
+    """Returns a function that runs where trials will: in a process of its own, on a node of the cluster.
 
-    The driver's node may have no GPU, and few CPUs to compute features with.
+    The driver's node may have no GPU, and few CPUs to compute features with. Ray ends the process of a task
+    that had a GPU (2.60), which gives its memory back.
     """
-    if not there.nodes:
-        return function
     share = resources.of_worker
     task = ray.remote(function).options(num_cpus=share["CPU"], num_gpus=share.get("GPU", 0))
 
@@ -123,14 +169,14 @@ def on_a_node(there: Machine, resources: Resources, function: Callable[..., T]) 
     return call
 
 
-def start_ray(resources: Resources, console: Console) -> None:
+def start_ray(resources: Resources, device: str, console: Console) -> None:
     """Starts or joins Ray, before a study's folder is there: a failure leaves nothing behind."""
     with console.status("starting Ray"):
-        connect(resources.slots if resources.workers > 1 else 0)
+        connect(resources.slots if resources.workers > 1 else 0, device=device)
 
 
 def carry_out(study: Study, resources: Resources, script: Script, sidecar: Sidecar) -> int:
-    """Runs a study to its end or to a Ctrl-C, and prints what came of it."""
+    """Runs a study to its end, or until it is stopped, and prints what came of it."""
     options, console = study.options, script.console
     console.print(
         f"[bold]{options.space}[/] on {study.data.name}: {options.trials} trials of up to {options.epochs} "
@@ -140,38 +186,55 @@ def carry_out(study: Study, resources: Resources, script: Script, sidecar: Sidec
         soft_wrap=True,
     )
     mirror = Mirror(study.folder, study.storage)
-    try:
-        with mirror.running(), study.running(dataclasses.asdict(resources)):
-            jobs = study.jobs()
-            sidecar.start()
-            with Progress(jobs, options, resources.slots, console) as progress:
-                run_jobs(
-                    jobs,
-                    study.context(resources.threads),
-                    resources=resources,
-                    on_step=progress.update,
-                )
-            if jobs.gave_up:
-                raise GaveUpError(jobs.gave_up)
+    with mirror.running(), study.running(dataclasses.asdict(resources)):
+        jobs = study.jobs()
+        sidecar.start()
+        with Progress(jobs, options, resources.slots, console) as progress:
+
+            def stop(reason: str) -> int:
+                jobs.journal.close()
+                progress.close()
+                study.end("stopped")
+                return tell_stopped(study, script, reason)
+
+            def stop_and_send(reason: str) -> int:
+                code = stop(reason)
+                print_standing(sidecar.end(STOP_SECONDS), console)
+                print_standing(mirror.finish(STOP_SECONDS), console)
+                return code
+
+            script.stops.change(stop_and_send, RayWatch())
+            run_jobs(
+                jobs,
+                study.context(resources.threads, resources.gpu_bytes),
+                resources=resources,
+                on_step=progress.update,
+            )
+        script.stops.change(lambda reason: None)  # what is left takes seconds, and is worth them
+        if jobs.gave_up:
+            study.end("stopped")
+            tell_stopped(study, script, jobs.gave_up)
+        else:
             with mirror.paused():
                 study.tidy(jobs)
-    except (KeyboardInterrupt, GaveUpError) as end:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left takes a second or two
-        resume_by = f"python {script.name} --resume {shown(study.place)}"
-        if isinstance(end, GaveUpError):
-            print(f"error: {end}. Mend it, then: {resume_by}", file=sys.stderr)
-        else:
-            print(f"\nstopped; nothing is lost. To go on: {resume_by}", file=sys.stderr)
-        print_standing(sidecar.end(STOP_SECONDS), console)
-        print_standing(mirror.finish(), console)
-        return 3
-    code = script.finish(study.folder, console)
+    code = 3 if jobs.gave_up else script.finish(study.folder, console)
     if jobs.avoided:
         print_standing(f"nodes that failed trials in a row and got no more: {named(jobs.avoided)}", console)
-    print_standing(sidecar.end(END_SECONDS), console)
+    script.stops.change(sidecar.give_up)
+    print_standing(sidecar.end(STOP_SECONDS if jobs.gave_up else END_SECONDS), console)
     left = mirror.finish()
     print_standing(left, console)
     return code or int(bool(left))
+
+
+def tell_stopped(study: Study, script: Script, reason: str) -> int:
+    """Prints that a study has stopped and how to resume it; returns the exit code."""
+    resume_by = f"python {script.name} --resume {shlex.quote(str(shown(study.place)))}"
+    if reason:
+        print(f"error: {reason}; fix the cause, then resume with: {resume_by}", file=sys.stderr)
+    else:
+        print(f"\nstopped; nothing is lost. To resume: {resume_by}", file=sys.stderr)
+    return 3
 
 
 def print_standing(line: str, console: Console) -> None:

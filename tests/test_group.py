@@ -39,14 +39,13 @@ STATISTICS = (3, 4, 2)  # images, channels, side: of the layer that is compared 
 
 def train(run: TrainingRun) -> dict:
     """Trains, and returns what workers must agree on, and the images that this one saw."""
-    seen, divide = [], run._parts
+    seen, step = [], run.train_step
 
-    def parts(batch: torch.Tensor) -> list:
-        divided = divide(batch)
-        seen.extend(index for index, _ in divided)
-        return divided
+    def watched(indices: torch.Tensor, crops: torch.Tensor | None) -> None:
+        seen.append(run.group.share(indices))
+        step(indices, crops)
 
-    run._parts = parts
+    run.train_step = watched
     reports = [run.epoch() for _ in range(EPOCHS)]
     sums = run.evaluate(run.inputs.val_x, run.inputs.val_y)
     return {

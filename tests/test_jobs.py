@@ -9,7 +9,7 @@ import random
 import pytest
 from ray import tune
 
-from search.asha import PRUNERS, Asha, expected_epochs, rung_epochs
+from search.asha import PRUNERS, Asha, least_epochs, rung_epochs
 from search.jobs import Jobs
 from search.journal import Journal, records, winner
 from search.suggest import SEARCHERS, make_sampler
@@ -138,7 +138,7 @@ def test_promote_spends_the_expected_epochs_and_leaves_nobody_waiting(tmp_path, 
     jobs = make_jobs(tmp_path / "reports.jsonl", trials=trials)
     work(jobs, workers)
     assert_sound(jobs, trials)
-    expected = expected_epochs(trials, RUNGS, ETA, EPOCHS)
+    expected = least_epochs(trials, RUNGS, ETA, EPOCHS)
     beyond_first = expected - trials * RUNGS[0]  # at most as much again, where all who went first were wrong
     assert expected <= epochs_spent(jobs) <= expected + beyond_first
 
@@ -279,6 +279,7 @@ def test_failed_trial_ends_with_its_error_and_cannot_win(tmp_path, status):
         (["worker"] * 3, "error"),  # more than max_failures
         (["memory", "memory"], "out_of_memory"),
         (["worker", "memory", "worker"], "error"),
+        (["gpu", "worker", "gpu"], "error"),
     ],
 )
 def test_trial_that_is_lost_too_often_counts_as_last_and_frees_its_slot(tmp_path, causes, status):
@@ -295,15 +296,56 @@ def test_trial_that_is_lost_too_often_counts_as_last_and_frees_its_slot(tmp_path
     assert "0002" in jobs.running  # n = 3 with the lost one: 0002, the best, goes on
 
 
-def test_lost_nodes_do_not_count_against_a_trial(tmp_path):
+@pytest.mark.parametrize("cause", ["node", "neighbour", "graph", "graph_memory"])
+def test_losses_that_are_no_trials_fault_do_not_count_against_it(tmp_path, cause):
     jobs = make_jobs(tmp_path / "reports.jsonl", pruner="none", max_failures=0)
     trial_id = jobs.next_job().trial_id
     jobs.report(trial_id, outcome_at(jobs, trial_id, 1))
     for _ in range(20):
-        jobs.lose(trial_id, "node", "its node has died")
+        jobs.lose(trial_id, cause, "it is gone")
         job = jobs.next_job()
         assert (job.trial_id, job.reported) == (trial_id, 1)
     assert jobs.trials[trial_id].status is None
+
+
+def test_a_lost_worker_names_its_gpu_in_the_journal(tmp_path):
+    jobs = make_jobs(tmp_path / "reports.jsonl")
+    jobs.lose(jobs.next_job().trial_id, "gpu", "an illegal address", gpu="GPU-1")
+    assert jobs.journal.read()[-1]["gpu"] == "GPU-1"
+
+
+def test_a_step_that_cannot_be_captured_makes_all_trials_eager_after_a_resume_too(tmp_path):
+    jobs = make_jobs(tmp_path / "reports.jsonl")
+    assert not jobs.next_job().eager
+    jobs.lose("0000", "graph", "…\nCaptureError: the step cannot be captured (it synchronises)")
+    said = "CaptureError: the step cannot be captured (it synchronises)"
+    assert list(jobs.notes) == [f"{said}; all trials train eagerly from now on"]
+    assert [jobs.next_job().eager for _ in range(2)] == [True, True]
+    again = make_jobs(tmp_path / "reports.jsonl")
+    again.replay(again.journal.read())
+    assert again.next_job().eager
+
+
+def test_workers_whose_captures_fail_at_once_are_said_once(tmp_path):
+    jobs = make_jobs(tmp_path / "reports.jsonl")
+    for trial_id in [jobs.next_job().trial_id, jobs.next_job().trial_id]:
+        jobs.lose(trial_id, "graph", "CaptureError: the step cannot be captured")
+    assert len(jobs.notes) == 1
+
+
+def test_a_capture_without_enough_memory_makes_that_trial_eager_alone(tmp_path):
+    jobs = make_jobs(tmp_path / "reports.jsonl")
+    jobs.next_job()
+    jobs.lose("0000", "graph_memory", "CaptureMemoryError: the step cannot be captured")
+    assert [jobs.next_job().eager for _ in range(2)] == [True, False]
+
+
+def test_what_a_trial_does_beside_epochs_is_known_and_not_in_the_journal(tmp_path):
+    jobs = make_jobs(tmp_path / "reports.jsonl")
+    before = [jobs.next_job().trial_id, len(jobs.journal.read())]
+    assert jobs.report("0000", {"phase": "testing"})
+    assert jobs.phases == {"0000": "testing"}
+    assert len(jobs.journal.read()) == before[1]
 
 
 def test_losses_are_counted_over_a_resume(tmp_path):

@@ -59,13 +59,13 @@ def test_trials_get_workers_that_ray_has_started_before():
 
 def test_workers_import_early_only_where_each_cpu_will_have_a_trial(monkeypatch):
     monkeypatch.setattr("search.connection.cpu_count", lambda: 4)
-    monkeypatch.setattr("search.connection.shutil.which", lambda name: None)
+    monkeypatch.setattr("search.connection.may_be_used", lambda: False)
     assert _on_all_cpus(StudyOptions("softmax", trials=8))
     assert _on_all_cpus(StudyOptions("softmax", trials=8, concurrency=4))
     assert not _on_all_cpus(StudyOptions("softmax", trials=3))
     assert not _on_all_cpus(StudyOptions("softmax", trials=8, concurrency=2))
     assert not _on_all_cpus(StudyOptions("softmax", trials=8, cpus_per_trial=2))
-    monkeypatch.setattr("search.connection.shutil.which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr("search.connection.may_be_used", lambda: True)
     assert not _on_all_cpus(StudyOptions("softmax", trials=8))
 
 

@@ -12,6 +12,7 @@ from tests.conftest import ROOT
 from trainables.config import TrainConfig
 from trainables.optimizers import make_optimizer
 
+LR = 0.01
 KINDS = {
     "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
     "adam": (torch.optim.Adam, {}),
@@ -26,7 +27,7 @@ def network() -> nn.Module:
 
 
 def config_of(kind: str) -> TrainConfig:
-    return TrainConfig("convnet", lr=0.01, optimizer=kind, weight_decay=0.1, **KINDS[kind][1])
+    return TrainConfig("convnet", lr=LR, optimizer=kind, weight_decay=0.1, **KINDS[kind][1])
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
@@ -40,8 +41,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None
 def test_steps_are_torchs(kind: str) -> None:
     ours, theirs = network(), network()
     torchs, options = KINDS[kind]
-    optimizer = make_optimizer(config_of(kind), ours.parameters())
-    reference = torchs(theirs.parameters(), lr=0.01, weight_decay=0.1, **options)
+    optimizer = make_optimizer(config_of(kind), ours.parameters(), LR)
+    reference = torchs(theirs.parameters(), lr=LR, weight_decay=0.1, **options)
     assert optimizer.turned == [p.dim() == 4 for p in ours.parameters()]
     for seed in range(3):
         train(ours, optimizer, seed)
@@ -58,10 +59,10 @@ def test_steps_are_torchs(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_goes_on_from_a_state(kind: str) -> None:
     model = network()
-    optimizer = make_optimizer(config_of(kind), model.parameters())
+    optimizer = make_optimizer(config_of(kind), model.parameters(), LR)
     train(model, optimizer, 0)
     again = copy.deepcopy(model)
-    resumed = make_optimizer(config_of(kind), again.parameters())
+    resumed = make_optimizer(config_of(kind), again.parameters(), LR)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     train(model, optimizer, 1)
     train(again, resumed, 1)
@@ -76,7 +77,7 @@ def test_steps_without_the_compiler() -> None:
         "from trainables.optimizers import make_optimizer\n"
         "p = torch.ones(2, requires_grad=True); p.sum().backward()\n"
         "for kind in ('sgd', 'adam', 'adamw'):\n"
-        "    o = make_optimizer(TrainConfig('softmax', lr=0.1, optimizer=kind), [p])\n"
+        "    o = make_optimizer(TrainConfig('softmax', lr=0.1, optimizer=kind), [p], 0.1)\n"
         "    o.step(); o.load_state_dict(o.state_dict())\n"
         "o.zero_grad()\n"
         "assert 'torch._dynamo' not in sys.modules\n"

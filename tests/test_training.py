@@ -1,5 +1,6 @@
 """One trial: it learns, it repeats, it resumes, and its report is the naive loop's."""
 
+import copy
 import math
 
 import numpy as np
@@ -279,6 +280,43 @@ def test_every_step_gets_the_lr_of_its_middle(start):
     falling = [0.05 * (1 + math.cos(math.pi * part)) for part in (0.1, 0.3, 0.5, 0.7, 0.9)]
     assert seen == pytest.approx([0.01, 0.03, 0.05, 0.07, 0.09, *falling])
     assert [report["lr"] for report in reports] == [seen[4], seen[9]]
+
+
+def test_a_checkpoint_is_read_on_the_cpu_whatever_the_device(start, tmp_path):
+    """The states of random generators have to be there; mapped to a GPU they cannot be set."""
+    run = start("twolayernn", optimizer="adam")
+    run.epoch()
+    run.save(tmp_path / "checkpoint.pt")
+    resumed = start("twolayernn", optimizer="adam")
+    resumed.device = torch.device("meta")  # stands for a GPU: nothing that is mapped there has values
+    resumed.load(tmp_path / "checkpoint.pt")
+    assert_same(resumed.state_dict(), run.state_dict())
+
+
+def test_a_gpus_checkpoint_continues_on_the_cpu(start):
+    run = start("mymodel", momentum=0.9)
+    run.epoch()
+    state = copy.deepcopy(run.state_dict() | {"cuda_rng": torch.zeros(16, dtype=torch.uint8)})
+    expected = without_times(run.epoch())
+    resumed = start("mymodel", momentum=0.9)
+    resumed.load_state_dict(state)
+    assert without_times(resumed.epoch()) == expected
+
+
+def test_what_follows_from_config_and_epoch_is_not_in_a_checkpoint(start):
+    run = start("twolayernn", optimizer="adam")
+    run.epoch()
+    assert set(run.state_dict()["optimizer"]) == {0, 1, 2, 3}  # the state of each parameter
+
+
+def test_a_checkpoint_of_the_first_edition_is_read(start):
+    run = start("twolayernn", optimizer="adam", schedule="cosine")
+    run.epoch()
+    state = run.state_dict()
+    state = copy.deepcopy(state | {"optimizer": run.optimizer.state_dict()})  # with its learning rate
+    resumed = start("twolayernn", optimizer="adam", schedule="cosine")
+    resumed.load_state_dict(state)
+    assert without_times(resumed.epoch()) == without_times(run.epoch())
 
 
 def test_another_trials_checkpoint_is_refused(start):

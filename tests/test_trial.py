@@ -1,12 +1,17 @@
 """One worker's work, without Ray: what step() reports, and what a kill between two steps costs."""
 
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 
 from trainables.config import TrainConfig
 from trainables.data import prepare
+from trainables.gpu import BrokenGpuError
+from trainables.graph import CaptureError, CaptureMemoryError
 from trainables.levers import choose
 from trainables.trial import Trial, TrialContext
 
@@ -22,15 +27,18 @@ def worker(data_dir, tmp_path):
         trial = Trial.__new__(Trial)
         trial.context = context
         values = TrainConfig("softmax", **({"epochs": 3, "lr": 0.01} | config)).to_dict()
-        trial.reset_config({"trial_id": trial_id, "config": values, "reported": reported, "final": final})
+        job = {"trial_id": trial_id, "config": values, "reported": reported, "final": final, "eager": False}
+        trial.reset_config(job)
         return trial
 
     return make
 
 
 def report_of(trial):
-    """Returns the next report without what differs from run to run."""
+    """Returns the next epoch's report without what differs from run to run."""
     report = json.loads(trial.step()["report"])
+    while "phase" in report:
+        report = json.loads(trial.step()["report"])
     return {
         name: report[name] for name in report if name not in ("epoch_seconds", "finished_at", "pid", "node")
     }
@@ -99,6 +107,14 @@ def test_damaged_checkpoint_means_a_new_beginning(worker, tmp_path, damage):
     assert [report_of(again) for _ in range(2)] == expected
 
 
+def test_a_missing_checkpoint_means_a_new_beginning(worker, tmp_path):
+    trial = worker()
+    expected = [report_of(trial) for _ in range(2)]
+    (tmp_path / "checkpoints" / "0000.pt").unlink()
+    again = worker(reported=2)
+    assert [report_of(again) for _ in range(2)] == expected
+
+
 def test_final_seed_ends_with_the_test_split(worker, tmp_path):
     trial = worker("final-1", final=True, epochs=2)
     assert "test_accuracy" not in report_of(trial)
@@ -106,6 +122,83 @@ def test_final_seed_ends_with_the_test_split(worker, tmp_path):
     predictions = pd.read_parquet(tmp_path / "best" / "predictions-final-1.parquet")
     assert len(predictions) == 359
     assert last["test_accuracy"] == pytest.approx((predictions.label == predictions.predicted).mean())
+
+
+def test_the_test_split_is_announced_before_it_is_opened(worker, tmp_path):
+    trial = worker("final-1", final=True, epochs=1)
+    assert json.loads(trial.step()["report"])["phase"] == "testing"
+    assert not list((tmp_path / "best").iterdir())
+    assert json.loads(trial.step()["report"])["status"] == "done"
+
+
+def on_gpu(trial, monkeypatch, usable):
+    """Lets a worker believe that it is on a GPU, which an error leaves usable or not."""
+    trial.context = dataclasses.replace(
+        trial.context, levers=dataclasses.replace(trial.context.levers, device="cuda"), gpu_bytes=2 * 10**9
+    )
+    monkeypatch.setattr("trainables.gpu.is_usable", lambda: usable)
+    monkeypatch.setattr("trainables.gpu.gpu_id", lambda: "GPU-1234")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1.5e9)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=8 * 10**9)
+    )
+
+
+def failing(error):
+    def job_run(*_):
+        raise error
+
+    return job_run
+
+
+def test_out_of_memory_is_one_line_with_what_to_set(worker, monkeypatch):
+    trial = worker(batch_size=512)
+    on_gpu(trial, monkeypatch, usable=True)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. If reserved but …")
+    monkeypatch.setattr("trainables.trial.JobRun", failing(error))
+    report = report_of(trial)
+    assert (report["status"], report["gpu"]) == ("out_of_memory", "GPU-1234")
+    assert report["error"] == (
+        "out of memory with batch_size 512, image_size 32: it held 1.5 GB of the 2.0 GB that a trial may "
+        "take of the GPU's 8.0 and asked for more (CUDA out of memory. Tried to allocate 1.00 GiB.); give a "
+        "larger --gpus-per-trial, or --fix smaller values"
+    )
+    assert trial.run is None
+
+
+def test_an_error_that_breaks_the_gpu_replaces_the_worker(worker, monkeypatch):
+    trial = worker()
+    on_gpu(trial, monkeypatch, usable=False)
+    monkeypatch.setattr("trainables.trial.JobRun", failing(RuntimeError("CUDA error: device-side assert")))
+    with pytest.raises(
+        BrokenGpuError, match=r"^GPU-1234 cannot be used .* \(CUDA error: device-side assert\)"
+    ):
+        trial.step()
+
+
+def test_an_error_that_leaves_the_gpu_usable_is_the_trials(worker, monkeypatch):
+    trial = worker()
+    on_gpu(trial, monkeypatch, usable=True)
+    monkeypatch.setattr("trainables.trial.JobRun", failing(RuntimeError("shapes do not match")))
+    assert report_of(trial)["status"] == "error"
+
+
+@pytest.mark.parametrize("kind", [CaptureError, CaptureMemoryError])
+def test_a_failed_capture_replaces_the_worker(worker, monkeypatch, kind):
+    trial = worker()
+    monkeypatch.setattr("trainables.trial.JobRun", failing(kind("no")))
+    with pytest.raises(kind):
+        trial.step()
+
+
+def test_a_job_whose_capture_failed_trains_eagerly(worker):
+    trial = worker()
+    levers = dataclasses.replace(trial.context.levers, cuda_graph=True)
+    trial.context = dataclasses.replace(trial.context, levers=levers)
+    trial.job["eager"] = True
+    report_of(trial)
+    assert trial.run.run.graph is None
+    assert not trial.run.run.levers.cuda_graph
 
 
 def test_divergence_is_a_result(worker):

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from trainables.decoding import SourceError
+from trainables.host import cpu_count
 from trainables.image_files import Progress, printable
 
 BUILT_IN = ("cifar10", "digits")
@@ -99,7 +100,7 @@ def prepare(
         if source in BUILT_IN:
             return prepare_built_in(source, data_dir, image_size, show)
         path = _existing(source)
-        return prepare_files(path, data_dir, image_size, show, processes or len(os.sched_getaffinity(0)))
+        return prepare_files(path, data_dir, image_size, show, processes or cpu_count())
     except SourceError as error:
         raise ValueError(f"--data={printable(source)} {printable(error)}") from error
     except (OSError, NotImplementedError) as error:  # the latter from a file system without locks

@@ -21,9 +21,8 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchTrainer, get_device
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from trainables.disk import is_full
 from trainables.group import Group
-from trainables.trial import JobRun, TrialContext, failure_report
+from trainables.trial import JobRun, TrialContext, failure_report, set_up_worker
 
 CONTROLLER_FAILURES = 3  # Ray's default is to try for ever
 
@@ -70,9 +69,9 @@ def drive(job: dict[str, Any], *, context: TrialContext, workers: int, resources
 def _train(settings: dict[str, Any]) -> None:
     """Is one worker of a group; every worker reports, and rank 0's reports reach Tune."""
     job, context = settings["job"], settings["context"]
-    torch.set_num_threads(context.threads)
     if context.levers.device == "cuda":
         torch.cuda.set_device(get_device())
+    set_up_worker(context)
     try:
         run = JobRun(job, context, Group.current())
         while True:
@@ -81,10 +80,11 @@ def _train(settings: dict[str, Any]) -> None:
             if "status" in report:
                 return
     except Exception as error:
-        if not _is_lost_partner(error) and not is_full(error):
+        if not _is_lost_partner(error):
+            report = failure_report(error, job, context)  # or it raises what is no trial's fault
             name = _failure_name(job["trial_id"])
             partial = context.file(name).with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(failure_report(error)))
+            partial.write_text(json.dumps(report))
             partial.replace(context.file(name))
             context.keep(name)
         raise

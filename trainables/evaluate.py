@@ -10,7 +10,6 @@ from typing import IO
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from trainables.data import load_split
 from trainables.training import TrainingRun
@@ -38,7 +37,7 @@ def evaluate_test(run: TrainingRun, folder: Path | None = None, tag: str = "") -
         test_accuracy, a fraction 0..1.
     """
     images, labels = load_split(run.data, "test")
-    probabilities = run.predict(torch.from_numpy(np.array(images)))
+    probabilities = run.predict(np.array(images))
     confidence, predicted = (values.numpy() for values in probabilities.max(1))
     if folder is not None:
         columns = {

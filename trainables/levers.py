@@ -7,13 +7,17 @@ resume. ``python -m benchmarks.epoch`` shows on any machine whether it was right
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from trainables import driver
 from trainables.config import PRECISIONS
+
+DEVICES = ("auto", "cpu", "cuda")
 
 # Activations of one micro-batch that still sit in a processor's caches while they are reused by the
 # backward pass (bytes; best for convnet with a trial on each core, NOTES.md).
@@ -29,6 +33,7 @@ class Levers:
     precision: str  # fp32 or bf16: the dtype of autocast and of cached inputs
     channels_last: bool  # memory format of convolutional networks
     micro_batch_bytes: int | None  # split a batch so that activations stay in cache; None: never
+    cuda_graph: bool = False  # replay full batches' steps (trainables/graph.py); older studies did not
 
     @property
     def dtype(self) -> torch.dtype:
@@ -50,16 +55,13 @@ def choose(device: str = "auto", precision: str = "auto") -> Levers:
             suffer (NOTES.md). Elsewhere bf16 is emulated, up to 300 times slower.
 
     Raises:
-        ValueError: Unknown names, or cuda without a CUDA device.
+        ValueError: Unknown names, cuda without a CUDA device, or a GPU that torch cannot use.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"--precision={precision} is unknown; choose from: {', '.join(PRECISIONS)}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"--device={device} is unknown; choose from: auto, cpu, cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device=cuda, but torch sees no CUDA device here; give --device cpu")
+    if device not in DEVICES:
+        raise ValueError(f"--device={device} is unknown; choose from: {', '.join(DEVICES)}")
+    device = _available(device)
     if precision == "auto":
         precision = "bf16" if _gains_by_bf16(device) else "fp32"
     on_cpu = device == "cpu"
@@ -68,7 +70,54 @@ def choose(device: str = "auto", precision: str = "auto") -> Levers:
         precision=precision,
         channels_last=True,
         micro_batch_bytes=MICRO_BATCH_BYTES if on_cpu else None,
+        cuda_graph=not on_cpu,
     )
+
+
+def _available(device: str) -> str:
+    """Returns cpu or cuda; a GPU that is there and cannot be used is no reason to train on CPUs unasked."""
+    if device == "cpu" or torch.cuda.is_available():
+        return "cpu" if device == "cpu" else "cuda"
+    why = why_unusable()
+    if device == "cuda":
+        why = why or "torch sees no CUDA device here"
+        raise ValueError(f"--device=cuda, but {why}; give --device cpu")
+    if why and not driver.hidden_by_environment():
+        raise ValueError(f"{why}; install a torch and a driver that fit, or give --device cpu")
+    return "cpu"
+
+
+def why_unusable() -> str | None:
+    """Return why torch can use no GPU though there are some; None where there are none.
+
+    Call it where ``torch.cuda.is_available()`` is false.
+    """
+    if driver.hidden_by_environment():
+        return f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r} hides every GPU"
+    gpus, version = driver.driver_gpus()
+    if not gpus:
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and not any(
+        driver.is_listed(entry.strip(), list(gpus)) for entry in visible.split(",")
+    ):
+        return f"CUDA_VISIBLE_DEVICES={visible} names none of this host's GPUs ({', '.join(gpus)})"
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    try:
+        torch.cuda.init()
+        reason = "no reason given"
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+    return (
+        f"the driver ({version}) lists {len(gpus)} × {next(iter(gpus.values()))}, but torch "
+        f"{torch.__version__}, {built}, cannot use them ({reason})"
+    )
+
+
+def use_exact_fp32() -> None:
+    """Switches TF32 off, which torch (2.15) uses for convolutions on GPUs: fp32 is to mean fp32."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def _gains_by_bf16(device: str) -> bool:

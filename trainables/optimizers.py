@@ -12,11 +12,20 @@ from torch import Tensor
 from trainables.config import TrainConfig
 
 
-def make_optimizer(config: TrainConfig, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-    """Builds the optimizer, fused (14 % of a step of twolayernn); the caller sets the lr of every step."""
-    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+def make_optimizer(
+    config: TrainConfig, parameters: Iterable[Tensor], lr: float | Tensor
+) -> torch.optim.Optimizer:
+    """Builds the optimizer, fused (14 % of a step of twolayernn); the caller sets the lr of every step.
+
+    Args:
+        config: Names the optimizer and its values.
+        parameters: What is trained.
+        lr: A number; or a scalar on the GPU, and its steps may be captured as a CUDA graph.
+    """
+    options: dict[str, Any] = {"lr": lr, "weight_decay": config.weight_decay, "fused": True}
     if config.optimizer == "sgd":
         return Sgd(parameters, momentum=config.momentum, nesterov=config.nesterov, **options)
+    options["capturable"] = isinstance(lr, Tensor)  # SGD always is, once it has its momentum
     return {"adam": Adam, "adamw": AdamW}[config.optimizer](parameters, **options)
 
 

@@ -82,16 +82,15 @@ def augment(images: Tensor, crops: Tensor) -> Tensor:
 
     Args:
         images: uint8 ``(N, 3, H, W)``.
-        crops: Of ``draw_crops``, ``(N, 3)``.
+        crops: Of ``draw_crops``, ``(N, 3)``, on the images' device.
 
     Returns:
         uint8 ``(N, 3, H, W)`` in channels_last memory.
     """
     count, _, height, width = images.shape
-    rows = crops[:, :1] + torch.arange(height)
-    columns = torch.arange(width).expand(count, width)
+    rows = crops[:, :1] + torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device).expand(count, width)
     columns = crops[:, 1:2] + torch.where(crops[:, 2:] == 1, columns.flip(1), columns)
-    rows, columns = rows.to(images.device), columns.to(images.device)
     padded = F.pad(images, 4 * (_padding(height),))
     image = torch.arange(count, device=images.device).view(-1, 1, 1)
     # Index tensors around a slice put the slice last: (N, H, W, 3), which is channels_last.

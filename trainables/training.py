@@ -14,21 +14,24 @@ import os
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainables.command_line import Parser
 from trainables.config import FIELD_TYPES, TrainConfig, check_integer
 from trainables.data import DATA_DIR, ImageData, prepare
 from trainables.features import build_model
+from trainables.graph import StepGraph
 from trainables.group import Group
-from trainables.inputs import load_inputs
-from trainables.levers import Levers, choose, has_convolution, micro_batch
+from trainables.host import cpu_count
+from trainables.inputs import Inputs, cached_features, load_inputs
+from trainables.levers import Levers, choose, has_convolution, micro_batch, use_exact_fp32
 from trainables.optimizers import make_optimizer
 from trainables.pipeline import Pipeline, augment, draw_crops
 
@@ -52,6 +55,7 @@ class TrainingRun:
         data_dir: Where prepared inputs are cached.
         leaves_chance_by: Epoch from which an accuracy at chance means that it diverged; None: never.
         group: This worker's place where several train the trial; reports are then of all together.
+        inputs: What to train and validate on; None: all of the data, as the config wants it.
 
     Raises:
         ValueError: The architecture cannot be built from the config.
@@ -65,11 +69,14 @@ class TrainingRun:
         data_dir: Path,
         leaves_chance_by: int | None = None,
         group: Group = ALONE,
+        inputs: Inputs | None = None,
     ) -> None:
         self.config, self.data, self.levers, self.group = config, data, levers, group
+        self.data_dir = Path(data_dir)
         self.device = torch.device(levers.device)
         self.leaves_chance_by = leaves_chance_by
-        self.inputs = load_inputs(config, data, levers, data_dir)
+        use_exact_fp32()
+        self.inputs = inputs or load_inputs(config, data, levers, data_dir)
         self.pipeline = Pipeline.of(config, data, levers)
         self.model = build_model(config, data).to(self.device)
         group.synchronise_batchnorm(self.model)
@@ -78,10 +85,16 @@ class TrainingRun:
         if levers.channels_last and has_convolution(self.model):
             self.model.to(memory_format=torch.channels_last)
         self.trained = [p for p in self.network.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(config, self.trained)
+        on_device = self.device.type == "cuda" or levers.cuda_graph  # a tensor, which a captured step reads
+        self.lr = torch.tensor(config.lr, device=self.device) if on_device else config.lr
+        self.optimizer = make_optimizer(config, self.trained, self.lr)
         self.generator = torch.Generator().manual_seed(config.seed)  # order and augmentation
         torch.manual_seed(config.seed)  # dropout draws from the device's own generator
         self.reports: list[dict[str, Any]] = []  # of all epochs so far
+        self.loss_sum = torch.zeros((), device=self.device)  # of an epoch's steps
+        self.correct = torch.zeros((), device=self.device, dtype=torch.int64)
+        self.last_lr = config.lr
+        self.graph: StepGraph | None = None  # once there are steps to replay
         self.network.train()
         sample = self.to_network(self.inputs.train_x[:1])
         self.micro_batch = micro_batch(levers, self.network, sample, config.batch_size)
@@ -113,7 +126,7 @@ class TrainingRun:
             "train_accuracy": train_accuracy,
             "val_loss": val_loss,
             "val_accuracy": val_accuracy,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.last_lr,
             "epoch_seconds": time.perf_counter() - began,
             "finished_at": time.time(),
         }
@@ -128,47 +141,88 @@ class TrainingRun:
         Returns:
             Summed loss and number of correct predictions, on the device: no step waits for either.
         """
-        config, inputs, group = self.config, self.inputs, self.group
+        config, group, count = self.config, self.group, len(self.inputs.train_y)
         self.network.train()
         if group.size > 1:  # dropout: another mask on each worker, the same after a restart
             seed = np.random.SeedSequence((config.seed, self.epochs_done, group.rank))
             torch.manual_seed(int(seed.generate_state(1)[0]))
-        loss_sum = torch.zeros((), device=self.device)
-        correct = torch.zeros((), device=self.device, dtype=torch.int64)
-        order = torch.randperm(len(inputs.train_y), generator=self.generator).to(self.device)
-        batches = split_batches(order, config.batch_size)
-        for step, batch in enumerate(batches):
-            for lr_group in self.optimizer.param_groups:
-                lr_group["lr"] = lr_at(config, self.epochs_done + (step + 0.5) / len(batches))
-            parts = self._parts(batch)
-            for k, (index, crops) in enumerate(parts, start=1):
-                x, y = gather(inputs.train_x, index), inputs.train_y[index]
-                if crops is not None:
-                    x = augment(x, crops)
-                with group.accumulating(self.parallel, last=k == len(parts)):
-                    with self.autocast():
-                        logits = self.parallel(self.to_network(x)).float()
-                    loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=config.label_smoothing)
-                    # parts add up to the mean over the batch; workers are averaged
-                    (loss * (group.size / len(batch))).backward()
-                loss_sum += loss.detach()
-                correct += (logits.detach().argmax(1) == y).sum()
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        return self.group.total(loss_sum, correct)
+        self.loss_sum.zero_()
+        self.correct.zero_()
+        sizes = batch_sizes(count, config.batch_size)
+        order = torch.randperm(count, generator=self.generator).to(self.device)
+        crops = self._draw_crops(sizes)
+        lrs = [lr_at(config, self.epochs_done + (step + 0.5) / len(sizes)) for step in range(len(sizes))]
+        graph = self._graph_of_epoch(sizes)
+        if graph:
+            graph.begin_epoch(order, crops, lrs)
+        crop_batches = [None] * len(sizes) if crops is None else crops.split(sizes)
+        for size, indices, batch_crops, lr in zip(sizes, order.split(sizes), crop_batches, lrs, strict=True):
+            if graph and size == config.batch_size:
+                graph.step(self.train_step)
+            else:
+                self._set_lr(lr)
+                self.train_step(indices, batch_crops)
+        self.last_lr = lrs[-1]
+        return group.total(self.loss_sum.clone(), self.correct.clone())
 
-    def _parts(self, batch: Tensor) -> list[tuple[Tensor, Tensor | None]]:
-        """Splits this worker's share of a batch into what it pushes through at once.
+    def train_step(self, indices: Tensor, crops: Tensor | None) -> None:
+        """Takes one optimizer step; its loss and correct predictions are added to those of the epoch.
 
-        Augmentation is drawn for the whole batch, so that neither workers nor parts change it.
+        Args:
+            indices: The batch, of the training images ``(N,)``.
+            crops: How each is augmented ``(N, 3)``; None: it is not.
         """
-        size = len(batch) if self.micro_batch == self.config.batch_size else self.micro_batch
-        indices = self.group.share(batch).split(size)
+        inputs, group, size = self.inputs, self.group, len(indices)
+        indices = group.share(indices)
+        parts = indices.split(size if self.micro_batch == self.config.batch_size else self.micro_batch)
+        crop_parts = [None] * len(parts) if crops is None else group.share(crops).split(max(1, len(parts[0])))
+        for k, (part, part_crops) in enumerate(zip(parts, crop_parts, strict=True), start=1):
+            x, y = gather(inputs.train_x, part), inputs.train_y[part]
+            if part_crops is not None:
+                x = augment(x, part_crops)
+            with group.accumulating(self.parallel, last=k == len(parts)):
+                with self.autocast():
+                    logits = self.parallel(self.to_network(x)).float()
+                loss = F.cross_entropy(
+                    logits, y, reduction="sum", label_smoothing=self.config.label_smoothing
+                )
+                # parts add up to the mean over the batch; workers are averaged
+                (loss * (group.size / size)).backward()
+            self.loss_sum += loss.detach()
+            self.correct += (logits.detach().argmax(1) == y).sum()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _draw_crops(self, sizes: list[int]) -> Tensor | None:
+        """Draws how an epoch's images are augmented ``(N, 3)``, batch by batch; None: they are not.
+
+        Augmentation is drawn for whole batches, so that neither workers nor parts change it, on the CPU, so
+        that no device does, and copied once.
+        """
         if self.config.augment == "none":
-            return [(index, None) for index in indices]
+            return None
         side, flip = self.data.image_shape[1], self.config.augment == "crop_flip"
-        crops = self.group.share(draw_crops(len(batch), side, self.generator, flip=flip))
-        return list(zip(indices, crops.split(size), strict=True))
+        crops = [draw_crops(size, side, self.generator, flip=flip) for size in sizes]
+        return torch.cat(crops).to(self.device)
+
+    def _graph_of_epoch(self, sizes: list[int]) -> StepGraph | None:
+        """Returns what replays the full batches; None where steps run eagerly."""
+        full = sizes.count(self.config.batch_size)
+        if not (self.levers.cuda_graph and self.group.size == 1 and full):
+            return None
+        if self.graph is None:
+            assert isinstance(self.lr, Tensor)
+            self.graph = StepGraph(
+                full, self.config.batch_size, self.lr, augmented=self.config.augment != "none"
+            )
+        return self.graph
+
+    def _set_lr(self, lr: float) -> None:
+        if isinstance(self.lr, Tensor):
+            self.lr.fill_(lr)
+            return
+        for lr_group in self.optimizer.param_groups:
+            lr_group["lr"] = lr
 
     @torch.inference_mode()
     def evaluate(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,13 +239,19 @@ class TrainingRun:
         return self.group.total(loss_sum, correct)
 
     @torch.inference_mode()
-    def predict(self, images: Tensor) -> Tensor:
-        """Returns class probabilities ``(N, classes)`` of uint8 images ``(N, 3, H, W)``, on the CPU."""
-        self.model.eval()
+    def predict(self, images: np.ndarray) -> Tensor:
+        """Returns class probabilities ``(N, classes)`` of test images, uint8 ``(N, 3, H, W)``, on the CPU."""
+        network: nn.Module = self.model
+        prepare: Callable[[Tensor], Tensor] = self.pipeline
+        x = torch.from_numpy(images)
+        if self.inputs.kind == "features" and self.config.weights != "none":  # else each seed has its own
+            x = cached_features(self.config, self.data, self.levers, self.data_dir, images)
+            network, prepare = self.network, _as_is
+        network.eval()
         probabilities = []
-        for part in self._eval_batches(images):
+        for part in self._eval_batches(x):
             with self.autocast():
-                logits = self.model(self.pipeline(part.to(self.device)))
+                logits = network(prepare(part.to(self.device)))
             probabilities.append(logits.float().softmax(1).cpu())
         return torch.cat(probabilities)
 
@@ -211,7 +271,7 @@ class TrainingRun:
             "split_sha256": self.inputs.split_sha256,
             "reports": self.reports,
             "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],  # its values follow from the config
             "generator": self.generator.get_state(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
@@ -228,12 +288,18 @@ class TrainingRun:
         if state["split_sha256"] != self.inputs.split_sha256:
             raise ValueError("the checkpoint was trained on another training/validation split")
         self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        saved = state["optimizer"]
+        own = self.optimizer.state_dict()
+        # before 2026-11-28 checkpoints had param_groups, too
+        self.optimizer.load_state_dict(own | {"state": saved["state"] if "param_groups" in saved else saved})
+        for lr_group in self.optimizer.param_groups:  # torch has copied the tensor
+            lr_group["lr"] = self.lr
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"])
         self.reports = list(state["reports"])
+        self.graph = None  # it would write to the optimizer state of before
 
     def save(self, file: Path) -> None:
         """Writes a checkpoint whole, then renames it: a kill leaves the old one or the new one."""
@@ -259,7 +325,8 @@ class TrainingRun:
             raise DamagedCheckpointError(f"{file} cannot be read: {error}") from error
         if damaged:
             raise DamagedCheckpointError(f"{file}: the sum of {damaged} is wrong")
-        self.load_state_dict(torch.load(file, map_location=self.device, weights_only=True))
+        # on the CPU, where the states of all generators have to be
+        self.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
 
     def _eval_batches(self, x: Tensor, of: Tensor | None = None) -> tuple[Tensor, ...]:
         """Splits ``of`` (default x) into batches as large as x allows."""
@@ -280,19 +347,23 @@ class TrainingRun:
         return accuracy <= limit < (1 + chance) / 2  # too few images say nothing
 
 
+def _as_is(x: Tensor) -> Tensor:
+    return x
+
+
 def _means(loss_sum: Tensor, correct: Tensor, count: int) -> tuple[float, float]:
     return loss_sum.item() / count, correct.item() / count
 
 
-def split_batches(order: Tensor, batch_size: int) -> list[Tensor]:
-    """Splits indices ``(N,)`` into batches; a last one of one image joins the one before.
+def batch_sizes(count: int, batch_size: int) -> list[int]:
+    """Returns the sizes of an epoch's batches; a last one of one image joins the one before.
 
     BatchNorm in training refuses a single value per channel.
     """
-    batches = list(order.split(batch_size))
-    if len(batches) > 1 and len(batches[-1]) == 1:
-        batches[-2:] = [torch.cat(batches[-2:])]
-    return batches
+    full, rest = divmod(count, batch_size)
+    if rest == 1 and full:
+        return [batch_size] * (full - 1) + [batch_size + 1]
+    return [batch_size] * full + ([rest] if rest else [])
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
@@ -335,7 +406,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="cache folder (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the CPU (%(default)s)")
+    parser.add_argument("--threads", type=int, default=cpu_count(), help="of the CPU (%(default)s)")
     options = vars(parser.parse_args(arguments))
     where = {name: options.pop(name) for name in ("data", "data_dir", "device", "precision", "threads")}
     try:

@@ -7,6 +7,7 @@ old one, so a trial of ours may be several of Tune's (search/jobs.py says why).
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,10 +21,12 @@ import ray
 import torch
 from ray import tune
 
+from trainables import gpu
 from trainables.config import TrainConfig
 from trainables.data import ImageData
 from trainables.disk import is_full
 from trainables.evaluate import evaluate_test, result_files
+from trainables.graph import CaptureError
 from trainables.group import Group
 from trainables.levers import Levers
 from trainables.storage import Storage
@@ -41,6 +44,7 @@ class TrialContext:
     threads: int  # of the CPU, per trial
     leaves_chance_by: int | None
     storage: Storage | None = None  # None: study_dir is on a disk that all nodes see
+    gpu_bytes: int | None = None  # of a GPU that several trials share: what one may take; None: all
 
     def file(self, name: str) -> Path:
         """Returns where a file of the study lies on this node."""
@@ -77,24 +81,30 @@ def checkpoint_name(trial_id: str) -> str:
 
 
 class JobRun:
-    """A job at work: ``{"trial_id", "config", "reported", "final"}``.
+    """A job at work: ``{"trial_id", "config", "reported", "final", "eager"}``.
 
     ``reported`` is the number of epochs whose reports have reached the study already; ``final`` says
-    that the trial ends with the test split.
+    that the trial ends with the test split, ``eager`` that its steps are not to be captured.
     """
 
     def __init__(self, job: dict[str, Any], context: TrialContext, group: Group = ALONE) -> None:
         self.job, self.context, self.group = job, context, group
         self.reported: int = job["reported"]
+        self.announced = False  # that the test split comes next
         self.run, checkpoint = self._new_run(), context.fetch(checkpoint_name(job["trial_id"]))
         if checkpoint:
             try:
                 self.run.load(checkpoint)
             except DamagedCheckpointError:
                 self.run, self.reported = self._new_run(), 0  # the same seed gives the same epochs again
+        else:  # a copied study's is gone: no better than a damaged one
+            self.reported = 0
 
     def report(self) -> dict[str, Any]:
-        """Trains an epoch, unless one waits to be reported, and returns its report."""
+        """Trains an epoch, unless one waits to be reported, and returns its report.
+
+        Before the test split is evaluated, which may take minutes, comes ``{"phase": "testing"}``.
+        """
         run, trial_id, context = self.run, self.job["trial_id"], self.context
         # A kill after a checkpoint leaves reports to deliver, not epochs to repeat: one of a plain trial,
         # more of a group, whose reports wait for Train to collect them.
@@ -103,9 +113,13 @@ class JobRun:
             if self.group.rank == 0 and (self.job["final"] or not ends):  # nobody reads the others' last
                 run.save(context.file(checkpoint_name(trial_id)))
                 context.keep(checkpoint_name(trial_id))
-        report = run.reports[self.reported] | _whereabouts()
+        report = run.reports[self.reported] | whereabouts(context)
+        ends = self._ends(report)
+        if ends and self.job["final"] and not self.announced:
+            self.announced = True
+            return {"phase": "testing"} | whereabouts(context)
         self.reported += 1
-        if self._ends(report):
+        if ends:
             report["status"] = "diverged" if report["diverged"] else "done"
             if self.job["final"] and self.group.rank == 0:  # diverged, too: a mean without it would flatter
                 tag = f"-{trial_id}"
@@ -120,19 +134,68 @@ class JobRun:
 
     def _new_run(self) -> TrainingRun:
         context, config = self.context, TrainConfig.from_dict(self.job["config"])
+        levers = context.levers
+        if self.job["eager"]:
+            levers = dataclasses.replace(levers, cuda_graph=False)
         return TrainingRun(
-            config, context.data, context.levers, context.data_dir, context.leaves_chance_by, self.group
+            config, context.data, levers, context.data_dir, context.leaves_chance_by, self.group
         )
 
 
-def failure_report(error: Exception) -> dict[str, Any]:
-    """Returns the report of a trial that ends by an exception."""
-    status = "out_of_memory" if isinstance(error, torch.OutOfMemoryError) else "error"
-    return {"status": status, "error": "".join(traceback.format_exception(error))} | _whereabouts()
+def set_up_worker(context: TrialContext) -> None:
+    """Divides this process's node and GPU as planned."""
+    torch.set_num_threads(context.threads)  # Ray sets OMP_NUM_THREADS=1 for 0 to 1 CPUs (2.60)
+    if context.levers.device == "cuda":
+        gpu.gpu_id()
+        if context.gpu_bytes is not None:
+            gpu.limit_memory(context.gpu_bytes)
 
 
-def _whereabouts() -> dict[str, Any]:
-    return {"pid": os.getpid(), "node": socket.gethostname()}
+def failure_report(error: Exception, job: dict[str, Any], context: TrialContext) -> dict[str, Any]:
+    """Returns the report of a trial that ends by an exception.
+
+    Raises:
+        BrokenGpuError: The exception has left this process's GPU unusable. The trial is not at its end: it
+            continues with another worker.
+        CaptureError: Likewise, and eagerly.
+        OSError: The disk is full, which is no trial's fault.
+    """
+    if is_full(error) or isinstance(error, CaptureError):
+        raise error
+    if gpu.is_out_of_memory(error):
+        report = {"status": "out_of_memory", "error": _memory_line(error, job, context)}
+    elif context.levers.device == "cuda" and not gpu.is_usable():
+        reason = str(error).partition("\n")[0]
+        raise gpu.BrokenGpuError(
+            f"{gpu.gpu_id()} cannot be used any more by this process ({reason})"
+        ) from error
+    else:
+        report = {"status": "error", "error": "".join(traceback.format_exception(error))}
+    return report | whereabouts(context)
+
+
+def _memory_line(error: Exception, job: dict[str, Any], context: TrialContext) -> str:
+    """Returns what a trial needed, what there is, and what to set."""
+    sizes = {name: job["config"].get(name) for name in ("batch_size", "hidden", "kernel_size", "image_size")}
+    which = ", ".join(f"{name} {value}" for name, value in sizes.items() if value is not None)
+    reason = str(error).partition(" If reserved but")[0].partition("\n")[0]
+    if context.levers.device != "cuda":
+        remedy = "give fewer trials at once by --concurrency, or --fix smaller values"
+        return f"out of memory with {which} ({reason}); {remedy}"
+    total = torch.cuda.get_device_properties(0).total_memory
+    limit = total if context.gpu_bytes is None else context.gpu_bytes
+    held = torch.cuda.max_memory_allocated()
+    return (
+        f"out of memory with {which}: it held {held / 1e9:.1f} GB of the {limit / 1e9:.1f} GB that a trial "
+        f"may take of the GPU's {total / 1e9:.1f} and asked for more ({reason}); give a larger "
+        "--gpus-per-trial, or --fix smaller values"
+    )
+
+
+def whereabouts(context: TrialContext) -> dict[str, Any]:
+    """Returns the process, node and GPU that a report comes from."""
+    place = {"pid": os.getpid(), "node": socket.gethostname()}
+    return place | ({"gpu": gpu.gpu_id()} if context.levers.device == "cuda" else {})
 
 
 def _node_id() -> str | None:
@@ -147,24 +210,28 @@ class Trial(tune.Trainable):
         """Starts or resumes the job; Tune calls it once per worker."""
         assert context is not None
         self.context = context
-        torch.set_num_threads(context.threads)  # Ray sets OMP_NUM_THREADS=1 for 0 to 1 CPUs (2.60)
+        set_up_worker(context)
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Starts or resumes the next job on this worker."""
         self.job = new_config
         self.run: JobRun | None = None  # built in step(), where its failure is the trial's result
+        if self.context.levers.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         return True
 
     def step(self) -> dict[str, Any]:
         """Returns the report of one epoch; a failure of the trial is a report too."""
+        failed = False
         try:
             self.run = self.run or JobRun(self.job, self.context)
             report = self.run.report()
-        except Exception as error:  # One trial's bug must not end the study; it is recorded.
-            if is_full(error):
-                raise
-            report = failure_report(error)
+        except Exception as error:  # noqa: BLE001  one trial's bug must not end the study; it is recorded
+            report, failed = failure_report(error, self.job, self.context), True
+        if failed:
+            self.run = None
+            gpu.free_memory()
         # As text: Tune (2.60) keeps statistics of every number, 50 kB a trial. Without Tune's "done",
         # which would pass the study's scheduler by.
         return {"report": json.dumps(report), "node_id": _node_id()}

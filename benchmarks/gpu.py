@@ -1,0 +1,247 @@
+"""How much of a device does training use? Eager and captured steps, several trials at once, decoding.
+
+::
+
+    python -m benchmarks.gpu epoch --data cifar10-jpeg.tar.xz --weights resnet18-imagenet.pth
+    python -m benchmarks.gpu decode share --data cifar10-jpeg.tar.xz
+
+Each line is printed as soon as it is measured. benchmarks/gpu.sh calls it with bounds; on a processor it
+runs, too, where nothing is captured.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tarfile
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import multiprocessing
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import ARCHITECTURES
+from search.options import StudyOptions
+from search.preflight import example
+from search.spaces import SPACES, default_image_size
+from trainables.command_line import Parser, exit_code
+from trainables.config import TrainConfig, check_integer
+from trainables.data import DATA_DIR, ImageData, prepare
+from trainables.inputs import sample_inputs
+from trainables.levers import Levers, choose
+from trainables.training import TrainingRun
+
+MATRIX_SIDE = {"cpu": 1024, "cuda": 8192}
+PRODUCTS = 10  # matrix products of which the median counts
+EAGER_STEPS, STEPS = 40, 120  # of an epoch that is timed, where the data has so many
+REPEATS = 3  # epochs of which the median counts, after one untimed
+FLOP_IMAGES = 16  # FLOPs are counted on
+SHARED = ("softmax", "twolayernn", "convnet", "mymodel", "resnet_softmax", "resnet_twolayernn")
+AT_ONCE = (1, 2, 4)  # trials on one device
+WAIT_SECONDS = 120.0  # for another trial
+SHARE_SECONDS = 1.0  # that each number of trials at once trains a space
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed: a space's published best, or its step at another batch or image size."""
+
+    space: str
+    batch_size: int | None = None
+    image_size: int | None = None
+
+    def config(self, weights: str, device: str) -> TrainConfig:
+        """Returns the trial, with the augmentation of its space."""
+        weights = weights if ARCHITECTURES[self.space].cut else "none"
+        size = self.image_size or default_image_size(self.space, weights, device)
+        config = example(StudyOptions(self.space, weights=weights, image_size=size))
+        return replace(config, batch_size=self.batch_size or config.batch_size)
+
+
+CASES = [Case(space) for space in SPACES] + [
+    Case("convnet", 128),
+    *(Case("resnet_softmax_updatable", 128, size) for size in (32, 224)),  # 64 is its own
+]
+
+
+def timed_run(case: Case, data: ImageData, levers: Levers, data_dir: Path, weights: str) -> TrainingRun:
+    """Returns a run on a sample of inputs, which are kept nowhere; an epoch of it has some steps."""
+    config = case.config(weights, "cuda" if levers.device == "cuda" else "cpu")
+    steps = STEPS if levers.cuda_graph else EAGER_STEPS
+    inputs, _ = sample_inputs(config, data, levers, data_dir, steps * config.batch_size)
+    whole = len(inputs.train_y) // config.batch_size * config.batch_size or len(inputs.train_y)
+    inputs = replace(inputs, train_x=inputs.train_x[:whole], train_y=inputs.train_y[:whole])
+    return TrainingRun(config, data, levers, data_dir, inputs=inputs)
+
+
+def images_per_second(run: TrainingRun) -> float:
+    """Returns the speed of whole epochs without evaluation, the copies at their beginning included."""
+    seconds = []
+    for _ in range(REPEATS + 1):
+        began = time.perf_counter()
+        run.train_epoch()[0].item()  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    return len(run.inputs.train_y) / statistics.median(seconds[1:])
+
+
+def peak_flops(levers: Levers) -> float:
+    """Returns FLOP/s of a square matrix product in the number type of the levers."""
+    side = MATRIX_SIDE[torch.device(levers.device).type]
+    a, b = (torch.rand(side, side, device=levers.device).to(levers.dtype) for _ in range(2))
+    seconds = []
+    for _ in range(PRODUCTS + 1):
+        began = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    return 2 * side**3 / statistics.median(seconds[1:])
+
+
+def flops_per_image(run: TrainingRun) -> float:
+    """Returns FLOPs of a forward and backward pass, 2 a multiply-add, as torch counts them."""
+    count = min(FLOP_IMAGES, len(run.inputs.train_y))
+    x, y = run.to_network(run.inputs.train_x[:count]), run.inputs.train_y[:count]
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(run.network(x.float()), y).backward()
+    run.optimizer.zero_grad(set_to_none=True)
+    return float(counter.get_total_flops()) / count
+
+
+def epoch_lines(
+    data: ImageData, levers: Levers, data_dir: Path, weights: str, cases: list[Case]
+) -> Iterator[str]:
+    """Yields a line per case: images/s eager and captured, their ratio, and the share of the peak."""
+    peak = peak_flops(levers)
+    yield f"{torch.backends.cpu.get_cpu_capability() if levers.device == 'cpu' else _gpu()}"
+    yield (
+        f"{levers.device} {levers.precision}, torch {torch.__version__}, {data.name}; peak {peak / 1e12:.1f} "
+        f"TFLOP/s of a {MATRIX_SIDE[levers.device]}³ product; 2 FLOP a multiply-add; no evaluation"
+    )
+    heads = (("px", 4), ("batch", 6), ("MFLOP", 8), ("eager/s", 10), ("graph/s", 10), ("ratio", 7))
+    yield f"{'space':28}" + "".join(
+        f"{name:>{width}}" for name, width in (*heads, ("us/step", 9), ("of peak", 9))
+    )
+    for case in cases:
+        run = timed_run(case, data, replace(levers, cuda_graph=False), data_dir, weights)
+        config, flops = run.config, flops_per_image(run)
+        speeds = [images_per_second(run)]
+        if levers.cuda_graph:
+            del run
+            speeds.append(images_per_second(timed_run(case, data, levers, data_dir, weights)))
+        eager, best = speeds[0], speeds[-1]
+        captured = f"{best:10,.0f}{best / eager:7.2f}" if levers.cuda_graph else f"{'-':>10}{'-':>7}"
+        yield (
+            f"{case.space:28}{config.image_size:4}{config.batch_size:6}{flops / 1e6:8.1f}{eager:10,.0f}"
+            f"{captured}{1e6 * config.batch_size / best:9,.0f}{best * flops / peak:9.2%}"
+        )
+
+
+def _gpu() -> str:
+    properties = torch.cuda.get_device_properties(0)
+    return f"{properties.name}, {properties.total_memory / 1e9:.0f} GB"
+
+
+def share(
+    rank: int, barrier: Any, speeds: Any, data: ImageData, levers: Levers, data_dir: Path, weights: str
+) -> None:
+    """Is one of several trials on a device: trains each space alone, in twos and in fours."""
+    torch.set_num_threads(1)
+    for at, space in enumerate(SHARED):
+        run = timed_run(Case(space), data, levers, data_dir, weights)
+        for _ in range(2):  # the second epoch replays only
+            run.train_epoch()[0].item()
+        for k, count in enumerate(AT_ONCE):
+            barrier.wait()
+            if rank < count:
+                began, images = time.perf_counter(), 0
+                while (seconds := time.perf_counter() - began) < SHARE_SECONDS:
+                    run.train_epoch()[0].item()
+                    images += len(run.inputs.train_y)
+                speeds[(at * len(AT_ONCE) + k) * max(AT_ONCE) + rank] = images / seconds
+            barrier.wait()
+
+
+def share_lines(data: ImageData, levers: Levers, data_dir: Path, weights: str, graphs: bool) -> Iterator[str]:
+    """Yields a line per small space: images/s of 1, 2 and 4 trials at once on one device, all together."""
+    levers = replace(levers, cuda_graph=graphs and levers.cuda_graph)
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(max(AT_ONCE), timeout=WAIT_SECONDS)
+    speeds = context.Array("d", len(SHARED) * len(AT_ONCE) * max(AT_ONCE))
+    arguments = (barrier, speeds, data, levers, data_dir, weights)
+    workers = [context.Process(target=share, args=(rank, *arguments)) for rank in range(max(AT_ONCE))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if any(worker.exitcode for worker in workers):
+        raise ValueError("a trial failed; its error stands above")
+    yield f"images/s of several trials at once on one device, {'captured' if levers.cuda_graph else 'eager'}"
+    yield f"{'space':28}" + "".join(f"{count:>10}" for count in AT_ONCE) + f"{'gain':>8}"
+    for at, space in enumerate(SHARED):
+        sums = [
+            sum(speeds[(at * len(AT_ONCE) + k) * max(AT_ONCE) :][: max(AT_ONCE)]) for k in range(len(AT_ONCE))
+        ]
+        yield (
+            f"{space:28}"
+            + "".join(f"{speed:10,.0f}" for speed in sums)
+            + f"{sums[-1] / max(sums[0], 1):8.2f}"
+        )
+
+
+def decode_lines(source: str) -> Iterator[str]:
+    """Yields the seconds in which all images are decoded, from an archive and from a folder of it."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        sources = {"archive": source}
+        if Path(source).is_file():
+            with tarfile.open(source) as archive:
+                archive.extractall(folder / "images", filter="data")
+            sources["folder"] = str(folder / "images")
+        for name, path in sources.items():
+            began = time.perf_counter()
+            data = prepare(path, folder / name)
+            count = data.train_count + data.test_count
+            yield f"decode from the {name}: {count:,} images in {time.perf_counter() - began:.1f} s"
+
+
+def _lines(what: str, options: Namespace) -> Iterator[str]:
+    if what == "decode":
+        yield from decode_lines(options.data)
+        return
+    levers = choose(options.device, options.precision)
+    shared = (prepare(options.data, options.data_dir), levers, options.data_dir, options.weights)
+    if what == "epoch":
+        yield from epoch_lines(*shared, [case for case in CASES if case.space in (options.spaces or SPACES)])
+        return
+    for graphs in (True, False) if levers.cuda_graph else (False,):
+        yield from share_lines(*shared, graphs)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints what was asked for, line by line."""
+    parser = Parser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
+    parser.add_argument("what", nargs="+", choices=("decode", "epoch", "share"))
+    parser.add_argument("--data", default="cifar10", help="cifar10, digits, or a folder or archive of images")
+    parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="cache folder (%(default)s)")
+    parser.add_argument("--weights", default="none", help="of ResNet backbones: imagenet, none or a path")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU (%(default)s)")
+    parser.add_argument("--spaces", nargs="+", choices=list(SPACES), help="of epoch (default: all)")
+    options = parser.parse_args(arguments)
+    check_integer("--threads", options.threads, 1)
+    torch.set_num_threads(options.threads)
+    for what in options.what:
+        for line in _lines(what, options):
+            print(line, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -1,0 +1,146 @@
+"""benchmarks/gpu.sh keeps its bounds and skips what is there: with studies that are only played."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+
+import pytest
+
+from benchmarks import gpu
+from search.spaces import SPACES
+from tests.conftest import ROOT
+
+PLAYED = """
+import json, os, pathlib, signal, sys, time
+words = sys.argv[2:]
+def given(flag):
+    return words[words.index(flag) + 1] if flag in words else None
+study = pathlib.Path(given("--resume") or given("--extend") or given("--study-dir"))
+with open(os.environ["CALLS"], "a") as calls:
+    print(*words, file=calls)
+(study / "checkpoints").mkdir(parents=True, exist_ok=True)
+(study / "checkpoints" / "0000.pt").write_bytes(bytes(1000))
+space = study.name
+content = {"space": space, "command": "search/run.py", "options": {"epochs": 1}, "status": "running",
+           "trials": 1, "epochs_spent": 1, "seconds": 1, "commit": None, "best": None, "final": None}
+(study / "study.json").write_text(json.dumps(content))
+if space in os.environ.get("SLOW", "").split():
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        sys.exit(3)
+edge = "--extend" not in words
+(study / "lr_curve.csv").write_text("lr\\n")
+(study / "study.json").write_text(json.dumps(content | {"status": "done", "lr_study": {"at_edge": edge}}))
+print("test_accuracy 0.5")
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Runs the script with studies that are only played; returns its process, and the calls of studies."""
+    play, python = tmp_path / "play.py", tmp_path / "python"
+    play.write_text(PLAYED)
+    python.write_text(
+        f"#!/bin/sh\nreal={sys.executable}\n"
+        f'case "$1" in search/*) exec $real {play} "$@";; esac\nexec $real "$@"\n'
+    )
+    python.chmod(0o755)
+    calls = tmp_path / "calls"
+
+    def run(*parts, out="out", results="none", **variables):
+        calls.write_text("")
+        places = {"OUT": out, "RESULTS": results, "WORK": f"work-{out}"}
+        done = subprocess.run(
+            ["bash", "benchmarks/gpu.sh", *parts],
+            cwd=ROOT,
+            env=os.environ
+            | {name: str(tmp_path / place) for name, place in places.items()}
+            | {"PYTHON": str(python), "CALLS": str(calls), "DEVICE": "cpu", "STOP_SECONDS": "1", "LANES": "2"}
+            | {"DATA": "digits", "WEIGHTS": "none"}
+            | variables,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        return done, calls.read_text().splitlines()
+
+    return run
+
+
+def studies_in(archive):
+    with tarfile.open(archive) as tar:
+        return {
+            name: tar.extractfile(name).read() for name in tar.getnames() if name.endswith("study.json")
+        }, {name.rpartition("/")[2] for name in tar.getnames()}
+
+
+def test_rows_stop_at_their_bound_and_the_next_run_skips_what_is_there_and_resumes(script, tmp_path):
+    began = time.monotonic()
+    done, calls = script("rows", BOUND="5", ROWS="softmax convnet twolayernn", SLOW="convnet")
+    assert time.monotonic() - began < 15
+    assert done.returncode == 1, done.stderr
+    assert len(calls) == 3
+    studies, names = studies_in(tmp_path / "out" / "rows.tar.xz")
+    statuses = {name.split("/")[1]: json.loads(text)["status"] for name, text in studies.items()}
+    assert statuses == {"softmax": "done", "twolayernn": "done", "convnet": "running"}
+    assert "0000.pt" not in names
+    assert "rows: convnet ended with 3" in (tmp_path / "out" / "log.txt").read_text()
+    done, calls = script("rows", out="next", results="out", ROWS="softmax convnet twolayernn")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (call,) = calls
+    assert call.startswith("--resume ")
+    assert call.split()[1].endswith("/rows/convnet")
+    log = (tmp_path / "next" / "log.txt").read_text()
+    assert "rows: softmax is there" in log
+    assert "rows: convnet ended with 3" in log  # the earlier run's lines stay
+    files = list((tmp_path / "next").iterdir())
+    assert {file.name for file in files} == {"log.txt", "rows.txt", "rows.tar.xz"}
+    assert "| softmax |" in (tmp_path / "next" / "rows.txt").read_text()
+
+
+def test_a_best_lr_at_an_edge_is_extended_once_by_the_next_run(script, tmp_path):
+    spaces = {"ROWS": "resnet_finetune"}
+    _, calls = script("lr", **spaces)
+    assert "--lrs 3e-4 1e-3 3e-3 1e-2 3e-2 1e-1 3e-1" in calls[0]
+    assert "--from" not in calls[0]
+    _, calls = script("lr", out="second", results="out", **spaces)
+    assert [call.split()[0] for call in calls] == ["--extend"]
+    _, calls = script("lr", out="third", results="second", **spaces)
+    assert calls == []
+
+
+def test_a_learning_rate_study_starts_from_the_row_of_its_space(script):
+    _, calls = script("rows", "lr", ROWS="resnet_finetune")
+    assert "--from" in calls[1]
+
+
+def test_every_row_is_a_command_that_could_run(script):
+    """Each flag and value is parsed as search/run.py would."""
+    from search.options import StudyOptions
+    from search.run import parse
+
+    _, calls = script("rows", LANES="4")
+    assert len(calls) == len(SPACES)
+    for call in calls:
+        do, options = parse(call.split())
+        study = StudyOptions(space=do.space, **options)
+        assert study.epochs <= SPACES[do.space].epochs
+
+
+def test_an_unknown_part_is_refused(script):
+    done, _ = script("row")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no part row")
+
+
+def test_speed_and_share_of_the_peak_are_lines_as_they_are_measured(data_dir, capsys):
+    base = ["--data", "digits", "--data-dir", str(data_dir), "--device", "cpu", "--spaces", "softmax"]
+    assert gpu.main(["decode", "epoch", *base]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("decode from the archive: 1,797 images in ")
+    assert lines[-1].split()[:3] == ["softmax", "32", "512"]
+    assert lines[-1].endswith("%")
