@@ -33,7 +33,7 @@ def prepare_files(path: Path, data_dir: Path, image_size: int, show: Progress, p
         SourceError: It cannot be used.
         OSError: `data_dir` cannot be written.
     """
-    show("reading", 0, 0)
+    show("listing files", 0, 0)
     source, records = Source(path), data_dir / "sources"
     name = printable(path.absolute().name)
     signature = hashlib.sha256(f"{FORMAT_VERSION} {source.signature}".encode()).hexdigest()
