@@ -9,7 +9,7 @@ from search.asha import PRUNERS, rung_epochs
 from search.spaces import SMALLEST_SIZE, find_space, fixed_values
 from search.suggest import SEARCHERS, PointSampler, Sampler, make_sampler
 from trainables.config import TrainConfig, check_integer, check_name, check_number
-from trainables.data import DATA_DIR
+from trainables.data import DATA_DIR, expanded
 
 
 def flag(name: str) -> str:
@@ -62,6 +62,9 @@ class StudyOptions:
 
     def __post_init__(self) -> None:
         space = find_space(self.space)
+        for name in ("data", "data_dir", "weights"):
+            if (value := getattr(self, name)).startswith("~"):
+                object.__setattr__(self, name, str(expanded(flag(name), value)))
         if self.points:
             object.__setattr__(self, "trials", len(self.points))
         if self.trials is None:
