@@ -5,6 +5,7 @@
 - ``memory``: Ray ended the worker because its node ran out of memory. The trial gets one more try, which may
   find the node less crowded; then it has ended as out_of_memory.
 - ``disk``: there is no room for its checkpoint. No trial could go on, so the study stops, resumable.
+- ``store``: the object store did not take or give a file for minutes. The same.
 - ``worker``: the process died otherwise. The trial goes on, ``--max-failures`` times.
 
 The texts are those of Ray 2.60.
@@ -15,6 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainables.disk import says_full
+from trainables.storage import StoreError
 
 MEMORY = ("NODE_OUT_OF_MEMORY", "running low on memory")
 NODE = (
@@ -30,12 +32,14 @@ NODE = (
 
 
 def cause_of(error: Exception | None) -> str:
-    """Returns node, memory, disk or worker."""
+    """Return node, memory, disk, store or worker."""
     text = f"{type(error).__name__}: {error}"
     if any(sign in text for sign in MEMORY):
         return "memory"
     if says_full(text):
         return "disk"
+    if StoreError.__name__ in text:
+        return "store"
     gone: Any = getattr(error, "preempted", False)
     return "node" if gone or any(sign in text for sign in NODE) else "worker"
 

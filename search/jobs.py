@@ -124,14 +124,16 @@ class Jobs:
 
         Args:
             trial_id: The trial.
-            cause: node, memory, disk or worker (search/faults.py).
+            cause: node, memory, disk, store or worker (search/faults.py).
             error: What is known of it.
         """
-        if cause != "disk":
+        if cause == "disk":
+            self._stop_as_full(error.strip().rpartition("\n")[2])
+        elif cause == "store":
+            self.gave_up = error.strip().rpartition("StoreError: ")[2]
+        else:
             with self._stopping_where_full():
                 self.journal.append({"trial_id": trial_id, "lost": cause, "error": error})
-        else:
-            self._stop_as_full(error.strip().rpartition("\n")[2])
         if self.gave_up:
             self.running.discard(trial_id)
             return

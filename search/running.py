@@ -6,6 +6,7 @@ Started by search/launch.py; imports torch, which that one does not.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import signal
 import sys
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from search.study import Study
 from search.wandb_options import WandbOptions
 from search.wandb_sidecar import END_SECONDS, STOP_SECONDS, Sidecar
 from trainables.data import ImageData
+from trainables.storage import StoreError
 
 T = TypeVar("T")
 
@@ -139,31 +141,35 @@ def carry_out(study: Study, resources: Resources, script: Script, sidecar: Sidec
         highlight=False,
         soft_wrap=True,
     )
-    mirror = Mirror(study.folder, study.storage)
+    mirror = Mirror(study.folder, study.storage, functools.partial(print_standing, console=console))
     try:
         with mirror.running(), study.running(dataclasses.asdict(resources)):
             jobs = study.jobs()
             sidecar.start()
-            with Progress(jobs, options, resources.slots, console) as progress:
-                run_jobs(
-                    jobs,
-                    study.context(resources.threads),
-                    resources=resources,
-                    on_step=progress.update,
-                )
+            with Progress(jobs, options, resources.slots, console, mirror.trouble) as progress:
+
+                def on_step() -> None:
+                    if mirror.lost:
+                        jobs.gave_up = mirror.lost
+                        raise GaveUpError(mirror.lost)
+                    progress.update()
+
+                run_jobs(jobs, study.context(resources.threads), resources=resources, on_step=on_step)
             if jobs.gave_up:
                 raise GaveUpError(jobs.gave_up)
             with mirror.paused():
                 study.tidy(jobs)
-    except (KeyboardInterrupt, GaveUpError) as end:
+    except (KeyboardInterrupt, GaveUpError, StoreError) as end:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left takes a second or two
-        resume_by = f"python {script.name} --resume {shown(study.place)}"
-        if isinstance(end, GaveUpError):
+        left = mirror.finish(STOP_SECONDS)
+        place = study.folder if left and not mirror.lost else study.place  # what is whole
+        resume_by = f"python {script.name} --resume {shown(place)}"
+        if not isinstance(end, KeyboardInterrupt):
             print(f"error: {end}. Mend it, then: {resume_by}", file=sys.stderr)
         else:
             print(f"\nstopped; nothing is lost. To go on: {resume_by}", file=sys.stderr)
         print_standing(sidecar.end(STOP_SECONDS), console)
-        print_standing(mirror.finish(), console)
+        print_standing(left, console)
         return 3
     code = script.finish(study.folder, console)
     if jobs.avoided:

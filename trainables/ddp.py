@@ -23,6 +23,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from trainables.disk import is_full
 from trainables.group import Group
+from trainables.storage import StoreError
 from trainables.trial import JobRun, TrialContext, failure_report
 
 CONTROLLER_FAILURES = 3  # Ray's default is to try for ever
@@ -81,7 +82,7 @@ def _train(settings: dict[str, Any]) -> None:
             if "status" in report:
                 return
     except Exception as error:
-        if not _is_lost_partner(error) and not is_full(error):
+        if not (_is_lost_partner(error) or is_full(error) or isinstance(error, StoreError)):
             name = _failure_name(job["trial_id"])
             partial = context.file(name).with_suffix(f".{os.getpid()}")
             partial.write_text(json.dumps(failure_report(error)))

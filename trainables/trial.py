@@ -26,7 +26,7 @@ from trainables.disk import is_full
 from trainables.evaluate import evaluate_test, result_files
 from trainables.group import Group
 from trainables.levers import Levers
-from trainables.storage import Storage
+from trainables.storage import Storage, StoreError
 from trainables.training import ALONE, DamagedCheckpointError, TrainingRun
 
 
@@ -162,7 +162,7 @@ class Trial(tune.Trainable):
             self.run = self.run or JobRun(self.job, self.context)
             report = self.run.report()
         except Exception as error:  # One trial's bug must not end the study; it is recorded.
-            if is_full(error):
+            if is_full(error) or isinstance(error, StoreError):
                 raise
             report = failure_report(error)
         # As text: Tune (2.60) keeps statistics of every number, 50 kB a trial. Without Tune's "done",
