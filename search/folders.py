@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from search.lease import NAME as LEASE
 from search.options import RESUMABLE, StudyOptions, flag
 from search.study_file import lock_of, read_events, read_study
 from trainables.data import BUILT_IN, expanded
-from trainables.storage import Storage, is_url
+from trainables.storage import BRIEF_SECONDS, Storage, is_url, reason
 
 
 def place_of(options: StudyOptions, folder: Path | None, storage: str | None) -> tuple[StudyOptions, Path]:
@@ -86,9 +87,9 @@ def check_storage(url: str | None, name: str) -> None:
     """Raises ValueError where an object store cannot be written and read, or holds such a study."""
     if url is None:
         return
-    storage = Storage(f"{url.rstrip('/')}/{name}")
+    storage = Storage(f"{url.rstrip('/')}/{name}", patience=BRIEF_SECONDS)
     try:
-        if storage.names():
+        if set(storage.names()) - {LEASE}:
             raise ValueError(
                 f"{storage.url} holds another study; give another --study-dir name, or --resume it"
             )
@@ -97,9 +98,9 @@ def check_storage(url: str | None, name: str) -> None:
             storage.put(probe, "probe")
         storage.remove("probe")
     except OSError as error:
-        reason = str(error).partition("\n")[0]
+        why = reason(error.__cause__ or error)
         raise ValueError(
-            f"--storage={url} cannot be used ({reason}); check bucket, credentials and AWS_ENDPOINT_URL"
+            f"--storage={url} cannot be used ({why}); check bucket, credentials and AWS_ENDPOINT_URL"
         ) from error
 
 
