@@ -37,6 +37,8 @@ def run(command: Callable[[], int]) -> int:
 
 def folder(text: str) -> Path:
     """Returns the path that an argument names; a shell leaves the ~ of --out=~/reports as it is."""
+    if not text:
+        raise ValueError("no path")  # as of an unset variable; argparse names the flag
     return Path(os.path.expanduser(text))  # noqa: PTH111  Path's raises RuntimeError for an unknown user
 
 

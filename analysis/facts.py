@@ -54,7 +54,9 @@ def facts(study: Study) -> dict[str, Any]:
             if study.first_layer is not None and len(weights) < len(study.first_layer)
             else "."
         ),
-        "mistakes": _mistakes(study),
+        "mistakes": (mistakes := _mistakes(study)),
+        "mistakes_text": f"The {counted(len(mistakes), 'mistake')} that the winner's first seed made with "
+        "most confidence: true class, then what it said and how sure it was.",
         **_trials(study),
         "footer": f"Code {told['commit']}, {', '.join(f'{k} {v}' for k, v in told['versions'].items())}; "
         f"seed {told['seed']}, data {told['data_sha256'][:12]}, split {told['split_sha256'][:12]}. "

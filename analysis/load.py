@@ -173,7 +173,7 @@ def read_facts(folder: Path, place: str) -> dict[str, Any]:
             _check(raw, COLLECTED, "it")
             for name, described in raw.get("ranges", {}).items():
                 _check_range(name, described)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{place} holds no study: there is no study.json in it") from None
     except UNREADABLE as error:
         raise ValueError(

@@ -20,7 +20,7 @@ from matplotlib.axis import Axis
 from matplotlib.collections import LineCollection
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import Formatter, LogLocator, MaxNLocator
+from matplotlib.ticker import EngFormatter, Formatter, LogLocator, MaxNLocator
 
 from analysis import stats
 from analysis.load import Study
@@ -186,6 +186,8 @@ def best_so_far(study: Study) -> Figure:
         steps = table.best.ne(table.best.shift()) | (table.index == len(table) - 1)  # of a million rows, few
         axes.step(x[steps], table.best[steps], where="post", color=BLUE, label="best so far")
         axes.set(xlabel=label)
+        if x.max() >= 1e5:
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 3M, and no 1e6 beside the axis
     _whole(by_epochs.xaxis)
     by_epochs.set(ylabel="val_accuracy")
     _percent(by_epochs)

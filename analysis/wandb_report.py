@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 PROJECT = "tunefleet"  # W&B's, where neither --project nor WANDB_PROJECT names one
 MEDIA = (  # keys of the run of job_type "study": its figures, and images
     *("figures/winner_curves", "figures/all_curves", "figures/best_so_far", "figures/hyperparameters"),
-    *("figures/importance", "figures/confusion", "figures/class_accuracy", "figures/lr_curves"),
+    *("figures/importance", "figures/confusion", "figures/confused_pairs", "figures/class_accuracy"),
+    "figures/lr_curves",
     "misclassified",
 )
 MEASURE = "best_val_accuracy"  # in the summary of each trial's run

@@ -178,7 +178,7 @@ def change_value(rng: random.Random, file: Path) -> str:
 def make_database(rng: random.Random, folder: Path) -> str:
     """Returns the URL of a database in a random state."""
     file = folder / "optuna {x} %.db"
-    kind = rng.choice(["new", "new", "other", "garbage", "folder", "nowhere", "nonsense", "versions"])
+    kind = rng.choice(["new", "new", "new", "other", "garbage", "folder", "nowhere", "nonsense", "versions"])
     if kind in ("other", "versions"):
         with contextlib.closing(sqlite3.connect(file)) as database, database:
             database.execute("create table customers (name text)")
@@ -227,7 +227,7 @@ def make_command(
         more = rng.choice([[], ["--group", "a"], ["--project", "p", "--entity", "\udcff"]])
         return kind, wandb_report.main, [*given, *out, *more]
     if kind == "replay":
-        number = rng.choice(["-1", "0", "1", "2", "3", str(10**12), "x", ""])
+        number = rng.choice(["-1", "0", "1", "1", "2", "3", str(10**12), "x", ""])
         flag = rng.choice(["--eta", "--grace", "--seed", "--workers", "--orders", "--schedulers"])
         out = out or ["--out", str(folder / "replay")]
         return kind, replay.main, [*given, *out, "--orders", "2", "--workers", "2", flag, number]
@@ -269,7 +269,7 @@ def draw(number: int, seed: int) -> tuple[str, int | str, str]:
             study = folder / str(k) / rng.choice(NAMES)
             made = folder / str(k) / "made"
             make_study(rng, made)
-            done += [damage(rng, made) for _ in range(rng.choice([0, 0, 1, 1, 2]))]
+            done += [damage(rng, made) for _ in range(rng.choice([0, 0, 0, 1, 1, 2]))]
             made.rename(study)  # pandas writes to no path that is not UTF-8
             studies.append(str(study))
         kind, main, arguments = make_command(rng, folder, studies)

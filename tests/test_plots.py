@@ -382,6 +382,13 @@ def test_best_so_far_is_a_few_steps_of_many_reports(tmp_path):
     assert steps[-1] == stats.best_so_far(study.epochs).best.iloc[-1]
 
 
+def test_millions_of_epochs_are_read_at_their_ticks(study):
+    epochs = pd.concat([study.epochs] * 10_000, ignore_index=True)
+    axes = drawn(plots.best_so_far(replace(study, epochs=epochs))).axes[0]
+    assert axes.xaxis.get_offset_text().get_text() == ""
+    assert {label[-1] for place, label in labelled(axes.xaxis) if place} == {"k"}
+
+
 def test_val_accuracies_of_exactly_0_are_drawn(tmp_path):
     folder = write_study(tmp_path / "made")
     for file, read, write in (("epochs.parquet", pd.read_parquet, "to_parquet"),):
