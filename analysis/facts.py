@@ -190,7 +190,7 @@ def _mistakes(study: Study) -> list[tuple[str, str, str, str]]:
 
 
 def _png(image: np.ndarray) -> str:
-    """Returns uint8 ``(3, H, W)`` as a data address, reduced to what a page shows."""
+    """Return uint8 ``(3, H, W)`` as a data address, reduced to what a page shows."""
     buffer = io.BytesIO()
     picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
     picture.thumbnail((PIXELS, PIXELS))
@@ -203,7 +203,7 @@ def _is_number(column: pd.Series) -> bool:
 
 
 def plain(value: Any) -> str:
-    """Returns a value for people: a number rounded, nothing of what is missing."""
+    """Return a value for people: a number rounded, nothing of what is missing."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return str(printable(number(value)))

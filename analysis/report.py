@@ -102,7 +102,7 @@ def figures(study: Study) -> dict[str, Figure]:
 
 
 def write(studies: list[Study], out: Path) -> Path:
-    """Writes report.html and figures/ of one study, or of several compared; returns the page's path.
+    """Write report.html and figures/ of one study, or of several compared; return the page's path.
 
     Raises:
         OSError: They cannot be written.
@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    """Writes what was asked for; returns the exit code.
+    """Write what was asked for; return the exit code.
 
     Raises:
         ValueError: It cannot be done.

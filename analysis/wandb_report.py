@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from analysis.command_line import INSTALL, folder, run, writing
 from analysis.facts import cards, plain
 from analysis.load import Study, load
-from analysis.text import printable
+from analysis.text import printable, reason
 from trainables.command_line import Parser
 
 if TYPE_CHECKING:
@@ -164,10 +164,9 @@ def save(studies: list[Study], *, entity: str, project: str, groups: list[str]) 
         entity = entity or wandb.Api().default_entity or ""
         report = build(studies, entity=entity, project=project, groups=groups, linked=bool(entity))
         return str(report.save().url)
-    except (wandb.errors.Error, OSError) as error:
-        reason = " ".join(str(error).split())
+    except (wandb.errors.Error, OSError, ValueError) as error:  # of a base URL, pydantic's
         raise ValueError(
-            f"--save: W&B cannot be used ({reason}); log in by `wandb login` or WANDB_API_KEY, "
+            f"--save: W&B cannot be used ({reason(error)}); log in by `wandb login` or WANDB_API_KEY, "
             "or leave --save out"
         ) from None
 
@@ -186,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    """Uploads or writes the report; returns the exit code.
+    """Upload or write the report; return the exit code.
 
     Raises:
         ValueError: It cannot be done.

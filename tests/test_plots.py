@@ -154,7 +154,7 @@ def test_schedulers_are_told_apart_and_drawn_at_epochs_and_regret():
 
 
 def drawn(figure):
-    """Draws a figure, so that its ticks are there; a warning fails the test."""
+    """Draw a figure, so that its ticks are there; a warning fails the test."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figure.savefig(io.BytesIO(), format="svg")
@@ -162,7 +162,7 @@ def drawn(figure):
 
 
 def labelled(axis):
-    """Returns (value, label) of the ticks that are seen."""
+    """Return (value, label) of the ticks that are seen."""
     low, high = sorted(axis.get_view_interval())
     ticks = [(tick.get_loc(), tick.label1.get_text()) for tick in axis.get_major_ticks()]
     return [(place, label) for place, label in ticks if low <= place <= high and label]
