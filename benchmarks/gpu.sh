@@ -46,13 +46,13 @@ declare -A FLAGS=(
     [resnet_mymodel_updatable]="--trials 4 --epochs 15 --fix hidden=128 $TUNED"
     [mymodel]="--trials 4 --epochs 14 --fix hidden=64 kernel_size=3 optimizer=adam augment=crop_flip
         weight_decay=0 momentum=0 warmup_epochs=0.5"
-    [resnet_mymodel]="--trials 6 --epochs 18 --fix hidden=128"
-    [resnet_conv]="--trials 6 --epochs 15 --fix hidden=150 momentum=0.9 weight_decay=0.001"
+    [resnet_mymodel]="--trials 4 --epochs 18 --fix hidden=128 momentum=0.95 batch_size=128 weight_decay=0.0005"
+    [resnet_conv]="--trials 4 --epochs 15 --fix hidden=150 momentum=0.9 batch_size=128 weight_decay=0.001"
     [convnet]="--trials 6 --epochs 15 --fix hidden=50 kernel_size=7 augment=crop_flip weight_decay=0.001"
-    [resnet_twolayernn]="--trials 12 --epochs 27"
+    [resnet_twolayernn]="--trials 24 --epochs 27"
     [resnet_softmax]="--trials 9 --epochs 27"
     [twolayernn]="--trials 12 --epochs 27 --fix hidden=1000"
-    [softmax]="--trials 24 --epochs 27"
+    [softmax]="--trials 32 --epochs 27"
 )
 ORDER="resnet_softmax_updatable resnet_finetune resnet_twolayernn_updatable resnet_conv_updatable
     resnet_mymodel_updatable mymodel resnet_mymodel resnet_conv convnet resnet_twolayernn resnet_softmax
@@ -170,13 +170,14 @@ commit() { # of this code
 
 run_part() { # name
     local shared=(--data "$DATA" --data-dir "$WORK/cache" --device "$DEVICE" --weights "$WEIGHTS")
+    if [ -n "$SMALL" ]; then shared+=(--spaces softmax resnet_softmax); fi
     export GPU_TESTS_DEVICE=$DEVICE
     case $1 in
         tests) measured tests "$PYTHON" -m pytest tests/gpu -q -s --durations=15 -p no:cacheprovider ;;
         kill)
-            export GPU_TESTS_DATA=$DATA
+            export GPU_TESTS_DATA=$DATA GPU_TESTS_DATA_DIR=$WORK/cache
             measured kill "$PYTHON" -m pytest tests/gpu/test_studies.py -k killed -q -s -p no:cacheprovider ;;
-        epoch) measured epoch "$PYTHON" -m benchmarks.gpu decode epoch "${shared[@]}" ;;
+        epoch) measured epoch "$PYTHON" -m benchmarks.gpu decode epoch decode-folder "${shared[@]}" ;;
         share) measured share "$PYTHON" -m benchmarks.gpu share "${shared[@]}" ;;
         rows) studies rows ${ROWS:-$ORDER} ;;
         lr) studies lr ${ROWS:-$LR_ORDER} ;;

@@ -141,6 +141,6 @@ def test_speed_and_share_of_the_peak_are_lines_as_they_are_measured(data_dir, ca
     base = ["--data", "digits", "--data-dir", str(data_dir), "--device", "cpu", "--spaces", "softmax"]
     assert gpu.main(["decode", "epoch", *base]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("decode from the archive: 1,797 images in ")
+    assert lines[0].startswith("decode digits: 1,797 images in ")
     assert lines[-1].split()[:3] == ["softmax", "32", "512"]
     assert lines[-1].endswith("%")

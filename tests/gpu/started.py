@@ -28,7 +28,8 @@ KILLED = (
     "--final-seeds",
     "1",
 )
-FOUR = ("--space", "softmax", "--trials", "12", "--epochs", "9", "--final-seeds", "1")
+# small batches: while its trials last, the fourth worker starts, too
+FOUR = ("--space", "softmax", "--trials", "32", "--final-seeds", "1", "--fix", "batch_size=2")
 STUDIES = {
     "four": (*FOUR, "--gpus-per-trial", "0.25") if ON_GPU else FOUR,
     "undisturbed": KILLED,
