@@ -175,7 +175,9 @@ def share(
             barrier.wait()
 
 
-def share_lines(data: ImageData, levers: Levers, data_dir: Path, weights: str, graphs: bool) -> Iterator[str]:
+def share_lines(
+    data: ImageData, levers: Levers, data_dir: Path, weights: str, spaces: list[str]
+) -> Iterator[str]:
     """Yields a line per small space: images/s of 1, 2 and 4 trials at once on one device, all together."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(max(AT_ONCE), timeout=WAIT_SECONDS)

@@ -6,10 +6,10 @@
 #   share   images/s of 1, 2 and 4 trials at once on the GPU                               1
 #   rows    the table of all thirteen spaces: a search and three fresh seeds each          9
 #   lr      lr against accuracy, for the five spaces whose backbone is trained             5
-# Each part ends at its bound and leaves in $OUT what it has by then: log.txt, PART.txt, and of rows and lr the
-# studies without checkpoints in PART.tar.xz: eight files of 16 MiB at most, all parts together. What an earlier
-# run left in $RESULTS is skipped: finished studies; of the other parts, those that ended well. A study that the
-# bound stopped goes on; one whose best lr stood at the edge of its grid is extended.
+# Each part ends at its bound and leaves in $OUT what it has by then: log.txt, PART.txt, and of rows and lr
+# tables.txt and the studies, without checkpoints, in PART.tar.xz: eight files of 16 MiB at most. What an earlier
+# run left in $RESULTS is skipped: finished studies; of the other parts, those that ended well at this commit. A
+# study that the bound stopped goes on; one whose best lr stood at the edge of its grid is extended.
 #
 # On a bare machine without Ray and a network (Python 3.12, torch 2.11), everything travels in .gpu/:
 #   here:   bash ../shared/gpu/pack.sh; git describe --always --dirty --abbrev=12 > .gpu/commit
@@ -140,15 +140,19 @@ lr() { # space: its learning-rate study, or an extension of that
     keep lr
 }
 
+tables() { # of the studies that are finished
+    local study done=()
+    for study in "$WORK"/rows/*/; do if is_done "$study"; then done+=("$study"); fi; done
+    if [ ${#done[@]} -gt 0 ]; then "$PYTHON" -m analysis.results "${done[@]}"; fi
+    if compgen -G "$WORK/lr/*/lr_curve.csv" >/dev/null; then tail -n +1 "$WORK"/lr/*/lr_curve.csv; fi
+}
+
 studies() { # part, space…: some at once, the others as lanes get free
     local part=$1
     shift
     printf '%s\n' "$@" | xargs -P "$LANES" -I{} bash benchmarks/gpu.sh --one "$part" {}
-    case $part in
-        rows) "$PYTHON" -m analysis.results "$WORK"/rows/*/ >"$OUT/rows.txt" 2>&1 ;;
-        lr) tail -n +1 "$WORK"/lr/*/lr_curve.csv >"$OUT/lr.txt" 2>&1 ;;
-    esac
-    cat "$OUT/$part.txt"
+    tables >"$OUT/tables.txt" 2>&1
+    cat "$OUT/tables.txt"
     local space
     for space in "$@"; do is_done "$WORK/$part/$space" || return 1; done
 }
@@ -156,7 +160,10 @@ studies() { # part, space…: some at once, the others as lanes get free
 measured() { # part, command…: what it prints is PART.txt, which ends with "complete" where all went well
     local part=$1 code=0
     shift
-    if tail -n 1 "$OUT/$part.txt" 2>/dev/null | grep -q "^complete"; then say "$part: is there"; return; fi
+    if tail -n 1 "$OUT/$part.txt" 2>/dev/null | grep -qx "complete $(commit)"; then
+        say "$part: is there"
+        return
+    fi
     : >"$OUT/$part.txt"
     bounded "$(left)" "$@" > >(tee -a "$OUT/$part.txt") 2>&1 || code=$?
     sleep 0.2 # for tee
@@ -201,7 +208,7 @@ say "$* at commit $(commit), $(nvidia-smi --query-gpu=name,driver_version --form
 failed=0
 for part in "$@"; do
     export DEADLINE=$(($(date +%s) + ${BOUND:-${BOUNDS[$part]}})) began=$SECONDS
-    run_part "$part" || failed=1
-    say "$part: $([ $failed = 0 ] && echo "all well" || echo "not all is well") after $((SECONDS - began)) s"
+    if run_part "$part"; then well="all well"; else well="not all is well" failed=1; fi
+    say "$part: $well after $((SECONDS - began)) s"
 done
 exit $failed

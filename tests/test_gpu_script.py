@@ -98,8 +98,8 @@ def test_rows_stop_at_their_bound_and_the_next_run_skips_what_is_there_and_resum
     assert "rows: softmax is there" in log
     assert "rows: convnet ended with 3" in log  # the earlier run's lines stay
     files = list((tmp_path / "next").iterdir())
-    assert {file.name for file in files} == {"log.txt", "rows.txt", "rows.tar.xz"}
-    assert "| softmax |" in (tmp_path / "next" / "rows.txt").read_text()
+    assert {file.name for file in files} == {"log.txt", "tables.txt", "rows.tar.xz"}
+    assert "| softmax |" in (tmp_path / "next" / "tables.txt").read_text()
 
 
 def test_a_best_lr_at_an_edge_is_extended_once_by_the_next_run(script, tmp_path):
@@ -131,13 +131,27 @@ def test_every_row_is_a_command_that_could_run(script):
         assert study.epochs <= SPACES[do.space].epochs
 
 
+def test_a_measurement_is_taken_again_at_another_commit(script, tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "share.txt").write_text("complete 0123456789ab\n")
+    done, _ = script("share", results="old", BOUND="1")
+    assert "share: is there" not in done.stdout
+    assert done.returncode == 1  # it was stopped at its bound
+    commit = done.stdout.splitlines()[0].split(" at commit ")[1].partition(",")[0]
+    (tmp_path / "old" / "share.txt").write_text(f"complete {commit}\n")
+    done, _ = script("share", results="old", out="again")
+    assert "share: is there" in done.stdout
+
+
 def test_an_unknown_part_is_refused(script):
     done, _ = script("row")
     assert done.returncode == 2
     assert done.stderr.startswith("error: no part row")
 
 
-def test_speed_and_share_of_the_peak_are_lines_as_they_are_measured(data_dir, capsys):
+def test_speed_and_share_of_the_peak_are_lines_as_they_are_measured(data_dir, capsys, monkeypatch):
+    monkeypatch.setitem(gpu.STEPS, "small", (2, 2))
+    monkeypatch.setitem(gpu.MATRIX_SIDE, "cpu", 64)
     base = ["--data", "digits", "--data-dir", str(data_dir), "--device", "cpu", "--spaces", "softmax"]
     assert gpu.main(["decode", "epoch", *base]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 from tests.gpu import DEVICE, ON_GPU
 
 DATA = os.environ.get("GPU_TESTS_DATA", "digits")  # benchmarks/gpu.sh kill has real images
-SECONDS = 60 if ON_GPU else 400  # that a study may take; a rehearsal shares two cores
+SECONDS = 100 if ON_GPU else 400  # that a study may take; a rehearsal shares two cores
 KILLED_AFTER = 8  # reports
 KILLED = (
     "--space",
