@@ -6,16 +6,16 @@
 #   share   images/s of 1, 2 and 4 trials at once on the GPU                               1
 #   rows    the table of all thirteen spaces: a search and three fresh seeds each          9
 #   lr      lr against accuracy, for the five spaces whose backbone is trained             5
-# Each part ends at its bound and leaves in $OUT what it has by then: log.txt, PART.txt, and of rows and lr
-# tables.txt and the studies, without checkpoints, in PART.tar.xz: eight files of 16 MiB at most. What an earlier
-# run left in $RESULTS is skipped: finished studies; of the other parts, those that ended well at this commit. A
-# study that the bound stopped goes on; one whose best lr stood at the edge of its grid is extended.
+# Each part ends at its bound and leaves in $OUT what it has by then, eight files of 16 MiB at most: log.txt,
+# PART.txt, and of rows and lr tables.txt, studies.tar.xz (what the next run needs) and best.tar.xz (predictions).
+# What an earlier run left in $RESULTS is skipped: finished studies; of the other parts, those that ended well at
+# this commit. A study that the bound stopped goes on; one whose best lr stood at the edge of its grid is extended.
 #
 # On a bare machine without Ray and a network (Python 3.12, torch 2.11), everything travels in .gpu/:
 #   here:   bash ../shared/gpu/pack.sh; git describe --always --dirty --abbrev=12 > .gpu/commit
 #   there:  carry [".gpu"], command  bash benchmarks/gpu.sh tests epoch kill   (timeout_s 330)
 #           carry [".gpu"], command  bash benchmarks/gpu.sh rows               (timeout_s 600)
-#   between: mkdir -p .gpu/results; cp FILES_AT/* .gpu/results/                (what is there is skipped)
+#   between: mkdir -p .gpu/results; cp FILES_AT/*.txt FILES_AT/studies.tar.xz .gpu/results/
 # Without .gpu/unpack.sh it takes the Python and the images that it is given, by environment:
 #   OUT (benchmarks/results/gpu)  RESULTS (.gpu/results)  WORK (/tmp/tunefleet-gpu)  PYTHON (python3)
 #   DATA (/tmp/data/cifar10-jpeg.tar.xz)  WEIGHTS (/tmp/data/resnet18-imagenet.pth)  DEVICE (cuda)
@@ -75,25 +75,34 @@ bounded() { # seconds, command…: SIGINT at the bound, SIGKILL some seconds lat
     local seconds=$1
     shift
     # SIGINT is ignored in what a script starts in the background, and Python then keeps ignoring it
-    timeout --foreground --preserve-status --signal=INT --kill-after=$STOP_SECONDS "$seconds" env --default-signal=INT "$@"
+    timeout --foreground --preserve-status --signal=INT --kill-after=$STOP_SECONDS "$seconds" \
+        env --default-signal=INT "$@"
 }
 
-keep() { # part: its studies so far, without checkpoints, and their table
-    "$PYTHON" - "$1" <<'P'
-import json, os, pathlib, sys, tarfile
-part, out, work = sys.argv[1], pathlib.Path(os.environ["OUT"]), pathlib.Path(os.environ["WORK"])
+keep() { # all studies so far: what the next run needs in one archive, what people look at in another
+    "$PYTHON" - <<'P'
+import contextlib, json, os, pathlib, tarfile
+out, work = pathlib.Path(os.environ["OUT"]), pathlib.Path(os.environ["WORK"])
 commit = pathlib.Path(".gpu/commit")
-def lean(member):
-    dropped = {"checkpoints", "ray", "wandb", ".lock", "checkpoint.pt"} & set(member.name.split("/"))
-    return None if dropped or member.name.endswith((".tmp", "figures")) else member
-for file in (work / part).glob("*/study.json"):
+large = 10**6  # bytes: a first layer above is left out
+def wanted(file, best):
+    parts = file.relative_to(work).parts[2:]
+    if {"checkpoints", "ray", "wandb", ".lock", "checkpoint.pt"} & {*parts} or not file.is_file():
+        return False
+    return (parts[0] == "best") == best and (file.name != "first_layer.npy" or file.stat().st_size < large)
+for file in work.glob("*/*/study.json"):
     study = json.loads(file.read_text())
     if study.get("commit") is None and study["status"] == "done" and commit.exists():  # no git is there
         file.write_text(json.dumps(study | {"commit": commit.read_text().strip()}, indent=2) + "\n")
-partial = out / f"{part}.{os.getpid()}"
-with tarfile.open(partial, "w:xz", preset=3) as tar:
-    tar.add(work / part, part, filter=lean)
-partial.replace(out / f"{part}.tar.xz")
+for name in ("studies", "best"):
+    partial = out / f"{name}.{os.getpid()}"
+    with tarfile.open(partial, "w:xz", preset=1) as tar:
+        for part in ("rows", "lr"):
+            for file in sorted((work / part).rglob("*")):
+                if wanted(file, name == "best"):
+                    with contextlib.suppress(FileNotFoundError):  # of a study that runs in another lane
+                        tar.add(file, file.relative_to(work))
+    partial.replace(out / f"{name}.tar.xz")
 P
 }
 
@@ -115,7 +124,7 @@ rows() { # space: searches it, unless that is done
         --wandb off >"$WORK/$1.out" 2>&1 || code=$?
     sed "s/^/$1: /" "$WORK/$1.out" >>"$OUT/log.txt"
     say "rows: $1 ended with $code after $((SECONDS - began)) s: $(grep -h test_accuracy "$WORK/$1.out")"
-    keep rows
+    keep
 }
 
 lr() { # space: its learning-rate study, or an extension of that
@@ -136,8 +145,9 @@ lr() { # space: its learning-rate study, or an extension of that
     bounded $(($(left) - STOP_SECONDS)) "$PYTHON" search/lr_study.py "${begin[@]}" --data-dir "$WORK/cache" \
         --wandb off >"$WORK/$1.lr.out" 2>&1 || code=$?
     sed "s/^/$1: /" "$WORK/$1.lr.out" >>"$OUT/log.txt"
-    say "lr: $1 ended with $code after $((SECONDS - began)) s: $(grep -hE '^best lr|warning' "$WORK/$1.lr.out" | tr '\n' ' ')"
-    keep lr
+    say "lr: $1 ended with $code after $((SECONDS - began)) s:" \
+        "$(grep -hE '^best lr|warning' "$WORK/$1.lr.out" | tr '\n' ' ')"
+    keep
 }
 
 tables() { # of the studies that are finished
@@ -197,14 +207,13 @@ for part in "$@"; do
 done
 if [ $# = 0 ]; then sed -n '2,8p' "$0"; exit 2; fi
 mkdir -p "$OUT" "$WORK"/{rows,lr,cache}
-if [ -d "$RESULTS" ]; then cp -n "$RESULTS"/*.txt "$RESULTS"/*.tar.xz "$OUT" 2>/dev/null; fi
-for part in rows lr; do
-    if [ -f "$OUT/$part.tar.xz" ]; then
-        "$PYTHON" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="data")' \
-            "$OUT/$part.tar.xz" "$WORK"
-    fi
-done
-say "$* at commit $(commit), $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null || echo no GPU)"
+if [ -d "$RESULTS" ]; then cp -n "$RESULTS"/*.txt "$RESULTS"/studies.tar.xz "$OUT" 2>/dev/null; fi
+if [ -f "$OUT/studies.tar.xz" ]; then
+    "$PYTHON" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="data")' \
+        "$OUT/studies.tar.xz" "$WORK"
+fi
+gpu=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null || echo "no GPU")
+say "$* at commit $(commit), $gpu, $(nproc) CPUs"
 failed=0
 for part in "$@"; do
     export DEADLINE=$(($(date +%s) + ${BOUND:-${BOUNDS[$part]}})) began=$SECONDS

@@ -23,6 +23,9 @@ with open(os.environ["CALLS"], "a") as calls:
     print(*words, file=calls)
 (study / "checkpoints").mkdir(parents=True, exist_ok=True)
 (study / "checkpoints" / "0000.pt").write_bytes(bytes(1000))
+(study / "best").mkdir(exist_ok=True)
+for name, size in (("checkpoint.pt", 10), ("predictions.parquet", 10), ("first_layer.npy", 2 * 10**6)):
+    (study / "best" / name).write_bytes(bytes(size))
 space = study.name
 content = {"space": space, "command": "search/run.py", "options": {"epochs": 1}, "status": "running",
            "trials": 1, "epochs_spent": 1, "seconds": 1, "commit": None, "best": None, "final": None}
@@ -84,10 +87,11 @@ def test_rows_stop_at_their_bound_and_the_next_run_skips_what_is_there_and_resum
     assert time.monotonic() - began < 15
     assert done.returncode == 1, done.stderr
     assert len(calls) == 3
-    studies, names = studies_in(tmp_path / "out" / "rows.tar.xz")
+    studies, names = studies_in(tmp_path / "out" / "studies.tar.xz")
     statuses = {name.split("/")[1]: json.loads(text)["status"] for name, text in studies.items()}
     assert statuses == {"softmax": "done", "twolayernn": "done", "convnet": "running"}
-    assert "0000.pt" not in names
+    assert names == {"study.json", "lr_curve.csv"}
+    assert studies_in(tmp_path / "out" / "best.tar.xz")[1] == {"predictions.parquet"}
     assert "rows: convnet ended with 3" in (tmp_path / "out" / "log.txt").read_text()
     done, calls = script("rows", out="next", results="out", ROWS="softmax convnet twolayernn")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -98,7 +102,7 @@ def test_rows_stop_at_their_bound_and_the_next_run_skips_what_is_there_and_resum
     assert "rows: softmax is there" in log
     assert "rows: convnet ended with 3" in log  # the earlier run's lines stay
     files = list((tmp_path / "next").iterdir())
-    assert {file.name for file in files} == {"log.txt", "tables.txt", "rows.tar.xz"}
+    assert {file.name for file in files} == {"log.txt", "tables.txt", "studies.tar.xz", "best.tar.xz"}
     assert "| softmax |" in (tmp_path / "next" / "tables.txt").read_text()
 
 
