@@ -11,6 +11,7 @@ runs, too, where nothing is captured.
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import tarfile
@@ -28,7 +29,6 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import ARCHITECTURES
-from search.local_ray import cpu_count
 from search.options import StudyOptions
 from search.preflight import example
 from search.spaces import SPACES, default_image_size
@@ -223,7 +223,7 @@ def decode_lines(source: str, data_dir: Path, *, unpack: bool) -> Iterator[str]:
         seconds = time.perf_counter() - began
         yield (
             f"decode {'a folder' if unpack else source}: {data.train_count + data.test_count:,} images in "
-            f"{seconds:.1f} s, {cpu_count()} CPUs"
+            f"{seconds:.1f} s, {len(os.sched_getaffinity(0))} CPUs"
         )
 
 
