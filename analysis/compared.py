@@ -78,14 +78,13 @@ def write(table: pd.DataFrame, asked: dict[str, Any], out: Path) -> list[Path]:
     Args:
         table: Comparisons with the further columns family and workers.
         asked: What they were asked for; stands in the JSON, too.
-        out: The folder, made where there is none.
+        out: A folder.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context(plots.STYLE):
+    with mpl.rc_context(plots.style(list(table.family))):
         plots.schedulers(table).savefig(out / "replay.png", dpi=160, facecolor="white")
     rows = table.astype(object).where(table.notna(), None).to_dict("records")  # JSON has no NaN
     content = json.dumps(asked | {"reference": REFERENCE, "results": rows}, indent=1)
-    (out / "replay.json").write_text(content + "\n")
+    (out / "replay.json").write_text(content + "\n", encoding="utf-8")
     return [out / "replay.png", out / "replay.json"]
 
 

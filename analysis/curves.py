@@ -8,14 +8,19 @@ val_accuracy and is its last.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from analysis.load import Study, load
+from analysis.load import UNREADABLE, Study, check_table, load
+from analysis.text import printable, reason, shell
 
-COLUMNS = ("configuration", "seed", "epoch", "val_accuracy", "val_loss", "epoch_seconds")
+COLUMNS = {
+    **dict.fromkeys(("configuration", "seed", "epoch"), int),
+    **dict.fromkeys(("val_accuracy", "val_loss", "epoch_seconds"), float),
+}
 LOST = ("diverged", "error", "out_of_memory")  # statuses of trials that ended before their time
 HOW = "record one: python search/run.py --pruner none …, or python -m benchmarks.curves"
 
@@ -42,13 +47,11 @@ def read(place: str) -> Curves:
         return curves_of(study.name, table_of(study))
     file = Path(place)
     try:
-        table = pd.read_csv(file)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{place} cannot be read ({error})") from None
-    missing = [column for column in COLUMNS if column not in table]
-    if missing:
-        raise ValueError(f"{place} is no table of curves: there is no column {missing[0]}; {HOW}")
-    return curves_of(file.stem, table)
+        table = pd.read_csv(file, low_memory=False)
+        check_table(table, COLUMNS)
+    except UNREADABLE as error:
+        raise ValueError(f"{place} is no table of curves ({reason(error)}); {HOW}") from None
+    return curves_of(str(printable(file.stem)), table)
 
 
 def table_of(study: Study) -> pd.DataFrame:
@@ -66,8 +69,11 @@ def table_of(study: Study) -> pd.DataFrame:
             "record one that is not: --pruner none"
         )
     if study.facts["status"] != "done":
-        raise ValueError(f"{study.folder} is not done; go on with it: --resume {study.folder}")
+        resume = shell("python", "search/run.py", "--resume", study.folder)
+        raise ValueError(f"{study.folder} is not done; resume it: {resume}")
     trials = study.trials
+    if trials.empty or "seed" not in trials:
+        raise ValueError(f"{study.folder} has no trial; {HOW}")
     hyperparameters = list(trials.columns[list(trials.columns).index("node") + 1 :])
     again = trials.groupby(hyperparameters, dropna=False).cumcount()  # a choice may be drawn twice
     others = [trials[name] for name in hyperparameters if name != "seed"]
@@ -100,15 +106,10 @@ def curves_of(name: str, table: pd.DataFrame) -> Curves:
         raise ValueError(f"{name} has no curves; {HOW}")
     seeds, epochs = sorted(table.seed.unique()), int(table.epoch.max())
     configurations = sorted(table.configuration.unique())
-    shape = (len(seeds), len(configurations), epochs)
-    accuracy, loss, seconds = np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape, np.nan)
-    whole = pd.MultiIndex.from_product([configurations, seeds], names=["configuration", "seed"])
     found = dict(list(table.groupby(["configuration", "seed"])))
-    for configuration, seed in whole:
+    for configuration, seed in product(configurations, seeds):
         curve = found.get((configuration, seed), table.head(0)).sort_values("epoch")
-        seen = len(curve)
-        at = seeds.index(seed), configurations.index(configuration), slice(seen)
-        ends = curve.val_accuracy.isna().to_numpy()
+        seen, ends = len(curve), curve.val_accuracy.isna().to_numpy()
         if curve.epoch.tolist() != list(range(1, seen + 1)) or ends[:-1].any():
             raise ValueError(f"{name}: configuration {configuration}, seed {seed} lacks an epoch; {HOW}")
         if seen < epochs and not ends[-1:].any():
@@ -118,6 +119,11 @@ def curves_of(name: str, table: pd.DataFrame) -> Curves:
             )
         if not (curve.epoch_seconds >= 0).all():
             raise ValueError(f"{name}: configuration {configuration}, seed {seed} lacks seconds; {HOW}")
+    shape = (len(seeds), len(configurations), epochs)
+    accuracy, loss, seconds = np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape, np.nan)
+    for (configuration, seed), curve in found.items():
+        at = seeds.index(seed), configurations.index(configuration), slice(len(curve))
+        curve = curve.sort_values("epoch")
         accuracy[at], loss[at], seconds[at] = curve.val_accuracy, curve.val_loss, curve.epoch_seconds
     if np.isnan(accuracy[:, :, -1]).all(axis=1).any():
         raise ValueError(f"{name}: every configuration diverged, so there is no best one")

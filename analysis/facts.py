@@ -14,6 +14,7 @@ from PIL import Image
 
 from analysis import results, stats
 from analysis.load import Study
+from analysis.text import clock, counted, listed, number, percent, printable, shell, spread_digits, words
 
 GROUPS = {
     "Plain networks": "Trained from scratch on pixels.",
@@ -26,6 +27,7 @@ COMPARED = (
     "trial that is not pruned (of all trials together). Minutes: of the whole study."
 )
 SHOWN_WEIGHTS = 64  # filters
+PIXELS = 200  # of an image's longer side: two for each of the page's, since screens are fine
 FIRST_ROWS = 200  # of the trials' table: what is seen at once, and all that is seen without JavaScript
 
 
@@ -36,12 +38,12 @@ def facts(study: Study) -> dict[str, Any]:
     return {
         "title": f"{told['space']} on {told['data']['name']}"
         + (", by learning rate" if study.lr_curve is not None else ""),
-        "subtitle": f"A study of {told['trials']} trials, status {told['status']}"
+        "subtitle": f"A study of {counted(told['trials'], 'trial')}, status {told['status']}"
         + (f", on {told['machine']}." if told.get("machine") else "."),
         "cards": cards(study),
         "best": [(name, plain(config[name])) for name in study.hyperparameters if name in config],
         "best_text": f"Trial {best['trial_id']}, chosen by its validation accuracy of "
-        f"{best['val_accuracy']:.4f} on {told['validation_count']:,} images."
+        f"{number(best['val_accuracy'])} on {counted(told['validation_count'], 'image')}."
         if best
         else "",
         "edges": _edges(study),
@@ -56,7 +58,7 @@ def facts(study: Study) -> dict[str, Any]:
         **_trials(study),
         "footer": f"Code {told['commit']}, {', '.join(f'{k} {v}' for k, v in told['versions'].items())}; "
         f"seed {told['seed']}, data {told['data_sha256'][:12]}, split {told['split_sha256'][:12]}. "
-        f"Command: {told['command']}",
+        f"Command: {shell(*words(told['command']))}",
     }
 
 
@@ -69,7 +71,7 @@ def comparison(studies: list[Study]) -> dict[str, Any]:
         groups[_group(study.facts["space"])].append([space, study.facts["data"]["name"], *cells])
     names = sorted({study.facts["data"]["name"] for study in studies})
     return {
-        "title": f"{len(studies)} studies on {', '.join(names)}",
+        "title": f"{len(studies)} studies on {listed(names)}",
         "subtitle": COMPARED if searches else "Validation accuracy; no fresh seeds were tested.",
         "tables": [(name, GROUPS[name], *_filled(rows)) for name, rows in groups.items() if rows],
     }
@@ -99,6 +101,7 @@ def first_layer_images(weights: np.ndarray | None) -> list[str]:
         return []
     images = []
     for kernel in weights[:SHOWN_WEIGHTS]:
+        kernel = np.nan_to_num(kernel)
         low, high = kernel.min(), kernel.max()
         images.append(_png((255 * (kernel - low) / max(high - low, 1e-12)).astype(np.uint8)))
     return images
@@ -116,26 +119,26 @@ def cards(study: Study) -> list[tuple[str, str]]:
     shown, told = [], study.facts
     best, final, test = told.get("best"), told.get("final"), study.test_accuracy
     if final and test:
-        seeds = len(final["seeds"])
+        seeds = counted(len(final["seeds"]), "fresh seed")
         diverged = f", {len(final['diverged'])} of them diverged" if final.get("diverged") else ""
-        spread = "" if test["sd"] is None else f" ± {100 * test['sd']:.2f}"
+        digits = spread_digits(100 * (test["sd"] or 0), 2)
+        spread = "" if test["sd"] is None else f" ± {100 * test['sd']:.{digits}f}"
         shown.append(
             (
-                f"test accuracy, mean ± sd of {seeds} fresh seeds{diverged}",
-                f"{100 * test['mean']:.2f}{spread} %",
+                f"test accuracy, mean{' ± sd' if spread else ''} of {seeds}{diverged}",
+                f"{percent(test['mean'], digits)}{spread} %",
             )
         )
         if test["interval95"]:
-            low, high = (100 * end for end in test["interval95"])
-            shown.append(("95 % interval of that mean", f"{low:.2f} to {high:.2f} %"))
+            low, high = (percent(end, digits) for end in test["interval95"])
+            shown.append(("95 % interval of that mean", f"{low} to {high} %"))
     if best:
-        shown.append(("best validation accuracy", f"{100 * best['val_accuracy']:.2f} %"))
-    spent, unpruned = told["epochs_spent"], told["epochs_unpruned"]
-    counts = ", ".join(f"{count} {status}" for status, count in told["statuses"].items())
+        shown.append(("best validation accuracy", f"{percent(best['val_accuracy'], 2)} %"))
+    counts = ", ".join(f"{count:,} {status}" for status, count in told["statuses"].items())
     shown += [
-        (f"trials: {counts}", str(told["trials"])),
-        (f"epochs spent, of {unpruned} without pruning", str(spent)),
-        ("search and fresh seeds together" if final else "the search", _clock(told["seconds"])),
+        (f"trials: {counts}" if counts else "trials", f"{told['trials']:,}"),
+        (f"epochs spent, of {told['epochs_unpruned']:,} without pruning", f"{told['epochs_spent']:,}"),
+        ("search and fresh seeds together" if final else "the search", clock(told["seconds"])),
     ]
     return shown
 
@@ -147,7 +150,7 @@ def _edges(study: Study) -> list[tuple[str, str, str]]:
         if "low" in described and len(table):
             values = stats.top(table)[name].astype(float)
             share = stats.boundary_share(values, described["low"], described["high"], log=described["log"])
-            rows.append((name, f"{100 * share['low']:.0f} %", f"{100 * share['high']:.0f} %"))
+            rows.append((name, f"{percent(share['low'])} %", f"{percent(share['high'])} %"))
     return rows
 
 
@@ -180,14 +183,16 @@ def _mistakes(study: Study) -> list[tuple[str, str, str, str]]:
     index, images = study.misclassified
     rows = study.predictions.set_index("index").loc[index]
     truth, said = ([study.classes[label] for label in rows[name]] for name in ("label", "predicted"))
-    sure = [f"{100 * confidence:.0f}\u00a0%" for confidence in rows.confidence]
+    sure = [f"{percent(confidence)}\u00a0%" for confidence in rows.confidence]
     return list(zip(map(_png, images), truth, said, sure, strict=True))
 
 
 def _png(image: np.ndarray) -> str:
-    """Returns uint8 ``(3, H, W)`` as a data address."""
+    """Returns uint8 ``(3, H, W)`` as a data address, reduced to what a page shows."""
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(buffer, format="png")
+    picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+    picture.thumbnail((PIXELS, PIXELS))
+    picture.save(buffer, format="png")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -196,15 +201,7 @@ def _is_number(column: pd.Series) -> bool:
 
 
 def plain(value: Any) -> str:
-    """Returns a value for people: four digits of a number, nothing of what is missing."""
+    """Returns a value for people: a number rounded, nothing of what is missing."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return str(printable(number(value)))

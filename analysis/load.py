@@ -1,19 +1,78 @@
-"""What does a study folder hold? Read once, as tables; needs neither Ray nor torch."""
+"""What does a study folder hold? Read once and checked, as tables; needs neither Ray nor torch."""
 
 from __future__ import annotations
 
 import json
+import math
+import os
+import re
+import shutil
 import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+from pandas.api.types import is_bool_dtype, is_numeric_dtype, is_string_dtype
 from pyarrow import fs
+
+from analysis.text import printable, reason, shell
 
 NEEDED = ("study.json", "trials.csv", "epochs.parquet", "lr_curve.csv")  # of a study, beside best/
 FINAL = "final-"  # trial ids of the winner's retrained seeds begin so
+STATUSES = ("done", "pruned", "diverged", "out_of_memory", "error", "running", "paused")
+CRC = ',\n  "crc": "'  # the last entry of study.json, of what precedes it (search/study_file.py)
+UNREADABLE = (  # what readers of JSON, CSV, Parquet and NumPy files raise for a damaged one
+    *(OSError, ValueError, KeyError, EOFError, RecursionError, OverflowError, NotImplementedError),
+    *(pa.ArrowException, zipfile.BadZipFile),
+)
+ASKED: dict[str, Any] = {  # study.json from its study's start; a tuple (None, x) is what may be null
+    **dict.fromkeys(("space", "status", "command", "data_sha256", "split_sha256"), str),
+    "commit": (None, str),  # outside a checkout it is not known
+    **dict.fromkeys(("seed", "validation_count"), int),
+    "seconds": float,
+    "rungs": [int],
+    "data": {"name": str, "classes": [str]},
+    "options": {"epochs": int, "pruner": str},
+    "versions": {},
+}
+COLLECTED: dict[str, Any] = {  # what search/collect.py adds
+    **dict.fromkeys(("trials", "epochs_spent", "epochs_unpruned"), int),
+    "statuses": {},
+    "best": (None, {"trial_id": str, "config": {}, "val_accuracy": float}),
+    "final": (
+        None,
+        {
+            "seeds": [int],
+            "diverged": [int],
+            "test_accuracy": (
+                None,
+                {"mean": float, "sd": (None, float), "interval95": (None, [float]), "values": [float]},
+            ),
+        },
+    ),
+}
+TRIALS = {  # columns of trials.csv and their types; then come the hyperparameters
+    **dict.fromkeys(("trial_id", "status"), str),
+    **dict.fromkeys(("epochs", "rung"), int),
+    **dict.fromkeys(("val_accuracy", "best_val_accuracy", "seconds"), float),
+    "node": object,
+}
+EPOCHS = {
+    "trial_id": str,
+    "epoch": int,
+    **dict.fromkeys(("train_loss", "train_accuracy", "val_loss", "val_accuracy"), float),
+    **dict.fromkeys(("lr", "epoch_seconds", "finished_at"), float),
+}
+PREDICTIONS = {"index": int, "label": int, "predicted": int, "confidence": float}
+LR_CURVE = {"lr": float, "seeds": int, "mean": float, "low": float, "high": float, "verdict": str}
+HEAL = "restore it, or delete it to leave it out"
+NAMES = {str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
 
 
 @dataclass(frozen=True)
@@ -32,8 +91,8 @@ class Study:
 
     @property
     def name(self) -> str:
-        """Returns the folder's name."""
-        return self.folder.name
+        """Returns the folder's name, fit to be shown."""
+        return str(printable(Path(os.path.abspath(self.folder)).name))  # noqa: PTH100  of "..", too
 
     @property
     def classes(self) -> list[str]:
@@ -58,14 +117,16 @@ class Study:
 def load(folder: Path | str) -> Study:
     """Reads a study folder, or one in an object store by its URL.
 
+    Texts are made printable (analysis/text.py): a class may be named by bytes that are no UTF-8.
+
     Raises:
-        ValueError: It holds no study, or one whose tables are missing or damaged.
+        ValueError: It holds no study, or one that is incomplete or damaged.
     """
     if "://" in str(folder):
         with tempfile.TemporaryDirectory() as copy:
-            study = _load(fetch(str(folder), Path(copy)))
+            study = _load(fetch(str(folder), Path(copy)), str(folder))
         return replace(study, folder=Path(study.name))  # where a report of it goes
-    return _load(Path(folder))
+    return _load(Path(folder), str(folder))
 
 
 def fetch(url: str, into: Path) -> Path:
@@ -87,50 +148,205 @@ def fetch(url: str, into: Path) -> Path:
             name = info.path.removeprefix(f"{root}/")
             in_best = name.startswith("best/") and name.count("/") == 1 and not name.endswith(".pt")
             if info.is_file and (name in NEEDED or in_best):
-                with system.open_input_stream(info.path) as stream:
-                    (folder / name).write_bytes(stream.read())
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{url} cannot be read ({reason}); check the address and the credentials") from None
+                with system.open_input_stream(info.path) as stream, (folder / name).open("wb") as file:
+                    shutil.copyfileobj(stream, file)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ValueError(
+            f"{url} cannot be read ({reason(error)}); check the address and the credentials"
+        ) from None
     return folder
 
 
-def _load(folder: Path) -> Study:
+def read_facts(folder: Path, place: str) -> dict[str, Any]:
+    """Returns study.json, checked.
+
+    Args:
+        folder: Where it is.
+        place: What the user calls the study.
+
+    Raises:
+        ValueError: There is none, or not what a collected study has.
+    """
+    file = f"{place.rstrip('/')}/study.json"
     try:
-        facts = json.loads((folder / "study.json").read_text())
+        text = (folder / "study.json").read_text(encoding="utf-8")
+        raw = json.loads(text)
+        crc = f"{zlib.crc32(text.rpartition(CRC)[0].encode()):08x}"
+        if isinstance(raw, dict) and raw.pop("crc", crc) != crc:
+            raise ValueError("its checksum is wrong")
+        _check(raw, ASKED, "it")
+        _check(raw.get("ranges", {}), {}, "ranges")
+        if raw.keys() >= COLLECTED.keys():
+            _check(raw, COLLECTED, "it")
+            for name, described in raw.get("ranges", {}).items():
+                _check_range(name, described)
     except FileNotFoundError:
-        raise ValueError(f"{folder} holds no study: there is no study.json in it") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / 'study.json'} cannot be read ({error})") from None
-    try:
-        trials = pd.read_csv(
-            folder / "trials.csv", dtype={"trial_id": "str"}, keep_default_na=False, na_values=[""]
-        )
-        epochs = pd.read_parquet(folder / "epochs.parquet")
-    except (OSError, ValueError) as error:
+        raise ValueError(f"{place} holds no study: there is no study.json in it") from None
+    except UNREADABLE as error:
         raise ValueError(
-            f"{folder} has no tables that can be read ({error}); write them anew: "
-            f"python -m search.collect {folder}"
+            f"{file} cannot be read ({reason(error)}); restore it, or run the study again"
         ) from None
-    is_final = epochs.trial_id.str.startswith(FINAL)
-    best = folder / "best"
-    return Study(
+    if not raw.keys() >= COLLECTED.keys():
+        raise ValueError(f"{place} has no results yet; {_again(place)}")
+    return printable(raw) | {"command": raw["command"]}  # analysis/text.py, shell, quotes its words
+
+
+def _load(folder: Path, place: str) -> Study:
+    facts = read_facts(folder, place)
+    try:
+        trials = _read_trials(folder / "trials.csv", facts.get("ranges", {}))
+        epochs = _read_epochs(folder / "epochs.parquet")
+        is_final = epochs.trial_id.str.startswith(FINAL)
+        _check_trials(facts, trials, epochs)
+    except UNREADABLE as error:
+        raise ValueError(
+            f"{place} has no tables that can be read ({reason(error)}); {_again(place)}"
+        ) from None
+    study = Study(
         folder=folder,
         facts=facts,
         trials=trials,
         epochs=epochs[~is_final],
         finals=epochs[is_final],
-        predictions=_read(best / "predictions.parquet", pd.read_parquet),
-        misclassified=_read(best / "misclassified.npz", _images),
-        first_layer=_read(best / "first_layer.npy", np.load),
-        lr_curve=_read(folder / "lr_curve.csv", pd.read_csv),
+        predictions=_read(place, folder, "best/predictions.parquet", _predictions),
+        misclassified=_read(place, folder, "best/misclassified.npz", _misclassified),
+        first_layer=_read(place, folder, "best/first_layer.npy", _first_layer),
+        lr_curve=_read(place, folder, "lr_curve.csv", _lr_curve),
     )
+    if study.predictions is not None:
+        labels = study.predictions[["label", "predicted"]].to_numpy()
+        rows = set(study.predictions["index"])
+        shown = set(study.misclassified[0].tolist()) if study.misclassified else set()
+        if labels.size and (labels.min() < 0 or labels.max() >= len(study.classes)):
+            raise ValueError(f"{place}/best/predictions.parquet has labels of other classes; {HEAL}")
+        if len(rows) < len(labels) or not shown <= rows:
+            raise ValueError(f"{place}/best/misclassified.npz is of other predictions; {HEAL}")
+    return study
 
 
-def _images(file: Path) -> tuple[np.ndarray, np.ndarray]:
+def _again(place: str) -> str:
+    """Returns the advice that has a study's tables written."""
+    if "://" in place:  # its driver collects it
+        return f"resume it: {shell('python', 'search/run.py', '--resume', place)}"
+    return f"write them again: {shell('python', '-m', 'search.collect', place)}"
+
+
+def _read(place: str, folder: Path, name: str, read: Callable[[Path], Any]) -> Any:
+    """Returns what a file of a study holds; None where there is none."""
+    file = folder / name
+    try:
+        return read(file) if file.exists() else None
+    except UNREADABLE as error:
+        raise ValueError(f"{place}/{name} cannot be read ({reason(error)}); {HEAL}") from None
+
+
+def _read_trials(file: Path, ranges: dict[str, Any]) -> pd.DataFrame:
+    if not file.read_bytes().strip():  # as a study without a trial has it
+        return pd.DataFrame(columns=[*TRIALS, *ranges], dtype="str")
+    options: Any = {"keep_default_na": False, "na_values": [""], "low_memory": False}
+    table = pd.read_csv(file, dtype={"trial_id": "str"}, **options)
+    check_table(table, TRIALS | dict.fromkeys(ranges, object))
+    for name, described in ranges.items():
+        if "low" in described:
+            check_table(table, {name: float})
+            if described["log"] and (table[name] <= 0).any():
+                raise ValueError(f"{name} is not positive")
+    return table.assign(node=table.node.map(printable, na_action="ignore"))
+
+
+def _read_epochs(file: Path) -> pd.DataFrame:
+    table = _parquet(file, EPOCHS).astype({"trial_id": "str"})
+    check_table(table, EPOCHS)
+    if table.duplicated(["trial_id", "epoch"]).any():
+        raise ValueError("an epoch is there twice")
+    return table
+
+
+def _predictions(file: Path) -> pd.DataFrame:
+    table = _parquet(file, PREDICTIONS)  # and no probability of each class
+    check_table(table, PREDICTIONS)
+    return table
+
+
+def _parquet(file: Path, columns: dict[str, Any]) -> pd.DataFrame:
+    with file.open("rb") as stream:  # pyarrow 26 opens no path that is not UTF-8
+        return pd.read_parquet(stream, columns=list(columns))
+
+
+def _lr_curve(file: Path) -> pd.DataFrame:
+    table = pd.read_csv(file)
+    check_table(table, LR_CURVE)
+    return table
+
+
+def _misclassified(file: Path) -> tuple[np.ndarray, np.ndarray]:
     with np.load(file) as arrays:
-        return arrays["index"], arrays["images"]
+        index, images = arrays["index"], arrays["images"]
+    if images.dtype != np.uint8 or images.ndim != 4 or (*index.shape, 3) != images.shape[:2]:
+        raise ValueError(f"images of shape {images.shape} for {index.shape[:1]} rows")
+    return index, images
 
 
-def _read(file: Path, read: Any) -> Any:
-    return read(file) if file.exists() else None
+def _first_layer(file: Path) -> np.ndarray:
+    weights = np.load(file, mmap_mode="r")  # of a wide layer over large images, gigabytes
+    if not isinstance(weights, np.ndarray) or weights.dtype.kind != "f":
+        raise ValueError("it holds no array of weights")
+    return weights
+
+
+def check_table(table: pd.DataFrame, columns: dict[str, Any]) -> None:
+    """Raises ValueError where a column is missing, or of another type."""
+    for name, kind in columns.items():
+        if name not in table:
+            raise ValueError(f"there is no column {name}")
+        column = table[name]
+        if kind is object or column.empty:
+            continue
+        if kind is str:
+            fits = bool(is_string_dtype(column) and column.notna().all())
+        elif fits := bool(is_numeric_dtype(column) and not is_bool_dtype(column)):
+            values = column.to_numpy(dtype=float, na_value=math.nan)
+            fits = bool(not np.isinf(values).any() if kind is float else (values == np.floor(values)).all())
+        if not fits:
+            raise ValueError(f"{name} is not {NAMES[kind]} in every row")
+
+
+def _check_trials(facts: dict[str, Any], trials: pd.DataFrame, epochs: pd.DataFrame) -> None:
+    """Raises ValueError where a study's three files are of different times, or name what cannot be."""
+    if len(trials) != facts["trials"]:
+        raise ValueError(f"trials.csv has {len(trials):,} rows, and study.json {facts['trials']:,} trials")
+    if trials.trial_id.duplicated().any() or not trials.trial_id.str.fullmatch("[0-9]+").all():
+        raise ValueError("trials.csv has a trial twice, or one without a number")
+    if unknown := set(trials.status) - set(STATUSES):
+        raise ValueError(f"trials.csv has the status {min(unknown)!r}")
+    finals = {name for name in epochs.trial_id.unique() if re.fullmatch(f"{FINAL}[0-9]+", name)}
+    if unknown := set(epochs.trial_id.unique()) - finals - set(trials.trial_id):
+        raise ValueError(f"epochs.parquet has trial {min(unknown)!r}, which trials.csv has not")
+
+
+def _check(value: Any, shape: Any, name: str) -> None:
+    """Raises ValueError where a value of study.json has not the shape that ASKED and COLLECTED show."""
+    if isinstance(shape, tuple):
+        return None if value is None else _check(value, shape[1], name)
+    kind = dict if isinstance(shape, dict) else list if isinstance(shape, list) else shape
+    fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+    if not fits or (kind is float and not math.isfinite(value)):
+        raise ValueError(f"{name} is {str(value)[:40]!r}, and has to be {NAMES[kind]}")
+    if kind is dict:
+        for key, of in shape.items():
+            if key not in value:
+                raise ValueError(f"{name} lacks {key}")
+            _check(value[key], of, key)
+    elif kind is list:
+        for item in value:
+            _check(item, shape[0], name)
+    return None
+
+
+def _check_range(name: str, described: Any) -> None:
+    if isinstance(described, dict) and isinstance(described.get("values"), list) and described["values"]:
+        return
+    _check(described, {"low": float, "high": float}, f"the range of {name}")
+    low, high, log = described["low"], described["high"], described.get("log")
+    if not isinstance(log, bool) or not low < high or (log and low <= 0):
+        raise ValueError(f"the range of {name} is {described}")

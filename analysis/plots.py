@@ -6,24 +6,39 @@ light and dark. Series have colours that read on both, and differ in shape or da
 
 from __future__ import annotations
 
+import functools
 import math
+from collections import Counter
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.collections import LineCollection
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
+from matplotlib.ticker import Formatter, LogLocator, MaxNLocator
 
 from analysis import stats
 from analysis.load import Study
+from analysis.text import counted, decimals, number, printable
 
 INK, GRID = "#101114", "#d9dadd"  # stand for the page's text and rule colours
 BLUE, ORANGE, GREEN, PINK, GREY = "#3b82d0", "#e07b00", "#1a9a6c", "#c8558f", "#8a8f98"  # Okabe-Ito's, toned
 SERIES = (BLUE, ORANGE, GREEN, PINK, "#7a5fd0")
+MARKERS = "os^Dv"
 WIDTH, HEIGHT = 6.6, 3.5  # inches; wider ones have letters that a phone makes too small
 MANY = 400  # lines or points from which a figure is drawn as pixels inside its SVG
+NUMBERED = 20  # classes of a confusion matrix with its counts
+NAMED = 40  # classes that have their names on an axis
+WORST = 20  # classes, pairs of them or studies that are named where all are too many
+DOTTED = 60  # epochs up to which a curve's points are told apart
+CELLS = 200  # of a larger matrix' side
+CHOICES = 12  # of a list that have a tick each
+ACROSS = 7  # hyperparameters beside each other in parallel coordinates
 DIVERGED = ("diverged", "error", "out_of_memory")
 KINDS = {  # of trials: colour, line, marker, width
     "pruned": (GREY, "solid", ".", 0.8),
@@ -38,6 +53,7 @@ SCHEDULERS = {  # colour and marker; top_K share a colour
     "random": (GREY, "X"),
 }
 TOPS = ("#7a5fd0", "v<>Phd")
+Ticks = list[tuple[float, str]]  # height on an axis, 0 to 1, and text
 Range = dict[str, Any] | None  # of study.json: {"values"} or {"low", "high", "log"}; None: an older study
 STYLE: Any = {  # rcParams; matplotlib types each key
     "font.size": 10,
@@ -62,18 +78,56 @@ STYLE: Any = {  # rcParams; matplotlib types each key
 }
 
 
+class Percent(Formatter):
+    """Labels fractions with as many decimals as the ticks need: 22.5 % is neither 22 % nor 23 %."""
+
+    _decimals = 0
+
+    def format_ticks(self, values: Any) -> list[str]:
+        """Returns the labels of all ticks of an axis."""
+        self._decimals = decimals([100 * float(value) for value in values])
+        return super().format_ticks(values)
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """Returns the label of one of them."""
+        return f"{100 * x:.{self._decimals}f}%"
+
+
+def style(texts: list[str]) -> Any:
+    """Returns STYLE, with further fonts for the characters of texts that its own font lacks."""
+    missing = set("".join(texts)) - _glyphs(_file_of(STYLE["font.family"]))
+    families = [STYLE["font.family"]]
+    for font in font_manager.fontManager.ttflist if missing else ():
+        usual = (font.style, font.weight, font.stretch) == ("normal", 400, "normal")
+        if usual and "Last Resort" not in font.name and missing & (has := _glyphs(font.fname)):
+            families.append(font.name)
+            missing -= has
+    return STYLE | {"font.family": families}
+
+
+@functools.cache
+def _glyphs(file: str) -> set[str]:
+    return set(map(chr, font_manager.get_font(file).get_charmap()))
+
+
+def _file_of(family: str) -> str:
+    return str(font_manager.findfont(font_manager.FontProperties(family=[family])))
+
+
 def winner_curves(study: Study) -> Figure:
     """Draws loss and accuracy of the winner's trial, and of its seeds on their training images."""
     figure, (loss, accuracy) = _axes(1, 2)
     best = study.epochs[study.epochs.trial_id == study.facts["best"]["trial_id"]]
     for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
+        mark = "." if len(best) < 2 else None  # a line of one point is not seen
         for k, (_, seed) in enumerate(study.finals.groupby("trial_id")):
             label = "its fresh seeds, training" if k == 0 else None
-            axes.plot(seed.epoch, seed[f"train_{name}"], color=GREY, linewidth=0.9, label=label)
-        axes.plot(best.epoch, best[f"train_{name}"], color=ORANGE, linestyle="--", label="winner, training")
-        axes.plot(best.epoch, best[f"val_{name}"], color=BLUE, label="winner, validation")
+            axes.plot(seed.epoch, seed[f"train_{name}"], color=GREY, marker=mark, linewidth=0.9, label=label)
+        training, validation = best[f"train_{name}"], best[f"val_{name}"]
+        axes.plot(best.epoch, training, color=ORANGE, ls="--", marker=mark, label="winner, training")
+        axes.plot(best.epoch, validation, color=BLUE, marker=mark, label="winner, validation")
         axes.set(xlabel="epoch", ylabel=name)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _whole(axes.xaxis)
     _percent(accuracy)
     _legend_below(figure, accuracy)
     return figure
@@ -94,21 +148,25 @@ def all_curves(study: Study) -> Figure:
     for kind, (colour, style, marker, width) in KINDS.items():
         if lines[kind]:
             many = len(study.trials) > MANY
-            drawn = LineCollection(lines[kind], colors=colour, linestyles=style, linewidths=width)
+            alpha = _alpha(len(study.trials))
+            drawn = LineCollection(
+                lines[kind], colors=colour, linestyles=style, linewidths=width, alpha=alpha
+            )
             axes.add_collection(drawn).set_rasterized(many)
             points = np.concatenate(lines[kind])
             axes.plot(
                 *points.T,
                 marker,
                 color=colour,
-                markersize=3.5,
-                label=f"{kind} ({len(lines[kind])})",
+                markersize=3.5 if study.facts["options"]["epochs"] <= DOTTED else 1.5,
+                alpha=alpha,
+                label=f"{kind} ({len(lines[kind]):,})",
                 rasterized=many,
             )
     for rung in study.facts["rungs"]:
         axes.axvline(rung, color=GRID, linewidth=1.2, zorder=0.5)
     axes.set(xlabel="epoch (vertical lines: rungs)", ylabel="val_accuracy")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _whole(axes.xaxis)
     _percent(axes)
     _legend_below(figure, axes)
     return figure
@@ -123,9 +181,12 @@ def best_so_far(study: Study) -> Figure:
         (by_seconds, table.seconds, "seconds since the first epoch began"),
     ):
         many = len(table) > MANY
-        axes.plot(x, table.val_accuracy, ".", color=GREY, markersize=3, label="a report", rasterized=many)
-        axes.step(x, table.best, where="post", color=BLUE, label="best so far")
+        grey: Any = {"color": GREY, "markersize": 3, "alpha": _alpha(len(table)), "rasterized": many}
+        axes.plot(x, table.val_accuracy, ".", label="a report", **grey)
+        steps = table.best.ne(table.best.shift()) | (table.index == len(table) - 1)  # of a million rows, few
+        axes.step(x[steps], table.best[steps], where="post", color=BLUE, label="best so far")
         axes.set(xlabel=label)
+    _whole(by_epochs.xaxis)
     by_epochs.set(ylabel="val_accuracy")
     _percent(by_epochs)
     _legend_below(figure, by_epochs)
@@ -139,9 +200,9 @@ def rung_survival(study: Study) -> Figure:
     table = stats.rung_survival(study.trials, rungs, study.facts["options"]["epochs"])
     names = [f"{epoch}" for epoch in table.epoch]
     bars = axes.bar(names, table.reached, color=BLUE, width=0.6)
-    axes.bar_label(bars, color=INK, padding=2)
+    axes.bar_label(bars, fmt="{:,.0f}", color=INK, padding=2)
     axes.set(xlabel="epoch", ylabel="trials that reached it")
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    _whole(axes.yaxis)
     axes.margins(y=0.15)
     axes.grid(axis="x", visible=False)
     return figure
@@ -166,35 +227,50 @@ def hyperparameters(study: Study) -> Figure | None:
 
 
 def parallel_coordinates(study: Study) -> Figure | None:
-    """Draws each trial as a line through hyperparameters to val_accuracy; the best quarter in colour."""
+    """Draws each trial as a line through hyperparameters to val_accuracy; the best quarter in colour.
+
+    Of many hyperparameters, ACROSS are in a row, and each row ends at val_accuracy.
+    """
     table, names = stats.comparable(study), study.hyperparameters
     if len(names) < 2 or table.empty:
         return None
-    figure, axes = _axes()
-    best = stats.top(table).index
-    places = {name: _places(table[name], study.facts.get("ranges", {}).get(name)) for name in names}
-    reached = table.val_accuracy.to_numpy()
-    low, high = reached.min(), reached.max()
-    height = (reached - low) / (high - low) if high > low else np.full(len(reached), 0.5)
-    ends = [(0.0, f"{low:.1%}"), (1.0, f"{high:.1%}")] if high > low else [(0.5, f"{low:.1%}")]
-    places["val_accuracy"] = height, ends
-    names = list(places)
+    rows = math.ceil(len(names) / ACROSS)
+    each = math.ceil(len(names) / rows)
+    figure, grid = _axes(rows, 1, height=HEIGHT * rows, squeeze=False)
+    good = table.index.isin(stats.top(table).index)
+    for axes, first in zip(grid.flat, range(0, len(names), each), strict=True):
+        places = {
+            name: _places(table[name], study.facts.get("ranges", {}).get(name))
+            for name in names[first : first + each]
+        }
+        _parallel(axes, places | {"val_accuracy": _reached(table.val_accuracy.to_numpy())}, good)
+    return figure
+
+
+def _parallel(axes: Axes, places: dict[str, tuple[np.ndarray, Ticks]], good: np.ndarray) -> None:
     lines = np.column_stack([place for place, _ in places.values()])
-    good = table.index.isin(best)
     for chosen, colour, alpha, width in ((~good, GREY, 0.35, 0.7), (good, BLUE, 0.8, 1.2)):
-        paths = [np.column_stack([np.arange(len(names)), line]) for line in lines[chosen]]
-        drawn = LineCollection(paths, colors=colour, alpha=alpha, linewidths=width)
-        axes.add_collection(drawn).set_rasterized(len(table) > MANY)
+        paths = [np.column_stack([np.arange(len(places)), line]) for line in lines[chosen]]
+        drawn = LineCollection(paths, colors=colour, alpha=alpha * _alpha(len(lines)), linewidths=width)
+        axes.add_collection(drawn).set_rasterized(len(lines) > MANY)
     axes.set_ylim(-0.04, 1.04)
     for k, (_, ticks) in enumerate(places.values()):
         for place, text in ticks:
             axes.text(k + 0.03, place, text, fontsize=7.5, va="center")
-    axes.set_xticks(range(len(names)), names, rotation=20, ha="right")
+    axes.set_xticks(range(len(places)), list(places), rotation=20, ha="right")
     axes.set_yticks([])
-    axes.set_xlim(-0.1, len(names) - 0.6)
+    axes.set_xlim(-0.1, len(places) - 0.6)
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
-    return figure
+
+
+def _reached(values: np.ndarray) -> tuple[np.ndarray, Ticks]:
+    """Returns the heights and ticks of val_accuracy, whose axis goes from its lowest to its highest value."""
+    low, high = float(values.min()), float(values.max())
+    if low == high:
+        return np.full(len(values), 0.5), [(0.5, Percent().format_ticks([low])[0])]
+    ends = Percent().format_ticks([low, high])
+    return (values - low) / (high - low), list(zip((0.0, 1.0), ends, strict=True))
 
 
 def importance(study: Study) -> Figure | None:
@@ -207,56 +283,97 @@ def importance(study: Study) -> Figure | None:
     axes.barh(rows.name, rows["mean"], xerr=rows.sd, color=BLUE, ecolor=INK, height=0.6)
     axes.set(xlabel="share of variance explained (lines: sd over bootstrap samples)")
     axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.xaxis.set_major_formatter(Percent())
     axes.grid(axis="y", visible=False)
     return figure
 
 
 def confusion(study: Study) -> Figure | None:
-    """Draws the winner's confusion matrix of the test images; None without predictions."""
+    """Draws the winner's confusion matrix of the test images; None without predictions.
+
+    Of many classes, without counts, then with numbers in place of names, and cells that are the largest
+    of several: a confusion of one pair in 1,000 would be less than a pixel.
+    """
     if study.predictions is None:
         return None
     counts = stats.confusion(study.predictions, len(study.classes))
-    size = max(3.6, 0.42 * len(counts) + 1.6)
-    figure, axes = _axes(width=size + 0.6, height=size)
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    if len(counts) <= 20:
-        for row, column in np.ndindex(*counts.shape):
-            if counts[row, column]:
-                dark = share[row, column] > 0.5
-                axes.text(
-                    column,
-                    row,
-                    str(counts[row, column]),
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    color="#ffffff" if dark else "#202124",
-                )
-    names = [_short(name) for name in study.classes]
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-    axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="predicted", ylabel="true class")
+    size = max(3.6, 0.42 * len(counts) + 1.6) if len(counts) <= NUMBERED else WIDTH
+    figure, axes = _axes(width=max(WIDTH, size + 0.6), height=size)
     axes.grid(visible=False)
+    axes.set(xlabel="predicted", ylabel="true class")
+    if len(counts) > NAMED:
+        cells = stats.largest_of_blocks(share, CELLS)
+        width = math.ceil(len(counts) / CELLS)
+        edges = (-0.5, len(cells) * width - 0.5)
+        image = axes.imshow(cells, cmap="Blues", norm=PowerNorm(0.5, 0, 1), extent=(*edges, *edges[::-1]))
+        axes.set(xlim=(-0.5, len(counts) - 0.5), ylim=(len(counts) - 0.5, -0.5))
+        across = "" if width == 1 else f" (largest of {width} × {width} cells)"
+        bar = figure.colorbar(image, label=f"share of the true class{across}", shrink=0.6)
+        bar.ax.yaxis.set_major_formatter(Percent())
+        axes.set(xlabel="predicted, by number", ylabel="true class, by number")
+        return figure
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for row, column in np.argwhere(counts) if len(counts) <= NUMBERED else ():
+        text, dark = f"{counts[row, column]}", share[row, column] > 0.5
+        look: Any = {"ha": "center", "va": "center", "color": "#ffffff" if dark else "#202124"}
+        axes.text(column, row, text, fontsize=8 if len(text) < 5 else 6, **look)
+    names, letters = _shorts(study.classes), 10 if len(counts) <= NUMBERED else 6
+    axes.set_xticks(range(len(names)), names, fontsize=letters, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names, fontsize=letters)
+    return figure
+
+
+def confused_pairs(study: Study) -> Figure | None:
+    """Draws the most frequent confusions, where a matrix has too many classes to show their counts."""
+    if study.predictions is None or len(study.classes) <= NUMBERED:
+        return None
+    pairs = stats.confused_pairs(stats.confusion(study.predictions, len(study.classes))).head(WORST)
+    if pairs.empty:
+        return None
+    figure, axes = _axes(height=0.8 + 0.24 * len(pairs))
+    names = _shorts(study.classes, 24)
+    labels = [f"{names[k]} → {names[n]}" for k, n in zip(pairs.label, pairs.predicted, strict=True)]
+    bars = axes.barh(range(len(pairs)), pairs.images, color=BLUE, height=0.6)
+    axes.bar_label(bars, fmt="{:,.0f}", color=INK, padding=2, fontsize=8)
+    axes.set_yticks(range(len(pairs)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="test images (true class → predicted)")
+    _whole(axes.xaxis)
+    axes.margins(x=0.1)
+    axes.grid(axis="y", visible=False)
     return figure
 
 
 def class_accuracy(study: Study) -> Figure | None:
-    """Draws the accuracy of each class, with its interval; None without predictions."""
+    """Draws the accuracy of each class, with its interval; None without predictions.
+
+    Of many classes, those with the lowest, below the distribution of all.
+    """
     if study.predictions is None:
         return None
     table = stats.class_accuracy(stats.confusion(study.predictions, len(study.classes)))
-    figure, axes = _axes(height=0.8 + 0.28 * len(table))
-    names = [_short(name) for name in study.classes]
+    table = table.assign(name=_shorts(study.classes))
+    if len(table) <= NAMED:
+        figure, axes = _axes(height=0.8 + 0.28 * len(table))
+    else:
+        table = table.dropna(subset="accuracy").sort_values("accuracy", kind="stable")
+        heights = (2.4, 0.4 + 0.28 * WORST)
+        figure, (whole, axes) = _axes(2, 1, height=sum(heights), height_ratios=heights)
+        whole.ecdf(table.accuracy, color=BLUE)
+        whole.set(xlabel=f"accuracy of {counted(len(table), 'class', 'classes')}", ylabel="classes up to it")
+        for axis in (whole.xaxis, whole.yaxis):
+            axis.set_major_formatter(Percent())
+        table = table.head(WORST)
+        axes.set_title(f"the {len(table)} classes with the lowest accuracy", loc="left")
     error = np.abs(np.vstack([table.accuracy - table.low, table.high - table.accuracy]))
     axes.errorbar(
-        table.accuracy, range(len(names)), xerr=error, fmt="o", color=BLUE, ecolor=GREY, markersize=4
+        table.accuracy, range(len(table)), xerr=error, fmt="o", color=BLUE, ecolor=GREY, markersize=4
     )
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
+    axes.set_yticks(range(len(table)), table.name)
+    axes.set_ylim(len(table) - 0.5, -0.5)
     axes.set(xlabel="accuracy on test images (lines: Wilson's 95 % interval)")
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.xaxis.set_major_formatter(Percent())
     return figure
 
 
@@ -268,9 +385,9 @@ def lr_curves(studies: list[Study]) -> Figure | None:
     figure, axes = _axes()
     lowest = min(float(study.lr_curve["mean"].min()) for study in studies if study.lr_curve is not None)
     for k, study in enumerate(studies):
-        curve, colour, marker = study.lr_curve, SERIES[k % len(SERIES)], "os^Dv"[k % 5]
+        curve, colour, marker = study.lr_curve, SERIES[k % len(SERIES)], MARKERS[(k + k // 5) % 5]
         assert curve is not None
-        told, label = curve.dropna(subset="mean"), f"{_label(study)} ({curve.seeds.max()} seeds)"
+        told, label = curve.dropna(subset="mean"), f"{_label(study)} ({counted(curve.seeds.max(), 'seed')})"
         axes.fill_between(told.lr, told.low, told.high, color=colour, alpha=0.15, linewidth=0)
         axes.plot(told.lr, told["mean"], color=colour, marker=marker, markersize=4, label=label)
         lost = curve[curve.verdict == "diverged"]
@@ -283,28 +400,23 @@ def lr_curves(studies: list[Study]) -> Figure | None:
 
 
 def accuracy_against_seconds(studies: list[Study]) -> Figure | None:
-    """Draws each study's test accuracy against its time."""
-    told = [study for study in studies if study.test_accuracy]
-    if not told:
+    """Draws each study's test accuracy against its time.
+
+    Of many studies, only those are named than which none is both faster and better.
+    """
+    tests = [(study, study.test_accuracy) for study in studies if study.test_accuracy]
+    if not tests:
         return None
     figure, axes = _axes()
-    for k, study in enumerate(told):
-        test, colour = study.test_accuracy, SERIES[k % len(SERIES)]
-        assert test is not None
-        seconds, marker = study.facts["seconds"], "os^Dv"[k // len(SERIES) % 5]
-        axes.errorbar(seconds, test["mean"], yerr=test["sd"], fmt=marker, color=colour, markersize=5)
-        axes.annotate(
-            _short(study.facts["space"], 30),
-            (seconds, test["mean"]),
-            xytext=(6, 4),
-            textcoords="offset points",
-            fontsize=8,
-        )
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:,g}")
-    axes.xaxis.set_minor_formatter("")
+    points = [(max(study.facts["seconds"], 1), test["mean"]) for study, test in tests]
+    for k, ((study, test), (seconds, mean)) in enumerate(zip(tests, points, strict=True)):
+        colour, marker = SERIES[k % len(SERIES)], MARKERS[k // len(SERIES) % 5]
+        axes.errorbar(seconds, mean, yerr=test["sd"], fmt=marker, color=colour, markersize=5)
+        if len(tests) <= WORST or not any(s < seconds and m > mean for s, m in points):
+            place: Any = {"xytext": (6, 4), "textcoords": "offset points", "fontsize": 8}
+            axes.annotate(_short(study.facts["space"], 30), (seconds, mean), **place)
     axes.margins(x=0.2, y=0.12)
+    _log_x(axes)
     axes.set(xlabel="seconds of the whole study (lines: sd over fresh seeds)", ylabel="test accuracy")
     _percent(axes)
     return figure
@@ -344,15 +456,13 @@ def schedulers(table: pd.DataFrame) -> Figure:
                 label = row["scheduler"] if measure == "regret" else None
                 drawn = {"fmt": marker, "color": colour, "mfc": fill, "markersize": 5, "linewidth": 0.9}
                 axes.errorbar(row["epochs"], row[measure], **errors, **drawn, label=label)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:,g}")
-        axes.xaxis.set_minor_formatter("")
         axes.set_title(f"{_short(str(family), 24)}, {at_once} at once")
         axes.set_xlabel("epochs spent")
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+        _percent(axes)
+    for axes in grid.flat:
+        _log_x(axes)
     for axes in grid[:, 0]:
-        axes.set_ylabel("regret (hollow: on the other seed)")
+        axes.set_ylabel("regret (hollow: on other seeds)")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return figure
@@ -366,13 +476,42 @@ def _axes(
 
 
 def _percent(axes: Axes) -> None:
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.yaxis.set_major_formatter(Percent())
+
+
+def _whole(axis: Axis) -> None:
+    """Gives an axis ticks at whole numbers only."""
+    axis.set_major_locator(MaxNLocator("auto", steps=(1, 2, 5, 10), integer=True, min_n_ticks=1))
+
+
+def _alpha(count: int) -> float:
+    """Returns how opaque each of many points is: where most of them are is seen, and so is a single one."""
+    return max(0.15, min(1.0, MANY / count))
+
+
+def _log_x(axes: Axes) -> None:
+    """Makes the x axis logarithmic, with ticks that are read as they are: 500, 1,000, 2,000."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    if high / low >= 10:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter("{x:,.10g}")
+    axes.xaxis.set_minor_formatter("")
 
 
 def _legend_below(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(handles))
+    if not handles:
+        return
+    widths = [0.5 + 0.085 * len(label) for label in labels]  # inches
+    columns = len(labels) if sum(widths) < WIDTH else max(1, int(WIDTH / max(widths)))
+    figure.set_figheight(figure.get_figheight() + 0.2 * (math.ceil(len(labels) / columns) - 1))
+    legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+    for handle in legend.legend_handles:
+        if handle is not None:
+            handle.set_alpha(1)
 
 
 def _kind(status: str) -> str:
@@ -385,15 +524,19 @@ def _against(axes: Axes, table: pd.DataFrame, name: str, described: Range, good:
     values, many = table[name], len(table) > MANY
     if choices := _choices(values, described):
         spread = np.random.default_rng(0).uniform(-0.18, 0.18, len(values))
-        x = np.array([stats.choice_index(choices, value) for value in values]) + spread
-        names = [str(choice) for choice in choices]
-        axes.set_xticks(range(len(names)), names, fontsize=8, rotation=30 if len(names) > 4 else 0)
+        x = _indices(choices, values) + spread
+        shown = range(0, len(choices), math.ceil(len(choices) / CHOICES))
+        names = [_short(str(choices[k]), 12) for k in shown]
+        crowded = sum(map(len, names)) > 24
+        axes.set_xticks(shown, names, fontsize=8, rotation=30 * crowded, ha="right" if crowded else "center")
+        axes.set_xlim(-0.5, len(choices) - 0.5)
     else:
         x = values.to_numpy()
         if described is not None and described["log"]:
             axes.set_xscale("log")
-    axes.plot(x[~good], table.val_accuracy[~good], ".", color=GREY, markersize=5, rasterized=many)
-    axes.plot(x[good], table.val_accuracy[good], "D", color=BLUE, markersize=4, rasterized=many)
+    for chosen, marker, colour, size in ((~good, ".", GREY, 5), (good, "D", BLUE, 4)):
+        look: Any = {"color": colour, "markersize": size, "alpha": _alpha(len(table)), "rasterized": many}
+        axes.plot(x[chosen], table.val_accuracy[chosen], marker, **look)
     axes.set_xlabel(name)
     _percent(axes)
 
@@ -405,24 +548,45 @@ def _choices(values: pd.Series, described: Range) -> list[Any]:
     return described.get("values", [])
 
 
-def _places(values: pd.Series, described: Range) -> tuple[np.ndarray, list[tuple[float, str]]]:
+def _indices(choices: list[Any], values: pd.Series) -> np.ndarray:
+    """Returns which choice each value is."""
+    codes, kinds = pd.factorize(values, use_na_sentinel=False)
+    return np.array([stats.choice_index(choices, kind) for kind in kinds])[codes]
+
+
+def _places(values: pd.Series, described: Range) -> tuple[np.ndarray, Ticks]:
     """Returns each value's height on its axis, 0 to 1, and the axis' ticks as (height, text)."""
     if choices := _choices(values, described):
         step = 1 / max(len(choices) - 1, 1)
-        heights = np.array([stats.choice_index(choices, value) for value in values]) * step
-        return heights, [(k * step, str(choice)) for k, choice in enumerate(choices)]
+        shown = range(0, len(choices), math.ceil(len(choices) / CHOICES))
+        return _indices(choices, values) * step, [(k * step, _short(str(choices[k]), 12)) for k in shown]
     assert described is not None
     low, high = described["low"], described["high"]
-    ticks = [(0.0, f"{low:g}"), (1.0, f"{high:g}")]
+    ticks = [(0.0, number(float(low))), (1.0, number(float(high)))]
     if described["log"]:
         return np.asarray(np.log(values / low) / math.log(high / low)), ticks
     return np.asarray((values - low) / (high - low)), ticks
 
 
 def _short(name: str, most: int = 18) -> str:
-    """Returns a class name that fits a tick; matplotlib would read $ as mathematics."""
+    """Returns a name that fits a tick, of characters that the fonts in use have."""
+    fonts = [_glyphs(_file_of(family)) for family in mpl.rcParams["font.family"]]
+    name = "".join(
+        c if any(c in glyphs for glyphs in fonts) else c.encode("unicode_escape").decode()
+        for c in printable(name)
+    )
     short = name if len(name) <= most else f"{name[: most - 1]}…"
-    return short.replace("$", r"\$")
+    return short.replace("$", r"\$")  # or matplotlib reads mathematics
+
+
+def _shorts(names: list[str], most: int = 18) -> list[str]:
+    """Returns names that fit a tick, and differ where the whole names do."""
+    shorts = [_short(name, most) for name in names]
+    twice = {short for short, times in Counter(shorts).items() if times > 1}
+    return [
+        f"{_short(name, most - 2 - len(str(k)))} #{k}" if short in twice else short
+        for k, (name, short) in enumerate(zip(names, shorts, strict=True))
+    ]
 
 
 def _label(study: Study) -> str:

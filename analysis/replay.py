@@ -30,14 +30,18 @@ import numpy as np
 import pandas as pd
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
+from analysis.command_line import folder, run, writing
 from analysis.compared import EXPLAINED, MEASURES, REFERENCE, as_text, compare, write
 from analysis.curves import Curves, read
 from analysis.simulate import Halving, Report, Scheduler, simulate
-from search.asha import Asha, expected_epochs, rung_epochs
+from analysis.text import counted, printable
+from search.asha import Asha, least_epochs, rung_epochs
 from search.jobs import Jobs
 from search.journal import Journal, TrialRecord, winner
 from search.suggest import PointSampler
+from trainables.command_line import Parser
 
+MOST_ORDERS = 100_000  # all are in memory at once
 TOP = "top_"  # a scheduler's name with the number that goes on
 
 
@@ -167,7 +171,7 @@ def default_schedulers(count: int, rungs: tuple[int, ...], eta: int, epochs: int
     """
     tops = {3, max(1, count // eta**2)}
     if rungs:
-        left = expected_epochs(count, rungs, eta, epochs) - count * rungs[0]
+        left = least_epochs(count, rungs, eta, epochs) - count * rungs[0]
         tops.add(max(1, left // (epochs - rungs[0])))
     *others, last = SCHEDULERS
     return [*others, *(f"{TOP}{k}" for k in sorted(tops) if k <= count), last]
@@ -266,7 +270,7 @@ def replay(
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.replay", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m analysis.replay", description=__doc__.split("\n")[0])
     parser.add_argument(
         "curves", nargs="+", help="a study without pruner (folder or URL), or a table of benchmarks/curves.py"
     )
@@ -283,12 +287,9 @@ def main(arguments: list[str] | None = None) -> int:
         help=f"of: {', '.join(SCHEDULERS)}, top_K (default: these and three K); {REFERENCE} is always there",
     )
     parser.add_argument("--seed", type=int, default=0, help="of orders and bootstrap (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("replay"), help="folder (default: %(default)s)")
-    try:
-        return carry_out(parser.parse_args(arguments))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser.add_argument("--out", type=folder, default=Path("replay"), help="folder (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    return run(lambda: carry_out(options))
 
 
 def carry_out(do: argparse.Namespace) -> int:
@@ -297,26 +298,38 @@ def carry_out(do: argparse.Namespace) -> int:
     Raises:
         ValueError: It cannot be done.
     """
-    for flag, value in (("--orders", do.orders), *(("--workers", workers) for workers in do.workers)):
-        if value < 1:
-            raise ValueError(f"{flag}={value} is not possible; give at least 1")
-    if do.out.exists() and not do.out.is_dir():
-        raise ValueError(f"--out={do.out} is no folder; give another")
+    for flag, value, most in (
+        ("--orders", do.orders, MOST_ORDERS),
+        *(("--workers", workers, math.inf) for workers in do.workers),
+    ):
+        if not 1 <= value <= most:
+            limit = "at least 1" if value < 1 else f"at most {most:,}"
+            raise ValueError(f"{flag}={value} is not possible; give {limit}")
+    if do.seed < 0:
+        raise ValueError(f"--seed={do.seed} is not possible; give 0 or more")
     families = [read(place) for place in do.curves]  # all of them, before any takes its time
-    tables = []
+    plans = []
     for curves in families:
         _, count, epochs = curves.accuracy.shape
         rungs = rung_epochs(do.grace, do.eta, epochs)
         names = do.schedulers or default_schedulers(count, rungs, do.eta, epochs)
-        names = [REFERENCE, *(name for name in dict.fromkeys(names) if name != REFERENCE)]
+        plans.append([REFERENCE, *(name for name in dict.fromkeys(names) if name != REFERENCE)])
+        for name in plans[-1]:
+            scheduler_of(name)  # refuses an unknown one
+    with writing(do.out):
+        do.out.mkdir(parents=True, exist_ok=True)
+    tables = []
+    for curves, names in zip(families, plans, strict=True):
+        _, count, epochs = curves.accuracy.shape
         generator = np.random.default_rng(do.seed)
         orders = generator.permuted(np.tile(np.arange(count), (do.orders, 1)), axis=1)
         for workers in do.workers:
             found = replay(curves, names, orders, workers=workers, grace=do.grace, eta=do.eta)
             table = compare(found, names, generator)
             print(
-                f"{curves.name}: {count} configurations, {epochs} epochs, seeds {len(curves.seeds)}, "
-                f"workers {workers}, orders {do.orders}\n{as_text(table)}\n",
+                f"{curves.name}: {counted(count, 'configuration')}, {counted(epochs, 'epoch')}, "
+                f"{counted(len(curves.seeds), 'seed')}, {counted(workers, 'worker')}, "
+                f"{counted(do.orders, 'order')}\n{as_text(table)}\n",
                 flush=True,
             )
             table.insert(0, "family", curves.name)
@@ -324,8 +337,9 @@ def carry_out(do: argparse.Namespace) -> int:
             tables.append(table)
     print(EXPLAINED)
     asked = {name: getattr(do, name) for name in ("curves", "orders", "eta", "grace", "seed")}
-    for file in write(pd.concat(tables, ignore_index=True), asked, do.out):
-        print(file)
+    with writing(do.out):
+        for file in write(pd.concat(tables, ignore_index=True), asked, do.out):
+            print(printable(str(file)))
     return 0
 
 

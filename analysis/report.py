@@ -27,8 +27,11 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from analysis import plots, to_optuna, to_tensorboard
+from analysis.command_line import folder, run, writing
 from analysis.facts import comparison, facts
 from analysis.load import Study, load
+from analysis.text import printable
+from trainables.command_line import Parser
 
 SECTIONS = (
     ("Learning rate", "Everything else fixed, over several seeds.", ["lr_curves"]),
@@ -47,7 +50,7 @@ SECTIONS = (
     (
         "On the test images",
         "The winner's first fresh seed, on images that no choice has seen.",
-        ["confusion", "class_accuracy"],
+        ["confusion", "confused_pairs", "class_accuracy"],
     ),
     ("What it cost", "All of a study: its search and its fresh seeds.", ["accuracy_against_seconds"]),
 )
@@ -61,6 +64,7 @@ CAPTIONS = {
     "parallel_coordinates": "Each line is a trial.",
     "importance": "fANOVA importance (optuna) for validation accuracy at the first rung.",
     "confusion": "Test images by true and predicted class; colour: their share of the true class.",
+    "confused_pairs": "The most frequent confusions of test images.",
     "class_accuracy": "Test accuracy of each class, and how far few images leave it open.",
     "accuracy_against_seconds": "Test accuracy of each study against the time it took.",
     "lr_curves": "Validation accuracy against the learning rate.",
@@ -85,6 +89,7 @@ def figures(study: Study) -> dict[str, Figure]:
         "parallel_coordinates": plots.parallel_coordinates,
         "importance": plots.importance,
         "confusion": plots.confusion,
+        "confused_pairs": plots.confused_pairs,
         "class_accuracy": plots.class_accuracy,
         "lr_curves": lambda study: plots.lr_curves([study]),
     }
@@ -92,21 +97,29 @@ def figures(study: Study) -> dict[str, Figure]:
         drawers = {"lr_curves": drawers["lr_curves"]}
     elif study.facts.get("best"):
         drawers = {"winner_curves": plots.winner_curves, **drawers}
-    with mpl.rc_context(plots.STYLE):
-        drawn = {name: draw(study) for name, draw in drawers.items()}
+    drawn = {name: draw(study) for name, draw in drawers.items()}
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
 def write(studies: list[Study], out: Path) -> Path:
-    """Writes report.html and figures/ of one study, or of several compared; returns the page's path."""
-    if len(studies) == 1:
-        return _write(facts(studies[0]), figures(studies[0]), out)
-    with mpl.rc_context(plots.STYLE):
-        drawn = {
+    """Writes report.html and figures/ of one study, or of several compared; returns the page's path.
+
+    Raises:
+        OSError: They cannot be written.
+    """
+    texts = []
+    for study in studies:
+        texts += [study.facts["space"], study.facts["data"]["name"], *study.classes]
+        for described in study.facts.get("ranges", {}).values():
+            texts += map(str, described.get("values", []))
+    with mpl.rc_context(plots.style(texts)):
+        if len(studies) == 1:
+            return _write(facts(studies[0]), figures(studies[0]), out)
+        compared = {
             "accuracy_against_seconds": plots.accuracy_against_seconds(studies),
             "lr_curves": plots.lr_curves(studies),
         }
-    return _write(comparison(studies), {name: f for name, f in drawn.items() if f is not None}, out)
+        return _write(comparison(studies), {name: f for name, f in compared.items() if f is not None}, out)
 
 
 def _write(told: dict[str, Any], drawn: dict[str, Figure], out: Path) -> Path:
@@ -114,11 +127,11 @@ def _write(told: dict[str, Any], drawn: dict[str, Figure], out: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     inline = {}
     for name, figure in drawn.items():
-        with mpl.rc_context(plots.STYLE | {"svg.hashsalt": name}):
+        with mpl.rc_context({"svg.hashsalt": name}):
             buffer = io.StringIO()
             figure.savefig(buffer, format="svg", metadata={"Date": None})
             figure.savefig(folder / f"{name}.png", dpi=160, facecolor="white")
-        (folder / f"{name}.svg").write_text(buffer.getvalue())
+        (folder / f"{name}.svg").write_text(buffer.getvalue(), encoding="utf-8")
         inline[name] = _themed(buffer.getvalue())
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -141,10 +154,10 @@ def _themed(svg: str) -> Markup:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python analysis/report.py", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python analysis/report.py", description=__doc__.split("\n")[0])
     parser.add_argument("study", nargs="+", help="a study's folder or URL; several are compared")
     parser.add_argument(
-        "--out", type=Path, help="where to write (default: into the study's folder; of several, report/)"
+        "--out", type=folder, help="where to write (default: into the study's folder; of several, report/)"
     )
     parser.add_argument("--open", action="store_true", help="show the page in the browser")
     other = parser.add_mutually_exclusive_group()
@@ -159,23 +172,30 @@ def main(arguments: list[str] | None = None) -> int:
         help="no page: add the study to a database that optuna-dashboard opens, such as sqlite:///optuna.db",
     )
     options = parser.parse_args(arguments)
-    try:
-        studies = [load(folder) for folder in options.study]
+    return run(lambda: _report(options))
+
+
+def _report(options: argparse.Namespace) -> int:
+    """Writes what was asked for; returns the exit code.
+
+    Raises:
+        ValueError: It cannot be done.
+    """
+    studies = [load(study) for study in options.study]
+    if options.optuna:
+        for study in studies:
+            new = to_optuna.write(study, options.optuna)
+            said = "added to" if new else "is already in"
+            print(printable(f"{study.folder}: {said} {to_optuna.shown(options.optuna)}"))
+        return 0
+    out = options.out or (studies[0].folder if len(studies) == 1 else Path("report"))
+    with writing(out):
         if options.tensorboard:
-            written = _each(studies, options.out, to_tensorboard.write)
-            print(*written, sep="\n")
+            for file in _each(studies, options.out, to_tensorboard.write):
+                print(printable(str(file)))
             return 0
-        if options.optuna:
-            for study in studies:
-                new = to_optuna.write(study, options.optuna)
-                print(f"{study.folder}: {'added to' if new else 'is already in'} {options.optuna}")
-            return 0
-        alone = studies[0].folder if len(studies) == 1 else Path("report")
-        page = write(studies, options.out or alone)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(page)
+        page = write(studies, out)
+    print(printable(str(page)))
     if options.open:
         webbrowser.open(page.absolute().as_uri())
     return 0
@@ -187,7 +207,9 @@ def _each(studies: list[Study], out: Path | None, write_one: Callable[[Study, Pa
         return [write_one(study, study.folder) for study in studies]
     if len(studies) == 1:
         return [write_one(studies[0], out)]
-    return [write_one(study, out / study.folder.absolute().name) for study in studies]
+    if len({study.name for study in studies}) < len(studies):
+        raise ValueError("several studies have one name, so one would replace the other; give each its --out")
+    return [write_one(study, out / study.name) for study in studies]
 
 
 if __name__ == "__main__":

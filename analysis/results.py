@@ -10,11 +10,14 @@ measured by a study's fresh seeds (README.md, "Words").
 
 from __future__ import annotations
 
-import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
+
+from analysis.command_line import folder, run
+from analysis.load import read_facts
+from analysis.text import number, percent, shell, spread_digits, words
+from trainables.command_line import Parser
 
 # The course report's, of CIFAR-10's test images; its ResNets began with ImageNet weights
 PUBLISHED = {
@@ -50,22 +53,11 @@ WEIGHTS = {  # of backbones, by --weights or a file's name
     "resnet18-tinyimagenet.pth": "Tiny ImageNet",
     "none": "random",
 }
+PIPE = "\\|"  # inside a cell
 COLUMNS = (
     *("architecture", "published", "test accuracy ± sd (seeds)", "trials", "epochs (all)", "weights"),
     *("best hyperparameters", "minutes", "machine", "commit"),
 )
-
-
-def read(folder: Path) -> dict[str, Any]:
-    """Returns a study's study.json.
-
-    Raises:
-        ValueError: The folder holds none.
-    """
-    try:
-        return json.loads((folder / "study.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no study that can be read ({error})") from None
 
 
 def row(study: dict[str, Any]) -> list[str]:
@@ -74,11 +66,12 @@ def row(study: dict[str, Any]) -> list[str]:
     accuracy = "no seed was tested"
     if final and final["test_accuracy"]:
         test, count = final["test_accuracy"], len(final["seeds"])
-        spread = "" if test["sd"] is None else f" ± {100 * test['sd']:.2f}"
+        digits = spread_digits(100 * (test["sd"] or 0), 2)
+        spread = "" if test["sd"] is None else f" ± {100 * test['sd']:.{digits}f}"
         diverged = f", {len(final['diverged'])} diverged" if final["diverged"] else ""
-        accuracy = f"**{100 * test['mean']:.2f}**{spread} ({count}{diverged})"
+        accuracy = f"**{percent(test['mean'], digits)}**{spread} ({count}{diverged})"
     config = best["config"] if best else {}
-    backbone = Path(config.get("weights", "none")).name
+    backbone = Path(str(config.get("weights", "none"))).name
     return [
         study["space"],
         f"{100 * PUBLISHED[study['space']]:.2f}" if study["space"] in PUBLISHED else "",
@@ -87,13 +80,13 @@ def row(study: dict[str, Any]) -> list[str]:
         f"{options['epochs']} ({study['epochs_spent']})",
         WEIGHTS.get(backbone, backbone) if study["space"].startswith("resnet") else "",
         ", ".join(
-            f"{name} {_short(config[name])}"
+            f"{name} {number(config[name], 3)}"
             for name in TOLD
             if config.get(name) not in (None, UNTOLD.get(name))
         ),
-        f"{study['seconds'] / 60:.0f}",
-        study.get("machine", ""),
-        str(study["commit"]),
+        number(study["seconds"] / 60, 2),
+        str(study.get("machine") or ""),
+        study["commit"] or "",
     ]
 
 
@@ -102,41 +95,37 @@ def table(studies: list[dict[str, Any]]) -> str:
 
     Studies of other spaces stand at the end.
     """
-    lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
+    rows = [list(COLUMNS), ["---"] * len(COLUMNS)]
     for name, published in PUBLISHED.items():
-        rows = [row(study) for study in studies if study["space"] == name]
-        lines += [" | ".join(cells) for cells in rows or [[name, f"{100 * published:.2f}", "not run"]]]
-    lines += [" | ".join(row(study)) for study in studies if study["space"] not in PUBLISHED]
-    return "\n".join(f"| {line} |" for line in lines)
+        found = [row(study) for study in studies if study["space"] == name]
+        rows += found or [[name, f"{100 * published:.2f}", "not run"]]
+    rows += [row(study) for study in studies if study["space"] not in PUBLISHED]
+    return "\n".join(f"| {' | '.join(cell.replace('|', PIPE) for cell in cells)} |" for cells in rows)
 
 
 def command(study: dict[str, Any]) -> str:
     """Returns the command that makes a study, without its folder."""
-    words = shlex.split(study["command"])
-    if "--study-dir" in words:
-        at = words.index("--study-dir")
-        del words[at : at + 2]
-    return shlex.join(["python", *words])
+    kept, given = ["python"], iter(words(study["command"]))
+    for word in given:
+        if word == "--study-dir":
+            next(given, None)
+        elif not word.startswith("--study-dir="):
+            kept.append(word)
+    return shell(*kept)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table of the studies named on the command line, and their commands."""
-    folders = sys.argv[1:] if arguments is None else arguments
-    if not folders:
-        print("error: give study folders: python -m analysis.results studies/*", file=sys.stderr)
-        return 2
-    try:
-        studies = [read(Path(folder)) for folder in folders]
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser = Parser(prog="python -m analysis.results", description=__doc__.split("\n")[0])
+    parser.add_argument("study", nargs="+", type=folder, help="a study's folder; each becomes a row")
+    options = parser.parse_args(arguments)
+    return run(lambda: _print([read_facts(study, str(study)) for study in options.study]))
+
+
+def _print(studies: list[dict[str, Any]]) -> int:
     searches = [study for study in studies if not study["options"].get("points")]  # no learning-rate studies
     print(table(searches), "\n```sh", *(command(study) for study in searches), "```", sep="\n")
     return 0
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -135,6 +135,23 @@ def confusion(predictions: pd.DataFrame, classes: int) -> np.ndarray:
     return counts
 
 
+def confused_pairs(counts: np.ndarray) -> pd.DataFrame:
+    """Returns a row per pair of classes that was confused, most frequent first: label, predicted, images."""
+    wrong = counts - np.diag(counts.diagonal())
+    label, predicted = np.nonzero(wrong)
+    rows = pd.DataFrame({"label": label, "predicted": predicted, "images": wrong[label, predicted]})
+    return rows.sort_values("images", ascending=False, kind="stable", ignore_index=True)
+
+
+def largest_of_blocks(matrix: np.ndarray, most: int) -> np.ndarray:
+    """Returns a matrix ``(n, n)`` as one of at most ``most`` rows, each cell the largest of a block."""
+    width = -(-len(matrix) // most)
+    blocks = -(-len(matrix) // width)
+    padded = np.zeros((blocks * width, blocks * width))
+    padded[: len(matrix), : len(matrix)] = matrix
+    return np.asarray(padded.reshape(blocks, width, blocks, width).max((1, 3)))
+
+
 def class_accuracy(counts: np.ndarray) -> pd.DataFrame:
     """Returns a row per class of a confusion matrix: images, accuracy, and Wilson's 95 % interval."""
     images, right = counts.sum(1), counts.diagonal()

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import optuna
 import pandas as pd
-import sqlalchemy.exc
+import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
 from analysis import stats
 from analysis.load import Study
+from analysis.text import listed, reason, shell, words
 
+TABLES = {"studies", "trials", "version_info", "alembic_version"}  # in every database of optuna's
 STATES = {
     **dict.fromkeys(("done",), TrialState.COMPLETE),
     **dict.fromkeys(("pruned",), TrialState.PRUNED),
@@ -33,28 +35,64 @@ def write(study: Study, url: str) -> bool:
         ValueError: The database cannot be opened, or holds another study of that name.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    name, trials = study.folder.absolute().name, frozen_trials(study)
+    trials = frozen_trials(study)
     try:
-        storage = optuna.storages.RDBStorage(url)
-        if name in optuna.get_all_study_names(storage):
-            if _content(optuna.load_study(study_name=name, storage=storage).trials) == _content(trials):
+        storage = _open(url)
+        if study.name in optuna.get_all_study_names(storage):
+            if _content(optuna.load_study(study_name=study.name, storage=storage).trials) == _content(trials):
                 return False
+            delete = shell("optuna", "delete-study", "--storage", shown(url), "--study-name", study.name)
             raise ValueError(
-                f"--optuna={url} holds another study {name!r}, or an older state of it; give another "
-                f"database, or delete that study first: optuna delete-study --storage {url} "
-                f"--study-name {name!r}"
+                f"--optuna={shown(url)} holds another study {study.name!r}, or an older state of it; give "
+                f"another database, or delete that study first: {delete}"
             )
-        exported = optuna.create_study(storage=storage, study_name=name, direction="maximize")
-        for key in ("space", "status", "test_accuracy", "commit", "command"):
-            value = study.test_accuracy if key == "test_accuracy" else study.facts[key]
-            exported.set_user_attr(key, value)
-        exported.add_trials(trials)
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+        exported = optuna.create_study(storage=storage, study_name=study.name, direction="maximize")
+        try:
+            for key in ("space", "status", "commit"):
+                exported.set_user_attr(key, study.facts[key])
+            exported.set_user_attr("test_accuracy", study.test_accuracy)
+            exported.set_user_attr("command", shell(*words(study.facts["command"])))
+            exported.add_trials(trials)
+        except BaseException:  # a Ctrl-C, too, leaves no half of a study
+            optuna.delete_study(study_name=study.name, storage=storage)
+            raise
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, ImportError) as error:
         raise ValueError(
-            f"--optuna={url} cannot be opened ({reason}); give a database's URL, such as sqlite:///optuna.db"
+            f"--optuna={shown(url)} cannot be used ({reason(error)}); give a database's URL, such as "
+            "sqlite:///optuna.db"
         ) from None
     return True
+
+
+def shown(url: str) -> str:
+    """Returns a database's URL without its password."""
+    try:
+        return sqlalchemy.make_url(url).render_as_string(hide_password=True)
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        return url
+
+
+def _open(url: str) -> Any:
+    """Opens a database that is optuna's own or empty, and changes no other.
+
+    RDBStorage creates its tables before it looks at what is there (optuna 4).
+    """
+    try:
+        tables = set(sqlalchemy.inspect(sqlalchemy.create_engine(url)).get_table_names())
+    except ValueError as error:  # of a port
+        raise sqlalchemy.exc.ArgumentError(str(error)) from None
+    if tables and not tables >= TABLES:
+        raise ValueError(
+            f"--optuna={shown(url)} holds another program's tables ({listed(sorted(tables))}); nothing was "
+            "written; give a new database"
+        )
+    try:
+        return optuna.storages.RDBStorage(
+            url.replace("{", "{{").replace("}", "}}"),  # it fills in {SCHEMA_VERSION}
+            skip_table_creation=bool(tables),
+        )
+    except RuntimeError as error:
+        raise ValueError(f"--optuna={shown(url)} is of another version of optuna: {reason(error)}") from None
 
 
 def frozen_trials(study: Study) -> list[FrozenTrial]:
@@ -66,11 +104,12 @@ def frozen_trials(study: Study) -> list[FrozenTrial]:
     distributions = {name: _distribution(study, name) for name in study.hyperparameters}
     reports = dict(list(study.epochs.groupby("trial_id")))
     trials = []
-    for number, row in enumerate(study.trials.sort_values("trial_id").to_dict("records")):
+    order = study.trials.trial_id.astype(int).argsort()  # as text, 10000 comes before 9999
+    for number, row in enumerate(study.trials.iloc[order].to_dict("records")):
         if int(row["trial_id"]) != number:
             raise ValueError(
-                f"{study.folder} lacks trial {number:04d}; write its tables anew: "
-                f"python -m search.collect {study.folder}"
+                f"{study.folder} lacks trial {number:04d}; write its tables again: "
+                f"{shell('python', '-m', 'search.collect', study.folder)}"
             )
         seen = reports.get(row["trial_id"], study.epochs.head(0))
         told = {n: d for n, d in distributions.items() if not pd.isna(row[n])}

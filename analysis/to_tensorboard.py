@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from analysis.command_line import INSTALL
 from analysis.load import Study
 
 METRICS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "epoch_seconds")
@@ -26,16 +28,25 @@ def write(study: Study, out: Path) -> Path:
         ValueError: TensorBoard is not installed, or the folder holds something else.
     """
     try:
-        from tensorboard.plugins.hparams import summary_v2
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.plugins.hparams import summary_v2  # noqa: F401
+        from tensorboard.summary.writer import record_writer  # noqa: F401
     except ImportError as error:
-        raise ValueError(
-            f"--tensorboard needs the package tensorboard ({error}); pip install 'tunefleet[reports]'"
-        ) from None
+        raise ValueError(f"--tensorboard needs the package tensorboard ({error}); {INSTALL}") from None
     folder = out / "tensorboard"
     check_ours(folder)
-    new = out / "tensorboard.tmp"
-    shutil.rmtree(new, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".tensorboard-") as temporary:
+        new = Path(temporary) / "new"
+        _write_runs(study, new)
+        if folder.exists():
+            shutil.rmtree(folder)
+        new.replace(folder)
+    return folder
+
+
+def _write_runs(study: Study, folder: Path) -> None:
+    from tensorboard.plugins.hparams import summary_v2
+
     reports = pd.concat([study.epochs, study.finals])
     began = float((reports.finished_at - reports.epoch_seconds).min()) if len(reports) else 0.0
     experiment = summary_v2.hparams_config_pb(
@@ -43,7 +54,7 @@ def write(study: Study, out: Path) -> Path:
         [summary_v2.Metric("val_accuracy"), summary_v2.Metric("val_loss"), summary_v2.Metric("train_loss")],
         time_created_secs=began,
     )
-    _write_run(EventFileWriter, new, [_event(began, summary=experiment)])
+    _write_run(folder, [_event(began, summary=experiment)])
     trials = study.trials.set_index("trial_id")
     for trial_id, rows in reports.groupby("trial_id", sort=True):
         times = rows.finished_at - rows.epoch_seconds
@@ -56,10 +67,7 @@ def write(study: Study, out: Path) -> Path:
         events += _scalars(rows)
         if trial_id in trials.index:
             events += _end(str(trials.at[trial_id, "status"]), float(rows.finished_at.iloc[-1]))
-        _write_run(EventFileWriter, new / str(trial_id), events)
-    shutil.rmtree(folder, ignore_errors=True)
-    new.replace(folder)
-    return folder
+        _write_run(folder / str(trial_id), events)
 
 
 def check_ours(folder: Path) -> None:
@@ -72,11 +80,14 @@ def check_ours(folder: Path) -> None:
         )
 
 
-def _write_run(writer_class: Any, folder: Path, events: list[Any]) -> None:
-    writer = writer_class(str(folder))
-    for event in events:
-        writer.add_event(event)
-    writer.close()
+def _write_run(folder: Path, events: list[Any]) -> None:
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    folder.mkdir(parents=True)
+    with (folder / f"{EVENTS}0.tunefleet").open("wb") as stream:  # of their writer class, each has a thread
+        writer = RecordWriter(stream)
+        for event in (_event(events[0].wall_time, file_version="brain.Event:2"), *events):
+            writer.write(event.SerializeToString())
 
 
 def _scalars(rows: pd.DataFrame) -> list[Any]:

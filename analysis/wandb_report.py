@@ -17,8 +17,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from analysis.command_line import INSTALL, folder, run, writing
 from analysis.facts import cards, plain
 from analysis.load import Study, load
+from analysis.text import printable
+from trainables.command_line import Parser
 
 if TYPE_CHECKING:
     import wandb_workspaces.reports.v2 as wr
@@ -72,9 +75,7 @@ def _library() -> Any:
     try:
         import wandb_workspaces.reports.v2 as wr
     except ImportError as error:
-        raise ValueError(
-            f"a W&B Report needs the package wandb-workspaces ({error}); pip install 'tunefleet[reports]'"
-        ) from None
+        raise ValueError(f"a W&B Report needs the package wandb-workspaces ({error}); {INSTALL}") from None
     return wr
 
 
@@ -172,35 +173,40 @@ def save(studies: list[Study], *, entity: str, project: str, groups: list[str]) 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python analysis/wandb_report.py", description=__doc__.split("\n")[0]
-    )
+    parser = Parser(prog="python analysis/wandb_report.py", description=__doc__.split("\n")[0])
     parser.add_argument("study", nargs="+", help="a study's folder or URL; each becomes a section")
     parser.add_argument("--project", help=f"W&B's (default: WANDB_PROJECT, else {PROJECT})")
     parser.add_argument("--entity", help="W&B's team or user (default: WANDB_ENTITY, else the key's own)")
     parser.add_argument("--group", nargs="+", help="of the runs, one per study (default: the folders' names)")
-    parser.add_argument("--out", type=Path, help="where to write wandb_report.json (default: as report.py)")
+    parser.add_argument("--out", type=folder, help="where to write wandb_report.json (default: as report.py)")
     parser.add_argument("--save", action="store_true", help="upload the report instead of writing the file")
     options = parser.parse_args(arguments)
+    return run(lambda: _report(options))
+
+
+def _report(options: argparse.Namespace) -> int:
+    """Uploads or writes the report; returns the exit code.
+
+    Raises:
+        ValueError: It cannot be done.
+    """
     entity = options.entity or os.environ.get("WANDB_ENTITY", "")
     project = options.project or os.environ.get("WANDB_PROJECT") or PROJECT
-    try:
-        studies = [load(folder) for folder in options.study]
-        groups = options.group or [study.folder.absolute().name for study in studies]
-        if len(groups) != len(studies):
-            raise ValueError(f"--group names {len(groups)} groups for {len(studies)} studies; give one each")
-        if options.save:
-            print(save(studies, entity=entity, project=project, groups=groups))
-            return 0
-        report = build(studies, entity=entity, project=project, groups=groups, linked=False)
-        out = options.out or (studies[0].folder if len(studies) == 1 else Path("report"))
+    studies = [load(study) for study in options.study]
+    groups = printable(options.group or [study.name for study in studies])
+    if len(groups) != len(studies):
+        raise ValueError(f"--group names {len(groups)} groups for {len(studies)} studies; give one each")
+    if options.save:
+        print(save(studies, entity=entity, project=project, groups=groups))
+        return 0
+    report = build(studies, entity=entity, project=project, groups=groups, linked=False)
+    out = options.out or (studies[0].folder if len(studies) == 1 else Path("report"))
+    file = out / "wandb_report.json"
+    content = report._to_model().model_dump_json(by_alias=True, exclude_none=True, indent=1)
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        file = out / "wandb_report.json"
-        file.write_text(report._to_model().model_dump_json(by_alias=True, exclude_none=True, indent=1))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(file)
+        file.write_text(content, encoding="utf-8")
+    print(printable(str(file)))
     return 0
 
 

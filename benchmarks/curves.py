@@ -155,14 +155,14 @@ def carry_out(do: argparse.Namespace, given: dict[str, Any], console: Console) -
     wandb = do.wandb | {"mode": "off"}  # nothing beside a recording, whose seconds count
     if not do.resume:
         options = new_options(do, given)
-        return start(options, do.study_dir, script, dry_run=do.dry_run, wandb=wandb)
+        return script.stops.run(lambda: start(options, do.study_dir, script, dry_run=do.dry_run, wandb=wandb))
     folder = Path(do.resume)
     study = read_study(folder)
     if not study["options"]["points"] or study["options"]["pruner"] != "none":
         raise ValueError(f"--resume={folder} records no curves; it is a study of another script")
     if study["status"] == "done":
         return finish(folder, console)  # its table could not be written then
-    return resume(folder, given, script, wandb=wandb)
+    return script.stops.run(lambda: resume(folder, given, script, wandb=wandb))
 
 
 if __name__ == "__main__":

@@ -19,14 +19,15 @@
 # Without .gpu/unpack.sh it takes the Python and the images that it is given, by environment:
 #   OUT (benchmarks/results/gpu)  RESULTS (.gpu/results)  WORK (/tmp/tunefleet-gpu)  PYTHON (python3)
 #   DATA (/tmp/data/cifar10-jpeg.tar.xz)  WEIGHTS (/tmp/data/resnet18-imagenet.pth)  DEVICE (cuda)
-#   LANES (3): studies at once, since half of a short study is the start of its processes
+#   LANES (4): studies at once, since half of a short study is the start of its processes
 #   BOUND: seconds of each part, instead of its own     ROWS: which rows, of rows and lr (all)
 #   SMALL=1: a rehearsal, 2 trials of 1 epoch
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OUT=${OUT:-benchmarks/results/gpu} RESULTS=${RESULTS:-.gpu/results} WORK=${WORK:-/tmp/tunefleet-gpu}
-export PYTHON=${PYTHON:-python3} DEVICE=${DEVICE:-cuda} LANES=${LANES:-3} SMALL=${SMALL:-}
+export PYTHON=${PYTHON:-python3} DEVICE=${DEVICE:-cuda} LANES=${LANES:-4} SMALL=${SMALL:-}
 export PYTHONPATH=${PYTHONPATH:-$PWD} COLUMNS=${COLUMNS:-110} WANDB_MODE=disabled
+if [ -f .gpu/commit ]; then TUNEFLEET_COMMIT=$(cat .gpu/commit) && export TUNEFLEET_COMMIT; fi # no git is there
 if [ -f .gpu/unpack.sh ] && ! "$PYTHON" -c 'import sys, importlib.util as u; sys.exit(not u.find_spec("ray"))'; then
     # shellcheck disable=SC1091
     . .gpu/unpack.sh
@@ -39,11 +40,11 @@ STOP_SECONDS=${STOP_SECONDS:-20} # in which a study that is stopped has to end
 # width or two are left to search; the rest was found by hand (docs/gpu.md).
 TUNED="momentum=0.9 weight_decay=0.0005 batch_size=128 augment=crop_flip label_smoothing=0 warmup_epochs=0.5"
 declare -A FLAGS=(
-    [resnet_softmax_updatable]="--trials 3 --epochs 9 --fix $TUNED"
-    [resnet_finetune]="--trials 3 --epochs 9 --fix $TUNED"
-    [resnet_twolayernn_updatable]="--trials 3 --epochs 9 --fix $TUNED"
-    [resnet_conv_updatable]="--trials 3 --epochs 9 --fix $TUNED"
-    [resnet_mymodel_updatable]="--trials 4 --epochs 15 --fix hidden=128 $TUNED"
+    [resnet_softmax_updatable]="--trials 3 --epochs 8 --fix $TUNED"
+    [resnet_finetune]="--trials 3 --epochs 8 --fix $TUNED"
+    [resnet_twolayernn_updatable]="--trials 3 --epochs 8 --fix $TUNED"
+    [resnet_conv_updatable]="--trials 3 --epochs 8 --fix $TUNED"
+    [resnet_mymodel_updatable]="--trials 4 --epochs 12 --fix hidden=128 $TUNED"
     [mymodel]="--trials 4 --epochs 14 --fix hidden=64 kernel_size=3 optimizer=adam augment=crop_flip
         weight_decay=0 momentum=0 warmup_epochs=0.5"
     [resnet_mymodel]="--trials 4 --epochs 18 --fix hidden=128 momentum=0.95 batch_size=128 weight_decay=0.0005"
@@ -81,19 +82,14 @@ bounded() { # seconds, command…: SIGINT at the bound, SIGKILL some seconds lat
 
 keep() { # all studies so far: what the next run needs in one archive, what people look at in another
     "$PYTHON" - <<'P'
-import contextlib, json, os, pathlib, tarfile
+import contextlib, os, pathlib, tarfile
 out, work = pathlib.Path(os.environ["OUT"]), pathlib.Path(os.environ["WORK"])
-commit = pathlib.Path(".gpu/commit")
 large = 10**6  # bytes: a first layer above is left out
 def wanted(file, best):
     parts = file.relative_to(work).parts[2:]
     if {"checkpoints", "ray", "wandb", ".lock", "checkpoint.pt"} & {*parts} or not file.is_file():
         return False
     return (parts[0] == "best") == best and (file.name != "first_layer.npy" or file.stat().st_size < large)
-for file in work.glob("*/*/study.json"):
-    study = json.loads(file.read_text())
-    if study.get("commit") is None and study["status"] == "done" and commit.exists():  # no git is there
-        file.write_text(json.dumps(study | {"commit": commit.read_text().strip()}, indent=2) + "\n")
 for name in ("studies", "best"):
     partial = out / f"{name}.{os.getpid()}"
     with tarfile.open(partial, "w:xz", preset=1) as tar:
@@ -182,7 +178,7 @@ measured() { # part, command…: what it prints is PART.txt, which ends with "co
 }
 
 commit() { # of this code
-    git describe --always --dirty --abbrev=12 2>/dev/null || cat .gpu/commit 2>/dev/null || echo unknown
+    git describe --always --dirty --abbrev=12 2>/dev/null || echo "${TUNEFLEET_COMMIT:-unknown}"
 }
 
 run_part() { # name

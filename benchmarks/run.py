@@ -34,11 +34,11 @@ from benchmarks.families import FAMILIES, Family, configurations
 from benchmarks.measured import Measured, measure
 from benchmarks.probe import probe, spread
 from benchmarks.task import Task
-from search.local_ray import cpu_count
 from search.provenance import commit, machine_name, versions
 from trainables.command_line import Parser, exit_code
 from trainables.config import check_integer, check_name
 from trainables.data import DATA_DIR, load_split, prepare
+from trainables.host import cpu_count
 
 RESULTS = Path(__file__).with_name("results")
 STEADY = 0.15  # by which fraction probes may vary before a ratio says nothing

@@ -28,6 +28,8 @@ _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(256 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
 }
+if os.environ.get("RAY_ADDRESS", "local") in ("", "local"):
+    _ENVIRONMENT["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # a Ray of our own listens on 127.0.0.1 alone
 if "ray" in sys.modules:  # it has settled how it authenticates; servers started now must do the same
     del _ENVIRONMENT["RAY_AUTH_MODE"]
 for _name, _value in _ENVIRONMENT.items():

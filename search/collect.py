@@ -1,22 +1,32 @@
 """What came out of a study, as tables? reports.jsonl -> trials.csv, epochs.parquet, study.json.
 
-Runs at the end of each study; by hand also on a live or a dead one, which it leaves as it is::
+Runs at the end of each study, and by hand at any time::
 
     python -m search.collect studies/NAME
+    python -m search.collect --keep-lines N studies/NAME    # of a damaged reports.jsonl
+
+Of a study that is running it writes the tables only: study.json belongs to the process that runs it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import operator
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from filelock import FileLock, Timeout
 
 from search.final import final_results
 from search.journal import Journal, TrialRecord, records, status_of, winner
-from search.study_file import read_study, write_study, write_whole
+from search.study_file import RunningError, lock_of, read_events, read_study, write_study, write_whole
+from trainables.command_line import Parser, exit_code
+
+OTHER_SECONDS = 30.0  # that another process may take to write the same tables
 
 EPOCH_COLUMNS = {
     "trial_id": "string",
@@ -31,41 +41,75 @@ EPOCH_COLUMNS = {
 }
 
 
-def collect(study_dir: Path) -> dict[str, Any]:
-    """Writes the tables of a study and brings study.json up to date.
+def collect(study_dir: Path, *, live: bool = False, **facts: Any) -> dict[str, Any]:
+    """Write the tables of a study, and study.json.
+
+    Args:
+        study_dir: The study's folder.
+        live: Another process runs the study: leave study.json to it.
+        facts: What the process that runs the study adds to study.json: status, seconds.
 
     Returns:
         The content of study.json.
 
     Raises:
-        ValueError: The folder holds no study, or its journal is damaged.
+        ValueError: The folder holds no study, its journal is damaged, or a finished study had more results.
     """
     study_dir = Path(study_dir)
-    study = read_study(study_dir)
-    events = Journal(study_dir / "reports.jsonl").read()
-    trials = records(events)
-    searched = [trial for trial in trials.values() if not trial.is_final]
-    write_whole(
-        study_dir / "trials.csv",
-        trials_table(searched, study).to_csv(index=False, lineterminator="\n").encode(),
-    )
-    temporary = study_dir / "epochs.parquet.tmp"
-    epochs_table(trials).to_parquet(temporary, index=False)
-    temporary.replace(study_dir / "epochs.parquet")
-    best = winner(trials)
-    study |= {
-        "trials": len(searched),
-        "statuses": pd.Series([status_of(t, study) for t in searched], dtype="str").value_counts().to_dict(),
-        "epochs_spent": sum(trial.epoch for trial in searched),
-        "epochs_unpruned": len(searched) * study["options"]["epochs"],
-        "lost_workers": dict(Counter(event["lost"] for event in events if "lost" in event)),  # by cause
-        "busy_fraction": busy_fraction(trials),
-        "best": best
-        and {"trial_id": best.trial_id, "config": best.config, "val_accuracy": best.val_accuracy},
-        "final": final_results(trials),
-    }
-    write_study(study_dir, study)
+    with _alone(study_dir):
+        study = read_study(study_dir)
+        events = read_events(study_dir, study)
+        trials = records(events)
+        searched = [trial for trial in trials.values() if not trial.is_final]
+        best, final = winner(trials), final_results(trials)
+        found = {
+            "trials": len(searched),
+            "epochs_spent": sum(trial.epoch for trial in searched),
+            "final": final,
+        }
+        if study["status"] == "done" and any(map(operator.lt, _extent(found), _extent(study))):
+            raise ValueError(
+                f"{study_dir / 'reports.jsonl'} holds less than the finished study had; its results are left "
+                "as they are; restore the file from a copy"
+            )
+        study |= facts
+        write_whole(
+            study_dir / "trials.csv",
+            trials_table(searched, study).to_csv(index=False, lineterminator="\n").encode(),
+        )
+        temporary = study_dir / "epochs.parquet.tmp"
+        epochs_table(trials).to_parquet(temporary, index=False)
+        temporary.replace(study_dir / "epochs.parquet")
+        study |= found | {
+            "statuses": dict(Counter(status_of(trial, study) for trial in searched).most_common()),
+            "epochs_unpruned": len(searched) * study["options"]["epochs"],
+            "lost_workers": dict(Counter(event["lost"] for event in events if "lost" in event)),  # by cause
+            "busy_fraction": busy_fraction(trials),
+            "best": best
+            and {"trial_id": best.trial_id, "config": best.config, "val_accuracy": best.val_accuracy},
+            "events": len(events),
+        }
+        if not live:
+            write_study(study_dir, study)
     return study
+
+
+@contextlib.contextmanager
+def _alone(study_dir: Path) -> Iterator[None]:
+    """Context manager: no other process writes the tables meanwhile, from an older journal."""
+    lock = FileLock(study_dir / ".collect.lock")
+    with contextlib.suppress(Timeout):  # the other one was stopped; a study's end does not wait for it
+        lock.acquire(timeout=OTHER_SECONDS)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _extent(study: dict[str, Any]) -> tuple[int, int, int]:
+    """Return how much a study.json tells of: trials, their epochs, and seeds of the winner that ended."""
+    final = study.get("final") or {"seeds": [], "failed": []}
+    return study.get("trials", 0), study.get("epochs_spent", 0), len(final["seeds"]) + len(final["failed"])
 
 
 def trials_table(searched: list[TrialRecord], study: dict[str, Any]) -> pd.DataFrame:
@@ -108,28 +152,64 @@ def busy_fraction(trials: dict[str, TrialRecord]) -> float | None:
     workers: dict[Any, list[tuple[float, float]]] = {}
     for trial in trials.values():
         for report in trial.reports.values():
-            if "epoch_seconds" in report:
-                span = (report["finished_at"] - report["epoch_seconds"], report["finished_at"])
-                workers.setdefault((report.get("node"), report.get("pid")), []).append(span)
+            seconds, end = report.get("epoch_seconds"), report.get("finished_at")
+            if seconds is not None and end is not None:
+                workers.setdefault((report.get("node"), report.get("pid")), []).append((end - seconds, end))
     busy = sum(end - start for spans in workers.values() for start, end in spans)
     there = sum(max(e for _, e in spans) - min(s for s, _ in spans) for spans in workers.values())
     return round(busy / there, 4) if there else None
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Collects the studies named on the command line."""
-    folders = sys.argv[1:] if arguments is None else arguments
-    if not folders:
-        print("error: give one study folder or more: python -m search.collect studies/NAME", file=sys.stderr)
-        return 2
-    for folder in folders:
+def collect_by_hand(folder: Path, keep_lines: int | None) -> str:
+    """Collect a study that may be running; return how it stands, in a line.
+
+    Args:
+        folder: The study's.
+        keep_lines: Cut its journal off after so many lines; None: leave it as it is.
+
+    Raises:
+        ValueError: As ``collect``; or the journal of a finished or a running study would be cut.
+    """
+    study, journal = read_study(folder), Journal(folder / "reports.jsonl")
+    with contextlib.ExitStack() as stack:
         try:
-            study = collect(Path(folder))
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        print(f"{folder}: {study['trials']} trials, {study['epochs_spent']} epochs, status {study['status']}")
-    return 0
+            stack.callback(lock_of(folder).release)
+        except RunningError:
+            if keep_lines is not None:
+                raise
+            live = True
+        else:
+            live = False
+        if keep_lines is not None:
+            if study["status"] == "done":
+                raise ValueError(
+                    f"{folder} is done; its results in study.json and trials.csv stay as they are"
+                )
+            journal.keep(keep_lines)
+            write_study(folder, read_study(folder) | {"events": len(journal.read())})
+        study = collect(folder, live=live)
+        torn = "" if live or not journal.torn() else f", a torn last line of {journal.torn()} bytes left out"
+    return f"{study['trials']} trials, {study['epochs_spent']} epochs, status {study['status']}{torn}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Collect the studies named on the command line; return the exit code."""
+    parser = Parser(prog="python -m search.collect", description=__doc__.split("\n")[0])
+    parser.add_argument("study", type=Path, nargs="+", help="a study's folder")
+    parser.add_argument(
+        "--keep-lines",
+        type=int,
+        metavar="N",
+        help="keep N lines of a damaged reports.jsonl; the whole file stays as reports.jsonl.damaged",
+    )
+    given = parser.parse_args(arguments)
+
+    def run() -> int:
+        for folder in given.study:
+            print(f"{folder}: {collect_by_hand(folder, given.keep_lines)}")
+        return 0
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

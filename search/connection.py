@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 import os
-import signal
+import resource
+import secrets
+import shlex
+import socket
+import tempfile
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 
 import ray
 
-from search.local_ray import cpu_count, findable, is_local, lean
+from search.local_ray import environment, findable, is_local, lean
 from search.options import StudyOptions
 from search.spaces import find_space
+from trainables.disk import is_full
 from trainables.driver import may_be_used
+from trainables.host import cpu_count
 
+PROCESSES = ("gcs_server", "raylet")  # of a Ray on this host, without which there is none
+WATCH_SECONDS = 1.0  # between looks at them
+CLUSTER_WATCH_SECONDS = 5.0  # between looks at a joined cluster
+CONNECT_SECONDS = 2.0
+GONE_SECONDS = 45.0  # of silence, after which a cluster is gone; Ray waits 60
+ADDRESS_SPACE_MIN = 8 * 10**9  # bytes; with 6 GB Ray's servers do not start (2.60)
+JOIN_SECONDS = 10.0  # in which a cluster has to answer, twice
+TEMP_LONGEST = 40  # characters of the temporary folder; Ray appends some 65
+OBJECT_STORE_BYTES = 256 * 2**20  # of a Ray of our own; a study passes next to nothing through it
 TRIAL_SLOT = "trial_slot"  # a resource of the head node: one for each group of workers that fits
 
 
@@ -79,11 +97,21 @@ def connect(
     # without an address ray.init would join whatever cluster this host happens to run
     local = is_local()
     address = "local" if local else os.environ["RAY_ADDRESS"]
+    # one warning that Ray's SIGTERM handler is for the main thread; search/stopping.py has that signal
+    logging.getLogger("ray._private.worker").setLevel(logging.ERROR)
+    if local:
+        check_limits()
+    else:
+        check_answers(address)
+        check_token_file()
     try:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(_from_our_code())
             if local:
+                stack.enter_context(environment(_local_variables()))
                 stack.enter_context(lean(bool(trial_slots), imports, meanwhile))
             else:
+                stack.enter_context(environment({"RAY_BACKEND_LOG_LEVEL": "fatal"}))  # one line is ours
                 meanwhile()
             if local and trial_slots:
                 stack.enter_context(findable())
@@ -91,6 +119,7 @@ def connect(
                 address=address,
                 num_cpus=cpu_count() if local else None,
                 num_gpus=_gpu_count(device) if local else None,
+                object_store_memory=OBJECT_STORE_BYTES if local else None,
                 resources={TRIAL_SLOT: trial_slots} if trial_slots and local else None,
                 include_dashboard=bool(trial_slots) if local else None,
                 log_to_driver=False,
@@ -99,7 +128,7 @@ def connect(
     except Exception as error:  # Ray 2.60 raises ConnectionError, RuntimeError, and Exception itself
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"Ray did not start on this host ({reason}); wait until it has free CPUs and memory"
+            f"Ray did not start on this host ({reason}); {_remedy(error)}"
             if local
             else f"RAY_ADDRESS={address} cannot be joined ({reason}); start that cluster, give its token "
             "(RAY_AUTH_MODE=token, ~/.ray/auth_token), or unset RAY_ADDRESS to use this host"
@@ -107,6 +136,147 @@ def connect(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # lost workers stand in reports.jsonl
     # what raylets say last, C++ stacks included, would go to our stdout whatever the level (2.60)
     ray._private.worker.print_to_stdstream = lambda *arguments, **options: None
-    # ray.init puts a handler in place that prints a C++ stack and aborts (2.60); a SIGTERM, which a
-    # cluster sends before it takes a node, shall be a Ctrl-C
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def check_limits() -> None:
+    """Raises ValueError where ulimit -v ends Ray's servers, which then say it in a page of C++."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and limit < ADDRESS_SPACE_MIN:
+        raise ValueError(
+            f"ulimit -v allows {limit / 1e9:.1f} GB of addresses to a process, and Ray's servers map "
+            f"{ADDRESS_SPACE_MIN / 1e9:.0f} GB, most of which they never use; set ulimit -v unlimited"
+        )
+
+
+def check_answers(address: str) -> None:
+    """Raises ValueError where no cluster answers at an address; Ray itself (2.60) tries for 13 minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():  # auto, or what Ray refuses
+        return
+    remedy = "start that cluster, or unset RAY_ADDRESS to use this host"
+    try:
+        with socket.create_connection((host, int(port)), JOIN_SECONDS):
+            pass
+    except OSError as error:
+        raise ValueError(f"RAY_ADDRESS={address} cannot be reached ({error}); {remedy}") from error
+    if address.startswith("ray://") or os.environ.get("RAY_USE_TLS", "0") != "0":
+        return
+    import grpc  # ray[default] brings it; half a second
+
+    channel = grpc.insecure_channel(f"{host}:{port}")
+    try:
+        grpc.channel_ready_future(channel).result(timeout=JOIN_SECONDS)
+    except grpc.FutureTimeoutError:
+        raise ValueError(
+            f"RAY_ADDRESS={address} is no Ray cluster, or does not answer in {JOIN_SECONDS:g} s; {remedy}"
+        ) from None
+    finally:
+        channel.close()
+
+
+def check_token_file() -> None:
+    """Lets nobody but its owner read the cluster's token, with which anybody may run code as they.
+
+    Raises:
+        ValueError: Others can read it, and that cannot be changed.
+    """
+    with contextlib.suppress(RuntimeError):  # there is no home folder
+        default = Path("~/.ray/auth_token").expanduser()
+        file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or default)
+        if "RAY_AUTH_TOKEN" in os.environ or not file.is_file() or not file.stat().st_mode & 0o077:
+            return
+        try:
+            file.chmod(0o600)
+        except OSError as error:
+            raise ValueError(
+                f"{file}, the cluster's token, can be read by other users, and its mode stays ({error}); "
+                f"have its owner run: chmod 600 {shlex.quote(str(file))}"
+            ) from error
+        print(f"{file}, the cluster's token, could be read by other users; its mode is now 0600")
+
+
+def _local_variables() -> dict[str, str]:
+    """Returns what a Ray of our own is given in its environment."""
+    variables = {"RAY_AUTH_TOKEN": _token()}  # in no file, and there may be no home folder to put it in
+    if len(tempfile.gettempdir()) > TEMP_LONGEST:  # sockets lie under it, whose names have 107 bytes at most
+        variables["RAY_TMPDIR"] = "/tmp"
+    return variables
+
+
+@functools.cache  # Ray reads it once per process
+def _token() -> str:
+    return secrets.token_hex(32)
+
+
+@contextlib.contextmanager
+def _from_our_code() -> Iterator[None]:
+    """Has this project's folder as working directory while Ray notes it.
+
+    Ray (2.60) puts it before all else on its workers' path, and a user's own models.py there would be taken
+    for ours.
+    """
+    before = Path.cwd()
+    os.chdir(Path(__file__).parents[1])
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def _remedy(error: Exception) -> str:
+    """Returns what to do where Ray did not start."""
+    text, folder = str(error), os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if "AF_UNIX path length" in text:
+        return "give a shorter path: RAY_TMPDIR=/tmp"
+    if is_full(error):
+        return f"make room in {folder}, or give RAY_TMPDIR on a larger disk"
+    if isinstance(error, OSError):
+        return f"give a folder that can be written: RAY_TMPDIR (now {folder})"
+    return f"its logs are in {folder}/ray/session_latest/logs"
+
+
+class RayWatch:
+    """Says when the Ray that a study runs on is gone, before Ray itself ends this process for it (2.60).
+
+    It does so 13 s after the end of a raylet and 60 s after that of the control server.
+    """
+
+    def __init__(self) -> None:
+        self.processes = _children(PROCESSES) if is_local() else {}
+        self.address = ray.get_runtime_context().gcs_address
+        self.looked_at = self.reached_at = time.monotonic()
+
+    def __call__(self) -> str:
+        """Return why the study has to stop; nothing while all is well."""
+        now = time.monotonic()
+        if self.processes:
+            if now - self.looked_at < WATCH_SECONDS:
+                return ""
+            self.looked_at = now
+            gone = [name for pid, name in self.processes.items() if not _is_alive(pid)]
+            return f"Ray's {gone[0]} has ended" if gone else ""
+        if now - self.looked_at < CLUSTER_WATCH_SECONDS:
+            return ""
+        self.looked_at = now
+        host, _, port = self.address.rpartition(":")
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), CONNECT_SECONDS):
+            self.reached_at = now
+        silent = now - self.reached_at
+        return "" if silent < GONE_SECONDS else f"the cluster at {self.address} is silent for {silent:.0f} s"
+
+
+def _children(names: Collection[str]) -> dict[int, str]:
+    """Return this process's children of these names, by process id; none where there is no /proc."""
+    found = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            name, _, rest = file.read_text().partition("(")[2].rpartition(") ")
+            if name in names and int(rest.split()[1]) == os.getpid():
+                found[int(file.parent.name)] = name
+    return found
+
+
+def _is_alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+    return False

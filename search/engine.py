@@ -41,6 +41,7 @@ from search.jobs import Jobs
 from search.local_ray import is_local
 from search.resources import Resources
 from trainables.ddp import drive
+from trainables.host import oom_kills
 from trainables.trial import Trial, TrialContext
 
 
@@ -90,6 +91,7 @@ class JobScheduler(FIFOScheduler):
         super().__init__()
         self.jobs, self.nodes, self.share = jobs, nodes, share
         self.gpus = GpuLosses()
+        self._kills = oom_kills()  # by the kernel, for want of memory; of this host
         self._gpu_of: dict[str, str] = {}  # a worker's GPU, as its reports name it
         self._not_offered: deque[TuneTrial] = deque()
 
@@ -120,6 +122,8 @@ class JobScheduler(FIFOScheduler):
         """Tells the study that a worker is gone, which then makes another job of its trial."""
         error = _error_of(trial)
         cause = cause_of(error)
+        if cause == "worker" and is_local() and oom_kills() > self._kills:  # Ray was not the one to kill it
+            cause, self._kills = "memory", oom_kills()
         if cause == "worker":
             self._tell_of(_node_of(trial), failed=True)
         gpu = gpu_named(error) or self._gpu_of.pop(_worker_of(trial), None)
@@ -257,6 +261,6 @@ def run_jobs(jobs: Jobs, context: TrialContext, *, resources: Resources, on_step
     )
     try:
         tuner.fit()
-    except Exception:  # Tune reads at the end what it could not write to a full disk
-        if not jobs.gave_up:
+    except Exception:  # at the end Tune asks workers that may be gone, and reads what it could not write
+        if not (jobs.gave_up or jobs.finished):
             raise

@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from trainables.disk import FULL
+from trainables.disk import says_full
 
 MEMORY = ("NODE_OUT_OF_MEMORY", "running low on memory")
 NODE = (
@@ -49,7 +49,7 @@ def cause_of(error: Exception | None) -> str:
             return cause
     if any(sign in text for sign in MEMORY):
         return "memory"
-    if any(sign in text for sign in FULL):
+    if says_full(text):
         return "disk"
     gone: Any = getattr(error, "preempted", False)
     return "node" if gone or any(sign in text for sign in NODE) else "worker"

@@ -8,10 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from search.options import RESUMABLE, StudyOptions, flag
-from search.study_file import read_study
+from search.study_file import lock_of, read_events, read_study
 from trainables.storage import Storage, is_url
 
 
@@ -52,21 +50,11 @@ def unfinished(folder: Path, changes: dict[str, Any]) -> tuple[StudyOptions, dic
     if content["status"] == "done":
         raise ValueError(f"{folder} is done; there is nothing to resume")
     lock_of(folder).release()  # before anything slow: another process may be at it
-    return StudyOptions(**(content["options"] | changes)), content
-
-
-def lock_of(folder: Path) -> FileLock:
-    """Returns a study's lock, held; the system frees it when the process dies.
-
-    Raises:
-        ValueError: Another process holds it.
-    """
-    lock = FileLock(folder / ".lock")
+    read_events(folder, content)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"another process is running {folder}; wait for it or stop it") from None
-    return lock
+        return StudyOptions(**(content["options"] | changes)), content
+    except TypeError as error:
+        raise ValueError(f"{folder / 'study.json'} has options of another version ({error})") from None
 
 
 def check_free(folder: Path) -> None:

@@ -80,6 +80,7 @@ class Jobs:
         self.all_eager = False  # no trial's can be
         self.phases: dict[str, str] = {}  # what trials do that is no epoch
         self.notes: deque[str] = deque()  # lines that the user should see, once
+        self.best_yet: tuple[float, int, TrialRecord] | None = None  # highest val_accuracy, epoch and trial
         self.deadline = None if seconds is None else clock() + seconds
         self.trials: dict[str, TrialRecord] = {}
         self.searched: list[TrialRecord] = []  # of these, without the winner's seeds
@@ -259,6 +260,9 @@ class Jobs:
     def _apply(self, trial: TrialRecord, report: dict[str, Any]) -> bool:
         """Updates rungs and searcher by a report; returns whether the trial goes on now."""
         trial.take(report)
+        value = report.get("val_accuracy")
+        if not trial.is_final and value is not None and (not self.best_yet or value > self.best_yet[0]):
+            self.best_yet = value, report["epoch"], trial
         if trial.is_final:
             return trial.status is None
         if trial.status not in (None, "done"):

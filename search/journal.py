@@ -4,10 +4,14 @@ Five kinds of line, told apart by their keys, in the order in which the study sa
 
 - a trial starts: ``{"trial_id", "epoch": 0, "config"}``
 - a report: ``{"trial_id", "epoch": n, "val_accuracy", …}``, its last one with a ``"status"``
-- a paused trial goes on: ``{"trial_id", "promoted_from": rung}``
-- a trial's worker is gone, and it goes on with another: ``{"trial_id", "lost": cause, "error"}``, with its
-  ``"gpu"`` where it was on one
+- a paused trial continues: ``{"trial_id", "promoted_from": rung}``
+- a trial's worker is lost, and another continues the trial: ``{"trial_id", "lost": cause, "error"}``, with
+  its ``"gpu"`` where it was on one
 - a trial ends without a report: ``{"trial_id", "status", "error"}``
+
+Each line ends with its number ``"n"`` and with ``"crc"``, the CRC-32 of what precedes it, so a line that was
+changed, lost, repeated or moved is noticed. A journal whose first line has neither is of the old form: it is
+read as it is, and continued without them.
 
 Rungs, tables and resuming are rebuilt from this file alone. A repeated (trial, epoch) replaces the
 earlier line. Numbers that are not finite are null, so every line is JSON to every reader.
@@ -18,11 +22,25 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import shlex
+import sys
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 FINAL = "final-"  # trial ids of the winner's retrained seeds begin so
+STATUSES = ("done", "diverged", "out_of_memory", "error")  # with which a trial ends
+NUMBERS = (  # of a report; null where not finite or not measured
+    *("train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_accuracy"),
+    *("lr", "epoch_seconds", "finished_at"),
+)
+CRC = b', "crc": "'
+
+
+class ClosedError(Exception):
+    """An event came after the study was stopped."""
 
 
 class Journal:
@@ -30,18 +48,25 @@ class Journal:
 
     def __init__(self, file: Path) -> None:
         self.file = Path(file)
+        self._size, self._last = 0, 0  # of the file and number of its last line, after our last append
+        self._closed = False
 
     def append(self, event: dict[str, Any]) -> None:
-        """Writes one line before anything acts on it.
+        """Write one line before anything acts on it.
 
         Raises:
             OSError: It cannot be written; nothing of it is.
+            ClosedError: The study has been stopped.
         """
-        line = json.dumps({key: finite(value) for key, value in event.items()}) + "\n"
+        if self._closed:
+            raise ClosedError
         descriptor = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         before = os.fstat(descriptor).st_size
         try:
-            left = line.encode()
+            if before != self._size:  # another Journal has written
+                self._last = self._read()[1]
+            line = _line({key: finite(value) for key, value in event.items()}, self._last)
+            left = line
             while left:  # a nearly full disk takes a part
                 left = left[os.write(descriptor, left) :]
         except OSError:
@@ -49,33 +74,153 @@ class Journal:
             raise
         finally:
             os.close(descriptor)
+        self._size = before + len(line)
+        self._last += self._last >= 0
+
+    def close(self) -> None:
+        """Let nothing be appended any more: what happens after a study was stopped is no part of it."""
+        self._closed = True
 
     def read(self) -> list[dict[str, Any]]:
-        """Returns all events; a last line cut off by a kill or a full disk is left out.
+        """Return all events; a last line cut off by a kill or a full disk is left out.
 
         Raises:
-            ValueError: A line other than the last is no JSON; names it.
+            ValueError: A line is damaged, lost, repeated or moved; the error names it.
         """
-        if not self.file.exists():
-            return []
-        lines = self.file.read_bytes().split(b"\n")
-        events = []
-        for number, line in enumerate(lines[:-1], start=1):
+        return self._read()[0]
+
+    def _read(self, count: int | None = None) -> tuple[list[dict[str, Any]], int]:
+        """Return the first ``count`` events, and the last one's number; -1: the old form has none."""
+        lines = self._lines()[:-1][:count]
+        numbered = not lines or CRC in lines[0]
+        events: list[dict[str, Any]] = []
+        started: set[str] = set()
+        for number, line in enumerate(lines, start=1):
             try:
-                events.append(json.loads(line))
+                event = _opened(line, number) if numbered else _parsed(line)
+                _check(event, started)
             except ValueError as error:
                 raise ValueError(
-                    f"{self.file} line {number} is damaged ({error}); remove that line"
-                ) from error
-        return events
+                    f"{self.file} line {number} is damaged ({error}); {self._remedy(number - 1)}"
+                ) from None
+            events.append(event)
+        return events, len(lines) if numbered else -1
 
-    def mend(self) -> None:
-        """Cuts off a last line without its end, before more are appended."""
-        if self.file.exists():
-            content = self.file.read_bytes()
-            if not content.endswith(b"\n"):
-                with self.file.open("r+b") as stream:
-                    stream.truncate(content.rfind(b"\n") + 1)
+    def check_holds(self, events: list[dict[str, Any]], count: int) -> None:
+        """Raise ValueError where fewer events were read than the study is known to have had."""
+        if len(events) < count:
+            raise ValueError(
+                f"{self.file} ends after line {len(events)} of {count}; {self._remedy(len(events))}"
+            )
+
+    def _remedy(self, whole: int) -> str:
+        """Return what to do about a journal of which only the first lines are whole."""
+        folder = shlex.quote(str(self.file.parent))
+        return (
+            "restore the file from a copy, or give up what follows: "
+            f"python -m search.collect --keep-lines {whole} {folder}"
+        )
+
+    def mend(self) -> int:
+        """Cut off a torn last line, before more are appended; return how many bytes it had."""
+        if torn := self.torn():
+            os.truncate(self.file, self.file.stat().st_size - torn)
+        return torn
+
+    def torn(self) -> int:
+        """Return how many bytes of a last line without its end there are."""
+        return len(self._lines()[-1])
+
+    def keep(self, count: int) -> None:
+        """Cut off all but the first lines; the whole file stays as reports.jsonl.damaged.
+
+        Raises:
+            ValueError: One of these lines is damaged.
+        """
+        self._read(count)
+        content = b"".join(line + b"\n" for line in self._lines()[:-1][:count])
+        self.file.replace(f"{self.file}.damaged")
+        self.file.write_bytes(content)
+
+    def _lines(self) -> list[bytes]:
+        """Return the file's lines, the last one being what follows the last line end."""
+        try:
+            return self.file.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return [b""]
+        except OSError as error:
+            raise ValueError(f"{self.file} cannot be read ({error})") from None
+
+
+def _line(event: dict[str, Any], last: int) -> bytes:
+    """Return an event as the line after line ``last``; -1: in the old form."""
+    if last < 0:
+        return (json.dumps(event) + "\n").encode()
+    body = json.dumps(event | {"n": last + 1}).removesuffix("}").encode()
+    return body + CRC + b'%08x"}\n' % zlib.crc32(body)
+
+
+def _opened(line: bytes, number: int) -> dict[str, Any]:
+    """Return the event of a line, without number and checksum.
+
+    Raises:
+        ValueError: The line is not as it was written, or not where.
+    """
+    body, _, crc = line.rpartition(CRC)
+    if crc != b'%08x"}' % zlib.crc32(body):
+        raise ValueError("its checksum is wrong")
+    event = _parsed(body + b"}")
+    if (written := event.pop("n", None)) != number:
+        raise ValueError(f"it was written as line {written}")
+    return event
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    event = json.loads(line.decode())
+    if not isinstance(event, dict):
+        raise ValueError("it is no event")
+    return event
+
+
+def _check(event: dict[str, Any], started: set[str]) -> None:
+    """Raise ValueError for an event that no study writes after the trials started so far."""
+    trial_id, epoch, status = event.get("trial_id"), event.get("epoch"), event.get("status")
+    if not isinstance(trial_id, str) or not re.fullmatch(r"[\w-]+", trial_id):
+        raise ValueError("it names no trial")
+    if _is_count(epoch) and epoch == 0:
+        if event.keys() != {"trial_id", "epoch", "config"} or not isinstance(event["config"], dict):
+            raise ValueError("it is no start of a trial")
+        if trial_id in started:
+            raise ValueError(f"trial {trial_id} starts a second time")
+        started.add(trial_id)
+        return
+    if trial_id not in started:
+        raise ValueError(f"trial {trial_id} has not started")
+    if "epoch" in event:
+        tested = trial_id.startswith(FINAL) and status in ("done", "diverged")
+        whole = (
+            _is_count(epoch)
+            and status in (None, *STATUSES)
+            and all(_is_number(event, name) for name in NUMBERS)
+            and not (tested and event.get("test_accuracy") is None)
+        )
+    elif "promoted_from" in event:
+        whole = _is_count(event["promoted_from"])
+    elif "lost" in event:
+        whole = isinstance(event["lost"], str)
+    else:
+        whole = status in STATUSES
+    if not whole:
+        raise ValueError("it is no event of a study")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def _is_number(event: dict[str, Any], name: str) -> bool:
+    value = event.get(name)
+    return value is None or (type(value) in (int, float) and abs(value) <= sys.float_info.max)
 
 
 def finite(value: Any) -> Any:
@@ -109,7 +254,7 @@ class TrialRecord:
         return self.trial_id.startswith(FINAL)
 
     def take(self, event: dict[str, Any]) -> None:
-        """Takes in one event of this trial."""
+        """Record one event of this trial."""
         if event.get("epoch"):
             self.reports[event["epoch"]] = event
         if "status" in event:
@@ -142,7 +287,11 @@ def winner(trials: dict[str, TrialRecord]) -> TrialRecord | None:
     Of equals, frequent on few validation images, the one with the lowest val_loss wins, then the
     earliest. Diverged and failed trials cannot win. None where no trial is left.
     """
-    able = [t for t in trials.values() if not t.is_final and t.status in (None, "done") and t.val_accuracy]
+    able = [
+        trial
+        for trial in trials.values()
+        if not trial.is_final and trial.status in (None, "done") and trial.val_accuracy is not None
+    ]
 
     def merit(trial: TrialRecord) -> tuple[float, float]:
         loss = trial.reports[trial.epoch].get("val_loss")

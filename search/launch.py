@@ -10,25 +10,29 @@ import contextlib
 import dataclasses
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import ray
 from rich.console import Console
 
-from search.connection import connect_early
+from search.connection import RayWatch, connect_early
 from search.folders import place_of, unfinished
 from search.local_ray import is_local
 from search.mirror import bring
 from search.options import StudyOptions
 from search.printing import phase, print_result
 from search.spaces import default_image_size
+from search.stopping import Stops, say_nothing_written
 from search.wandb_options import choose as choose_wandb
 from trainables.data import ImageData, prepare
 from trainables.driver import may_be_used
 from trainables.storage import is_url
+
+SHUTDOWN_SECONDS = 4.0  # for Ray to end its processes; it takes 1
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Script:
     console: Console
     name: str = "search/run.py"  # goes on with a study by --resume
     finish: Callable[[Path, Console], int] = print_result  # tells of a finished study; returns the exit code
+    stops: Stops = field(default_factory=Stops)  # what a signal does
 
 
 def start(
@@ -63,6 +68,7 @@ def start(
     Raises:
         ValueError: Something stands against it; nothing was written.
     """
+    script.stops.change(say_nothing_written)  # of several studies the one before may have had another answer
     shared = storage or (str(folder.absolute().parent) if folder else None)  # what nodes are asked to see
     wandb_options = choose_wandb(wandb or {})
     options, folder = place_of(options, folder, storage)
@@ -71,7 +77,7 @@ def start(
         size = options.image_size or default_image_size(options.space, options.weights, "cpu")
         options = dataclasses.replace(options, image_size=size)
         data = read_images(options, script.console)
-    with contextlib.nullcontext() if on_cpus and dry_run else _ray_beside_torch(options, script.console):
+    with contextlib.nullcontext() if on_cpus and dry_run else _ray_beside_torch(options, script):
         from search.running import begin
 
         return begin(options, folder, data, script, shared=shared, dry_run=dry_run, wandb=wandb_options)
@@ -104,7 +110,7 @@ def resume(
             f"--data={options.data} is not what the study began with (sha256 {data.sha256[:12]}, was "
             f"{content['data_sha256'][:12]}); give the old images back"
         )
-    with _ray_beside_torch(options, script.console):
+    with _ray_beside_torch(options, script):
         from search.running import go_on
         from search.study import Study
         from trainables.levers import Levers
@@ -120,17 +126,22 @@ def read_images(options: StudyOptions, console: Console) -> ImageData:
         ValueError: They cannot be read.
     """
     assert options.image_size is not None
-    with phase(console, f"reading {options.data}", "images") as progress:
-        return prepare(options.data, Path(options.data_dir), options.image_size, progress)
+    with phase(console, f"reading {options.data}") as progress:
+        data = prepare(options.data, Path(options.data_dir), options.image_size, progress)
+    for note in data.notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    return data
 
 
 @contextlib.contextmanager
-def _ray_beside_torch(options: StudyOptions, console: Console) -> Iterator[None]:
+def _ray_beside_torch(options: StudyOptions, script: Script) -> Iterator[None]:
     """Starts or joins Ray, and imports torch; a user's mistake inside leaves no Ray behind."""
     ours = not ray.is_initialized()
     try:
-        with console.status("starting Ray"):
+        with script.console.status("starting Ray"):
             connect_early(options)
+        if ray.is_initialized():
+            script.stops.change(say_nothing_written, RayWatch())
         yield
     except ValueError:
         if ours:
@@ -139,8 +150,13 @@ def _ray_beside_torch(options: StudyOptions, console: Console) -> Iterator[None]
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process; Python's own end, which takes the modules of torch and Ray apart, costs 1.5 s."""
-    ray.shutdown()
+    """Ends the process; Python's own end, which takes the modules of torch and Ray apart, costs 1.5 s.
+
+    A Ray whose processes are gone may not answer; what is left of it ends with this process.
+    """
+    shutdown = threading.Thread(target=ray.shutdown, daemon=True)
+    shutdown.start()
+    shutdown.join(SHUTDOWN_SECONDS)
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
         sys.stderr.flush()

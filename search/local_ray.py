@@ -27,11 +27,6 @@ def is_local() -> bool:
     return (os.environ.get("RAY_ADDRESS") or "local") == "local"
 
 
-def cpu_count() -> int:
-    """Returns the CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @contextlib.contextmanager
 def lean(api_server: bool, imports: Sequence[str], meanwhile: Callable[[], None]) -> Iterator[None]:
     """Has a Ray that starts inside leave out what a study does not use, and come up sooner.
@@ -62,7 +57,7 @@ def lean(api_server: bool, imports: Sequence[str], meanwhile: Callable[[], None]
     if imports:
         variables["RAY_preload_python_modules"] = ",".join(imports)
     with (
-        _environment({name: value for name, value in variables.items() if name not in os.environ}),
+        environment(variables),
         _replaced(services, get_node=when_up),
         _replaced(Node, start_monitor=_nothing, start_log_monitor=_nothing),
         contextlib.nullcontext() if api_server else _replaced(Node, start_api_server=without_server),
@@ -81,18 +76,19 @@ def findable() -> Iterator[None]:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
     address = f"{ray.util.get_node_ip_address()}:{port}"
-    with _environment({"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": address}):
+    with environment({"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": address}):
         yield
 
 
 @contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Has variables, which were not there before."""
-    os.environ.update(variables)
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Has environment variables inside; those that the user has set stay as they are."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
-        for name in variables:
+        for name in added:
             os.environ.pop(name)
 
 

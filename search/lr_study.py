@@ -14,6 +14,18 @@ stays closed. Exit codes as of search/run.py.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # a folder of PYTHONPATH may have a search.py or a models.py
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import search  # noqa: F401  sets Ray's environment before anything imports Ray
+from search import stopping
+
+if __name__ == "__main__":
+    stopping.answer_at_once()  # what follows takes seconds to import
+
 import argparse
 import math
 from pathlib import Path
@@ -24,15 +36,14 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-import search  # noqa: F401  sets Ray's environment before anything imports Ray
 from search.final import summarise
 from search.flags import add_options, add_storage, parse_study, study_parser
-from search.journal import Journal, TrialRecord, records
+from search.journal import TrialRecord, records
 from search.launch import Script, leave, resume, start
 from search.options import StudyOptions
-from search.printing import shown
+from search.printing import rounded, shown
 from search.spaces import find_space
-from search.study_file import read_study, write_study
+from search.study_file import lock_of, read_events, read_study, write_study
 from search.wandb_options import add_wandb_flags
 from trainables.command_line import exit_code
 from trainables.config import check_integer, check_number
@@ -64,7 +75,9 @@ def extended(lrs: list[float], best: float) -> list[float]:
     """
     lrs = sorted(lrs)
     if best not in (lrs[0], lrs[-1]):
-        raise ValueError(f"the best lr {best:g} stands inside {lrs[0]:g} to {lrs[-1]:g}; nothing to extend")
+        raise ValueError(
+            f"the best lr {best:.10g} stands inside {lrs[0]:.10g} to {lrs[-1]:.10g}; nothing to extend"
+        )
     ratio = (lrs[-1] / lrs[0]) ** (1 / (len(lrs) - 1)) if len(lrs) > 1 else 10 ** (DECADES / (GRID - 1))
     step = ratio if best == lrs[-1] else 1 / ratio
     return [float(f"{best * step**k:.3g}") for k in range(1, EXTENSION + 1)]
@@ -126,7 +139,7 @@ def best_lr(curve: pd.DataFrame) -> float | None:
 def finish(folder: Path, console: Console) -> int:
     """Writes lr_curve.csv and its best into study.json, prints the curve; returns the exit code."""
     study = read_study(folder)
-    trials = list(records(Journal(folder / "reports.jsonl").read()).values())
+    trials = list(records(read_events(folder, study)).values())
     classes = len(study["data"]["classes"])
     validation = study["validation_count"]
     chance = 1 / classes + 3 * math.sqrt((1 - 1 / classes) / classes / validation)
@@ -136,12 +149,14 @@ def finish(folder: Path, console: Console) -> int:
     temporary.replace(folder / "lr_curve.csv")
     best = best_lr(curve)
     at_edge = best is not None and best in (curve.lr.min(), curve.lr.max())
-    write_study(folder, study | {"lr_study": {"best_lr": best, "at_edge": at_edge}})
+    lock = lock_of(folder)
+    write_study(folder, read_study(folder) | {"lr_study": {"best_lr": best, "at_edge": at_edge}})
+    lock.release()
     console.print(curve_table(curve, best))
     if best is None:
         console.print("no lr was trained to the end", highlight=False)
         return 1
-    console.print(f"best lr {best:g} -> {shown(folder / 'lr_curve.csv')}", highlight=False, soft_wrap=True)
+    console.print(f"best lr {best:.10g} -> {shown(folder / 'lr_curve.csv')}", highlight=False, soft_wrap=True)
     if at_edge:
         console.print(
             f"[yellow]warning:[/] the best lr stands at the grid's edge; the true best may lie beyond it. "
@@ -156,11 +171,11 @@ def curve_table(curve: pd.DataFrame, best: float | None) -> Table:
     """Returns the curve as a table that fits 80 columns."""
     table = Table("lr", "val_accuracy", "95 % interval", "n", "epochs", "", box=None, header_style="bold")
     for row in curve.to_dict("records"):
-        mean = "-" if pd.isna(row["mean"]) else f"{row['mean']:.4f}"
-        interval = "-" if pd.isna(row["low"]) else f"{row['low']:.4f} to {row['high']:.4f}"
+        mean = "-" if pd.isna(row["mean"]) else rounded(row["mean"])
+        interval = "-" if pd.isna(row["low"]) else f"{rounded(row['low'])} to {rounded(row['high'])}"
         mark = "best" if row["lr"] == best else row["verdict"].replace("done", "")
         table.add_row(
-            f"{row['lr']:.3g}", mean, interval, f"{row['n']}/{row['seeds']}", str(row["epochs"]), mark
+            f"{row['lr']:.10g}", mean, interval, f"{row['n']}/{row['seeds']}", str(row["epochs"]), mark
         )
     return table
 
@@ -244,22 +259,24 @@ def extend(folder: Path) -> None:
     lrs = extended(sorted({point["lr"] for point in old}), study["lr_study"]["best_lr"])
     seeds = sorted({point["seed"] for point in old})
     options = study["options"] | {"points": old + points(old[0], lrs, seeds), "trials": None}
+    lock = lock_of(folder)
     write_study(folder, study | {"options": options, "status": "stopped"})
+    lock.release()
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     do, given = parse(arguments)
-    return exit_code(lambda: carry_out(do, given, Console()))
+    script = Script(Console(), SCRIPT, finish)
+    return script.stops.run(lambda: exit_code(lambda: carry_out(do, given, script)))
 
 
-def carry_out(do: argparse.Namespace, given: dict[str, Any], console: Console) -> int:
+def carry_out(do: argparse.Namespace, given: dict[str, Any], script: Script) -> int:
     """Does what was asked for; returns the exit code.
 
     Raises:
         ValueError: It cannot be done.
     """
-    script = Script(console, SCRIPT, finish)
     if do.extend:
         extend(do.extend)
     if do.extend or do.resume:

@@ -61,13 +61,29 @@ class Mirror:
         """Returns a context in which nothing is put, for files that the storage is not to keep."""
         return self._copying
 
-    def finish(self) -> str:
-        """Puts the rest; returns what to tell the user, nothing where all is there."""
-        try:
-            self.update()
-        except OSError as error:
-            assert self.storage is not None
-            reason = str(error).partition("\n")[0]
+    def finish(self, seconds: float | None = None) -> str:
+        """Puts the rest; returns what to tell the user, nothing where all is there.
+
+        Args:
+            seconds: How long that may take; None: as long as it does.
+        """
+        if self.storage is None:
+            return ""
+        failed: list[str] = []
+
+        def update() -> None:
+            try:
+                self.update()
+            except OSError as error:
+                failed.append(str(error).partition("\n")[0])
+
+        thread = threading.Thread(target=update, daemon=True)
+        thread.start()
+        thread.join(seconds)
+        if thread.is_alive():
+            failed.append(f"not done after {seconds:g} s")
+        if failed:
+            reason = failed[0]
             return (
                 f"{self.storage.url} is not complete ({reason}); all of it is in {self.folder}. "
                 f"To put it there: python -m search.mirror {self.folder}"

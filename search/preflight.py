@@ -18,16 +18,16 @@ from rich.console import Console
 from models import ARCHITECTURES
 from models.resnet import output_shape
 from search.asha import expected_epochs
-from search.local_ray import cpu_count
 from search.options import StudyOptions
 from search.printing import clock, shown
 from search.resources import Machine, Resources
 from search.spaces import default_image_size, find_space
 from trainables.config import TrainConfig
 from trainables.data import BUILT_IN, ImageData
-from trainables.decoding import Progress
 from trainables.gpu import free_memory, is_out_of_memory
 from trainables.graph import WARM_UP_STEPS, CaptureError, CaptureMemoryError
+from trainables.host import cpu_count
+from trainables.image_files import Progress
 from trainables.inputs import load_inputs, sample_inputs, split_counts
 from trainables.levers import Levers
 from trainables.training import TrainingRun
@@ -119,7 +119,7 @@ def prepare(
         levers: How trials use their device.
         threads: Forecast: measure an epoch on so many, on a sample of images whose inputs are kept nowhere;
             None: prepare all inputs, and measure no epoch.
-        progress: Called with (images prepared, images in all).
+        progress: Called with what is done, images prepared and images in all.
 
     Raises:
         ValueError: Weights, sizes or data do not fit the architecture, or the network not into memory.
@@ -208,7 +208,8 @@ def forecast(options: StudyOptions, resources: Resources, prepared: Prepared) ->
     assert options.trials is not None
     assert options.epochs is not None
     assert prepared.epoch_seconds is not None
-    epochs = expected_epochs(options.trials, options.rungs, options.eta, options.epochs)
+    assert options.pruner is not None
+    epochs = expected_epochs(options.trials, options.rungs, options.eta, options.epochs, options.pruner)
     waves = math.ceil(options.final_seeds / resources.slots) * options.epochs
     return {
         "epochs": epochs,

@@ -33,18 +33,20 @@ def print_result(folder: Path, console: Console) -> int:
     if best is None:
         print_line(f"[bold]no trial[/] left chance: {_counts(study['statuses'])}")
         return 1
-    print_line(f"[bold]best val_accuracy[/] {best['val_accuracy']:.4f}, trial {best['trial_id']}:")
+    print_line(f"[bold]best val_accuracy[/] {rounded(best['val_accuracy'])}, trial {best['trial_id']}:")
     for name in {**SPACES[study["space"]].ranges, **(study["options"].get("fix") or {})}:
         value = best["config"][name]
-        print_line(f"  {name} {value:.4g}" if isinstance(value, float) else f"  {name} {value}")
+        print_line(f"  {name} {rounded(value, 'g') if isinstance(value, float) else value}")
     if final and final["test_accuracy"]:
         test, count = final["test_accuracy"], len(final["seeds"])
         spread = ""
         if test["sd"] is not None:
             low, high = test["interval95"]
-            spread = f" ± {test['sd']:.4f} sd, 95 % interval of the mean {low:.4f} to {high:.4f}"
+            spread = (
+                f" ± {rounded(test['sd'])} sd, 95 % interval of the mean {rounded(low)} to {rounded(high)}"
+            )
         diverged = f", {len(final['diverged'])} of them diverged" if final["diverged"] else ""
-        print_line(f"[bold]test_accuracy[/] {test['mean']:.4f}{spread}, {count} fresh seeds{diverged}")
+        print_line(f"[bold]test_accuracy[/] {rounded(test['mean'])}{spread}, {count} fresh seeds{diverged}")
     if final and final["failed"]:
         failed["of the fresh seeds"] = len(final["failed"])
     print_line(
@@ -81,27 +83,34 @@ def list_spaces(console: Console) -> int:
 
 
 @contextlib.contextmanager
-def phase(console: Console, text: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
+def phase(console: Console, text: str) -> Iterator[Callable[[str, int, int], None]]:
     """Shows what is going on before there are trials: in place in a terminal, as lines elsewhere.
 
     Args:
         console: Where to.
         text: What is going on.
-        unit: What the counts of ``progress(done, total)``, the function that this gives, are of.
+
+    Gives ``progress(step, done, total)``, which shows a part of it and its count of images; 0 of 0 where
+    there is none.
     """
     began = last = time.monotonic()
     ascii_only = not console.encoding.lower().startswith("utf")
     live = console.is_terminal and not console.is_dumb_terminal
     spinner = console.status(escape(text), spinner="line" if ascii_only else "dots") if live else None
 
-    def progress(done: int, total: int) -> None:
-        nonlocal last
+    step_began = began
+    current = ""
+
+    def progress(step: str, done: int, total: int) -> None:
+        nonlocal last, step_began, current
         now = time.monotonic()
+        if step != current:
+            current, step_began = step, now
         if now - last < (TERMINAL_SECONDS if spinner else PLAIN_SECONDS):
             return
         last = now
-        left = f", about {clock((now - began) * (total - done) / done)} left" if done else ""
-        line = f"{text}: {done:,} of {total:,} {unit}{left}"
+        left = f", about {clock((now - step_began) * (total - done) / done)} left" if done else ""
+        line = f"{text}: {step}" + (f" {done:,} of {total:,} images{left}" if total else "")
         if spinner:
             spinner.update(escape(line))
         else:
@@ -119,10 +128,18 @@ def shown(place: Path | str) -> str:
     return str(place) if relative.startswith("..") else relative
 
 
+def rounded(value: float, form: str = "f") -> str:
+    """Returns a number to four digits, and more where it would read 0 or 1 and is neither."""
+    digits = 4
+    while float(text := f"{value:.{digits}{form}}") in (0, 1) and float(text) != value and digits < 17:
+        digits += 1
+    return text
+
+
 def clock(seconds: float) -> str:
     """Returns 75 as 1 min 15 s."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
     hours, minutes_left = divmod(minutes, 60)
     return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {rest:02d} s"

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from search.asha import expected_epochs
 from search.jobs import Jobs
-from search.journal import TrialRecord, winner
+from search.journal import TrialRecord
 from search.options import StudyOptions
 from search.printing import PLAIN_SECONDS, TERMINAL_SECONDS, clock
 
@@ -32,9 +32,11 @@ class Progress:
 
     def __init__(self, jobs: Jobs, options: StudyOptions, slots: int, console: Console) -> None:
         self.jobs, self.options, self.slots, self.console = jobs, options, slots, console
-        self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        live = console.is_terminal and not console.is_dumb_terminal
+        self.live = Live(console=console, auto_refresh=False, transient=True) if live else None
         self.began = time.monotonic()
         self.shown_at = -float("inf")
+        self.closed = False
         self.epochs_before = epochs_of(jobs)  # of an earlier run of a resumed study
 
     def __enter__(self) -> Progress:
@@ -43,11 +45,18 @@ class Progress:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Shows nothing any more."""
+        self.closed = True
         if self.live:
             self.live.stop()
 
     def update(self) -> None:
         """Shows the study's state, unless it was shown just now."""
+        if self.closed:
+            return
         while self.jobs.notes:
             self.console.print(self.jobs.notes.popleft(), markup=False, highlight=False, soft_wrap=True)
         now = time.monotonic()
@@ -67,7 +76,7 @@ class Progress:
         assert options.epochs is not None
         elapsed = now - self.began
         done = epochs_of(jobs)
-        expected = expected_epochs(jobs.max_trials, options.rungs, options.eta, options.epochs)
+        expected = expected_epochs(jobs.max_trials, options.rungs, options.eta, options.epochs, jobs.pruner)
         searched = sum(trial.epoch for trial in jobs.searched)
         if jobs.search_is_over:
             expected = searched
@@ -89,7 +98,7 @@ class Progress:
             "epochs_per_second": rate,
             "elapsed": elapsed,
             "eta": (total - done) / rate if rate else None,
-            "best": winner(jobs.trials),
+            "best": jobs.best_yet,
         }
 
 
@@ -113,17 +122,19 @@ def epochs_of(jobs: Jobs) -> int:
     return sum(trial.epoch for trial in jobs.trials.values())
 
 
-def describe(best: TrialRecord | None) -> str:
-    """Returns the best trial in words."""
+def describe(best: tuple[float, int, TrialRecord] | None) -> str:
+    """Returns the highest value yet in words."""
     if best is None:
         return "none yet"
-    config = best.config
+    value, epoch, trial = best
+    config = trial.config
     values = ", ".join(
         f"{name} {config[name]:.3g}" if isinstance(config[name], float) else f"{name} {config[name]}"
         for name in SHOWN
         if config.get(name) is not None
     )
-    return f"{best.val_accuracy or 0:.4f} after {best.epoch} epochs (trial {best.trial_id}: {values})"
+    epochs = f"{epoch} epoch{'' if epoch == 1 else 's'}"
+    return f"{value:.4f} after {epochs} (trial {trial.trial_id}: {values})"
 
 
 def line(facts: dict[str, Any]) -> str:
@@ -132,7 +143,7 @@ def line(facts: dict[str, Any]) -> str:
     if facts["phase"] == "final":
         counted += f"; {finals(facts)}"
     best = facts["best"]
-    value = f"{best.val_accuracy:.4f}" if best else "-"
+    value = f"{best[0]:.4f}" if best else "-"
     left = f", about {clock(facts['eta'])} left" if facts["eta"] else ""
     return (
         f"{facts['space']} {facts['phase']}: {facts['started']}/{facts['trials']} trials ({counted}), "

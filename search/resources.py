@@ -12,10 +12,10 @@ import ray
 import torch
 
 from search.connection import TRIAL_SLOT, connect
-from search.local_ray import cpu_count
 from search.options import StudyOptions
 from search.spaces import find_space
 from trainables import driver, gpu
+from trainables.host import cpu_count
 from trainables.levers import Levers, choose, why_unusable
 
 NODE_SECONDS = 900.0  # an autoscaler's first node may take so long to come up

@@ -11,13 +11,23 @@ study, ``--resume FOLDER`` goes on with it. Exit code 0: all well, 1: done but s
 
 from __future__ import annotations
 
-import argparse
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # a folder of PYTHONPATH may have a search.py or a models.py
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import search  # noqa: F401  sets Ray's environment before anything imports Ray
+from search import stopping
+
+if __name__ == "__main__":
+    stopping.answer_at_once()  # what follows takes seconds to import
+
+import argparse
 from typing import Any
 
 from rich.console import Console
 
-import search  # noqa: F401  sets Ray's environment before anything imports Ray
 from search.flags import HELP, add_options, add_storage, parse_study, study_parser
 from search.launch import Script, leave, resume, start
 from search.options import StudyOptions
@@ -42,18 +52,18 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, An
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     do, options = parse(arguments)
-    return exit_code(lambda: carry_out(do, options, Console()))
+    script = Script(Console())
+    return script.stops.run(lambda: exit_code(lambda: carry_out(do, options, script)))
 
 
-def carry_out(do: argparse.Namespace, options: dict[str, Any], console: Console) -> int:
+def carry_out(do: argparse.Namespace, options: dict[str, Any], script: Script) -> int:
     """Does what was asked for; returns the exit code.
 
     Raises:
         ValueError: It cannot be done.
     """
     if do.list_spaces:
-        return list_spaces(console)
-    script = Script(console)
+        return list_spaces(script.console)
     if do.resume:
         if do.space or do.study_dir or do.storage:
             raise ValueError(

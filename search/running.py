@@ -6,7 +6,8 @@ Started by search/launch.py; imports torch, which that one does not.
 from __future__ import annotations
 
 import dataclasses
-import signal
+import functools
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.console import Console
 
 from search import preflight
 from search.bad_nodes import named
-from search.connection import connect
+from search.connection import RayWatch, connect
 from search.engine import run_jobs
 from search.launch import Script, read_images
 from search.mirror import Mirror
@@ -43,10 +44,6 @@ from trainables.driver import hidden_by_environment
 from trainables.levers import Levers
 
 T = TypeVar("T")
-
-
-class GaveUpError(Exception):
-    """A study ended before its time, since what stopped its trials would stop the next ones."""
 
 
 def begin(
@@ -89,7 +86,9 @@ def begin(
     if dry_run:
         return preflight.print_forecast(options, folder, resources, data, levers, prepared, console)
     start_ray(resources, levers.device, console)
-    study = Study.create(folder, options, data, levers, prepared)
+    study = Study(folder.resolve(), options, data, levers)
+    with script.stops.held(functools.partial(tell_stopped, study, script)):
+        Study.create(folder, options, data, levers, prepared)
     return carry_out(study, resources, script, Sidecar(study.folder, wandb))
 
 
@@ -108,7 +107,7 @@ def look_before(
     elsewhere = bool(there.nodes) or levers.device == "cuda"
     if elsewhere:
         start_ray(resources, levers.device, console)
-    with phase(console, "timing a sample" if dry_run else "preparing inputs", "images") as progress:
+    with phase(console, "timing a sample" if dry_run else "preparing inputs") as progress:
         if elsewhere:  # in a process whose end gives the GPU's memory back
             prepared = on_a_node(resources, preflight.prepare)(options, data, levers, threads)
         else:
@@ -177,7 +176,7 @@ def start_ray(resources: Resources, device: str, console: Console) -> None:
 
 
 def carry_out(study: Study, resources: Resources, script: Script, sidecar: Sidecar) -> int:
-    """Runs a study to its end or to a Ctrl-C, and prints what came of it."""
+    """Runs a study to its end, or until it is stopped, and prints what came of it."""
     options, console = study.options, script.console
     console.print(
         f"[bold]{options.space}[/] on {study.data.name}: {options.trials} trials of up to {options.epochs} "
@@ -187,38 +186,55 @@ def carry_out(study: Study, resources: Resources, script: Script, sidecar: Sidec
         soft_wrap=True,
     )
     mirror = Mirror(study.folder, study.storage)
-    try:
-        with mirror.running(), study.running(dataclasses.asdict(resources)):
-            jobs = study.jobs()
-            sidecar.start()
-            with Progress(jobs, options, resources.slots, console) as progress:
-                run_jobs(
-                    jobs,
-                    study.context(resources.threads, resources.gpu_bytes),
-                    resources=resources,
-                    on_step=progress.update,
-                )
-            if jobs.gave_up:
-                raise GaveUpError(jobs.gave_up)
+    with mirror.running(), study.running(dataclasses.asdict(resources)):
+        jobs = study.jobs()
+        sidecar.start()
+        with Progress(jobs, options, resources.slots, console) as progress:
+
+            def stop(reason: str) -> int:
+                jobs.journal.close()
+                progress.close()
+                study.end("stopped")
+                return tell_stopped(study, script, reason)
+
+            def stop_and_send(reason: str) -> int:
+                code = stop(reason)
+                print_standing(sidecar.end(STOP_SECONDS), console)
+                print_standing(mirror.finish(STOP_SECONDS), console)
+                return code
+
+            script.stops.change(stop_and_send, RayWatch())
+            run_jobs(
+                jobs,
+                study.context(resources.threads, resources.gpu_bytes),
+                resources=resources,
+                on_step=progress.update,
+            )
+        script.stops.change(lambda reason: None)  # what is left takes seconds, and is worth them
+        if jobs.gave_up:
+            study.end("stopped")
+            tell_stopped(study, script, jobs.gave_up)
+        else:
             with mirror.paused():
                 study.tidy(jobs)
-    except (KeyboardInterrupt, GaveUpError) as end:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left takes a second or two
-        resume_by = f"python {script.name} --resume {shown(study.place)}"
-        if isinstance(end, GaveUpError):
-            print(f"error: {end}. Mend it, then: {resume_by}", file=sys.stderr)
-        else:
-            print(f"\nstopped; nothing is lost. To go on: {resume_by}", file=sys.stderr)
-        print_standing(sidecar.end(STOP_SECONDS), console)
-        print_standing(mirror.finish(), console)
-        return 3
-    code = script.finish(study.folder, console)
+    code = 3 if jobs.gave_up else script.finish(study.folder, console)
     if jobs.avoided:
         print_standing(f"nodes that failed trials in a row and got no more: {named(jobs.avoided)}", console)
-    print_standing(sidecar.end(END_SECONDS), console)
+    script.stops.change(sidecar.give_up)
+    print_standing(sidecar.end(STOP_SECONDS if jobs.gave_up else END_SECONDS), console)
     left = mirror.finish()
     print_standing(left, console)
     return code or int(bool(left))
+
+
+def tell_stopped(study: Study, script: Script, reason: str) -> int:
+    """Prints that a study has stopped and how to resume it; returns the exit code."""
+    resume_by = f"python {script.name} --resume {shlex.quote(str(shown(study.place)))}"
+    if reason:
+        print(f"error: {reason}; fix the cause, then resume with: {resume_by}", file=sys.stderr)
+    else:
+        print(f"\nstopped; nothing is lost. To resume: {resume_by}", file=sys.stderr)
+    return 3
 
 
 def print_standing(line: str, console: Console) -> None:

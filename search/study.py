@@ -11,16 +11,19 @@ import dataclasses
 import shlex
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from search.asha import Asha
 from search.collect import collect
 from search.final import keep_best
-from search.folders import check_free, lock_of
+from search.folders import check_free
 from search.jobs import Jobs
 from search.journal import Journal
 from search.mirror import storage_of
@@ -28,7 +31,7 @@ from search.options import StudyOptions
 from search.preflight import Prepared
 from search.provenance import commit, machine_name, versions
 from search.spaces import described, find_space
-from search.study_file import read_study, write_study
+from search.study_file import lock_of, read_events, read_study, write_study
 from trainables.data import ImageData
 from trainables.disk import is_full
 from trainables.levers import Levers
@@ -44,6 +47,10 @@ class Study:
     options: StudyOptions
     data: ImageData
     levers: Levers
+    _lock: FileLock | None = None
+    _began: float = 0.0  # seconds since 1970
+    _seconds_before: float = 0.0  # of earlier runs
+    _ending: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def storage(self) -> Storage | None:
@@ -98,8 +105,9 @@ class Study:
         assert options.trials is not None
         assert options.pruner is not None
         journal = Journal(self.folder / "reports.jsonl")
-        events = journal.read()
-        journal.mend()
+        events = read_events(self.folder, read_study(self.folder))
+        if torn := journal.mend():
+            print(f"{journal.file.name}: dropped its last line, of which only {torn} bytes had been written")
         jobs = Jobs(
             sampler=options.sampler(),
             asha=Asha(options.rungs, options.eta),
@@ -111,7 +119,13 @@ class Study:
             max_failures=options.max_failures,
             seconds=options.time_budget,
         )
-        jobs.replay(events)
+        try:
+            jobs.replay(events)
+        except (KeyError, TypeError) as error:  # a journal of the old form has no checksums
+            raise ValueError(f"{journal.file} does not fit study.json ({error!r}); restore both") from error
+        for file in (self.folder / "checkpoints").glob("*.pt"):
+            if file.stem not in jobs.trials:  # its start is lost, and another trial will have its number
+                file.unlink()
         if storage := self.storage:
             for name in storage.names("checkpoints"):
                 if Path(name).stem not in jobs.trials:  # of a trial whose start was lost with its driver
@@ -133,36 +147,49 @@ class Study:
             gpu_bytes=gpu_bytes,
         )
 
-    @contextlib.contextmanager
-    def running(self, resources: dict[str, Any]) -> Iterator[None]:
-        """Holds the study's lock, keeps its status and seconds, and collects it however it ends.
+    def begin(self, resources: dict[str, Any]) -> None:
+        """Takes the study's lock and writes that it runs.
 
         Raises:
             ValueError: Another process runs the study.
         """
-        lock = lock_of(self.folder)
+        self._lock = lock_of(self.folder)
         content = read_study(self.folder)
-        began, before = time.time(), content["seconds"]
+        self._began, self._seconds_before = time.time(), content["seconds"]
         content |= {"status": "running", "resources": resources}
         if Levers(**content["levers"]) != self.levers:  # resumed on another device
-            earlier = [*content.get("earlier_levers", []), {"until": before, "levers": content["levers"]}]
+            earlier = [
+                *content.get("earlier_levers", []),
+                {"until": self._seconds_before, "levers": content["levers"]},
+            ]
             content |= {"levers": self.levers.to_dict(), "earlier_levers": earlier}
         write_study(self.folder, content)
+
+    def end(self, status: str) -> None:
+        """Writes the study's tables, status and seconds, and frees its lock; only the first call does."""
+        with self._ending:
+            if self._lock is None:
+                return
+            try:
+                seconds = round(self._seconds_before + time.time() - self._began, 3)
+                collect(self.folder, status=status, seconds=seconds)
+            except OSError as error:
+                if not is_full(error) or status == "done":
+                    raise  # else study.json still says running, as after a kill, and a resume counts on
+            finally:
+                self._lock.release()
+                self._lock = None
+
+    @contextlib.contextmanager
+    def running(self, resources: dict[str, Any]) -> Iterator[None]:
+        """Begins the study, and ends it however what is inside ends."""
+        self.begin(resources)
         status = "stopped"
         try:
             yield
             status = "done"
         finally:
-            try:
-                content = read_study(self.folder)
-                seconds = round(before + time.time() - began, 3)
-                write_study(self.folder, content | {"status": status, "seconds": seconds})
-                collect(self.folder)
-            except OSError as error:
-                if not is_full(error) or status == "done":
-                    raise  # else study.json still says running, as after a kill, and a resume counts on
-            finally:
-                lock.release()
+            self.end(status)
 
     def tidy(self, jobs: Jobs) -> None:
         """Keeps the winner's results and drops what only a resume would need."""

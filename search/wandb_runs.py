@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from search.journal import Journal, TrialRecord, records, status_of
-from search.study_file import read_study, write_whole
+from search.journal import TrialRecord, records, status_of
+from search.study_file import read_events, read_study, write_whole
 from search.wandb_options import WandbOptions, base_url
 
 STUDY = "study"  # the key of the study's own run, beside trial ids
@@ -63,7 +63,7 @@ def plan(folder: Path) -> list[Planned]:
         ValueError: The folder holds no study, or its journal is damaged.
     """
     study = read_study(folder)
-    trials = records(Journal(folder / "reports.jsonl").read())
+    trials = records(read_events(folder, study))
     searched = study
     if any(trial.is_final for trial in trials.values()):  # the search is over: what is paused was pruned
         searched = study | {"status": "done"}

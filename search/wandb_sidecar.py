@@ -14,6 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from search.printing import shown
@@ -23,6 +24,7 @@ from search.wandb_runs import standing, tidy
 
 END_SECONDS = 12.0  # the study is done: wait so long for the last runs
 STOP_SECONDS = 3.0  # after a Ctrl-C
+POLL_SECONDS = 0.05  # between looks whether it has ended
 
 
 class Sidecar:
@@ -36,6 +38,7 @@ class Sidecar:
     def __init__(self, folder: Path, options: WandbOptions) -> None:
         self.folder, self.options = folder, options
         self.process: subprocess.Popen[bytes] | None = None
+        self.given_up = False
 
     def start(self) -> None:
         """Begins to feed W&B; study.json remembers where to, without the key."""
@@ -51,13 +54,24 @@ class Sidecar:
         log = self.folder / "wandb" / "sync.log"
         with contextlib.suppress(OSError), log.open("wb") as file:  # the study is whole without it
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "search.wandb_sync", str(self.folder), "--follow"],
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "search.wandb_sync",  # -P: not a module of the user's folder
+                    str(self.folder),
+                    "--follow",
+                ],
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=file,
                 env=environment,
                 start_new_session=True,  # a Ctrl-C is the study's; and its group can be ended whole
             )
+
+    def give_up(self, reason: str) -> None:
+        """Waits for W&B no longer; a signal's answer once the study is done."""
+        self.given_up = True
 
     def end(self, seconds: float) -> str:
         """Ends the process.
@@ -74,13 +88,14 @@ class Sidecar:
         if self.process is not None:
             assert self.process.stdin is not None
             self.process.stdin.close()
-            try:
-                self.process.wait(seconds)
-            except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            began = time.monotonic()
+            while self.process.poll() is None and time.monotonic() - began < seconds and not self.given_up:
+                time.sleep(POLL_SECONDS)
+            if self.process.poll() is None:
                 os.killpg(self.process.pid, signal.SIGKILL)  # wandb's own process, too
                 self.process.wait()
                 tidy(self.folder)
-                why = f"given up after {seconds:g} s"
+                why = f"given up after {time.monotonic() - began:.0f} s"
             log = self.folder / "wandb" / "sync.log"
             if self.process.returncode and not why:
                 why = f"the process that sends them ended with {self.process.returncode}, see {shown(log)}"

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from search.asha import WORST, Asha, expected_epochs, rung_epochs
+from search.asha import WORST, Asha, least_epochs, rung_epochs
 
 WORST_FIRST = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 BEST_FIRST = WORST_FIRST[::-1]
@@ -278,4 +278,4 @@ def test_state_is_a_function_of_the_reports():
     ],
 )
 def test_expected_epochs_sum_over_the_rungs(trials, rungs, epochs, spent):
-    assert expected_epochs(trials, rungs, 3, epochs) == spent
+    assert least_epochs(trials, rungs, 3, epochs) == spent

@@ -1,11 +1,15 @@
 import json
 import math
+import threading
+import time
 
 import pandas as pd
 import pytest
+from filelock import FileLock
 
 from search.collect import busy_fraction, collect, main
 from search.journal import Journal, records
+from search.study_file import lock_of, read_study, write_study
 
 
 def report(trial_id, epoch, value, **more):
@@ -77,7 +81,7 @@ def test_study_json_counts_epochs_and_names_the_best(folder):
     assert (study["epochs_spent"], study["epochs_unpruned"]) == (12, 36)
     assert study["best"]["trial_id"] == "0000"
     assert study["final"]["test_accuracy"]["values"] == [0.75]
-    assert json.loads((folder / "study.json").read_text()) == study
+    assert read_study(folder) == study
 
 
 def test_live_study_is_collected_and_left_as_it_is(folder):
@@ -89,6 +93,50 @@ def test_live_study_is_collected_and_left_as_it_is(folder):
     assert main([str(folder)]) == 0
     assert (folder / "reports.jsonl").read_bytes() == before
     assert pd.read_csv(folder / "trials.csv").status.tolist() == ["done", "paused", "diverged", "error"]
+
+
+def test_study_json_of_a_running_study_is_left_to_the_process_that_runs_it(folder, capsys):
+    write_study(folder, read_study(folder) | {"status": "running"})
+    before = (folder / "study.json").read_bytes()
+    lock = lock_of(folder)
+    assert main([str(folder)]) == 0
+    assert (folder / "study.json").read_bytes() == before
+    assert len(pd.read_csv(folder / "trials.csv")) == 4
+    assert capsys.readouterr().out.endswith("status running\n")
+    lock.release()
+    assert main([str(folder)]) == 0
+    assert read_study(folder)["epochs_spent"] == 12
+
+
+def test_tables_are_written_by_one_process_at_a_time(folder):
+    collecting = FileLock(folder / ".collect.lock")
+    collecting.acquire()
+    thread = threading.Thread(target=collect, args=[folder])
+    thread.start()
+    Journal(folder / "reports.jsonl").append(report("0001", 2, 0.5))  # else it would not be in its tables
+    time.sleep(0.2)
+    assert not (folder / "trials.csv").exists()
+    collecting.release()
+    thread.join()
+    assert list(pd.read_csv(folder / "trials.csv").epochs) == [9, 2, 2, 0]
+
+
+def test_status_and_tables_of_a_study_come_in_one_write(folder, monkeypatch):
+    written = []
+    monkeypatch.setattr("search.collect.write_study", lambda folder, study: written.append(study))
+    collect(folder, status="stopped", seconds=7.0)
+    (study,) = written
+    assert (study["status"], study["seconds"], study["epochs_spent"]) == ("stopped", 7.0, 12)
+    assert list(pd.read_csv(folder / "trials.csv").status) == ["done", "paused", "diverged", "error"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], []])
+def test_help_and_no_argument_are_answered_as_everywhere(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    said = capsys.readouterr()
+    assert (end.value.code, said.err) == (0, "") if arguments else end.value.code == 2
+    assert "--keep-lines N" in said.out if arguments else said.err.count("\n") == 1
 
 
 def test_folder_without_a_study_is_one_line(tmp_path, capsys):

@@ -1,76 +1,30 @@
 """The same images become the same arrays however they are packed, and nothing else is written."""
 
-import io
+import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
+import threading
 import urllib.error
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torchvision
+from filelock import FileLock
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from trainables import data as data_module
-from trainables import decoding, image_files
-from trainables.data import ImageData, load_split, prepare, split_sha256, split_validation
-
-CLASSES = ("cat", "dog")
-SPLIT_TREE = {"train/cat": 4, "train/dog": 3, "test/cat": 2, "test/dog": 1}
-
-
-def save_image(path: Path, seed: int, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> np.ndarray:
-    """Saves an image of random pixels and returns them as uint8 (H, W, channels)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    image = Image.fromarray(pixels).convert(mode)
-    image.save(path)
-    return np.asarray(image)
-
-
-def save_tree(folder: Path, counts: dict[str, int] | None = None, **image: object) -> Path:
-    seed = 0
-    for subfolder, count in (SPLIT_TREE if counts is None else counts).items():
-        for number in range(count):
-            save_image(folder / subfolder / f"{number}.png", seed, **image)
-            seed += 1
-    return folder
-
-
-def pack_tar(archive: Path, folder: Path, top: str = "") -> Path:
-    with tarfile.open(archive, f"w:{archive.suffix[1:].replace('tar', '')}") as tar:
-        tar.add(folder, arcname=top or ".")
-    return archive
-
-
-def pack_zip(archive: Path, folder: Path, top: str = "") -> Path:
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
-        for file in sorted(folder.rglob("*"), reverse=True):
-            packed.write(file, Path(top) / file.relative_to(folder))
-    return archive
-
-
-def pack_members(archive: Path, members: Iterable[tarfile.TarInfo]) -> Path:
-    with tarfile.open(archive, "w") as tar:
-        for member in members:
-            tar.addfile(member, io.BytesIO(bytes(member.size)))
-    return archive
-
-
-def assert_refused(source: Path | str, data_dir: Path, *parts: str) -> None:
-    """Asserts that the source gives one line with these parts, and leaves nothing decoded."""
-    with pytest.raises(ValueError, match=r"^--data") as caught:
-        prepare(str(source), data_dir)
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
-    assert not list((data_dir / "decoded").glob("*"))
+from tests.images import CLASSES, SPLIT_TREE, assert_refused, pack, pack_members, save_image, save_tree
+from trainables import decoding, image_files, preparation
+from trainables.data import ImageData, check_sha256, load_split, prepare, split_sha256, split_validation
 
 
 @pytest.fixture
@@ -107,6 +61,17 @@ def test_mean_and_std_are_those_of_the_training_images(tree: Path, cache: Path) 
     np.testing.assert_allclose(data.std, fractions.std(axis=(0, 2, 3)), rtol=1e-12)
 
 
+@pytest.mark.parametrize("value", [0, 1, 77, 85, 200, 255])
+def test_channel_of_one_value_has_a_deviation_of_exactly_0(tmp_path: Path, cache: Path, value: int) -> None:
+    for number in range(14):
+        file = tmp_path / f"pets/{number % 2}/{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (7, 7), (value, 17 * number, 0)).save(file)
+    std = prepare(str(tmp_path / "pets"), cache).std
+    assert (std[0], std[2]) == (0, 0)
+    assert std[1] > 0.1
+
+
 def test_image_data_survives_json(tree: Path, cache: Path) -> None:
     data = prepare(str(tree), cache)
     assert ImageData.from_dict(json.loads(json.dumps(data.to_dict()))) == data
@@ -116,11 +81,10 @@ def test_image_data_survives_json(tree: Path, cache: Path) -> None:
 @pytest.mark.parametrize("name", ["pets.tar", "pets.tar.gz", "pets.tar.bz2", "pets.tar.xz", "pets.zip"])
 @pytest.mark.parametrize("top", ["", "pets-1.0"])
 def test_archive_equals_its_folder(tree: Path, cache: Path, tmp_path: Path, name: str, top: str) -> None:
-    pack = pack_zip if name.endswith(".zip") else pack_tar
     packed = prepare(str(pack(tmp_path / name, tree, top)), cache)
     folder = prepare(str(tree), cache)
     assert packed.name == name
-    assert packed.folder != folder.folder
+    assert packed.folder == folder.folder
     assert packed.sha256 == folder.sha256
 
 
@@ -189,9 +153,9 @@ def test_hidden_and_other_files_are_passed_over(tree: Path, cache: Path) -> None
 
 
 def test_progress_ends_at_the_number_of_images(tree: Path, cache: Path) -> None:
-    calls: list[tuple[int, int]] = []
-    prepare(str(tree), cache, progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(10, 10)]
+    calls: list[tuple[str, int, int]] = []
+    prepare(str(tree), cache, progress=lambda *call: calls.append(call))
+    assert calls == [("reading", 0, 0), ("decoding", 0, 10), ("decoding", 10, 10)]
 
 
 # ---- built-in sources
@@ -257,13 +221,13 @@ def test_cifar10_keeps_torchvisions_images(cache: Path, monkeypatch: pytest.Monk
 def decodings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the images decoded so far."""
     names: list[str] = []
-    pixels = decoding.pixels
+    square = decoding.square
 
-    def counted(image: Image.Image, size: int) -> np.ndarray:
+    def counted(image: Image.Image, size: int) -> bytes:
         names.append(str(image.size))
-        return pixels(image, size)
+        return square(image, size)
 
-    monkeypatch.setattr(decoding, "pixels", counted)
+    monkeypatch.setattr(decoding, "square", counted)
     return names
 
 
@@ -274,11 +238,76 @@ def test_second_prepare_decodes_nothing(tree: Path, cache: Path, decodings: list
     assert len(decodings) == 10
 
 
+@pytest.mark.parametrize("archive", [None, "pets.tar.gz", "pets.zip"])
+def test_unchanged_source_is_not_read_again(
+    tree: Path, cache: Path, tmp_path: Path, archive: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tree / "train/cat/unknown").write_text("")
+    source = str(pack(tmp_path / archive, tree) if archive else tree)
+    first = prepare(source, cache)
+    monkeypatch.setattr(image_files.Source, "read_listing", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(
+        preparation, "locked", lambda *_: pytest.fail("locked, so it would have to be writable")
+    )
+    assert prepare(source, cache) == first
+
+
 def test_changed_folder_is_decoded_again(tree: Path, cache: Path) -> None:
     first = prepare(str(tree), cache)
     save_image(tree / "train/cat/0.png", seed=99)
     os.utime(tree / "train/cat/0.png", ns=(0, 0))
     assert prepare(str(tree), cache).sha256 != first.sha256
+
+
+def save_bitmaps(folder: Path, labels: tuple[str, str]) -> Path:
+    """Saves light images as one class and dark ones as the other: equal names, sizes and times."""
+    for label, value in zip(labels, (10, 240), strict=True):
+        for number in range(4):
+            file = folder / label / f"{number}.bmp"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (value + number,) * 3).save(file)
+            os.utime(file, (10**9, 10**9))
+    return folder
+
+
+@pytest.mark.parametrize("archive", [None, "pets.tar", "pets.zip"])
+def test_content_tells_two_sources_of_equal_names_sizes_and_times_apart(
+    tmp_path: Path, cache: Path, archive: str | None
+) -> None:
+    hashes = []
+    for number, labels in enumerate((("cat", "dog"), ("dog", "cat"), ("cat", "dog"))):
+        folder = save_bitmaps(tmp_path / str(number) / "pets", labels)
+        source = pack(folder.with_name(archive), folder) if archive else folder
+        os.utime(source, (10**9, 10**9))
+        hashes.append(prepare(str(source), cache).sha256)
+    assert hashes[0] != hashes[1]
+    assert hashes[0] == hashes[2]
+
+
+def test_a_file_written_in_place_at_its_old_time_is_noticed(tmp_path: Path, cache: Path) -> None:
+    folder = save_bitmaps(tmp_path / "pets", ("cat", "dog"))
+    first = prepare(str(folder), cache).sha256
+    file = folder / "cat/0.bmp"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, (10**9, 10**9))
+    assert prepare(str(folder), cache).sha256 != first
+
+
+@pytest.mark.parametrize("archive", [None, "pets.tar.xz"])
+def test_copied_source_is_found_by_its_content(
+    tree: Path, cache: Path, tmp_path: Path, archive: str | None, decodings: list[str]
+) -> None:
+    first = prepare(str(tree), cache)
+    copy = shutil.copytree(tree, tmp_path / "copy" / "animals")
+    calls: list[tuple[str, int, int]] = []
+    source = pack(copy.with_name(archive), copy) if archive else copy
+    second = prepare(str(source), cache, progress=lambda *call: calls.append(call))
+    assert (second.folder, second.name) == (first.folder, archive or "animals")
+    assert len(decodings) == 10
+    assert calls[-1] == ("comparing", 10, 10)
+    assert len(list((cache / "decoded").iterdir())) == 1
 
 
 def test_moved_cache_is_found(tree: Path, cache: Path, tmp_path: Path, decodings: list[str]) -> None:
@@ -289,6 +318,63 @@ def test_moved_cache_is_found(tree: Path, cache: Path, tmp_path: Path, decodings
     assert second.sha256 == first.sha256
     assert Path(second.folder).parent == moved / "decoded"
     assert len(load_split(second, "train")[1]) == 7
+
+
+def test_home_is_meant_by_a_tilde(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    data = prepare("~/pets", Path("~/cache"))
+    assert Path(data.folder).parents[1] == tmp_path / "cache"
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "data_dir"), [("~nobody_here/pets", "cache"), ("digits", "~nobody_here/cache")]
+)
+def test_home_of_nobody_is_refused(
+    tmp_path: Path, source: str, data_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^--data(-dir)?=~nobody_here/\w+ has no home folder; set HOME"):
+        prepare(source, Path(data_dir))
+    assert not list(tmp_path.iterdir())
+
+
+def test_importing_needs_no_home() -> None:
+    code = (
+        "import os, pwd\npwd.getpwuid = lambda uid: {}[uid]\nimport trainables.data as d; print(d.DATA_DIR)"
+    )
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "~/.cache/tunefleet\n"
+
+
+def test_another_process_that_prepares_is_waited_for_and_it_is_said(tree: Path, cache: Path) -> None:
+    cache.mkdir()
+    calls: list[tuple[str, int, int]] = []
+    waits = threading.Event()
+
+    def show(*call: Any) -> None:
+        calls.append(call)
+        if call[0] == "waiting":
+            waits.set()
+
+    def hold(holds: threading.Event) -> None:
+        with FileLock(cache / "prepare.lock"):
+            holds.set()
+            waits.wait(timeout=30)
+
+    holds = threading.Event()
+    with ThreadPoolExecutor(1) as other:
+        other.submit(hold, holds)
+        holds.wait(timeout=30)
+        prepare(str(tree), cache, progress=show)
+    assert calls[1] == ("waiting", 0, 0)
+    assert calls[-1] == ("decoding", 10, 10)
 
 
 def cut(file: Path) -> None:
@@ -318,7 +404,7 @@ def test_killed_decoding_leaves_no_cache(tree: Path, cache: Path, monkeypatch: p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(data_module, "_describe", interrupt)
+        patch.setattr(preparation, "describe", interrupt)
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as if the process were gone
         with pytest.raises(KeyboardInterrupt):
             prepare(str(tree), cache)
@@ -336,8 +422,8 @@ def test_killed_decoding_leaves_no_cache(tree: Path, cache: Path, monkeypatch: p
     [
         ({}, ["no images"]),
         ({"cat": 5}, ["one class only, 'cat'"]),
-        ({"train/cat": 2, "train/dog": 2}, ["holds train/, not train/ and test/"]),
-        ({"test/cat": 2, "test/dog": 2}, ["holds test/, not train/ and test/"]),
+        ({"train/cat": 2, "train/dog": 3}, ["2 images of class 'cat'", "needs 3 or more"]),
+        ({"test/cat": 2, "test/dog": 2}, ["holds test/ but no train/"]),
         (
             {"train/cat": 2, "train/dog": 2, "val/cat": 2, "val/dog": 2},
             ["train/, val/, not train/ and test/"],
@@ -372,7 +458,7 @@ def test_corrupt_image_is_named(tree: Path, cache: Path) -> None:
     cut(tree / "train/dog/2.png")
     assert_refused(tree, cache, "'train/dog/2.png'", "cannot be decoded", "replace or remove it")
     (tree / "train/dog/2.png").write_text("no image")
-    assert_refused(tree, cache, "'train/dog/2.png'", "no image format")
+    assert_refused(tree, cache, "'train/dog/2.png'", "not an image")
 
 
 def test_image_of_16_bits_is_refused(tree: Path, cache: Path) -> None:
@@ -390,7 +476,53 @@ def test_full_disk_is_refused_before_writing(
     tree: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 1000, 100))
-    assert_refused(tree, cache, "--data-dir needs 1,920 bytes, has 100 free")
+    assert_refused(tree, cache, "needs 1,920 bytes for 10 images of 8 × 8 pixels", "--data-dir has 100 free")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_disk_that_fills_meanwhile_is_one_line(
+    tree: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    assert_refused(tree, cache, f"--data-dir={cache} cannot be written (", os.strerror(code))
+
+
+def test_full_disk_under_the_spool_is_one_line(tree: Path, tmp_path: Path, cache: Path) -> None:
+    archive = pack(tmp_path / "pets.tar.gz", tree)
+    code = f"""
+import resource, sys
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+from trainables.data import prepare
+try:
+    prepare({str(archive)!r}, Path({str(cache)!r}))
+except ValueError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (
+        result.stdout == f"--data-dir={cache} cannot be written ([Errno 27] File too large); give another\n"
+    )
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("image_size", [10**6, 10**12])
+def test_impossible_image_size_is_one_line(tree: Path, cache: Path, image_size: int) -> None:
+    save_image(tree / "train/cat/0.png", seed=0, size=(9, 8))
+    with pytest.raises(ValueError, match=r"^--data=.* needs [\d,]+ bytes .* give .* smaller --image-size$"):
+        prepare(str(tree), cache, image_size)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "loop", "file/inside"])
+def test_path_that_the_system_refuses_is_one_line(
+    tmp_path: Path, cache: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    assert_refused(tmp_path / name, cache, "does not exist" if name == "file/inside" else "cannot be read (")
 
 
 def test_image_size_is_checked(cache: Path) -> None:
@@ -443,7 +575,7 @@ def test_link_in_a_zip_is_refused(tmp_path: Path, cache: Path) -> None:
 
 
 def test_encrypted_zip_is_refused(tmp_path: Path, cache: Path) -> None:
-    archive = pack_zip(tmp_path / "pets.zip", save_tree(tmp_path / "pets"))
+    archive = pack(tmp_path / "pets.zip", save_tree(tmp_path / "pets"))
     content = bytearray(archive.read_bytes())
     for start, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         at = content.find(start)
@@ -466,8 +598,8 @@ def test_decompression_bomb_is_refused(tmp_path: Path, cache: Path, monkeypatch:
     (tmp_path / "bomb").mkdir()
     (tmp_path / "bomb/zeros.bin").write_bytes(bytes(5_000_000))
     for archive in (
-        pack_tar(tmp_path / "b.tar.xz", tmp_path / "bomb"),
-        pack_zip(tmp_path / "b.zip", tmp_path / "bomb"),
+        pack(tmp_path / "b.tar.xz", tmp_path / "bomb"),
+        pack(tmp_path / "b.zip", tmp_path / "bomb"),
     ):
         assert_refused(
             archive, cache, f"more than {200 * archive.stat().st_size:,} bytes", "decompression bomb"
@@ -483,7 +615,7 @@ def test_huge_image_is_refused_unread(tmp_path: Path, cache: Path, monkeypatch: 
 
 @pytest.mark.parametrize("name", ["pets.tar", "pets.tar.gz", "pets.tar.bz2", "pets.tar.xz", "pets.zip"])
 def test_truncated_archive_is_refused(tmp_path: Path, tree: Path, cache: Path, name: str) -> None:
-    archive = (pack_zip if name.endswith(".zip") else pack_tar)(tmp_path / name, tree)
+    archive = pack(tmp_path / name, tree)
     content = archive.read_bytes()
     for tenths in (1, 3, 5):
         archive.write_bytes(content[: len(content) * tenths // 10])
@@ -507,7 +639,7 @@ def test_tar_that_tarfile_takes_for_complete_is_refused(tmp_path: Path, tree: Pa
 
 @pytest.mark.parametrize("name", ["pets.tar.gz", "pets.tar.bz2", "pets.tar.xz", "pets.zip"])
 def test_flipped_bit_in_an_archive_is_refused(tmp_path: Path, tree: Path, cache: Path, name: str) -> None:
-    archive = (pack_zip if name.endswith(".zip") else pack_tar)(tmp_path / name, tree)
+    archive = pack(tmp_path / name, tree)
     content = bytearray(archive.read_bytes())
     content[len(content) // 3] ^= 0x10
     archive.write_bytes(content)
@@ -515,11 +647,34 @@ def test_flipped_bit_in_an_archive_is_refused(tmp_path: Path, tree: Path, cache:
 
 
 def test_zip_of_an_impossible_version_is_refused(tmp_path: Path, tree: Path, cache: Path) -> None:
-    archive = pack_zip(tmp_path / "pets.zip", tree)
+    archive = pack(tmp_path / "pets.zip", tree)
     content = bytearray(archive.read_bytes())
     content[content.index(b"PK\x01\x02") + 6] = 99
     archive.write_bytes(content)
     assert_refused(archive, cache, "is truncated or corrupt (zip file version 9.9)")
+
+
+# ---- other images than a study's
+
+
+def test_images_of_an_older_format_are_refused_with_that_reason(tree: Path, cache: Path) -> None:
+    data = prepare(str(tree), cache)
+    check_sha256(data, "pets", data.sha256, format_version=1)
+    with pytest.raises(
+        ValueError, match=r"--data=pets is not what the study began with .*was 123456789012.*"
+    ) as caught:
+        check_sha256(data, "pets", "123456789012345", data.format_version)
+    assert "decodes them differently" not in str(caught.value)
+    with pytest.raises(
+        ValueError, match=r"rotated by their EXIF orientation.* resume with the commit in study.json"
+    ):
+        check_sha256(data, "pets", "123456789012345", format_version=1)
+
+
+def test_data_of_an_older_study_is_of_the_first_format(tree: Path, cache: Path) -> None:
+    fields = prepare(str(tree), cache).to_dict()
+    del fields["format_version"], fields["notes"]
+    assert ImageData.from_dict(fields).format_version == 1
 
 
 # ---- the fixed split

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torchvision
 
 from trainables.config import TrainConfig
 from trainables.data import SPLITS, ImageData, load_split
@@ -67,6 +68,39 @@ def test_accuracy_and_predictions_are_the_naive_loops(data, tmp_path, architectu
     np.testing.assert_allclose(shown, probabilities, rtol=1e-3, atol=1e-5)
     np.testing.assert_array_equal(table["confidence"], shown.max(1))
     assert len(list(tmp_path.glob("predictions*"))) == len(list(tmp_path.glob("misclass*"))) == 1
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    file = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18().state_dict(), file)
+    return str(file)
+
+
+def test_features_of_the_test_images_are_computed_by_the_first_seed_alone(
+    data, tmp_path, weights, monkeypatch
+):
+    runs = [trained(data, tmp_path, "resnet_softmax", {"weights": weights, "seed": seed}) for seed in (0, 1)]
+    before = set((tmp_path / "prepared").glob("*.npy"))
+    whole = [
+        run.model.eval()(run.pipeline(torch.from_numpy(load_split(data, "test")[0].copy()))) for run in runs
+    ]
+    first = evaluate_test(runs[0], tmp_path, "-first")
+    assert len(set((tmp_path / "prepared").glob("*.npy")) - before) == 1
+    table = pd.read_parquet(tmp_path / "predictions-first.parquet")
+    np.testing.assert_allclose(
+        table[["p0", "p3"]], whole[0].softmax(1).detach()[:, [0, 3]], rtol=1e-3, atol=1e-5
+    )
+    assert first == (table.label == table.predicted).mean()
+
+    def fail(*_):
+        pytest.fail("the backbone was run again")
+
+    runs[1].model.backbone.register_forward_hook(fail)
+    monkeypatch.setattr("trainables.inputs.extractor", fail)
+    labels = load_split(data, "test")[1]
+    assert evaluate_test(runs[1]) == (whole[1].argmax(1).numpy() == labels).mean()
 
 
 def test_testing_twice_gives_the_same_and_changes_nothing(data, tmp_path):

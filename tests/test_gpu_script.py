@@ -27,8 +27,11 @@ with open(os.environ["CALLS"], "a") as calls:
 for name, size in (("checkpoint.pt", 10), ("predictions.parquet", 10), ("first_layer.npy", 2 * 10**6)):
     (study / "best" / name).write_bytes(bytes(size))
 space = study.name
-content = {"space": space, "command": "search/run.py", "options": {"epochs": 1}, "status": "running",
-           "trials": 1, "epochs_spent": 1, "seconds": 1, "commit": None, "best": None, "final": None}
+asked = dict.fromkeys(("command", "data_sha256", "split_sha256"), "search/run.py") | {"commit": None}
+asked |= {"space": space, "status": "running", "seed": 0, "validation_count": 1, "seconds": 1.0, "rungs": []}
+asked |= {"data": {"name": "d", "classes": ["a"]}, "options": {"epochs": 1, "pruner": "none"}, "versions": {}}
+found = {"trials": 1, "epochs_spent": 1, "epochs_unpruned": 1, "statuses": {}, "best": None, "final": None}
+content = asked | found
 (study / "study.json").write_text(json.dumps(content))
 if space in os.environ.get("SLOW", "").split():
     try:

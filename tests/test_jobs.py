@@ -9,7 +9,7 @@ import random
 import pytest
 from ray import tune
 
-from search.asha import PRUNERS, Asha, expected_epochs, rung_epochs
+from search.asha import PRUNERS, Asha, least_epochs, rung_epochs
 from search.jobs import Jobs
 from search.journal import Journal, records, winner
 from search.suggest import SEARCHERS, make_sampler
@@ -138,7 +138,7 @@ def test_promote_spends_the_expected_epochs_and_leaves_nobody_waiting(tmp_path, 
     jobs = make_jobs(tmp_path / "reports.jsonl", trials=trials)
     work(jobs, workers)
     assert_sound(jobs, trials)
-    expected = expected_epochs(trials, RUNGS, ETA, EPOCHS)
+    expected = least_epochs(trials, RUNGS, ETA, EPOCHS)
     beyond_first = expected - trials * RUNGS[0]  # at most as much again, where all who went first were wrong
     assert expected <= epochs_spent(jobs) <= expected + beyond_first
 

@@ -89,14 +89,16 @@ def test_damaged_middle_line_is_an_error_naming_its_number(journal):
     write(journal)
     lines = journal.file.read_text().splitlines(keepends=True)
     journal.file.write_text(lines[0] + lines[1][:20] + "\n" + lines[2])
-    with pytest.raises(ValueError, match=r"reports\.jsonl line 2 is damaged .*; remove that line$"):
+    with pytest.raises(ValueError, match=r"reports\.jsonl line 2 is damaged .*collect --keep-lines 1 "):
         journal.read()
 
 
 def test_numbers_that_are_not_finite_are_null(journal):
     journal.append({"trial_id": "0000", "epoch": 1, "train_loss": math.nan, "val_loss": math.inf, "lr": 0.1})
     text = journal.file.read_text()
-    assert text == '{"trial_id": "0000", "epoch": 1, "train_loss": null, "val_loss": null, "lr": 0.1}\n'
+    assert text.startswith(
+        '{"trial_id": "0000", "epoch": 1, "train_loss": null, "val_loss": null, "lr": 0.1, '
+    )
     json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
 
 

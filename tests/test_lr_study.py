@@ -6,7 +6,19 @@ import pandas as pd
 import pytest
 
 from search.journal import TrialRecord
-from search.lr_study import best_lr, extend, extended, lr_curve, lr_grid, main, new_options, parse, points
+from search.lr_study import (
+    best_lr,
+    curve_table,
+    extend,
+    extended,
+    lr_curve,
+    lr_grid,
+    main,
+    new_options,
+    parse,
+    points,
+)
+from search.printing import rounded
 
 
 def trial(lr, seed, values, status=None):
@@ -61,6 +73,15 @@ def test_curve_is_over_the_seeds_that_went_furthest():
     assert best_lr(curve.reset_index()) == 0.1
 
 
+def test_close_values_are_told_apart_and_only_1_reads_1():
+    trials = [trial(lr, 0, [value], "done") for lr, value in ((0.01231, 0.99998), (0.01234, 1.0))]
+    lrs, means, *_ = curve_table(lr_curve(trials, 0.1), 0.01234).columns
+    assert list(lrs.cells) == ["0.01231", "0.01234"]
+    assert list(means.cells) == ["0.99998", "1.0000"]
+    assert [rounded(value) for value in (0.0, 0.00004, 0.12344)] == ["0.0000", "0.00004", "0.1234"]
+    assert [rounded(value, "g") for value in (0.99996, 1.0, 1e-6)] == ["0.99996", "1", "1e-06"]
+
+
 def test_best_is_none_where_nothing_saw_all_epochs():
     assert best_lr(lr_curve([trial(0.1, 0, [None], "diverged")], 0.1)) is None
 
@@ -86,6 +107,8 @@ def test_configuration_and_data_come_from_a_study(tmp_path):
     best = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.5, "batch_size": 64, "schedule": "cosine"}
     study = {
         "space": "softmax",
+        "status": "done",
+        "rungs": [],
         "best": {"config": best | {"architecture": "softmax"}},
         "options": {"data": "digits", "image_size": 32, "weights": "none"},
     }
@@ -120,7 +143,8 @@ def test_bad_input_is_one_line_and_writes_nothing(arguments, needle, tmp_path, m
 
 
 def test_unfinished_study_is_not_extended(tmp_path):
-    (tmp_path / "study.json").write_text('{"status": "stopped"}')
+    study = {"space": "softmax", "status": "stopped", "options": {}, "rungs": []}
+    (tmp_path / "study.json").write_text(json.dumps(study))
     with pytest.raises(ValueError, match="no finished learning-rate study"):
         extend(tmp_path)
 

@@ -1,15 +1,23 @@
 """What each figure shows of a hand-made study: its data and its labels, not its pixels."""
 
 import io
+import warnings
 from dataclasses import replace
+from itertools import pairwise, product
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
+from matplotlib.text import Text
 
-from analysis import plots
+from analysis import plots, stats
 from analysis.compared import compare
 from analysis.load import load
+from analysis.report import figures
 from tests.made_study import EVIL, write_study
 
 
@@ -84,7 +92,7 @@ def test_parallel_lines_end_at_val_accuracy(study):
     ends = sorted(path.vertices[-1, 1] for drawn in axes.collections for path in drawn.get_paths())
     assert len(ends) == 11
     assert (ends[0], ends[-1]) == (0, 1)
-    assert {"35.0%", "57.0%"} <= {text.get_text() for text in axes.texts}  # trials 0 and 11 at epoch 1
+    assert {"35%", "57%"} <= {text.get_text() for text in axes.texts}  # trials 0 and 11 at epoch 1
 
 
 def test_confusion_names_rows_and_counts(study):
@@ -143,3 +151,244 @@ def test_schedulers_are_told_apart_and_drawn_at_epochs_and_regret():
     assert promote.get_ydata()[0] == pytest.approx(found[1, :, :, 2].mean())
     assert drawn["o", True].get_ydata()[0] == pytest.approx(found[1, :, :, 3].mean())
     figure.savefig(io.BytesIO())
+
+
+def drawn(figure):
+    """Draws a figure, so that its ticks are there; a warning fails the test."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure.savefig(io.BytesIO(), format="svg")
+    return figure
+
+
+def labelled(axis):
+    """Returns (value, label) of the ticks that are seen."""
+    low, high = sorted(axis.get_view_interval())
+    ticks = [(tick.get_loc(), tick.label1.get_text()) for tick in axis.get_major_ticks()]
+    return [(place, label) for place, label in ticks if low <= place <= high and label]
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.2, 0.3), (0.0, 1.0), (0.1, 0.106), (0.99981, 0.99984), (0.5, 0.5)]
+)
+def test_every_percent_label_is_the_value_of_its_tick(tmp_path, low, high):
+    folder = write_study(tmp_path / "made")
+    epochs = pd.read_parquet(folder / "epochs.parquet")
+    values = np.random.default_rng(0).uniform(low, high, (len(epochs), 2))
+    table = epochs.assign(
+        train_accuracy=values[:, 0], val_accuracy=np.where(epochs.val_accuracy.isna(), np.nan, values[:, 1])
+    )
+    table.to_parquet(folder / "epochs.parquet")
+    study = load(folder)
+    curve = pd.DataFrame({"lr": [0.01, 0.1], "seeds": 3, "mean": [low, high], "low": low, "high": high})
+    for figure in (
+        *figures(study).values(),
+        plots.lr_curves([replace(study, lr_curve=curve.assign(verdict="done"))]),
+    ):
+        for axes in (axes for axes in drawn(figure).axes if axes.get_visible()):
+            for axis in (axes.xaxis, axes.yaxis):
+                found = [(place, label) for place, label in labelled(axis) if label.endswith("%")]
+                assert len({label for _, label in found}) == len(found)
+                for place, label in found:
+                    assert float(label.removesuffix("%")) == pytest.approx(100 * place, abs=1e-9)
+
+
+def test_the_ends_of_parallel_coordinates_differ_where_their_values_do(study):
+    epochs = study.epochs.assign(val_accuracy=[0.97021 + 0.00001 * k for k in range(len(study.epochs))])
+    axes = plots.parallel_coordinates(replace(study, epochs=epochs)).axes[0]
+    ends = [text.get_text() for text in axes.texts if text.get_text().endswith("%")]
+    assert len(set(ends)) == len(ends) == 2
+
+
+def test_one_epoch_has_whole_ticks_and_its_points_are_seen(tmp_path):
+    study = load(write_study(tmp_path / "made", trials=9, epochs=1, rungs=()))
+    for figure in (plots.winner_curves(study), plots.all_curves(study), plots.best_so_far(study)):
+        for place, label in labelled(drawn(figure).axes[0].xaxis):
+            assert place == int(place) == int(label)
+    assert {line.get_marker() for axes in plots.winner_curves(study).axes for line in axes.lines} == {"."}
+
+
+@pytest.mark.parametrize("seconds", [(300, 310), (0.0, 5), (40, 90_000), (5e5, 2e6)])
+def test_seconds_have_ticks_with_their_own_values(study, seconds):
+    studies = [replace(study, facts=study.facts | {"seconds": s}) for s in seconds]
+    found = labelled(drawn(plots.accuracy_against_seconds(studies)).axes[0].xaxis)
+    assert len(found) >= 2
+    assert all(float(label.replace(",", "")) == pytest.approx(place) for place, label in found)
+
+
+def test_of_many_studies_those_are_named_than_which_none_is_faster_and_better(study):
+    final = study.facts["final"]
+    studies = [
+        replace(
+            study,
+            facts=study.facts
+            | {"space": f"s{k}", "seconds": 100.0 * (k + 1)}
+            | {"final": final | {"test_accuracy": final["test_accuracy"] | {"mean": mean}}},
+        )
+        for k, mean in enumerate([0.5, 0.4, 0.6, 0.55] + [0.1] * 26)
+    ]
+    texts = plots.accuracy_against_seconds(studies).axes[0].texts
+    assert [text.get_text() for text in texts] == ["s0", "s2"]
+    assert len(plots.accuracy_against_seconds(studies[:4]).axes[0].texts) == 4
+
+
+def test_no_two_of_25_learning_rate_studies_look_alike(study):
+    curve = pd.DataFrame({"lr": [0.01, 0.1], "seeds": 1, "mean": 0.5, "low": np.nan, "high": np.nan})
+    studies = [replace(study, lr_curve=curve.assign(verdict="done"))] * 25
+    figure = drawn(plots.lr_curves(studies))
+    lines = [line for line in figure.axes[0].lines if len(line.get_xdata())]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 25
+    assert legend(figure)[0].endswith("(1 seed)")
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
+
+
+NAMES = (
+    "$a_b$",
+    r"\$x",
+    "100 %",
+    "[bold]",
+    "line\nbreak",
+    "caf\udce9",
+    "猫",
+    "ไทย",
+    "🐱",
+    "_x",
+    "^",
+    "a" * 90,
+    "\u202eevil",
+)
+
+
+def test_names_of_all_kinds_are_drawn_without_a_warning_and_stay_apart(tmp_path):
+    study = load(write_study(tmp_path / "made", classes=NAMES))
+    for figure in figures(study).values():
+        drawn(figure)
+    shown = [label.get_text() for label in plots.confusion(study).axes[0].get_yticklabels()]
+    assert len(set(shown)) == len(NAMES)
+    assert max(map(len, shown)) <= 20
+    assert shown[0] == r"\$a_b\$"  # matplotlib draws $a_b$
+    assert {r"line\nbreak", r"caf\xe9", "100 %", "[bold]"} <= set(shown)
+
+
+def test_names_that_begin_alike_are_told_apart_by_their_number():
+    names = ["Passer domesticus female", "Passer domesticus male", "Passer montanus"]
+    assert plots._shorts(names) == ["Passer domesti… #0", "Passer domesti… #1", "Passer montanus"]
+
+
+def test_a_character_without_a_font_is_drawn_as_its_number_and_with_one_as_itself(tmp_path):
+    character = "\U0001f9ff"  # in no font that matplotlib brings
+    assert plots._short(f"a {character}") == r"a \U0001f9ff"
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for corner in ((0, 500), (500, 500), (500, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    font = FontBuilder(1000)
+    font.setupGlyphOrder([".notdef", "nazar"])
+    font.setupCharacterMap({ord(character): "nazar"})
+    font.setupGlyf({".notdef": pen.glyph(), "nazar": pen.glyph()})
+    font.setupHorizontalMetrics(dict.fromkeys((".notdef", "nazar"), (600, 0)))
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable({"familyName": "Nazar", "styleName": "Regular"})
+    font.setupOS2(sTypoAscender=800, usWeightClass=400)
+    font.setupPost()
+    font.save(tmp_path / "nazar.ttf")
+    before = list(font_manager.fontManager.ttflist)
+    font_manager.fontManager.addfont(tmp_path / "nazar.ttf")
+    try:
+        style = plots.style(["a", character])
+        assert style["font.family"] == ["DejaVu Sans", "Nazar"]
+        assert plots.style(["a"])["font.family"] == ["DejaVu Sans"]
+        with mpl.rc_context(style):
+            assert plots._short(f"a {character}") == f"a {character}"
+            figure, axes = plots._axes()
+            axes.set_xlabel(character)
+            drawn(figure)
+    finally:
+        font_manager.fontManager.ttflist[:] = before
+
+
+MANY_RANGES = {
+    f"hyperparameter_{k}": [
+        {"low": 1e-4, "high": 0.1, "log": True},
+        {"low": 0.0, "high": 1.0, "log": False},
+        {"values": [2**n for n in range(40)]},
+        {"values": ["constant", "cosine", "exponential decay", "one cycle"]},
+    ][k % 4]
+    for k in range(20)
+}
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        {"classes": tuple(f"class {k}" for k in range(1000))},
+        {"classes": tuple(f"class {k}" for k in range(40))},
+        {"ranges": MANY_RANGES},
+        {"trials": 30, "epochs": 300, "rungs": (1, 2, 4, 8, 16, 32, 64, 128, 256), "eta": 2},
+        {"trials": 2000, "rungs": (1,)},
+        {"trials": 1, "epochs": 1, "rungs": ()},
+    ],
+    ids=["1,000 classes", "40 classes", "20 hyperparameters", "300 epochs", "2,000 trials", "1 trial"],
+)
+def test_large_studies_have_figures_of_a_page_whose_ticks_do_not_overlap(tmp_path, size):
+    study = load(write_study(tmp_path / "made", **size))
+    with mpl.rc_context(plots.style([])):
+        for name, figure in figures(study).items():
+            drawn(figure)
+            width, height = figure.get_size_inches()
+            assert width <= 11, name
+            assert height <= 30, name
+            for axes, axis in product(figure.axes, ("xaxis", "yaxis")):
+                boxes = [
+                    label.get_window_extent()
+                    for label in getattr(axes, axis).get_ticklabels()
+                    if label.get_text() and label.get_rotation() in (0, 90) and axes.get_visible()
+                ]
+                seen = [box for box in boxes if box.y1 > 0 and box.x1 > 0]
+                crowded = sum(a.overlaps(b) for a, b in pairwise(seen))
+                assert not crowded, f"{name}: {crowded} tick labels overlap"
+            letters = [text.get_fontsize() for text in figure.findobj(Text) if text.get_text()]
+            assert min(letters) >= 6, name
+
+
+def test_a_thousand_classes_show_the_worst_and_every_confusion(tmp_path):
+    study = load(write_study(tmp_path / "made", classes=tuple(f"class {k}" for k in range(1000))))
+    matrix = plots.confusion(study).axes[0].images[0].get_array()
+    assert matrix.shape == (plots.CELLS, plots.CELLS)  # cells of 5 × 5
+    assert matrix[0, 0] == 6 / 8
+    assert (
+        matrix[0, 1] == matrix[-1, 0] == 1 / 8
+    )  # class 4 said to be 5, class 999 to be 0: seen in spite of 5 × 5
+    assert [text.get_text() for text in plots.class_accuracy(study).axes[1].get_yticklabels()] == [
+        f"class {k}" for k in range(plots.WORST)
+    ]
+    pairs = plots.confused_pairs(study).axes[0]
+    assert pairs.get_yticklabels()[0].get_text() == "class 0 → class 1"
+
+
+def test_few_classes_need_no_list_of_confusions(study):
+    assert plots.confused_pairs(study) is None
+
+
+def test_best_so_far_is_a_few_steps_of_many_reports(tmp_path):
+    study = load(write_study(tmp_path / "made", trials=2000))
+    axes = plots.best_so_far(study).axes[0]
+    steps = axes.lines[1].get_ydata()
+    assert len(steps) < len(study.epochs) / 2
+    assert (np.diff(steps) >= 0).all()
+    assert steps[-1] == stats.best_so_far(study.epochs).best.iloc[-1]
+
+
+def test_val_accuracies_of_exactly_0_are_drawn(tmp_path):
+    folder = write_study(tmp_path / "made")
+    for file, read, write in (("epochs.parquet", pd.read_parquet, "to_parquet"),):
+        getattr(read(folder / file).assign(val_accuracy=0.0), write)(folder / file)
+    study = load(folder)
+    study = replace(study, trials=study.trials.assign(val_accuracy=0.0, best_val_accuracy=0.0))
+    assert len(stats.comparable(study)) == 12
+    assert [line.get_ydata().tolist() for line in plots.best_so_far(study).axes[0].lines[:1]] == [[0.0] * 21]
+    for figure in figures(study).values():
+        drawn(figure)

@@ -1,14 +1,16 @@
 import re
+import shutil
 
 import pytest
 
 from search.folders import default_folder
 from search.options import StudyOptions
-from search.preflight import check_disk, checkpoint_bytes
+from search.preflight import check_disk, checkpoint_bytes, count_images, largest, settle_image_size
 from search.printing import clock
-from search.resources import Machine, Resources, plan, settle
+from search.resources import Machine, Resources, check_device, fit_memory, plan, settle
 from trainables.config import TrainConfig
 from trainables.data import prepare
+from trainables.gpu import CONTEXT_BYTES
 from trainables.levers import Levers, choose
 from trainables.training import TrainingRun
 
@@ -103,11 +105,95 @@ def test_impossible_asks_show_the_arithmetic(cpus, gpus, options, message):
         planned(cpus, gpus, **options)
 
 
+def test_a_study_whose_device_is_gone_says_which_and_what_to_do():
+    check_device(CPU, Machine(2))
+    check_device(CUDA, Machine(2, 1))
+    with pytest.raises(ValueError, match=r"trains on cuda, and there is no GPU.*give --device cpu"):
+        check_device(CUDA, Machine(2, 0))
+
+
 def test_full_disk_is_an_error_before_the_study(tmp_path):
     check_disk(tmp_path / "new" / "study", 1000)
     with pytest.raises(ValueError, match="give --study-dir on a larger disk"):
         check_disk(tmp_path / "new" / "study", 10**18)
     assert not (tmp_path / "new").exists()
+
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("share", "peak", "free", "slots", "gpus_per_trial", "gpu_bytes", "said"),
+    [
+        (0.25, 5 * GB, 79 * GB, 4, 0.25, 79 * GB // 4, ""),
+        (
+            0.25,
+            30 * GB,
+            79 * GB,
+            2,
+            0.5,
+            79 * GB // 2,
+            "need 30.0 GB each, and 79.0 GB of a GPU are free: 2 at",
+        ),
+        (0.5, 60 * GB, 79 * GB, 1, 1.0, None, "1 at once on it, not 2"),
+        (0.5, 90 * GB, 79 * GB, 2, 0.5, 79 * GB // 2, "need 90.0 GB, and 79.0 GB are free: they will end as"),
+        (0.5, None, 79 * GB, 2, 0.5, 79 * GB // 2, "need more than a GPU has"),
+        (1.0, 60 * GB, 79 * GB, 1, 1.0, None, ""),
+        (0.0, None, None, 4, 0.0, None, ""),  # on CPUs
+    ],
+)
+def test_as_many_trials_share_a_gpu_as_it_holds(share, peak, free, slots, gpus_per_trial, gpu_bytes, said):
+    planned = Resources(max(1, int(1 / share)) if share else 4, 4.0, share)
+    resources, line = fit_memory(planned, peak, free)
+    assert (resources.slots, resources.gpus_per_trial) == (slots, gpus_per_trial)
+    assert (resources.gpu_bytes is None) == (gpu_bytes is None)
+    if gpu_bytes:  # each has its share of what is free, less what its process takes beside torch
+        assert gpu_bytes - CONTEXT_BYTES < resources.gpu_bytes < gpu_bytes
+    assert said in line
+    assert bool(said) == bool(line)
+    assert "\n" not in line
+
+
+def test_the_largest_trial_of_a_space_has_the_highest_of_everything():
+    options = StudyOptions("twolayernn", image_size=32)
+    config = largest(options)
+    assert (config.batch_size, config.hidden, config.augment) == (512, 1000, "crop_flip")
+    assert largest(StudyOptions("twolayernn", image_size=32, fix={"hidden": 8})).hidden == 8
+
+
+@pytest.mark.parametrize(
+    ("space", "options", "levers", "gpu_bytes", "size"),
+    [
+        ("resnet_softmax", {}, CPU, None, 128),
+        ("resnet_conv", {}, CPU, None, 32),
+        ("resnet_conv", {}, CUDA, 79 * GB, 128),
+        ("resnet_conv", {}, CUDA, None, 128),
+        ("resnet_conv", {"image_size": 48}, CUDA, 79 * GB, 48),
+        ("resnet_mymodel", {}, CUDA, 79 * GB, 64),
+        ("resnet_finetune", {}, CUDA, 79 * GB, 64),
+        ("resnet_finetune", {}, CPU, None, 32),
+        ("resnet_conv", {"weights": "none"}, CUDA, 79 * GB, 32),
+        ("softmax", {}, CUDA, 79 * GB, 32),
+        # 60,000 images of 256 × 8 × 8 bf16 features: 2 GB for each of two trials; half of 6 GB holds 1.5
+        ("resnet_conv", {}, CUDA, 6 * GB, 64),
+        ("resnet_conv", {}, CUDA, 1 * GB, 32),
+    ],
+)
+def test_the_image_size_is_the_spaces_best_that_there_is_room_for(
+    space, options, levers, gpu_bytes, size, tmp_path
+):
+    asked = StudyOptions(space, data_dir=str(tmp_path), **options)
+    assert settle_image_size(asked, levers, Machine(16, 1, gpu_bytes=gpu_bytes)).image_size == size
+
+
+def test_images_are_counted_without_reading_them_all(tmp_path):
+    for k in range(30):
+        (tmp_path / "images" / f"class{k % 2}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / f"class{k % 2}" / f"{k}.png").write_bytes(bytes(200))
+    assert count_images(str(tmp_path / "images")) == 30
+    for kind in ("zip", "gztar"):
+        packed = shutil.make_archive(str(tmp_path / kind), kind, tmp_path / "images")
+        assert count_images(packed) in (30, 32, 33)  # folders are members, too
 
 
 def test_clock_speaks_of_seconds_minutes_and_hours():

@@ -7,7 +7,7 @@ from search.asha import Asha
 from search.jobs import Jobs
 from search.journal import Journal
 from search.options import StudyOptions
-from search.progress import PLAIN_SECONDS, Progress, counts, line, table
+from search.progress import PLAIN_SECONDS, Progress, counts, describe, line, table
 from search.suggest import make_sampler
 
 
@@ -48,8 +48,9 @@ def test_counts_tell_what_each_trial_is_doing(jobs):
 def test_plain_line_carries_trials_epochs_best_and_time(jobs):
     shown = progress(jobs, terminal=False)
     text = line(shown.facts(shown.began + 10))
-    # 9 trials: 9·1 + 3·2 + 1·6 = 21 epochs, and 2 seeds of 9; both epochs were reported before this display
-    assert "3/9 trials (1 diverged, 1 paused, 1 running), no epoch done yet, 2/39 epochs" in text
+    # 9 trials: at least 9·1 + 3·2 + 1·6 = 21 epochs, 22 on average, and 2 seeds of 9; both epochs were
+    # reported before this display
+    assert "3/9 trials (1 diverged, 1 paused, 1 running), no epoch done yet, 2/40 epochs" in text
     assert "best val_accuracy 0.4321, 10 s" in text
 
 
@@ -67,10 +68,33 @@ def test_table_fits_eighty_columns_and_names_the_best(jobs):
     shown = progress(jobs, terminal=True)
     shown.console.print(table(shown.facts(shown.began + 10)))
     text = shown.console.file.getvalue()
-    assert "0.4321 after 1 epochs" in text
+    assert "0.4321 after 1 epoch (" in text
     assert "epoch 1: 2" in text
     with shown:
         shown.update()
+
+
+def test_the_best_that_is_shown_never_falls(jobs):
+    """A trial's value may fall by its next epoch; what was seen stays."""
+    jobs.report("0002", {"epoch": 1, "val_accuracy": 0.7})
+    jobs.trials["0002"].reports[2] = {"epoch": 2, "val_accuracy": 0.2}
+    shown = progress(jobs, terminal=False)
+    assert "best val_accuracy 0.7000" in line(shown.facts(shown.began + 10))
+    assert "0.7000 after 1 epoch (trial 0002" in describe(jobs.best_yet)
+
+
+def test_a_value_of_zero_is_a_value(jobs):
+    jobs.best_yet = None
+    jobs.report("0002", {"epoch": 1, "val_accuracy": 0.0})
+    assert "0.0000 after 1 epoch (trial 0002" in describe(jobs.best_yet)
+
+
+def test_a_dumb_terminal_gets_lines(jobs, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    shown = progress(jobs, terminal=True)
+    with shown:
+        shown.update()
+    assert "softmax search: 3/9 trials" in " ".join(shown.console.file.getvalue().split())
 
 
 def test_eta_counts_the_epochs_of_this_run_only(jobs):
@@ -79,4 +103,4 @@ def test_eta_counts_the_epochs_of_this_run_only(jobs):
     jobs.report("0002", {"epoch": 1, "val_accuracy": 0.1})
     facts = shown.facts(shown.began + 10)
     assert facts["epochs_per_second"] == pytest.approx(0.1)
-    assert facts["eta"] == pytest.approx((39 - 3) / 0.1)
+    assert facts["eta"] == pytest.approx((40 - 3) / 0.1)

@@ -1,17 +1,20 @@
 """The page and its figures, of a hand-made study with names that would break a careless page."""
 
+import base64
+import io
 import json
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from analysis import plots
-from analysis.facts import facts, first_layer_images
+from analysis.facts import PIXELS, facts, first_layer_images
 from analysis.load import load
 from analysis.report import main, write
-from tests.made_study import EVIL, write_study
+from tests.made_study import EVIL, remove_trials, write_study
 
 
 @pytest.fixture
@@ -50,17 +53,9 @@ def test_page_needs_nothing_from_elsewhere_and_no_name_becomes_markup(folder, tm
 
 
 def test_study_that_has_just_begun_has_a_page(folder, tmp_path):
-    told = json.loads((folder / "study.json").read_text()) | {
-        "best": None,
-        "final": None,
-        "status": "running",
-    }
-    (folder / "study.json").write_text(json.dumps(told))
-    for file in (folder / "best").iterdir():
-        file.unlink()
-    pd.read_parquet(folder / "epochs.parquet").head(0).to_parquet(folder / "epochs.parquet")
-    pd.read_csv(folder / "trials.csv").head(0).to_csv(folder / "trials.csv", index=False)
-    assert "status running" in write([load(folder)], tmp_path / "out").read_text()
+    remove_trials(folder, status="running")
+    page = write([load(folder)], tmp_path / "out").read_text()
+    assert "A study of 0 trials, status running" in page
 
 
 def test_mistakes_have_their_own_labels(folder):
@@ -105,3 +100,38 @@ def test_several_studies_are_compared_in_one_page(folder, tmp_path):
     assert "58.36" in page  # published
     assert "65.43 ± 1.23 (2)" in page
     assert page.count("<td>softmax</td>") == 0  # a learning-rate study has no test accuracy
+
+
+def test_images_of_a_page_are_no_larger_than_it_shows_them(tmp_path):
+    folder = write_study(tmp_path / "made", pixels=1024)
+    np.save(folder / "best" / "first_layer.npy", np.random.default_rng(0).normal(size=(10, 3 * 512 * 512)))
+    page = write([load(folder)], tmp_path / "out").read_text()
+    images = [
+        Image.open(io.BytesIO(base64.b64decode(text))) for text in re.findall(r"png;base64,([^\"]+)", page)
+    ]
+    sizes = [image.size for image in images]
+    assert sizes.count((PIXELS, PIXELS)) == 12  # ten filters, two mistakes
+    assert len(page) < 3_000_000
+
+
+def test_ctrl_c_is_code_3_without_a_traceback(folder, monkeypatch, capsys):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("analysis.report.load", interrupt)
+    assert main([str(folder)]) == 3
+    assert capsys.readouterr().err == "stopped\n"
+
+
+def test_counts_of_one_are_singular(tmp_path):
+    folder = write_study(tmp_path / "made", trials=1, epochs=1, rungs=())
+    told = json.loads((folder / "study.json").read_text())
+    told["final"] |= {
+        "seeds": [1],
+        "test_accuracy": {"mean": 0.99997, "sd": None, "interval95": None, "values": []},
+    }
+    (folder / "study.json").write_text(json.dumps(told | {"validation_count": 1}))
+    said = facts(load(folder))
+    assert said["subtitle"].startswith("A study of 1 trial, ")
+    assert said["cards"][0] == ("test accuracy, mean of 1 fresh seed", ">99.99 %")
+    assert said["best_text"].endswith(" on 1 image.")

@@ -6,23 +6,26 @@ import pytest
 
 from analysis.results import COLUMNS, PUBLISHED, command, main, table
 from search.spaces import SPACES
+from tests.made_study import write_study
 
 STUDY = {
     "space": "convnet",
     "command": "search/run.py --space convnet --data '../my images' --study-dir ../there --trials 4",
-    "options": {"epochs": 9},
+    "options": {"epochs": 9, "pruner": "promote"},
     "trials": 4,
     "epochs_spent": 17,
     "seconds": 125.0,
     "commit": "0123456789ab",
     "machine": "2 CPUs",
     "best": {
-        "config": {"lr": 0.012345, "augment": "crop", "hidden": 20, "kernel_size": None, "weights": "none"}
+        "trial_id": "0002",
+        "val_accuracy": 0.63,
+        "config": {"lr": 0.012345, "augment": "crop", "hidden": 20, "kernel_size": None, "weights": "none"},
     },
     "final": {
         "seeds": [1, 2, 3],
         "diverged": [],
-        "test_accuracy": {"mean": 0.61234, "sd": 0.00456, "values": [0.61, 0.62, 0.61]},
+        "test_accuracy": {"mean": 0.61234, "sd": 0.00456, "interval95": None, "values": [0.61, 0.62, 0.61]},
     },
 }
 
@@ -44,7 +47,7 @@ def test_a_row_says_what_was_found_and_the_others_were_not_run():
         "epochs (all)": "9 (17)",
         "weights": "",
         "best hyperparameters": "lr 0.0123, augment crop, hidden 20",
-        "minutes": "2",
+        "minutes": "2.1",
         "machine": "2 CPUs",
         "commit": "0123456789ab",
     }
@@ -84,17 +87,47 @@ def test_a_study_without_a_tested_seed_has_no_accuracy(final):
     assert "no seed was tested" in table([STUDY | {"final": final}])
 
 
+def test_no_cell_ends_a_row_and_no_rounding_lies():
+    study = STUDY | {"machine": "a | b", "seconds": 25.0}
+    study["best"] = STUDY["best"] | {"config": {"lr": 0.1, "momentum": 0.99996}}
+    final = STUDY["final"]
+    study["final"] = final | {"test_accuracy": final["test_accuracy"] | {"mean": 0.99998, "sd": 0.00002}}
+    (ours,) = [line for line in table([study]).splitlines() if line.startswith("| convnet |")]
+    assert r"| a \| b |" in ours
+    assert "| 0.42 |" in ours  # minutes
+    assert "momentum 0.99996" in ours
+    assert "**99.998** ± 0.002 (3)" in ours
+
+
+@pytest.mark.parametrize("given", ["--study-dir 'a b'", "'--study-dir=a b'"])
+def test_a_command_keeps_its_words_and_loses_its_folder(given):
+    study = STUDY | {"command": f"search/run.py --data 'it'\"'\"'s\nhere' {given} --trials 4"}
+    assert command(study) == r"python search/run.py --data $'it\'s\nhere' --trials 4"
+
+
 def test_the_command_is_the_studys_without_its_folder():
     assert command(STUDY) == "python search/run.py --space convnet --data '../my images' --trials 4"
 
 
 def test_command_line(tmp_path, capsys):
-    (tmp_path / "study.json").write_text(json.dumps(STUDY))
+    whole = json.loads((write_study(tmp_path / "made") / "study.json").read_text()) | STUDY
+    (tmp_path / "study.json").write_text(json.dumps(whole))
     assert main([str(tmp_path)]) == 0
     assert "61.23" in capsys.readouterr().out
-    (tmp_path / "study.json").write_text(json.dumps(STUDY | {"options": {"epochs": 9, "points": [{}]}}))
+    (tmp_path / "study.json").write_text(json.dumps(whole | {"options": whole["options"] | {"points": [{}]}}))
     assert main([str(tmp_path)]) == 0
     assert "61.23" not in capsys.readouterr().out  # a learning-rate study
     assert main([str(tmp_path / "nothing")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
-    assert main([]) == 2
+    with pytest.raises(SystemExit) as exit_info:
+        main([])
+    assert exit_info.value.code == 2
+
+
+def test_a_study_made_outside_a_checkout_has_no_commit_and_a_row(tmp_path, capsys):
+    folder = write_study(tmp_path / "study")
+    facts = json.loads((folder / "study.json").read_text())
+    facts.pop("crc", None)
+    (folder / "study.json").write_text(json.dumps(facts | {"commit": None}))
+    assert main([str(folder)]) == 0
+    assert "|  |\n" in capsys.readouterr().out

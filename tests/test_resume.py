@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from search.study_file import read_study, write_study
 from tests.compared import table
 
 pytestmark = pytest.mark.ray
@@ -69,7 +70,8 @@ def test_study_folder_holds_what_the_readme_says(undisturbed):
     assert len(study["final"]["test_accuracy"]["values"]) == 1
     assert 0 < study["busy_fraction"] <= 1
     names = {path.name for path in folder.iterdir()}
-    assert names == {".lock", "best", "epochs.parquet", "reports.jsonl", "study.json", "trials.csv"}
+    locks = {".lock", ".collect.lock"}
+    assert names == locks | {"best", "epochs.parquet", "reports.jsonl", "study.json", "trials.csv"}
     best = {path.name for path in (folder / "best").iterdir()}
     assert best == {
         "checkpoint.pt",
@@ -96,6 +98,28 @@ def test_ctrl_c_stops_within_ten_seconds_and_says_how_to_go_on(cli, tmp_path):
     code, _, err = finish(cli("--resume", "study"))
     assert code == 0, err
     assert len(table(folder)) == 1 + 12
+
+
+def test_a_study_continues_on_another_device_and_keeps_that_it_did(cli, tmp_path):
+    process = cli(*STUDY, "--study-dir", "study", "--pruner", "none", "--precision", "fp32")
+    folder = tmp_path / "study"
+    wait_for_lines(folder, 40, process)
+    process.send_signal(signal.SIGINT)
+    finish(process)
+    study = read_study(folder)
+    study["levers"] |= {"device": "cuda", "micro_batch_bytes": None, "cuda_graph": True}  # as if on a GPU
+    study["options"]["device"] = "cuda"
+    write_study(folder, study)
+    code, _, err = finish(cli("--resume", "study"))
+    assert code == 2
+    assert "trains on cuda, and there is no GPU" in err
+    assert err.count("\n") == 1
+    code, out, err = finish(cli("--resume", "study", "--device", "cpu"))
+    assert code == 0, err
+    assert "trained on cuda fp32 so far, continues on cpu fp32: numbers may differ" in " ".join(out.split())
+    study = read_study(folder)
+    assert study["levers"]["device"] == "cpu"
+    assert study["earlier_levers"][0]["levers"]["device"] == "cuda"
 
 
 def test_two_drivers_of_one_study_are_refused(cli, tmp_path):

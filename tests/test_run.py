@@ -154,12 +154,14 @@ def test_folder_with_files_is_left_alone(run, tmp_path):
 
 
 def test_finished_study_is_not_resumed(run, tmp_path):
-    (tmp_path / "study.json").write_text('{"status": "done"}')
+    (tmp_path / "study.json").write_text('{"space": "softmax", "status": "done", "options": {}, "rungs": []}')
     assert_one_line_error(run("--resume", tmp_path, data=None), "is done")
 
 
 def test_resume_refuses_what_would_change_results(run, tmp_path):
-    (tmp_path / "study.json").write_text('{"status": "stopped"}')
+    (tmp_path / "study.json").write_text(
+        '{"space": "softmax", "status": "stopped", "options": {}, "rungs": []}'
+    )
     assert_one_line_error(run("--resume", tmp_path, "--eta", 4, data=None), "--eta cannot change")
 
 

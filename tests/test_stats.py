@@ -13,9 +13,11 @@ from analysis.stats import (
     boundary_share,
     choice_index,
     class_accuracy,
+    confused_pairs,
     confusion,
     importance,
     interval95,
+    largest_of_blocks,
     rung_survival,
     top,
 )
@@ -101,6 +103,18 @@ def test_confusion_has_the_truth_in_rows():
     assert math.isnan(table.accuracy[3])
     # Wilson, n = 3, k = 2, z = 1.95996
     assert (table.low[0], table.high[0]) == (pytest.approx(0.2077, abs=1e-4), pytest.approx(0.9385, abs=1e-4))
+
+
+def test_confused_pairs_are_ordered_by_how_often():
+    pairs = confused_pairs(np.array([[9, 1, 0], [0, 5, 3], [0, 0, 7]]))
+    assert pairs.to_dict("list") == {"label": [1, 0], "predicted": [2, 1], "images": [3, 1]}
+
+
+def test_blocks_keep_their_largest_cell_and_cover_a_side_that_does_not_divide():
+    matrix = np.zeros((5, 5))
+    matrix[0, 1], matrix[4, 0], matrix[4, 4] = 0.3, 0.2, 0.9
+    assert largest_of_blocks(matrix, 3).tolist() == [[0.3, 0, 0], [0, 0, 0], [0.2, 0, 0.9]]
+    assert largest_of_blocks(matrix, 5).tolist() == matrix.tolist()
 
 
 def test_choices_are_found_as_a_csv_file_writes_them():

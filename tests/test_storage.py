@@ -1,6 +1,5 @@
 """Studies in an object store: whole files, a copy that follows, and a study that goes on elsewhere."""
 
-import json
 import shutil
 import signal
 import time
@@ -12,6 +11,7 @@ from analysis.load import load
 from analysis.report import main as report
 from search.journal import Journal
 from search.mirror import Mirror, bring, main
+from search.study_file import write_study
 from tests.object_store import object_store
 from trainables.data import prepare
 from trainables.levers import choose
@@ -42,6 +42,13 @@ def write(folder, files):
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
+
+
+def start(folder, trials):
+    """Writes a journal in which so many trials start."""
+    (folder / "reports.jsonl").unlink(missing_ok=True)
+    for k in range(trials):
+        Journal(folder / "reports.jsonl").append({"trial_id": f"{k:04d}", "epoch": 0, "config": {}})
 
 
 def test_a_file_comes_back_as_it_was_put(storage, tmp_path):
@@ -84,7 +91,8 @@ def test_mirror_puts_what_changed_and_only_that(storage, tmp_path, monkeypatch):
 
 
 def test_store_out_of_reach_is_told_at_the_end(storage, tmp_path, monkeypatch, capsys):
-    write(tmp_path, {"study.json": json.dumps({"options": {"storage": storage.url.rpartition("/")[0]}})})
+    options = {"storage": storage.url.rpartition("/")[0]}
+    write_study(tmp_path, {"space": "softmax", "status": "done", "options": options, "rungs": []})
 
     def refuse(*arguments):
         raise OSError("no route to host")
@@ -102,16 +110,17 @@ def test_store_out_of_reach_is_told_at_the_end(storage, tmp_path, monkeypatch, c
 
 def test_a_study_is_brought_back_unless_the_copy_here_knows_more(storage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "driver", {"study.json": "{}", "reports.jsonl": '{"n": 1}\n{"n": 2}\n'})
+    write(tmp_path / "driver", {"study.json": "{}"})
+    start(tmp_path / "driver", 2)
     Mirror(tmp_path / "driver", storage).update()
     storage.put(tmp_path / "driver" / "study.json", "checkpoints/0000.pt")
     folder = bring(storage.url + "/")
     assert sorted(file.name for file in folder.iterdir()) == ["reports.jsonl", "study.json"]
     assert len(Journal(folder / "reports.jsonl").read()) == 2
-    write(folder, {"reports.jsonl": '{"n": 1}\n'})
+    start(folder, 1)
     bring(storage.url)
     assert len(Journal(folder / "reports.jsonl").read()) == 2
-    write(folder, {"reports.jsonl": '{"n": 1}\n{"n": 2}\n{"n": 3}\n'})
+    start(folder, 3)
     bring(storage.url)
     assert len(Journal(folder / "reports.jsonl").read()) == 3
     with pytest.raises(ValueError, match="holds no study"):

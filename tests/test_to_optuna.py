@@ -1,12 +1,15 @@
 """What optuna loads back is the study: numbers, states, values, ranges, and no trial twice."""
 
 import json
+import sqlite3
+from contextlib import closing
 
 import optuna
 import pandas as pd
 import pytest
 from optuna.trial import TrialState
 
+from analysis import to_optuna
 from analysis.load import load
 from analysis.report import main
 from tests.made_study import write_study
@@ -72,11 +75,82 @@ def test_study_without_ranges_gets_those_of_its_values(folder, url):
 def test_bad_url_is_one_line(folder, bad, capsys):
     assert main([str(folder), "--optuna", bad]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: --optuna={bad} cannot be opened")
+    assert error.startswith(f"error: --optuna={bad} cannot be used")
     assert error.count("\n") == 1
 
 
 def test_missing_trial_is_an_error_and_shifts_no_number(folder, url, capsys):
     pd.read_csv(folder / "trials.csv", dtype=str).drop(3).to_csv(folder / "trials.csv", index=False)
+    epochs = pd.read_parquet(folder / "epochs.parquet")
+    epochs[epochs.trial_id != "0003"].to_parquet(folder / "epochs.parquet")
+    told = json.loads((folder / "study.json").read_text()) | {"trials": 11}
+    (folder / "study.json").write_text(json.dumps(told))
     assert main([str(folder), "--optuna", url]) == 2
     assert "lacks trial 0003" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "tables", [["customers"], ["trials", "studies"], ["trials", "studies", "version_info"]], ids=str
+)
+def test_a_database_of_another_program_is_refused_unchanged(folder, tmp_path, url, tables, capsys):
+    with closing(sqlite3.connect(tmp_path / "x.db")) as database, database:
+        for table in tables:
+            database.execute(f"create table {table} (name text)")
+    before = (tmp_path / "x.db").read_bytes()
+    assert main([str(folder), "--optuna", url]) == 2
+    error = capsys.readouterr().err
+    assert "holds another program's tables" in error
+    assert error.count("\n") == 1
+    assert (tmp_path / "x.db").read_bytes() == before
+
+
+@pytest.mark.parametrize("revision", ["v2.4.0.a", "v99.0.0.a"], ids=["older", "newer"])
+def test_a_database_of_another_version_of_optuna_is_refused_unchanged(
+    folder, tmp_path, url, revision, capsys
+):
+    assert main([str(folder), "--optuna", url]) == 0
+    with closing(sqlite3.connect(tmp_path / "x.db")) as database, database:
+        database.execute("update alembic_version set version_num = ?", [revision])
+    before = (tmp_path / "x.db").read_bytes()
+    assert main([str(folder), "--optuna", url]) == 2
+    error = capsys.readouterr().err
+    assert "is of another version of optuna" in error
+    assert error.count("\n") == 1
+    assert (tmp_path / "x.db").read_bytes() == before
+
+
+def test_a_file_that_is_no_database_is_refused_unchanged(folder, tmp_path, url, capsys):
+    (tmp_path / "x.db").write_bytes(b"notes" * 100)
+    assert main([str(folder), "--optuna", url]) == 2
+    assert "file is not a database" in capsys.readouterr().err
+    assert (tmp_path / "x.db").read_bytes() == b"notes" * 100
+
+
+def test_a_password_is_not_shown(folder, capsys):
+    assert main([str(folder), "--optuna", "nosuch://me:secret@host/x"]) == 2
+    error = capsys.readouterr().err
+    assert "secret" not in error
+    assert "nosuch://me:***@host/x" in error
+
+
+def test_a_path_with_braces_is_a_path(folder, tmp_path):
+    assert main([str(folder), "--optuna", f"sqlite:///{tmp_path / '{x}.db'}"]) == 0
+    assert (tmp_path / "{x}.db").exists()
+
+
+def test_an_export_that_fails_leaves_no_half_of_a_study(folder, url, monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(optuna.study.Study, "add_trials", fail)
+    assert main([str(folder), "--optuna", url]) == 3
+    assert optuna.get_all_study_names(url) == []
+
+
+def test_more_than_ten_thousand_trials_keep_their_numbers(folder):
+    study = load(folder)
+    rows = pd.concat([study.trials] * 834, ignore_index=True).head(10_001)
+    rows["trial_id"] = [f"{k:04d}" for k in range(len(rows))]
+    object.__setattr__(study, "trials", rows.sort_values("trial_id"))  # as text, 10000 before 1001
+    trials = to_optuna.frozen_trials(study)
+    assert [trial.params["lr"] for trial in trials] == rows.lr.tolist()

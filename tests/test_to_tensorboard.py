@@ -88,9 +88,30 @@ def test_several_studies_go_into_folders_of_their_own(folder, tmp_path):
         assert (tmp_path / "out" / name / "tensorboard" / "0008").is_dir()
 
 
+def test_studies_of_one_name_do_not_replace_each_other(folder, tmp_path, capsys):
+    other = write_study(tmp_path / "elsewhere" / folder.name)
+    assert main([str(folder), str(other), "--tensorboard", "--out", str(tmp_path / "out")]) == 2
+    assert "several studies have one name" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_export_leaves_the_earlier_one_and_nothing_else(folder, monkeypatch, capsys):
+    assert main([str(folder), "--tensorboard"]) == 0
+    (folder / "tensorboard.tmp").mkdir()  # somebody's own
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    before = sorted(folder.rglob("*"))
+    monkeypatch.setattr("analysis.to_tensorboard._scalars", fail)
+    assert main([str(folder), "--tensorboard"]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_missing_package_is_one_line(folder, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tensorboard.plugins.hparams", None)
     assert main([str(folder), "--tensorboard"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "pip install 'tunefleet[reports]'" in error
+    assert "pip install -c constraints.txt -e '.[reports]'" in error  # the package is on no index

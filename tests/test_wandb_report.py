@@ -112,7 +112,7 @@ def test_missing_package_is_one_line(folder, more, monkeypatch, capsys):
     assert main([str(folder), *more]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "pip install 'tunefleet[reports]'" in error
+    assert "pip install -c constraints.txt -e '.[reports]'" in error  # the package is on no index
 
 
 class Server(BaseHTTPRequestHandler):

@@ -18,6 +18,8 @@ import pytest
 from search.collect import EPOCH_COLUMNS, collect
 from search.journal import Journal
 from search.run import main, parse
+from search.study_file import read_study
+from search.study_file import write_study as write_study_json
 from search.wandb_options import WandbOptions, choose
 from search.wandb_runs import COLUMNS, State, plan, standing
 from tests.conftest import ROOT
@@ -367,7 +369,7 @@ def test_killed_sync_then_sync_again_brings_each_row_once(server, environment, s
 
 def test_following_outlives_the_servers_death_and_brings_each_row_once(server, environment, tmp_path):
     whole = write_study(tmp_path / "whole")
-    lines = (whole / "reports.jsonl").read_text().splitlines(keepends=True)
+    events = Journal(whole / "reports.jsonl").read()
     folder = tmp_path / "study"
     folder.mkdir()
     (folder / "study.json").write_text(
@@ -382,8 +384,8 @@ def test_following_outlives_the_servers_death_and_brings_each_row_once(server, e
         env=environment,
         stdin=subprocess.PIPE,
     )
-    for number, line in enumerate(lines):
-        Journal(folder / "reports.jsonl").append(json.loads(line))
+    for number, event in enumerate(events):
+        Journal(folder / "reports.jsonl").append(event)
         time.sleep(0.4)
         server.fault = "dead" if 8 <= number < 11 else "ok"
     (folder / "study.json").write_text((whole / "study.json").read_text())
@@ -418,8 +420,7 @@ def test_hostile_name_of_a_study_is_only_a_group(server, sync, tmp_path):
 
 def test_studies_of_one_name_do_not_meet(tmp_path):
     first, second = write_study(tmp_path / "a" / "study"), write_study(tmp_path / "b" / "study")
-    study = json.loads((second / "study.json").read_text())
-    (second / "study.json").write_text(json.dumps(study | {"started_at": 5.0}))
+    write_study_json(second, read_study(second) | {"started_at": 5.0})
     assert not {run.run_id for run in plan(first)} & {run.run_id for run in plan(second)}
 
 

@@ -6,6 +6,7 @@ Imports nothing heavy: the process that feeds W&B beside a study needs it (searc
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -23,10 +24,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def exit_code(command: Callable[[], int]) -> int:
-    """Runs a command and returns its exit code, after a line on stderr where it is not the command's own.
+    """Run a command and return its exit code, after a line on stderr where it is not the command's own.
 
-    2 for a ValueError; 3 for a Ctrl-C, and for a disk that is full: both leave what can be gone on with.
+    2 for a ValueError and for a path that the system refuses; 3 for a Ctrl-C and a full disk, after both of
+    which the command can be repeated or resumed.
     """
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show ends no command
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return command()
     except ValueError as error:
@@ -35,8 +40,11 @@ def exit_code(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("stopped before the study began; nothing was written", file=sys.stderr)
         return 3
-    except OSError as error:
-        if not is_full(error):
-            raise
-        print(f"error: {error}; make room and run it again (a study: with --resume)", file=sys.stderr)
-        return 3
+    except Exception as error:
+        if is_full(error):
+            print(f"error: {error}; make room and run it again (a study: with --resume)", file=sys.stderr)
+            return 3
+        if isinstance(error, OSError) and error.filename:
+            print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)
+            return 2
+        raise

@@ -1,235 +1,251 @@
-"""How do image files become arrays? Which folder is which class, and which size is stored?"""
+"""Turn image files into pixels; also run as a script, in processes of its own (trainables/decoders.py).
+
+It imports only Pillow and the standard library: such a process starts in 0.05 s, and runs neither the user's
+main module nor a file of theirs that is named like one of ours.
+"""
 
 import contextlib
+import hashlib
 import io
+import json
 import os
-import shutil
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
+import re
+import signal
+import struct
+import sys
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
-import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from trainables.image_files import image_files
-
-Progress = Callable[[int, int], None]  # images done, images in all
-Slots = dict[str, tuple[str, int]]  # an image's name -> its split and its index there
-
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "PPM", "TIFF")  # not Pillow's EPS, which starts Ghostscript
-ONE_THREAD_PIXELS = 64 * 64  # per image
-CHUNK_IMAGES = 64  # per job of the thread pool
-PROGRESS_IMAGES = 16 * CHUNK_IMAGES
-LAYOUT = (
-    "give train/CLASS/FILE and test/CLASS/FILE, or CLASS/FILE alone, of which a part becomes the test images"
+# The formats that are read, under Pillow's names. Not EPS and PDF, which start or embed other programs.
+_FORMATS = re.compile(
+    rb"(?P<JPEG>\xff\xd8\xff)|(?P<PNG>\x89PNG\r\n\x1a\n)|(?P<GIF>GIF8[79]a)|(?P<WEBP>RIFF....WEBP)"
+    rb"|(?P<BMP>BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0)|(?P<PPM>P[1-6](?:\s+[#\d]|#))"
+    rb"|(?P<TIFF>II[*+]\0|MM\0[*+])|(?P<JPEG2000>\xff\x4f\xff\x51|\0\0\0\x0cjP  \r\n\x87\n)"
+    rb"|(?P<AVIF>....ftyp(?:avi[fs]|(?:mif1|msf1).{4}(?:.{4}){0,8}?avi[fs]))",
+    re.DOTALL,
 )
+_HEIC = re.compile(rb"....ftyp(?:hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL)
+HEAD_BYTES = 64  # that identify a file's format
+NOT_AN_IMAGE, HEIC = "not an image", "HEIC (not supported; convert to JPEG)"
+TEXT_BYTES = 1 << 26  # of a PNG's metadata; Pillow's default refuses an image over 1 MiB in one chunk
+ORIENTATION = 0x0112  # EXIF tag
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+ZIP_HEADER_BYTES = 30  # in front of a member, before its name and extra field
 
 
-@dataclass(frozen=True)
-class Tree:
-    """The images of a folder or archive and their classes, sorted by name."""
+class Entry(NamedTuple):
+    """An image file of a folder or archive, and where its bytes are."""
 
-    path: Path
-    names: list[str]  # inside `path`
-    classes: tuple[str, ...]  # sorted
-    labels: np.ndarray  # int64 (N,), indices into classes
-    is_test: np.ndarray | None  # bool (N,); None where the tree has no train/ and test/
-
-
-def read_tree(path: Path) -> Tree:
-    """Finds the images of `path` and their classes; decodes none.
-
-    Raises:
-        ValueError: `path` is not readable as `train/CLASS/FILE` and `test/CLASS/FILE`, or as `CLASS/FILE`,
-            perhaps inside one single top folder; or its classes are too few, too small, or differ.
-    """
-    names = sorted(name for name, _ in image_files(path, read=False))
-    if not names:
-        raise ValueError(f"--data={path} holds no images (files known by their suffix); {LAYOUT}")
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise ValueError(f"--data={path} holds {twice[0]!r} more than once; pack it again")
-
-    places = [tuple(name.split("/")) for name in names]
-    tops = {place[0] for place in places}
-    if len(tops) == 1 and not tops & {"train", "test"} and min(map(len, places)) > 2:
-        places = [place[1:] for place in places]
-        tops = {place[0] for place in places}
-    is_split = bool(tops & {"train", "test"})
-    if is_split and tops != {"train", "test"}:
-        raise ValueError(f"--data={path} holds {_listed(tops)}, not train/ and test/ alone; {LAYOUT}")
-    for name, place in zip(names, places, strict=True):
-        if len(place) != (3 if is_split else 2):
-            raise ValueError(f"--data={path} holds {name!r}, which lies in no class's folder; {LAYOUT}")
-
-    classes = tuple(sorted({place[-2] for place in places}))
-    index = {name: label for label, name in enumerate(classes)}
-    tree = Tree(
-        path=path,
-        names=names,
-        classes=classes,
-        labels=np.array([index[place[-2]] for place in places], dtype=np.int64),
-        is_test=np.array([place[0] == "test" for place in places]) if is_split else None,
-    )
-    _check_classes(tree)
-    return tree
+    name: str  # inside the folder or archive
+    size: int  # bytes, unpacked
+    form: str = "file"  # "raw": in an archive as it is; "spooled"; "stored" or "deflated": in a zip
+    offset: int = 0  # in the archive or spool; in a zip, that of the member's header
+    packed: int = 0  # bytes in the zip
+    crc: int = 0  # of the unpacked bytes, in a zip
 
 
-def write_tree(
-    folder: Path, tree: Tree, is_test: np.ndarray, image_size: int, progress: Progress | None = None
-) -> None:
-    """Decodes every image of the tree into `folder`: {train,test}_images.npy and {train,test}_labels.npy.
-
-    Images of one square size of at most `image_size` are stored as they are; otherwise each is resized, and a
-    rectangle squeezed, to `image_size` × `image_size`.
-
-    Args:
-        folder: Exists and is empty.
-        tree: The images.
-        is_test: Which of them are test images, bool (N,).
-        image_size: Pixels per side.
-        progress: Called with (images done, images in all) about every thousand images.
-
-    Raises:
-        ValueError: An image is corrupt, the tree changed since it was read, or the disk is too full.
-    """
-    slots: Slots = {}
-    counts = {"train": 0, "test": 0}
-    for name, tests in zip(tree.names, is_test, strict=True):
-        split = "test" if tests else "train"
-        slots[name] = split, counts[split]
-        counts[split] += 1
-    np.save(folder / "train_labels.npy", tree.labels[~is_test])
-    np.save(folder / "test_labels.npy", tree.labels[is_test])
-
-    name, content = next(image_files(tree.path, read=True))
-    with _errors_naming(tree.path, name), _open(content) as first:
-        width, height = first.size
-    # Pillow lets go of the GIL only while it decodes and resizes. At 32 × 32 that is so short that two
-    # threads take 12.7 s over 60,000 JPEGs and one takes 10.7 s (Pillow 13.0, 2 cores).
-    threads = 1 if width * height <= ONE_THREAD_PIXELS else os.cpu_count() or 1
-    if width == height < image_size:
-        with contextlib.suppress(_OtherSizeError):
-            return _decode(tree.path, slots, _allocate(folder, counts, width), False, threads, progress)
-    return _decode(tree.path, slots, _allocate(folder, counts, image_size), True, threads, progress)
+class SourceError(ValueError):
+    """A folder or archive, or an image in it, cannot be used; the message completes "--data=PATH …"."""
 
 
-def pixels(image: Image.Image, size: int) -> np.ndarray:
-    """Returns the image as uint8 (3, size, size); grey becomes RGB, transparency is dropped.
+def format_of(head: bytes) -> str | None:
+    """Return Pillow's name of a file's format; None if it is not one of those that are read."""
+    match = _FORMATS.match(head)
+    return match.lastgroup if match else None
+
+
+def reason_to_skip(head: bytes) -> str:
+    """Return why a file of none of these formats is skipped."""
+    return HEIC if _HEIC.match(head) else NOT_AN_IMAGE
+
+
+def square(image: Image.Image, size: int) -> bytes:
+    """Return an image's pixels as uint8 (3, size, size), resized; grey becomes RGB, transparency is dropped.
 
     Raises:
         ValueError: The image has more than 8 bits per channel.
     """
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"mode {image.mode} has more than 8 bits per channel")
-    if image.size != (size, size):
-        # A JPEG is then decoded at 1/2, 1/4 or 1/8, but no smaller than this.
-        image.draft("RGB", (2 * size, 2 * size))
     if image.mode == "P":
         image = image.convert("RGBA")  # straight to RGB, Pillow warns about transparent colours
     if image.mode != "RGB":
         image = image.convert("RGB")
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)  # Pillow's resize antialiases
-    return np.frombuffer(image.tobytes(), np.uint8).reshape(size, size, 3).transpose(2, 0, 1)
+    rows = image.tobytes()
+    return rows[::3] + rows[1::3] + rows[2::3]
 
 
-class _OtherSizeError(Exception):
-    """The images do not all have the first one's size."""
+class Decoder:
+    """Read and hash image files and, given outputs, decode them.
 
+    Args:
+        source: A folder or archive.
+        spool: The file with the images that cannot be read from the archive itself.
+        outputs: Per split: the file to write and the offset of its first image.
+        size: Pixels per side of a stored image.
+        resize: Resize images of other sizes; otherwise run() reports the first.
+    """
 
-def _allocate(folder: Path, counts: dict[str, int], size: int) -> dict[str, np.ndarray]:
-    needed, free = sum(counts.values()) * 3 * size * size, shutil.disk_usage(folder).free
-    if needed > free:  # a full disk under a memory map would kill the process
-        raise ValueError(f"--data-dir needs {needed:,} bytes, has {free:,} free; free some or give another")
-    return {
-        split: np.lib.format.open_memmap(
-            folder / f"{split}_images.npy", mode="w+", dtype=np.uint8, shape=(count, 3, size, size)
-        )
-        for split, count in counts.items()
-    }
+    def __init__(
+        self,
+        source: str,
+        spool: str,
+        outputs: Iterable[tuple[str, int]] = (),
+        size: int = 0,
+        resize: bool = False,
+    ) -> None:
+        self.source, self.spool, self.size, self.resize = source, spool, size, resize
+        self.outputs = [(os.open(file, os.O_WRONLY), start) for file, start in outputs]
+        self.archives: dict[str, int] = {}
+        PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = TEXT_BYTES
 
+    def close(self) -> None:
+        """Close all files."""
+        for opened in [*self.archives.values(), *(file for file, _ in self.outputs)]:
+            os.close(opened)
 
-def _decode(
-    path: Path,
-    slots: Slots,
-    arrays: dict[str, np.ndarray],
-    resize: bool,
-    threads: int,
-    progress: Progress | None,
-) -> None:
-    size = arrays["train"].shape[-1]
+    def run(self, entries: list[Entry], splits: list[int], rows: list[int]) -> dict[str, Any]:
+        """Read image files and decode them to consecutive rows of their splits.
 
-    def decode_chunk(chunk: list[tuple[str, bytes]]) -> int:
-        for name, content in chunk:
-            with _errors_naming(path, name), _open(content) as image:
-                decoded = pixels(image, size) if resize or image.size == (size, size) else None
-            if decoded is None:
-                raise _OtherSizeError
-            split, index = slots[name]
-            arrays[split][index] = decoded
-        return len(chunk)
+        Args:
+            entries: The files.
+            splits: Per file, its split's index in `outputs`.
+            rows: Per split, the row of its first image.
 
-    done = 0
-    running: deque[Future[int]] = deque()
-    with contextlib.closing(_read(path, slots)) as images, ThreadPoolExecutor(threads) as pool:
-        while (chunk := list(islice(images, CHUNK_IMAGES))) or running:
-            if chunk:
-                running.append(pool.submit(decode_chunk, chunk))
-            if not chunk or len(running) > 2 * threads:  # bounds the bytes in memory
-                done += running.popleft().result()
-                if progress and (done % PROGRESS_IMAGES == 0 or done == len(slots)):
-                    progress(done, len(slots))
+        Returns:
+            {"sha256": [per file], "rotated": images rotated by EXIF}; or {"other_size": True} if an image
+            would have to be resized; or {"refused": message}; or {"failed": arguments of an OSError}.
+        """
+        hashes, rotated = [], 0
+        pixels: list[list[bytes]] = [[] for _ in self.outputs]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's, of damaged metadata and large images
+                for fields, split in zip(entries, splits, strict=True):
+                    entry = Entry(*fields)
+                    content = self._read(entry)
+                    hashes.append(hashlib.sha256(content).hexdigest())
+                    if self.outputs:
+                        with _errors_naming(entry.name):
+                            decoded, is_rotated = self._decode(content)
+                        if not decoded:
+                            return {"other_size": True}
+                        pixels[split].append(decoded)
+                        rotated += is_rotated
+            for split, (output, start) in enumerate(self.outputs):
+                os.pwrite(output, b"".join(pixels[split]), start + rows[split] * 3 * self.size**2)
+        except SourceError as error:
+            return {"refused": str(error)}
+        except OSError as error:
+            return {"failed": [error.errno, error.strerror]}
+        return {"sha256": hashes, "rotated": rotated}
 
+    def size_of(self, entry: Entry) -> dict[str, Any]:
+        """Return {"size": (width, height)} of an image, or {"refused": message}."""
+        try:
+            content = self._read(entry)
+            with _errors_naming(entry.name):
+                return {"size": _open(content).size}
+        except SourceError as error:
+            return {"refused": str(error)}
 
-def _read(path: Path, slots: Slots) -> Generator[tuple[str, bytes]]:
-    """Yields the name and bytes of each image that has a slot, once."""
-    awaited = set(slots)
-    for name, content in image_files(path, read=True):
-        if name not in awaited:
-            raise ValueError(f"--data={path} changed while it was read: {name!r} is new; try again")
-        awaited.remove(name)
-        yield name, content
-    if awaited:
-        raise ValueError(f"--data={path} changed while it was read: {min(awaited)!r} is gone; try again")
+    def _read(self, entry: Entry) -> bytes:
+        try:
+            if entry.form == "file":
+                with open(f"{self.source}/{entry.name}", "rb", buffering=0) as file:  # noqa: PTH123  3 µs less
+                    content = file.read()
+            else:
+                content = self._read_member(entry)
+        except OSError as error:
+            raise SourceError(f"cannot be read ({error.strerror}: {entry.name!r})") from error
+        if len(content) != entry.size:
+            raise SourceError(f"changed while it was read, or is corrupt (at {entry.name!r}); try again")
+        return content
+
+    def _read_member(self, entry: Entry) -> bytes:
+        file = self.spool if entry.form == "spooled" else self.source
+        if file not in self.archives:
+            self.archives[file] = os.open(file, os.O_RDONLY)
+        archive = self.archives[file]
+        if entry.form in ("raw", "spooled"):
+            return os.pread(archive, entry.size, entry.offset)
+        try:
+            header = struct.unpack("<26x2H", os.pread(archive, ZIP_HEADER_BYTES, entry.offset))
+            content = os.pread(archive, entry.packed, entry.offset + ZIP_HEADER_BYTES + sum(header))
+            if entry.form == "deflated":
+                content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, entry.size)
+            if zlib.crc32(content) != entry.crc:
+                raise zlib.error("wrong checksum")
+        except (zlib.error, struct.error) as error:
+            raise SourceError(f"is truncated or corrupt ({error}: {entry.name!r}); copy it again") from error
+        return content
+
+    def _decode(self, content: bytes) -> tuple[bytes, bool]:
+        """Return an image's pixels, empty if it has another size, and whether EXIF had it rotated."""
+        image = _open(content)
+        if image.size != (self.size, self.size):
+            # A JPEG is then decoded at 1/2, 1/4 or 1/8, but no smaller than this.
+            image.draft("RGB", (2 * self.size, 2 * self.size))
+        image.load()
+        rotation = None
+        if image.format != "JPEG" or b"Exif" in content or b"rientation" in content:  # saves the others 5 µs
+            rotation = _rotation(image)
+        upright = image if rotation is None else image.transpose(rotation)
+        if not self.resize and upright.size != (self.size, self.size):
+            return b"", False
+        return square(upright, self.size), rotation is not None
 
 
 def _open(content: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(content), formats=FORMATS)
+    found = format_of(content[:HEAD_BYTES])
+    if not found:
+        raise ValueError(reason_to_skip(content[:HEAD_BYTES]))
+    return Image.open(io.BytesIO(content), formats=(found,))
 
 
 @contextlib.contextmanager
-def _errors_naming(path: Path, name: str) -> Iterator[None]:
+def _errors_naming(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of a damaged file Pillow raises OSError, SyntaxError, struct.error and more
-        reason = "no image format" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise ValueError(
-            f"--data={path} holds {name!r}, which cannot be decoded ({reason}); replace or remove it"
+        unclear = isinstance(error, Image.UnidentifiedImageError)  # "cannot identify <_io.BytesIO object …>"
+        reason = type(error).__name__ if unclear or not str(error) else error
+        raise SourceError(
+            f"holds {name!r}, which cannot be decoded ({reason}); replace or remove it"
         ) from error
 
 
-def _check_classes(tree: Tree) -> None:
-    """Each class needs a test image and, for the validation split, two training images."""
-    if len(tree.classes) < 2:
-        raise ValueError(f"--data={tree.path} holds one class only, {tree.classes[0]!r}; give two or more")
-    counts = {"": tree.labels}
-    if tree.is_test is not None:
-        counts = {"train/": tree.labels[~tree.is_test], "test/": tree.labels[tree.is_test]}
-    fewest = {"": 3, "train/": 2, "test/": 1}
-    for folder, labels in counts.items():
-        for name, count in zip(tree.classes, np.bincount(labels, minlength=len(tree.classes)), strict=True):
-            if count < fewest[folder]:
-                raise ValueError(
-                    f"--data={tree.path} holds {count} images of class {name!r} in {folder or 'its folder'}; "
-                    f"every class needs {fewest[folder]} or more there; add images or remove the class"
-                )
+def _rotation(image: Image.Image) -> Image.Transpose | None:
+    """Return the transposition that rotates a loaded image upright; None if it is upright."""
+    try:
+        return UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # noqa: BLE001  damaged metadata: Pillow raises many types; the pixels are intact
+        return None
 
 
-def _listed(folders: set[str]) -> str:
-    shown = sorted(folders)
-    return ", ".join(f"{name}/" for name in shown[:5]) + (
-        f" and {len(shown) - 5} more" if len(shown) > 5 else ""
-    )
+def main() -> None:
+    """Read Decoder's arguments and then chunks from stdin, answer on stdout; each is a line of JSON."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # exit silently if the parent is killed
+    lines = map(json.loads, sys.stdin)
+    for arguments in lines:
+        decoder = Decoder(**arguments)
+        for chunk in lines:
+            print(json.dumps(decoder.run(*chunk)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

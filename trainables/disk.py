@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 import errno
+import re
 
-FULL = ("No space left on device", "Disk quota exceeded")  # as errors that crossed processes say it
+ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, the user's share used up, ulimit -f
+SAID = re.compile(  # as errors say it that have no errno, or crossed processes
+    r"no space left on device|disk quota exceeded|\[errno 27\]"
+    r"|disk is full"  # SQLite
+    r"|unexpected pos \d+ vs \d+"  # torch.save: its writer's second error hides the first (2.15)
+    r"|\d+ requested and \d+ written",  # numpy's tofile, np.save
+    re.IGNORECASE,
+)
 
 
-def is_full(error: BaseException) -> bool:
-    """Returns whether an error says that a disk, or its user's share of it, is full."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+def is_full(error: BaseException | None) -> bool:
+    """Return whether an error, or one that it follows from, says that a disk is full."""
+    while error is not None:
+        if (isinstance(error, OSError) and error.errno in ERRNOS) or says_full(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def says_full(text: str) -> bool:
+    """Return whether the text of an error says that a disk is full."""
+    return SAID.search(text) is not None

@@ -27,14 +27,15 @@ from torch import Tensor
 from models import ARCHITECTURES
 from trainables.config import TrainConfig
 from trainables.data import ImageData, load_split, split_sha256, split_validation
-from trainables.decoding import Progress
 from trainables.features import extractor, weights_sha256
+from trainables.image_files import Progress
 from trainables.levers import Levers
 from trainables.pipeline import Pipeline
 
 FORMAT_VERSION = 2  # of the files under data_dir/prepared
 FLAT_HEADS = ("softmax", "twolayernn")  # read pixels in NCHW order
-PREPARE_BATCH = 512  # images
+PREPARE_BATCH = 512  # images, on a CPU
+GPU_PREPARE_BYTES = 128 * 2**20  # of float32 images, as stored, in one batch where there is a GPU
 SAMPLE_IMAGES = 256  # whose inputs are prepared for a forecast
 LOADED_MAX = 2  # inputs that a worker keeps open: a study has one kind, or two where it may augment
 
@@ -78,7 +79,7 @@ def load_inputs(
         data: The decoded images.
         levers: The device's choices.
         data_dir: Where prepared tensors are cached, on this node.
-        progress: Called with (images prepared, images in all).
+        progress: Called with what is done, images prepared and images in all.
     """
     wanted = _Prepared.of(config, data, levers)
     key = (wanted, config.refit)
@@ -253,11 +254,13 @@ def _write(
     progress: Progress | None,
 ) -> None:
     """Writes prepare(images[index]) as one array, a batch at a time; bfloat16 as the bits of int16."""
-    out = None
-    for start in range(0, len(index), PREPARE_BATCH):
+    out, size = None, PREPARE_BATCH
+    if torch.cuda.is_available():  # large enough to keep a GPU busy
+        size = max(size, GPU_PREPARE_BYTES // (4 * images[0].size))
+    for start in range(0, len(index), size):
         if progress:
-            progress(start, len(index))
-        rows = index[start : start + PREPARE_BATCH]
+            progress("computing", start, len(index))
+        rows = index[start : start + size]
         batch = prepare(torch.from_numpy(images[rows]))
         if batch.dim() == 4 and channels_last:
             batch = batch.permute(0, 2, 3, 1)

@@ -29,6 +29,7 @@ from trainables.data import DATA_DIR, ImageData, prepare
 from trainables.features import build_model
 from trainables.graph import StepGraph
 from trainables.group import Group
+from trainables.host import cpu_count
 from trainables.inputs import Inputs, cached_features, load_inputs
 from trainables.levers import Levers, choose, has_convolution, micro_batch, use_exact_fp32
 from trainables.optimizers import make_optimizer
@@ -405,7 +406,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="cache folder (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the CPU (%(default)s)")
+    parser.add_argument("--threads", type=int, default=cpu_count(), help="of the CPU (%(default)s)")
     options = vars(parser.parse_args(arguments))
     where = {name: options.pop(name) for name in ("data", "data_dir", "device", "precision", "threads")}
     try:

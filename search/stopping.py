@@ -1,0 +1,137 @@
+"""What does a signal do? That depends on how far a study is.
+
+A command runs in a thread of its own, and the main thread does nothing but listen: Ctrl-C and SIGTERM are
+answered within seconds whatever the thread waits for. systemd, scancel and containers signal every process at
+once, so that Ray may be gone before its driver hears of it, and then Ray's calls return after minutes, if at
+all. For the same reason the main thread watches what the study cannot do without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+TICK_SECONDS = 0.05  # between looks; Ray (2.60) puts a handler of its own in place when it starts
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+NOTHING_WRITTEN = "stopped before the study began; nothing was written"
+
+
+def answer_at_once() -> None:
+    """Let a signal end this process with a line, for the seconds in which a script imports its modules."""
+    for number in SIGNALS:
+        signal.signal(number, _end_at_once)
+
+
+def _end_at_once(number: int, frame: Any) -> None:
+    print(NOTHING_WRITTEN, file=sys.stderr, flush=True)
+    os._exit(3)
+
+
+class Stops:
+    """What stops one command, and what is then done.
+
+    Attributes:
+        stop: Called in the main thread when a signal came, with an empty reason, or when ``watch`` gave one;
+            returns the exit code, or None where the command is to end by itself.
+        watch: Called in the main thread again and again; returns why the command has to stop, or nothing.
+    """
+
+    def __init__(self) -> None:
+        self.stop: Callable[[str], int | None] = say_nothing_written
+        self.watch: Callable[[], str] = str
+        self._turn = threading.Lock()
+        self._stopping = self._signalled = False
+
+    def run(self, command: Callable[[], int]) -> int:
+        """Run a command; return its exit code, or that of what stopped it.
+
+        Raises:
+            BaseException: What the command raises.
+        """
+        ended: list[int | BaseException] = []
+
+        def work() -> None:
+            try:
+                ended.append(command())
+            except BaseException as error:  # noqa: BLE001  raised again below, in the main thread
+                ended.append(error)
+
+        thread = threading.Thread(target=work, name="command", daemon=True)
+        with self._listening() as listen:
+            thread.start()
+            while thread.is_alive():
+                listen()
+                thread.join(TICK_SECONDS)
+                reason = self.watch()
+                if (self._signalled or reason) and (code := self._answer(reason)) is not None:
+                    return code
+        if isinstance(ended[0], BaseException):
+            raise ended[0]
+        return ended[0]
+
+    def change(self, stop: Callable[[str], int | None], watch: Callable[[], str] = str) -> None:
+        """Have another answer from now on; called by the command.
+
+        Raises:
+            SystemExit: It is being stopped, and has no more to do.
+        """
+        with self._turn:
+            if self._stopping:
+                raise SystemExit
+            self.stop, self.watch = stop, watch
+
+    @contextlib.contextmanager
+    def held(self, stop: Callable[[str], int | None]) -> Iterator[None]:
+        """Let signals wait for what is done inside; afterwards they have another answer.
+
+        Raises:
+            SystemExit: The command is being stopped.
+        """
+        with self._turn:
+            if self._stopping:
+                raise SystemExit
+            yield
+            self.stop = stop
+
+    def _answer(self, reason: str) -> int | None:
+        with self._turn:
+            code = self.stop(reason)
+            self._stopping, self._signalled = code is not None, False
+        return code
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[Callable[[], None]]:
+        """Take signals where this is the main thread; elsewhere they are somebody else's.
+
+        Gives the function that does so anew.
+        """
+
+        def note(number: int, frame: Any) -> None:
+            self._signalled = True
+
+        def listen() -> None:
+            for number in SIGNALS:
+                signal.signal(number, note)
+
+        if threading.current_thread() is not threading.main_thread():
+            yield lambda: None
+            return
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        try:
+            yield listen
+        finally:
+            for number, handler in before.items():  # a script that ends has nothing more to answer
+                signal.signal(number, signal.SIG_IGN if handler is _end_at_once else handler)
+
+
+def say_nothing_written(reason: str) -> int:
+    """Answer a signal before there is a study; return the exit code."""
+    print(
+        f"error: {reason} before the study began; try again" if reason else NOTHING_WRITTEN, file=sys.stderr
+    )
+    return 3

@@ -1,0 +1,161 @@
+"""How Ray is reached, and what is said where it is not: addresses, folders and files that are in the way."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from search.connection import (
+    _from_our_code,
+    _local_variables,
+    _remedy,
+    check_answers,
+    check_limits,
+    check_token_file,
+)
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def listener():
+    """Listens on a port and never says a word."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_an_address_where_nothing_listens_is_refused_at_once():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    began = time.monotonic()
+    for given in (address, f"ray://{address}"):
+        with pytest.raises(ValueError, match=f"RAY_ADDRESS={given} cannot be reached .*unset RAY_ADDRESS"):
+            check_answers(given)
+    assert time.monotonic() - began < 2
+
+
+def test_a_port_that_is_no_cluster_is_refused_in_bounded_time(listener, monkeypatch):
+    monkeypatch.setattr("search.connection.JOIN_SECONDS", 1.0)
+    with pytest.raises(
+        ValueError, match=f"RAY_ADDRESS={listener} is no Ray cluster, or does not answer in 1 s"
+    ):
+        check_answers(listener)
+
+
+def test_a_left_over_address_is_one_line_with_nothing_of_rays(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    done = subprocess.run(
+        [sys.executable, ROOT / "search/run.py", "--space", "softmax", "--data", "digits", "--storage", "s"],
+        env=os.environ | {"RAY_ADDRESS": address, "XDG_CACHE_HOME": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: RAY_ADDRESS={address} cannot be reached")
+    assert done.stderr.count("\n") == 1
+
+
+def test_too_few_addresses_are_one_line(monkeypatch):
+    monkeypatch.setattr("resource.getrlimit", lambda which: (4 * 10**9, -1))
+    with pytest.raises(ValueError, match=r"^ulimit -v allows 4\.0 GB .*set ulimit -v unlimited$"):
+        check_limits()
+
+
+@pytest.fixture
+def token(tmp_path, monkeypatch):
+    file = tmp_path / "auth_token"
+    file.write_text("secret")
+    file.chmod(0o644)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    return file
+
+
+def test_a_token_that_others_can_read_is_closed_to_them_and_that_is_said(token, capsys):
+    check_token_file()
+    assert token.stat().st_mode & 0o777 == 0o600
+    assert "its mode is now 0600" in capsys.readouterr().out
+    check_token_file()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_token_that_cannot_be_closed_is_refused(token, monkeypatch):
+    def refuse(self, mode):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("pathlib.Path.chmod", refuse)
+    with pytest.raises(ValueError, match=r"can be read by other users.*chmod 600"):
+        check_token_file()
+
+
+def test_a_long_temporary_folder_is_left_for_tmp(monkeypatch):
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "/" + 95 * "x")
+    assert _local_variables()["RAY_TMPDIR"] == "/tmp"
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "/tmp")
+    assert "RAY_TMPDIR" not in _local_variables()
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (
+            OSError("validate_socket_filename failed: AF_UNIX path length cannot exceed 107"),
+            "RAY_TMPDIR=/tmp",
+        ),
+        (PermissionError(13, "Permission denied"), "that can be written"),
+        (OSError(28, "No space left on device"), "make room"),
+        (RuntimeError("Failed to start GCS"), "its logs are in"),
+    ],
+)
+def test_what_is_advised_fits_the_cause(error, advice):
+    assert advice in _remedy(error)
+
+
+def test_workers_look_for_modules_in_our_code_before_the_users_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with _from_our_code():
+        assert Path.cwd() == ROOT
+    assert Path.cwd() == tmp_path
+
+
+@pytest.mark.ray
+def test_a_users_own_modules_are_in_nobodys_way(tmp_path, data_dir):
+    for name in ("models", "search", "trainables", "analysis", "options", "engine"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')\n")
+    done = subprocess.run(
+        [
+            *(
+                sys.executable,
+                ROOT / "search/run.py",
+                "--space",
+                "softmax",
+                "--data",
+                "digits",
+                "--trials",
+                "1",
+            ),
+            *("--epochs", "1", "--final-seeds", "1", "--wandb", "offline", "--study-dir", "study"),
+            *("--data-dir", data_dir),
+        ],
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "WANDB_MODE": "offline"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "wrong module" not in done.stdout + done.stderr
+    log = tmp_path / "study/wandb/sync.log"
+    assert not log.exists() or "wrong module" not in log.read_text()
+    assert "ended with" not in done.stdout

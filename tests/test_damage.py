@@ -1,0 +1,291 @@
+"""What damage to a study's files does: one line that names it, and nothing accepted that was not written."""
+
+import dataclasses
+import json
+import random
+import re
+import shlex
+import shutil
+
+import pytest
+
+from analysis.load import load
+from analysis.results import main as results
+from search import launch
+from search.collect import collect
+from search.collect import main as collect_command
+from search.journal import Journal
+from search.options import StudyOptions
+from search.run import main as run
+from search.study_file import read_events, read_study, write_study
+from search.wandb_runs import plan
+from tests.test_wandb_sync import STUDY_JSON
+from tests.test_wandb_sync import write_study as write_trials
+
+TRIES = 120  # damages of each file in each state of a study
+
+
+FACTS = STUDY_JSON | {  # of study.json, as a study begins
+    "options": dataclasses.asdict(StudyOptions(space="softmax", epochs=9)),
+    "seconds": 60.0,
+    "commit": "0123456789ab",
+    "validation_count": 100,
+}
+
+
+class AcceptedError(Exception):
+    """Stands for a resume that would have gone on."""
+
+
+def lines_of(content):
+    return content.splitlines(keepends=True)
+
+
+def cut(content, draw):
+    return content[: draw.randrange(len(content))]
+
+
+def cut_after_a_line(content, draw):
+    lines = lines_of(content)
+    return b"".join(lines[: draw.randrange(len(lines))])
+
+
+def flip(content, draw):
+    at = draw.randrange(len(content))
+    return content[:at] + bytes([content[at] ^ 1 << draw.randrange(8)]) + content[at + 1 :]
+
+
+def double(content, draw):
+    lines = lines_of(content)
+    lines.insert(draw.randrange(len(lines)), draw.choice(lines))
+    return b"".join(lines)
+
+
+def double_all(content, draw):
+    return content + content
+
+
+def swap(content, draw):
+    lines = lines_of(content)
+    a, b = draw.sample(range(len(lines)), 2)
+    lines[a], lines[b] = lines[b], lines[a]
+    return b"".join(lines)
+
+
+def lose(content, draw):
+    lines = lines_of(content)
+    del lines[draw.randrange(len(lines))]
+    return b"".join(lines)
+
+
+def empty(content, draw):
+    return b""
+
+
+def zero(content, draw):
+    at = draw.randrange(len(content))
+    length = draw.choice((1, 16, len(content)))
+    return content[:at] + bytes(len(content[at : at + length])) + content[at + length :]
+
+
+def zeros_after(content, draw):
+    return content + bytes(512)
+
+
+def cut_in_a_line(content, draw):
+    lines = lines_of(content)
+    k = draw.randrange(len(lines))
+    lines[k] = lines[k][: draw.randrange(len(lines[k]))] + b"\n"
+    return b"".join(lines)
+
+
+def replace(content, draw):
+    lines = lines_of(content)
+    lines[draw.randrange(len(lines))] = draw.choice((b"null\n", b"{}\n", b"[]\n", b"7\n", b"\xff\xfe\n"))
+    return b"".join(lines)
+
+
+DAMAGES = (
+    *(cut, cut_after_a_line, cut_in_a_line, flip, double, double_all),
+    *(swap, lose, empty, zero, zeros_after, replace),
+)
+
+
+@pytest.fixture(scope="module", params=["done", "stopped", "running"])
+def study(request, tmp_path_factory):
+    """A study of four trials and a seed of the winner; killed while it ran it has no result yet."""
+    folder = write_trials(tmp_path_factory.mktemp(request.param) / "study")
+    write_study(folder, FACTS | {"status": request.param})
+    if request.param != "running":
+        collect(folder)
+    return folder
+
+
+@pytest.fixture
+def readers(monkeypatch, capsys):
+    """Every command that reads a study, up to what it does with it; returns code and stderr of each."""
+
+    def accepted(*arguments, **options):
+        raise AcceptedError
+
+    monkeypatch.setattr(launch, "choose_wandb", accepted)
+
+    def call(name, folder):
+        def plan_runs():
+            try:
+                plan(folder)
+            except ValueError as error:
+                return f"error: {error}\n"
+            return ""
+
+        def load_study():
+            try:
+                load(folder)
+            except ValueError as error:
+                return f"error: {error}\n"
+            return ""
+
+        capsys.readouterr()
+        if name == "collect":
+            code = collect_command([str(folder)])
+        elif name == "resume":
+            try:
+                code = run(["--resume", str(folder)])
+            except AcceptedError:
+                code = 0
+        elif name == "results":
+            code = results([str(folder)])
+        else:
+            error = plan_runs() if name == "wandb_sync" else load_study()
+            return 2 * bool(error), error
+        return code, capsys.readouterr().err
+
+    return call
+
+
+def damaged(study, name, tmp_path):
+    """Yields copies of a study whose file was damaged, with what was done."""
+    draw = random.Random(f"{study.parent.name}{name}")
+    for number in range(TRIES):
+        damage = DAMAGES[number % len(DAMAGES)]
+        folder = tmp_path / f"{number}"
+        shutil.copytree(study, folder)
+        content = (folder / name).read_bytes()
+        changed = damage(content, draw)
+        if changed != content:
+            (folder / name).write_bytes(changed)
+            yield damage.__name__, folder
+
+
+def assert_one_line(code, err, what):
+    assert code == 2, (what, code, err)
+    assert err.startswith("error: "), (what, err)
+    assert err.count("\n") == 1, (what, err)
+
+
+def test_damaged_journal_is_refused_by_every_reader_in_one_line(study, readers, tmp_path):
+    whole = Journal(study / "reports.jsonl").read()
+    state = json.loads((study / "study.json").read_text())["status"]
+    for damage, folder in damaged(study, "reports.jsonl", tmp_path):
+        before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+        try:
+            read = read_events(folder, read_study(folder))
+        except ValueError:
+            for reader in ("collect", "resume", "wandb_sync"):
+                if (state, reader) != ("done", "resume"):  # there is nothing to resume
+                    code, err = readers(reader, folder)
+                    assert_one_line(code, err, (damage, reader))
+                    assert re.search(r"line \d+", err), err
+            after = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+            assert {name: after[name] for name in before} == before
+        else:  # bytes after the last line end are torn; fewer lines are what an earlier kill would have left
+            assert read == whole[: len(read)], damage
+            assert state == "running" or len(read) == len(whole), damage
+            assert readers("collect", folder) == (0, "")
+
+
+def test_damaged_study_json_is_refused_by_every_reader_in_one_line(study, readers, tmp_path):
+    whole = read_study(study)
+    for damage, folder in damaged(study, "study.json", tmp_path):
+        try:
+            read = read_study(folder)
+        except ValueError:
+            for reader in ("collect", "resume", "results", "report", "wandb_sync"):
+                code, err = readers(reader, folder)
+                assert_one_line(code, err, (damage, reader))
+        else:  # the last line end, or a letter in the checksum's own name
+            assert whole.items() <= read.items(), damage
+
+
+@pytest.mark.parametrize("study", ["stopped", "running"], indirect=True)
+def test_advice_about_a_damaged_journal_makes_a_study_that_can_be_resumed(study, readers, tmp_path):
+    shutil.copytree(study, folder := tmp_path / "a study")
+    lines = lines_of((folder / "reports.jsonl").read_bytes())
+    lines[6] = lines[6].replace(b"0.1", b"0.2")
+    (folder / "reports.jsonl").write_bytes(b"".join(lines))
+    _, err = readers("resume", folder)
+    command = shlex.split(err.strip().partition("python -m search.collect ")[2])
+    assert command == ["--keep-lines", "6", str(folder)]
+    assert collect_command(command) == 0
+    assert (folder / "reports.jsonl.damaged").read_bytes() == b"".join(lines)
+    assert len(Journal(folder / "reports.jsonl").read()) == 6
+    assert readers("resume", folder) == (0, "")
+
+
+def test_finished_study_is_never_cut(tmp_path, readers, capsys):
+    folder = write_trials(tmp_path / "study")
+    before = (folder / "reports.jsonl").read_bytes()
+    assert collect_command(["--keep-lines", "3", str(folder)]) == 2
+    assert "is done" in capsys.readouterr().err
+    assert (folder / "reports.jsonl").read_bytes() == before
+
+
+def old_form(folder):
+    """Writes a study's files as the first edition did."""
+    events = Journal(folder / "reports.jsonl").read()
+    (folder / "reports.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    study = read_study(folder)
+    study.pop("events", None)
+    (folder / "study.json").write_text(json.dumps(study, indent=2) + "\n")
+    return events
+
+
+def test_old_study_is_read_as_it_is_and_continued_in_its_form(tmp_path):
+    folder = write_trials(tmp_path / "study", status="stopped")
+    events = old_form(folder)
+    journal = Journal(folder / "reports.jsonl")
+    assert read_events(folder, read_study(folder)) == events
+    journal.append({"trial_id": "0001", "promoted_from": 1})
+    Journal(journal.file).append({"trial_id": "0001", "status": "error", "error": "lost"})
+    last = lines_of(journal.file.read_bytes())[-2:]
+    assert last[0] == b'{"trial_id": "0001", "promoted_from": 1}\n'
+    assert json.loads(last[1]) == {"trial_id": "0001", "status": "error", "error": "lost"}
+    assert len(journal.read()) == len(events) + 2
+    assert collect(folder)["statuses"]["error"] == 2
+
+
+@pytest.mark.parametrize("state", ["done", "stopped"])
+def test_damaged_old_journal_is_never_a_traceback_and_never_less(readers, tmp_path, state):
+    folder = write_trials(tmp_path / state / "study")
+    write_study(folder, FACTS | {"status": state})
+    collect(folder)
+    old_form(folder)
+    before = read_study(folder)
+    for damage, copy in damaged(folder, "reports.jsonl", tmp_path):
+        for reader in ("collect", "resume", "wandb_sync"):
+            code, err = readers(reader, copy)
+            if code:
+                assert_one_line(code, err, (damage, reader))
+        if state == "done":
+            after = read_study(copy)
+            assert all(after[key] >= before[key] for key in ("trials", "epochs_spent")), damage
+
+
+@pytest.mark.parametrize("study", ["running"], indirect=True)
+def test_torn_last_line_is_left_out_and_said(study, readers, tmp_path, capsys):
+    shutil.copytree(study, folder := tmp_path / "study")
+    whole = (folder / "reports.jsonl").read_bytes()
+    (folder / "reports.jsonl").write_bytes(whole + b'{"trial_id": "00')
+    assert collect_command([str(folder)]) == 0
+    assert "a torn last line of 16 bytes left out" in capsys.readouterr().out
+    assert readers("resume", folder) == (0, "")

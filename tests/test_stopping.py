@@ -1,0 +1,129 @@
+"""What a signal does at each stage of a command, without Ray; tests/test_resume.py has whole studies."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from search.connection import RayWatch, _children, _is_alive
+from search.stopping import NOTHING_WRITTEN, Stops
+
+WAIT = 5.0  # seconds; far more than any stage takes
+
+
+def send(number=signal.SIGTERM, after=0.1):
+    threading.Timer(after, os.kill, (os.getpid(), number)).start()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_before_the_study_a_signal_ends_the_command_with_a_line(number, capsys):
+    send(number)
+    began = time.monotonic()
+    assert Stops().run(lambda: time.sleep(WAIT) or 0) == 3
+    assert time.monotonic() - began < WAIT / 2
+    assert capsys.readouterr().err == NOTHING_WRITTEN + "\n"
+
+
+def test_a_command_that_is_not_disturbed_gives_its_code_and_its_error():
+    assert Stops().run(lambda: 1) == 1
+    with pytest.raises(ValueError, match="mine"):
+        Stops().run(lambda: int("mine"))
+
+
+def test_a_running_study_answers_in_its_own_way_and_once():
+    stops, answers = Stops(), []
+
+    def stop(reason):
+        answers.append(reason)
+        time.sleep(0.3)
+        return 3
+
+    stops.change(stop)
+    send()
+    send(after=0.2)  # while the first is answered
+    assert stops.run(lambda: time.sleep(WAIT) or 0) == 3
+    assert answers == [""]
+
+
+def test_what_the_study_cannot_do_without_stops_it_with_a_reason():
+    stops, answers = Stops(), []
+    stops.change(lambda reason: answers.append(reason) or 3, watch=lambda: "Ray's raylet has ended")
+    assert stops.run(lambda: time.sleep(WAIT) or 0) == 3
+    assert answers == ["Ray's raylet has ended"]
+
+
+def test_a_command_at_its_end_is_not_stopped():
+    stops = Stops()
+    stops.change(lambda reason: None)
+    send()
+    assert stops.run(lambda: time.sleep(0.5) or 7) == 7
+
+
+def test_signals_wait_for_what_must_be_whole():
+    stops, done = Stops(), []
+
+    def command():
+        with stops.held(lambda reason: 3):
+            time.sleep(0.5)
+            done.append("written")
+        time.sleep(WAIT)
+        return 0
+
+    send(after=0.2)
+    assert stops.run(command) == 3
+    assert done == ["written"]
+
+
+def test_a_command_that_is_being_stopped_does_no_more():
+    stops, later = Stops(), []
+
+    def command():
+        time.sleep(0.5)
+        stops.change(lambda reason: None)
+        later.append("went on")
+        return 0
+
+    stops.change(lambda reason: time.sleep(1) or 3)
+    send()
+    assert stops.run(command) == 3
+    assert later == []
+
+
+def test_handlers_are_afterwards_as_they_were():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    Stops().run(lambda: 0)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_child_is_found_by_its_name_and_seen_to_end():
+    import subprocess
+
+    child = subprocess.Popen(["sleep", "60"])
+    assert _children(["sleep"]).get(child.pid) == "sleep"
+    assert _is_alive(child.pid)
+    child.kill()
+    deadline = time.monotonic() + WAIT
+    while _is_alive(child.pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not _is_alive(child.pid)  # a zombie until it is waited for
+    child.wait()
+
+
+def test_rays_processes_are_watched(monkeypatch):
+    watch = RayWatch.__new__(RayWatch)
+    watch.processes, watch.looked_at = {os.getpid(): "raylet", 2**22 + 1: "gcs_server"}, -100.0
+    assert watch() == "Ray's gcs_server has ended"
+    assert watch() == ""  # looked a moment ago
+
+
+def test_a_cluster_that_is_silent_for_long_is_gone(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("search.connection.time.monotonic", lambda: now[0])
+    watch = RayWatch.__new__(RayWatch)
+    watch.processes, watch.address = {}, "127.0.0.1:1"
+    watch.looked_at = watch.reached_at = 0.0
+    for now[0] in range(5, 50, 5):
+        said = watch()
+        assert bool(said) == (now[0] >= 45), (now, said)

@@ -1,0 +1,139 @@
+"""Names, numbers and commands as people read them: nothing breaks a line, and no rounded value lies."""
+
+import subprocess
+
+import pytest
+
+from analysis.text import (
+    clock,
+    counted,
+    decimals,
+    listed,
+    number,
+    percent,
+    printable,
+    shell,
+    spread_digits,
+    words,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain ünï 猫 🐱 $x$ [bold] 100 %", "plain ünï 猫 🐱 $x$ [bold] 100 %"),
+        ("a\nb\tc\x1b[31m\x00", r"a\nb\tc\x1b[31m\x00"),
+        ("caf\udce9", r"caf\xe9"),  # Latin-1 bytes in a file name, as os.listdir returns them
+        ("\ud800", r"\ud800"),
+        ("evil\u202egnp.exe\u2028", r"evil\u202egnp.exe\u2028"),
+        ("می\u200cخواهم", "می\u200cخواهم"),  # a joiner is part of how Persian is written
+        ("\x85\xad", r"\u0085\u00ad"),
+    ],
+)
+def test_printable_text_has_one_line_and_is_utf8(text, shown):
+    assert printable(text) == shown
+    assert len(printable(text).encode().splitlines()) == 1
+
+
+def test_printable_reaches_into_lists_and_dicts_and_leaves_other_values():
+    assert printable({"a\n": ["b\n", {"c": "d\n"}], "e": 0.5, "f": None}) == {
+        r"a\n": [r"b\n", {"c": r"d\n"}],
+        "e": 0.5,
+        "f": None,
+    }
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("studies/NAME", "a b", "it's", 'say "x"', "$HOME", "`id`", "100%", "~", "*", "", "ünï", "\\", "!x"),
+        *(
+            "line\nbreak",
+            "it's\n$x",
+            "tab\t\\n",
+            "caf\udce9",
+            "\udcff0",
+            "\x1b[0m",
+            "\u202e\U000e0001",
+            "\x7fab",
+        ),
+    ],
+)
+def test_shell_commands_are_one_line_that_bash_reads_back(word):
+    command = shell("printf", "%s", word)
+    assert printable(command) == command
+    said = subprocess.run(["bash", "-c", command], capture_output=True, check=True).stdout
+    assert said == word.encode(errors="surrogateescape")
+
+
+def test_words_of_a_command_survive_quotes_that_do_not_match():
+    assert words("run.py --data 'a b'") == ["run.py", "--data", "a b"]
+    assert words('run.py --data "a') == ['run.py --data "a']
+
+
+def test_one_is_not_plural():
+    assert [counted(n, "trial") for n in (0, 1, 2, 10_000)] == [
+        "0 trials",
+        "1 trial",
+        "2 trials",
+        "10,000 trials",
+    ]
+    assert [counted(n, "class", "classes") for n in (1, 2)] == ["1 class", "2 classes"]
+
+
+def test_many_names_are_counted():
+    assert listed(["a", "b"]) == "a, b"
+    assert listed(list("abcde")) == "a, b, c, d, e"
+    assert listed(list("abcdef")) == "a, b, c, d and 2 more"
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [
+        *((0.0123456, 4, "0.01235"), (0.9, 4, "0.9"), (1e-6, 4, "1e-06"), (0.0, 4, "0"), (1.0, 4, "1")),
+        *((0.9995, 3, "0.9995"), (0.99996, 4, "0.99996"), (12345.678, 4, "12346"), (999.96, 4, "1000")),
+        *(
+            (2.0833, 2, "2.1"),
+            (0.42, 2, "0.42"),
+            (99.6, 2, "100"),
+            (57.0, 2, "57"),
+            (True, 4, "True"),
+            ("x", 4, "x"),
+        ),
+    ],
+)
+def test_a_number_is_rounded_and_reads_1_only_where_it_is(value, digits, text):
+    assert number(value, digits) == text
+
+
+@pytest.mark.parametrize(
+    ("fraction", "digits", "text"),
+    [
+        *((0.0, 0, "0"), (1.0, 0, "100"), (0.333, 0, "33"), (0.004, 0, "<1"), (0.9996, 0, ">99")),
+        *((0.99997, 2, ">99.99"), (0.00003, 2, "<0.01"), (0.6543, 2, "65.43"), (1.0, 2, "100.00")),
+    ],
+)
+def test_only_all_is_100_percent_and_only_none_is_0(fraction, digits, text):
+    assert percent(fraction, digits) == text
+
+
+def test_a_spread_is_0_only_where_all_values_are_equal():
+    for sd, digits in ((None, 2), (0.0, 2), (1.23, 2), (0.006, 3), (0.0001, 4)):
+        assert spread_digits(sd, 2) == digits
+        assert not sd or float(f"{sd:.{digits}f}") > 0
+
+
+def test_decimals_tell_each_value_from_its_neighbours_and_from_rounder_ones():
+    assert decimals([20.0, 25.0, 30.0]) == 0
+    assert decimals([22.5, 25.0, 27.5]) == 1
+    assert decimals([10.02, 10.04, 10.06]) == 2
+    assert decimals([0.1 + 0.2, 0.4]) == 1  # a sum that is not 0.3
+    assert decimals([97.021, 97.043]) == 3
+    assert decimals([17.4123, 78.4]) == 1  # the ends of a range, which need no more
+    assert decimals([]) == decimals([0.0]) == decimals([50.0]) == 0
+
+
+def test_clock_carries_into_minutes():
+    assert [clock(s) for s in (0.2, 59.4, 59.7, 75, 3600, 4e6)] == [
+        *("0 s", "59 s", "1 min 00 s", "1 min 15 s", "1 h 00 min", "1,111 h 06 min")
+    ]

@@ -1,0 +1,51 @@
+"""Which folder is a class, and which images test."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.images import pack, save_tree
+from trainables.data import load_split, prepare
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        {"train": 5, "cat": 5},
+        {"train": 5, "test": 5},
+        {"train": 5, "test": 5, "cat": 5},
+        {"test": 5, "cat": 5},
+    ],
+)
+def test_depth_decides_whether_train_is_a_class(tmp_path: Path, cache: Path, counts: dict[str, int]) -> None:
+    data = prepare(str(save_tree(tmp_path / "vehicles", counts)), cache)
+    assert data.classes == tuple(sorted(counts))
+    assert (data.train_count, data.test_count) == (4 * len(counts), len(counts))
+
+
+@pytest.mark.parametrize("top", ["", "train", "test", "photos"])
+def test_a_folder_around_all_images_may_have_any_name(tmp_path: Path, cache: Path, top: str) -> None:
+    counts = {"train/cat": 4, "train/dog": 3, "test/cat": 2, "test/dog": 1}
+    archive = pack(tmp_path / "pets.tar", save_tree(tmp_path / "pets", counts), top)
+    data = prepare(str(archive), cache)
+    assert (data.classes, data.train_count, data.test_count) == (("cat", "dog"), 7, 3)
+    assert data.notes == ()
+
+
+@pytest.mark.parametrize("empty", [None, "test"])
+def test_of_train_alone_a_fifth_of_each_class_tests_and_it_is_said(
+    tmp_path: Path, cache: Path, empty: str | None
+) -> None:
+    tree = save_tree(tmp_path / "pets", {"train/cat": 20, "train/dog": 10})
+    if empty:
+        (tree / empty).mkdir()
+    data = prepare(str(tree), cache)
+    assert data.notes == ("no test/ folder: 20 % of each class's images are used as test images",)
+    assert np.bincount(load_split(data, "train")[1]).tolist() == [16, 8]
+    assert np.bincount(load_split(data, "test")[1]).tolist() == [4, 2]
