@@ -32,7 +32,8 @@ UNREADABLE = (  # what readers of JSON, CSV, Parquet and NumPy files raise for a
     *(pa.ArrowException, zipfile.BadZipFile),
 )
 ASKED: dict[str, Any] = {  # study.json from its study's start; a tuple (None, x) is what may be null
-    **dict.fromkeys(("space", "status", "command", "commit", "data_sha256", "split_sha256"), str),
+    **dict.fromkeys(("space", "status", "command", "data_sha256", "split_sha256"), str),
+    "commit": (None, str),  # outside a checkout it is not known
     **dict.fromkeys(("seed", "validation_count"), int),
     "seconds": float,
     "rungs": [int],

@@ -37,9 +37,22 @@ PUBLISHED = {
 }
 TOLD = (
     *("optimizer", "lr", "weight_decay", "momentum", "batch_size", "schedule", "augment"),
-    *("label_smoothing", "hidden", "kernel_size"),
+    *("label_smoothing", "warmup_epochs", "hidden", "kernel_size", "image_size"),
 )
-UNTOLD = {"optimizer": "sgd", "augment": "none", "momentum": 0.0, "label_smoothing": 0.0}  # not used
+UNTOLD = {  # not used, or CIFAR-10's own
+    "optimizer": "sgd",
+    "augment": "none",
+    "momentum": 0.0,
+    "label_smoothing": 0.0,
+    "warmup_epochs": 0.0,
+    "image_size": 32,
+}
+WEIGHTS = {  # of backbones, by --weights or a file's name
+    "imagenet": "ImageNet (torchvision)",
+    "resnet18-imagenet.pth": "ImageNet (CNTK)",
+    "resnet18-tinyimagenet.pth": "Tiny ImageNet",
+    "none": "random",
+}
 PIPE = "\\|"  # inside a cell
 COLUMNS = (
     *("architecture", "published", "test accuracy ± sd (seeds)", "trials", "epochs (all)", "weights"),
@@ -65,7 +78,7 @@ def row(study: dict[str, Any]) -> list[str]:
         accuracy,
         str(study["trials"]),
         f"{options['epochs']} ({study['epochs_spent']})",
-        backbone if study["space"].startswith("resnet") else "",
+        WEIGHTS.get(backbone, backbone) if study["space"].startswith("resnet") else "",
         ", ".join(
             f"{name} {number(config[name], 3)}"
             for name in TOLD
@@ -73,7 +86,7 @@ def row(study: dict[str, Any]) -> list[str]:
         ),
         number(study["seconds"] / 60, 2),
         str(study.get("machine") or ""),
-        str(study["commit"]),
+        study["commit"] or "",
     ]
 
 

@@ -11,6 +11,7 @@ runs, too, where nothing is captured.
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import tarfile
@@ -40,7 +41,7 @@ from trainables.training import TrainingRun
 
 MATRIX_SIDE = {"cpu": 1024, "cuda": 8192}
 PRODUCTS = 10  # matrix products of which the median counts
-EAGER_STEPS, STEPS = 40, 120  # of an epoch that is timed, where the data has so many
+STEPS = {"small": (60, 350), "ResNet": (25, 60)}  # eager and captured, of an epoch; no more than the data has
 REPEATS = 3  # epochs of which the median counts, after one untimed
 FLOP_IMAGES = 16  # FLOPs are counted on
 SHARED = ("softmax", "twolayernn", "convnet", "mymodel", "resnet_softmax", "resnet_twolayernn")
@@ -73,8 +74,8 @@ CASES = [Case(space) for space in SPACES] + [
 
 def timed_run(case: Case, data: ImageData, levers: Levers, data_dir: Path, weights: str) -> TrainingRun:
     """Returns a run on a sample of inputs, which are kept nowhere; an epoch of it has some steps."""
-    config = case.config(weights, "cuda" if levers.device == "cuda" else "cpu")
-    steps = STEPS if levers.cuda_graph else EAGER_STEPS
+    config, frozen = case.config(weights, levers.device), ARCHITECTURES[case.space].frozen
+    steps = STEPS["small" if ARCHITECTURES[case.space].cut is None or frozen else "ResNet"][levers.cuda_graph]
     inputs, _ = sample_inputs(config, data, levers, data_dir, steps * config.batch_size)
     whole = len(inputs.train_y) // config.batch_size * config.batch_size or len(inputs.train_y)
     inputs = replace(inputs, train_x=inputs.train_x[:whole], train_y=inputs.train_y[:whole])
@@ -148,11 +149,18 @@ def _gpu() -> str:
 
 
 def share(
-    rank: int, barrier: Any, speeds: Any, data: ImageData, levers: Levers, data_dir: Path, weights: str
+    rank: int,
+    barrier: Any,
+    speeds: Any,
+    data: ImageData,
+    levers: Levers,
+    data_dir: Path,
+    weights: str,
+    spaces: list[str],
 ) -> None:
     """Is one of several trials on a device: trains each space alone, in twos and in fours."""
     torch.set_num_threads(1)
-    for at, space in enumerate(SHARED):
+    for at, space in enumerate(spaces):
         run = timed_run(Case(space), data, levers, data_dir, weights)
         for _ in range(2):  # the second epoch replays only
             run.train_epoch()[0].item()
@@ -167,13 +175,14 @@ def share(
             barrier.wait()
 
 
-def share_lines(data: ImageData, levers: Levers, data_dir: Path, weights: str, graphs: bool) -> Iterator[str]:
+def share_lines(
+    data: ImageData, levers: Levers, data_dir: Path, weights: str, spaces: list[str]
+) -> Iterator[str]:
     """Yields a line per small space: images/s of 1, 2 and 4 trials at once on one device, all together."""
-    levers = replace(levers, cuda_graph=graphs and levers.cuda_graph)
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(max(AT_ONCE), timeout=WAIT_SECONDS)
-    speeds = context.Array("d", len(SHARED) * len(AT_ONCE) * max(AT_ONCE))
-    arguments = (barrier, speeds, data, levers, data_dir, weights)
+    speeds = context.Array("d", len(spaces) * len(AT_ONCE) * max(AT_ONCE))
+    arguments = (barrier, speeds, data, levers, data_dir, weights, spaces)
     workers = [context.Process(target=share, args=(rank, *arguments)) for rank in range(max(AT_ONCE))]
     for worker in workers:
         worker.start()
@@ -183,7 +192,7 @@ def share_lines(data: ImageData, levers: Levers, data_dir: Path, weights: str, g
         raise ValueError("a trial failed; its error stands above")
     yield f"images/s of several trials at once on one device, {'captured' if levers.cuda_graph else 'eager'}"
     yield f"{'space':28}" + "".join(f"{count:>10}" for count in AT_ONCE) + f"{'gain':>8}"
-    for at, space in enumerate(SHARED):
+    for at, space in enumerate(spaces):
         sums = [
             sum(speeds[(at * len(AT_ONCE) + k) * max(AT_ONCE) :][: max(AT_ONCE)]) for k in range(len(AT_ONCE))
         ]
@@ -194,46 +203,56 @@ def share_lines(data: ImageData, levers: Levers, data_dir: Path, weights: str, g
         )
 
 
-def decode_lines(source: str) -> Iterator[str]:
-    """Yields the seconds in which all images are decoded, from an archive and from a folder of it."""
+def decode_lines(source: str, data_dir: Path, *, unpack: bool) -> Iterator[str]:
+    """Yields the seconds in which all images are decoded, into an empty folder.
+
+    Args:
+        source: Of the images.
+        data_dir: Where they are then cached.
+        unpack: The source is an archive: unpack it first, and decode from a folder, into one that goes.
+    """
+    if unpack and not Path(source).is_file():
+        return
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        sources = {"archive": source}
-        if Path(source).is_file():
+        if unpack:
             with tarfile.open(source) as archive:
-                archive.extractall(folder / "images", filter="data")
-            sources["folder"] = str(folder / "images")
-        for name, path in sources.items():
-            began = time.perf_counter()
-            data = prepare(path, folder / name)
-            count = data.train_count + data.test_count
-            yield f"decode from the {name}: {count:,} images in {time.perf_counter() - began:.1f} s"
+                archive.extractall(Path(place, "images"), filter="data")
+            source, data_dir = str(Path(place, "images")), Path(place)
+        began = time.perf_counter()
+        data = prepare(source, data_dir)
+        seconds = time.perf_counter() - began
+        yield (
+            f"decode {'a folder' if unpack else source}: {data.train_count + data.test_count:,} images in "
+            f"{seconds:.1f} s, {len(os.sched_getaffinity(0))} CPUs"
+        )
 
 
 def _lines(what: str, options: Namespace) -> Iterator[str]:
-    if what == "decode":
-        yield from decode_lines(options.data)
+    if what in ("decode", "decode-folder"):
+        yield from decode_lines(options.data, options.data_dir, unpack=what == "decode-folder")
         return
     levers = choose(options.device, options.precision)
-    shared = (prepare(options.data, options.data_dir), levers, options.data_dir, options.weights)
+    spaces = options.spaces or list(SPACES)
+    data, shared = prepare(options.data, options.data_dir), (options.data_dir, options.weights)
     if what == "epoch":
-        yield from epoch_lines(*shared, [case for case in CASES if case.space in (options.spaces or SPACES)])
+        yield from epoch_lines(data, levers, *shared, [case for case in CASES if case.space in spaces])
         return
+    spaces = [space for space in SHARED if space in spaces]
     for graphs in (True, False) if levers.cuda_graph else (False,):
-        yield from share_lines(*shared, graphs)
+        yield from share_lines(data, replace(levers, cuda_graph=graphs), *shared, spaces)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints what was asked for, line by line."""
     parser = Parser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
-    parser.add_argument("what", nargs="+", choices=("decode", "epoch", "share"))
+    parser.add_argument("what", nargs="+", choices=("decode", "epoch", "share", "decode-folder"))
     parser.add_argument("--data", default="cifar10", help="cifar10, digits, or a folder or archive of images")
     parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="cache folder (%(default)s)")
     parser.add_argument("--weights", default="none", help="of ResNet backbones: imagenet, none or a path")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (%(default)s)")
-    parser.add_argument("--spaces", nargs="+", choices=list(SPACES), help="of epoch (default: all)")
+    parser.add_argument("--spaces", nargs="+", choices=list(SPACES), help="of epoch and share (default: all)")
     options = parser.parse_args(arguments)
     check_integer("--threads", options.threads, 1)
     torch.set_num_threads(options.threads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -24,13 +25,17 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Returns the commit of this code, with -dirty where files differ; None outside a checkout."""
+    """Returns the commit of this code, with -dirty where files differ.
+
+    Outside a checkout it is what TUNEFLEET_COMMIT says, or None.
+    """
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        described = answer.stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() or None
+        described = ""
+    return described or os.environ.get("TUNEFLEET_COMMIT") or None
 
 
 def code_sha256() -> str:

@@ -23,9 +23,15 @@ with open(os.environ["CALLS"], "a") as calls:
     print(*words, file=calls)
 (study / "checkpoints").mkdir(parents=True, exist_ok=True)
 (study / "checkpoints" / "0000.pt").write_bytes(bytes(1000))
+(study / "best").mkdir(exist_ok=True)
+for name, size in (("checkpoint.pt", 10), ("predictions.parquet", 10), ("first_layer.npy", 2 * 10**6)):
+    (study / "best" / name).write_bytes(bytes(size))
 space = study.name
-content = {"space": space, "command": "search/run.py", "options": {"epochs": 1}, "status": "running",
-           "trials": 1, "epochs_spent": 1, "seconds": 1, "commit": None, "best": None, "final": None}
+asked = dict.fromkeys(("command", "data_sha256", "split_sha256"), "search/run.py") | {"commit": None}
+asked |= {"space": space, "status": "running", "seed": 0, "validation_count": 1, "seconds": 1.0, "rungs": []}
+asked |= {"data": {"name": "d", "classes": ["a"]}, "options": {"epochs": 1, "pruner": "none"}, "versions": {}}
+found = {"trials": 1, "epochs_spent": 1, "epochs_unpruned": 1, "statuses": {}, "best": None, "final": None}
+content = asked | found
 (study / "study.json").write_text(json.dumps(content))
 if space in os.environ.get("SLOW", "").split():
     try:
@@ -84,10 +90,11 @@ def test_rows_stop_at_their_bound_and_the_next_run_skips_what_is_there_and_resum
     assert time.monotonic() - began < 15
     assert done.returncode == 1, done.stderr
     assert len(calls) == 3
-    studies, names = studies_in(tmp_path / "out" / "rows.tar.xz")
+    studies, names = studies_in(tmp_path / "out" / "studies.tar.xz")
     statuses = {name.split("/")[1]: json.loads(text)["status"] for name, text in studies.items()}
     assert statuses == {"softmax": "done", "twolayernn": "done", "convnet": "running"}
-    assert "0000.pt" not in names
+    assert names == {"study.json", "lr_curve.csv"}
+    assert studies_in(tmp_path / "out" / "best.tar.xz")[1] == {"predictions.parquet"}
     assert "rows: convnet ended with 3" in (tmp_path / "out" / "log.txt").read_text()
     done, calls = script("rows", out="next", results="out", ROWS="softmax convnet twolayernn")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -98,8 +105,8 @@ def test_rows_stop_at_their_bound_and_the_next_run_skips_what_is_there_and_resum
     assert "rows: softmax is there" in log
     assert "rows: convnet ended with 3" in log  # the earlier run's lines stay
     files = list((tmp_path / "next").iterdir())
-    assert {file.name for file in files} == {"log.txt", "rows.txt", "rows.tar.xz"}
-    assert "| softmax |" in (tmp_path / "next" / "rows.txt").read_text()
+    assert {file.name for file in files} == {"log.txt", "tables.txt", "studies.tar.xz", "best.tar.xz"}
+    assert "| softmax |" in (tmp_path / "next" / "tables.txt").read_text()
 
 
 def test_a_best_lr_at_an_edge_is_extended_once_by_the_next_run(script, tmp_path):
@@ -131,16 +138,30 @@ def test_every_row_is_a_command_that_could_run(script):
         assert study.epochs <= SPACES[do.space].epochs
 
 
+def test_a_measurement_is_taken_again_at_another_commit(script, tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "share.txt").write_text("complete 0123456789ab\n")
+    done, _ = script("share", results="old", BOUND="1")
+    assert "share: is there" not in done.stdout
+    assert done.returncode == 1  # it was stopped at its bound
+    commit = done.stdout.splitlines()[0].split(" at commit ")[1].partition(",")[0]
+    (tmp_path / "old" / "share.txt").write_text(f"complete {commit}\n")
+    done, _ = script("share", results="old", out="again")
+    assert "share: is there" in done.stdout
+
+
 def test_an_unknown_part_is_refused(script):
     done, _ = script("row")
     assert done.returncode == 2
     assert done.stderr.startswith("error: no part row")
 
 
-def test_speed_and_share_of_the_peak_are_lines_as_they_are_measured(data_dir, capsys):
+def test_speed_and_share_of_the_peak_are_lines_as_they_are_measured(data_dir, capsys, monkeypatch):
+    monkeypatch.setitem(gpu.STEPS, "small", (2, 2))
+    monkeypatch.setitem(gpu.MATRIX_SIDE, "cpu", 64)
     base = ["--data", "digits", "--data-dir", str(data_dir), "--device", "cpu", "--spaces", "softmax"]
     assert gpu.main(["decode", "epoch", *base]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("decode from the archive: 1,797 images in ")
+    assert lines[0].startswith("decode digits: 1,797 images in ")
     assert lines[-1].split()[:3] == ["softmax", "32", "512"]
     assert lines[-1].endswith("%")

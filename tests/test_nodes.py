@@ -10,7 +10,7 @@ from analysis.load import load
 from search import nodes
 from search.bad_nodes import IN_A_ROW, BadNodes
 from search.journal import Journal
-from search.provenance import code_sha256, versions
+from search.provenance import code_sha256, commit, versions
 from tests.object_store import object_store
 from tests.three_nodes import three_nodes
 from trainables.levers import Levers
@@ -152,3 +152,14 @@ def test_bad_nodes_are_those_that_failed_in_a_row_while_others_are_there():
     assert nodes.avoided() == frozenset()  # nothing would be left
     nodes.tell("b", False)
     assert nodes.avoided() == {"a"}
+
+
+def test_outside_a_checkout_the_commit_is_the_environments(monkeypatch):
+    def no_git(*_, **__):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr("subprocess.run", no_git)
+    monkeypatch.delenv("TUNEFLEET_COMMIT", raising=False)
+    assert commit() is None
+    monkeypatch.setenv("TUNEFLEET_COMMIT", "0123456789ab")
+    assert commit() == "0123456789ab"

@@ -54,6 +54,25 @@ def test_a_row_says_what_was_found_and_the_others_were_not_run():
     assert sum("not run" in line for line in lines) == 12
 
 
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ("imagenet", "ImageNet (torchvision)"),
+        ("../shared/resnet18-imagenet.pth", "ImageNet (CNTK)"),
+        ("resnet18-tinyimagenet.pth", "Tiny ImageNet"),
+        ("mine.pth", "mine.pth"),
+        ("none", "random"),
+    ],
+)
+def test_a_row_names_the_weights_of_its_backbone(weights, said):
+    config = STUDY["best"]["config"] | {"weights": weights, "image_size": 64}
+    text = table([STUDY | {"space": "resnet_conv", "best": {"config": config}}])
+    (ours,) = [line for line in text.splitlines() if line.startswith("| resnet_conv |")]
+    cells = [cell.strip() for cell in ours.strip("|").split("|")]
+    assert cells[COLUMNS.index("weights")] == said
+    assert cells[COLUMNS.index("best hyperparameters")].endswith("image_size 64")
+
+
 def test_a_study_of_another_space_is_shown_and_not_dropped():
     assert table([STUDY | {"space": "mine"}]).splitlines()[-1].startswith("| mine |  | **61.23**")
 
@@ -103,3 +122,12 @@ def test_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main([])
     assert exit_info.value.code == 2
+
+
+def test_a_study_made_outside_a_checkout_has_no_commit_and_a_row(tmp_path, capsys):
+    folder = write_study(tmp_path / "study")
+    facts = json.loads((folder / "study.json").read_text())
+    facts.pop("crc", None)
+    (folder / "study.json").write_text(json.dumps(facts | {"commit": None}))
+    assert main([str(folder)]) == 0
+    assert "|  |\n" in capsys.readouterr().out

@@ -1,5 +1,8 @@
 """Starts the studies of test_studies.py first, so that they run beside the tests of networks."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -15,6 +18,12 @@ def early(request):
     wanted = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
     for name in sorted(wanted & STUDIES.keys()):
         request.getfixturevalue(name)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """One cache for all tests, or one that holds the images already."""
+    return Path(os.environ.get("GPU_TESTS_DATA_DIR") or tmp_path_factory.mktemp("data"))
 
 
 def _fixture(name):

@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 from tests.gpu import DEVICE, ON_GPU
 
 DATA = os.environ.get("GPU_TESTS_DATA", "digits")  # benchmarks/gpu.sh kill has real images
-SECONDS = 60 if ON_GPU else 400  # that a study may take; a rehearsal shares two cores
+SECONDS = 100 if ON_GPU else 400  # that a study may take; a rehearsal shares two cores
 KILLED_AFTER = 8  # reports
 KILLED = (
     "--space",
@@ -28,7 +28,8 @@ KILLED = (
     "--final-seeds",
     "1",
 )
-FOUR = ("--space", "softmax", "--trials", "12", "--epochs", "9", "--final-seeds", "1")
+# small batches: while its trials last, the fourth worker starts, too
+FOUR = ("--space", "softmax", "--trials", "32", "--final-seeds", "1", "--fix", "batch_size=2")
 STUDIES = {
     "four": (*FOUR, "--gpus-per-trial", "0.25") if ON_GPU else FOUR,
     "undisturbed": KILLED,

@@ -47,6 +47,8 @@ def make(data, data_dir):
         }
         if name in OTHERS and not ARCHITECTURES[name].frozen:
             defaults["augment"] = "crop_flip"
+        if name in OTHERS and ARCHITECTURES[name].cut:
+            defaults["lr"] = 0.001  # a larger one lets rounding grow
         if name == "twolayernn":
             defaults |= {"optimizer": "adam", "momentum": 0.0, "lr": 0.001}
         config = TrainConfig(name, **(defaults | values))
