@@ -211,7 +211,7 @@ def test_a_terminal_of_another_encoding_ends_no_command(folder, monkeypatch):
 def test_a_pipe_that_is_closed_ends_a_command_without_a_traceback(folder, tmp_path):
     import subprocess
 
-    command = f"{sys.executable} -m analysis.results {' '.join(['made'] * 50)} | head -c 1"
+    command = f"{sys.executable} -m analysis.results {' '.join(['made'] * 1000)} | head -c 1"
     shutil.copytree(folder, tmp_path / "x" / "made")
     done = subprocess.run(
         ["bash", "-c", command],
