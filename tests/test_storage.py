@@ -28,6 +28,7 @@ JOB = {
     "trial_id": "0000",
     "config": {"architecture": "softmax", "epochs": 3, "lr": 0.01},
     "reported": 0,
+    "eager": False,
     "final": True,
 }
 
