@@ -15,7 +15,7 @@ INSTALL = "in the clone of tunefleet: pip install -c constraints.txt -e '.[repor
 
 
 def run(command: Callable[[], int]) -> int:
-    """Runs a command and returns its exit code: its own, 2 after a line on stderr, 3 for a Ctrl-C."""
+    """Run a command and return its exit code: its own, 2 after a line on stderr, 3 for a Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None without a terminal
             stream.reconfigure(errors="backslashreplace")  # ± in an ASCII pipe
@@ -36,13 +36,15 @@ def run(command: Callable[[], int]) -> int:
 
 
 def folder(text: str) -> Path:
-    """Returns the path that an argument names; a shell leaves the ~ of --out=~/reports as it is."""
+    """Return the path that an argument names; a shell leaves the ~ of --out=~/reports as it is."""
+    if not text:
+        raise ValueError("no path")  # as of an unset variable; argparse names the flag
     return Path(os.path.expanduser(text))  # noqa: PTH111  Path's raises RuntimeError for an unknown user
 
 
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """Context manager: says what to do where a folder cannot be written to.
+    """Context manager: turn an OSError into one line that says what to do.
 
     Raises:
         ValueError: The system refused it.

@@ -54,7 +54,9 @@ def facts(study: Study) -> dict[str, Any]:
             if study.first_layer is not None and len(weights) < len(study.first_layer)
             else "."
         ),
-        "mistakes": _mistakes(study),
+        "mistakes": (mistakes := _mistakes(study)),
+        "mistakes_text": f"The {counted(len(mistakes), 'mistake')} that the winner's first seed made with "
+        "most confidence: true class, then what it said and how sure it was.",
         **_trials(study),
         "footer": f"Code {told['commit']}, {', '.join(f'{k} {v}' for k, v in told['versions'].items())}; "
         f"seed {told['seed']}, data {told['data_sha256'][:12]}, split {told['split_sha256'][:12]}. "
@@ -188,7 +190,7 @@ def _mistakes(study: Study) -> list[tuple[str, str, str, str]]:
 
 
 def _png(image: np.ndarray) -> str:
-    """Returns uint8 ``(3, H, W)`` as a data address, reduced to what a page shows."""
+    """Return uint8 ``(3, H, W)`` as a data address, reduced to what a page shows."""
     buffer = io.BytesIO()
     picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
     picture.thumbnail((PIXELS, PIXELS))
@@ -201,7 +203,7 @@ def _is_number(column: pd.Series) -> bool:
 
 
 def plain(value: Any) -> str:
-    """Returns a value for people: a number rounded, nothing of what is missing."""
+    """Return a value for people: a number rounded, nothing of what is missing."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return str(printable(number(value)))

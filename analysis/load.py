@@ -71,7 +71,7 @@ EPOCHS = {
 }
 PREDICTIONS = {"index": int, "label": int, "predicted": int, "confidence": float}
 LR_CURVE = {"lr": float, "seeds": int, "mean": float, "low": float, "high": float, "verdict": str}
-HEAL = "restore it, or delete it to leave it out"
+RESTORE = "restore it, or delete it to leave it out"
 NAMES = {str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
 
 
@@ -91,7 +91,7 @@ class Study:
 
     @property
     def name(self) -> str:
-        """Returns the folder's name, fit to be shown."""
+        """Return the folder's name, fit to be shown."""
         return str(printable(Path(os.path.abspath(self.folder)).name))  # noqa: PTH100  of "..", too
 
     @property
@@ -158,7 +158,7 @@ def fetch(url: str, into: Path) -> Path:
 
 
 def read_facts(folder: Path, place: str) -> dict[str, Any]:
-    """Returns study.json, checked.
+    """Return study.json, checked.
 
     Args:
         folder: Where it is.
@@ -180,7 +180,7 @@ def read_facts(folder: Path, place: str) -> dict[str, Any]:
             _check(raw, COLLECTED, "it")
             for name, described in raw.get("ranges", {}).items():
                 _check_range(name, described)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{place} holds no study: there is no study.json in it") from None
     except UNREADABLE as error:
         raise ValueError(
@@ -218,26 +218,26 @@ def _load(folder: Path, place: str) -> Study:
         rows = set(study.predictions["index"])
         shown = set(study.misclassified[0].tolist()) if study.misclassified else set()
         if labels.size and (labels.min() < 0 or labels.max() >= len(study.classes)):
-            raise ValueError(f"{place}/best/predictions.parquet has labels of other classes; {HEAL}")
+            raise ValueError(f"{place}/best/predictions.parquet has labels of other classes; {RESTORE}")
         if len(rows) < len(labels) or not shown <= rows:
-            raise ValueError(f"{place}/best/misclassified.npz is of other predictions; {HEAL}")
+            raise ValueError(f"{place}/best/misclassified.npz is of other predictions; {RESTORE}")
     return study
 
 
 def _again(place: str) -> str:
-    """Returns the advice that has a study's tables written."""
+    """Return what to do about missing tables."""
     if "://" in place:  # its driver collects it
         return f"resume it: {shell('python', 'search/run.py', '--resume', place)}"
     return f"write them again: {shell('python', '-m', 'search.collect', place)}"
 
 
 def _read(place: str, folder: Path, name: str, read: Callable[[Path], Any]) -> Any:
-    """Returns what a file of a study holds; None where there is none."""
+    """Return what a file of a study holds; None where there is none."""
     file = folder / name
     try:
         return read(file) if file.exists() else None
     except UNREADABLE as error:
-        raise ValueError(f"{place}/{name} cannot be read ({reason(error)}); {HEAL}") from None
+        raise ValueError(f"{place}/{name} cannot be read ({reason(error)}); {RESTORE}") from None
 
 
 def _read_trials(file: Path, ranges: dict[str, Any]) -> pd.DataFrame:
@@ -295,7 +295,7 @@ def _first_layer(file: Path) -> np.ndarray:
 
 
 def check_table(table: pd.DataFrame, columns: dict[str, Any]) -> None:
-    """Raises ValueError where a column is missing, or of another type."""
+    """Raise ValueError where a column is missing, or of another type."""
     for name, kind in columns.items():
         if name not in table:
             raise ValueError(f"there is no column {name}")
@@ -312,7 +312,7 @@ def check_table(table: pd.DataFrame, columns: dict[str, Any]) -> None:
 
 
 def _check_trials(facts: dict[str, Any], trials: pd.DataFrame, epochs: pd.DataFrame) -> None:
-    """Raises ValueError where a study's three files are of different times, or name what cannot be."""
+    """Raise ValueError where the three files disagree, or hold an impossible trial."""
     if len(trials) != facts["trials"]:
         raise ValueError(f"trials.csv has {len(trials):,} rows, and study.json {facts['trials']:,} trials")
     if trials.trial_id.duplicated().any() or not trials.trial_id.str.fullmatch("[0-9]+").all():
@@ -325,7 +325,7 @@ def _check_trials(facts: dict[str, Any], trials: pd.DataFrame, epochs: pd.DataFr
 
 
 def _check(value: Any, shape: Any, name: str) -> None:
-    """Raises ValueError where a value of study.json has not the shape that ASKED and COLLECTED show."""
+    """Raise ValueError where a value of study.json does not match its shape in ASKED or COLLECTED."""
     if isinstance(shape, tuple):
         return None if value is None else _check(value, shape[1], name)
     kind = dict if isinstance(shape, dict) else list if isinstance(shape, list) else shape

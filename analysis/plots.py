@@ -6,7 +6,6 @@ light and dark. Series have colours that read on both, and differ in shape or da
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
 from typing import Any
@@ -20,7 +19,7 @@ from matplotlib.axis import Axis
 from matplotlib.collections import LineCollection
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import Formatter, LogLocator, MaxNLocator
+from matplotlib.ticker import EngFormatter, Formatter, LogLocator, MaxNLocator
 
 from analysis import stats
 from analysis.load import Study
@@ -79,39 +78,37 @@ STYLE: Any = {  # rcParams; matplotlib types each key
 
 
 class Percent(Formatter):
-    """Labels fractions with as many decimals as the ticks need: 22.5 % is neither 22 % nor 23 %."""
+    """Labels of fractions in percent, with as many decimals as the ticks need: 22.5 %, not 22 %."""
 
     _decimals = 0
 
     def format_ticks(self, values: Any) -> list[str]:
-        """Returns the labels of all ticks of an axis."""
+        """Return the labels of all ticks of an axis."""
         self._decimals = decimals([100 * float(value) for value in values])
         return super().format_ticks(values)
 
     def __call__(self, x: float, pos: int | None = None) -> str:
-        """Returns the label of one of them."""
+        """Return the label of one of them."""
         return f"{100 * x:.{self._decimals}f}%"
 
 
 def style(texts: list[str]) -> Any:
-    """Returns STYLE, with further fonts for the characters of texts that its own font lacks."""
-    missing = set("".join(texts)) - _glyphs(_file_of(STYLE["font.family"]))
+    """Return STYLE, with further fonts for the characters of texts that its own font lacks."""
     families = [STYLE["font.family"]]
+    missing = {character for character in set("".join(texts)) if not _drawn_by(families[0], character)}
     for font in font_manager.fontManager.ttflist if missing else ():
         usual = (font.style, font.weight, font.stretch) == ("normal", 400, "normal")
-        if usual and "Last Resort" not in font.name and missing & (has := _glyphs(font.fname)):
+        if not usual or font.name in families or "Last Resort" in font.name:
+            continue
+        if found := {character for character in missing if _drawn_by(font.name, character)}:
             families.append(font.name)
-            missing -= has
+            missing -= found
     return STYLE | {"font.family": families}
 
 
-@functools.cache
-def _glyphs(file: str) -> set[str]:
-    return set(map(chr, font_manager.get_font(file).get_charmap()))
-
-
-def _file_of(family: str) -> str:
-    return str(font_manager.findfont(font_manager.FontProperties(family=[family])))
+def _drawn_by(family: str, character: str) -> bool:
+    file = font_manager.findfont(font_manager.FontProperties(family=[family]))
+    return font_manager.get_font(file).get_char_index(ord(character)) != 0
 
 
 def winner_curves(study: Study) -> Figure:
@@ -186,6 +183,8 @@ def best_so_far(study: Study) -> Figure:
         steps = table.best.ne(table.best.shift()) | (table.index == len(table) - 1)  # of a million rows, few
         axes.step(x[steps], table.best[steps], where="post", color=BLUE, label="best so far")
         axes.set(xlabel=label)
+        if x.max() >= 1e5:
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 3M, and no 1e6 beside the axis
     _whole(by_epochs.xaxis)
     by_epochs.set(ylabel="val_accuracy")
     _percent(by_epochs)
@@ -227,9 +226,9 @@ def hyperparameters(study: Study) -> Figure | None:
 
 
 def parallel_coordinates(study: Study) -> Figure | None:
-    """Draws each trial as a line through hyperparameters to val_accuracy; the best quarter in colour.
+    """Draw each trial as a line through hyperparameters to val_accuracy; the best quarter in colour.
 
-    Of many hyperparameters, ACROSS are in a row, and each row ends at val_accuracy.
+    Many hyperparameters are split into rows of at most ACROSS, each of which ends at val_accuracy.
     """
     table, names = stats.comparable(study), study.hyperparameters
     if len(names) < 2 or table.empty:
@@ -265,7 +264,7 @@ def _parallel(axes: Axes, places: dict[str, tuple[np.ndarray, Ticks]], good: np.
 
 
 def _reached(values: np.ndarray) -> tuple[np.ndarray, Ticks]:
-    """Returns the heights and ticks of val_accuracy, whose axis goes from its lowest to its highest value."""
+    """Return the heights and ticks of val_accuracy, whose axis goes from its lowest to its highest value."""
     low, high = float(values.min()), float(values.max())
     if low == high:
         return np.full(len(values), 0.5), [(0.5, Percent().format_ticks([low])[0])]
@@ -289,10 +288,10 @@ def importance(study: Study) -> Figure | None:
 
 
 def confusion(study: Study) -> Figure | None:
-    """Draws the winner's confusion matrix of the test images; None without predictions.
+    """Draw the winner's confusion matrix of the test images; None without predictions.
 
-    Of many classes, without counts, then with numbers in place of names, and cells that are the largest
-    of several: a confusion of one pair in 1,000 would be less than a pixel.
+    With more than NUMBERED classes, counts are left out; with more than NAMED, class numbers replace names;
+    with more than CELLS, each cell is the maximum of a block, since a single pair would be less than a pixel.
     """
     if study.predictions is None:
         return None
@@ -325,7 +324,7 @@ def confusion(study: Study) -> Figure | None:
 
 
 def confused_pairs(study: Study) -> Figure | None:
-    """Draws the most frequent confusions, where a matrix has too many classes to show their counts."""
+    """Draw the most frequent confusions, where a matrix has too many classes to show their counts."""
     if study.predictions is None or len(study.classes) <= NUMBERED:
         return None
     pairs = stats.confused_pairs(stats.confusion(study.predictions, len(study.classes))).head(WORST)
@@ -346,9 +345,9 @@ def confused_pairs(study: Study) -> Figure | None:
 
 
 def class_accuracy(study: Study) -> Figure | None:
-    """Draws the accuracy of each class, with its interval; None without predictions.
+    """Draw the accuracy of each class, with its interval; None without predictions.
 
-    Of many classes, those with the lowest, below the distribution of all.
+    With more than NAMED classes, show the distribution and the WORST least accurate ones.
     """
     if study.predictions is None:
         return None
@@ -400,9 +399,9 @@ def lr_curves(studies: list[Study]) -> Figure | None:
 
 
 def accuracy_against_seconds(studies: list[Study]) -> Figure | None:
-    """Draws each study's test accuracy against its time.
+    """Draw each study's test accuracy against its time.
 
-    Of many studies, only those are named than which none is both faster and better.
+    Of many studies, only those on the front are named: no other is both faster and better.
     """
     tests = [(study, study.test_accuracy) for study in studies if study.test_accuracy]
     if not tests:
@@ -480,17 +479,17 @@ def _percent(axes: Axes) -> None:
 
 
 def _whole(axis: Axis) -> None:
-    """Gives an axis ticks at whole numbers only."""
+    """Give an axis ticks at whole numbers only."""
     axis.set_major_locator(MaxNLocator("auto", steps=(1, 2, 5, 10), integer=True, min_n_ticks=1))
 
 
 def _alpha(count: int) -> float:
-    """Returns how opaque each of many points is: where most of them are is seen, and so is a single one."""
+    """Return the opacity of each of many points: density shows, and a single point stays visible."""
     return max(0.15, min(1.0, MANY / count))
 
 
 def _log_x(axes: Axes) -> None:
-    """Makes the x axis logarithmic, with ticks that are read as they are: 500, 1,000, 2,000."""
+    """Make the x axis logarithmic, with ticks labelled in full: 500, 1,000, 2,000."""
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     if high / low >= 10:
@@ -549,7 +548,7 @@ def _choices(values: pd.Series, described: Range) -> list[Any]:
 
 
 def _indices(choices: list[Any], values: pd.Series) -> np.ndarray:
-    """Returns which choice each value is."""
+    """Return which choice each value is."""
     codes, kinds = pd.factorize(values, use_na_sentinel=False)
     return np.array([stats.choice_index(choices, kind) for kind in kinds])[codes]
 
@@ -569,10 +568,10 @@ def _places(values: pd.Series, described: Range) -> tuple[np.ndarray, Ticks]:
 
 
 def _short(name: str, most: int = 18) -> str:
-    """Returns a name that fits a tick, of characters that the fonts in use have."""
-    fonts = [_glyphs(_file_of(family)) for family in mpl.rcParams["font.family"]]
+    """Return a name that fits a tick, in characters that the current fonts can draw."""
+    families = mpl.rcParams["font.family"]
     name = "".join(
-        c if any(c in glyphs for glyphs in fonts) else c.encode("unicode_escape").decode()
+        c if any(_drawn_by(family, c) for family in families) else c.encode("unicode_escape").decode()
         for c in printable(name)
     )
     short = name if len(name) <= most else f"{name[: most - 1]}…"
@@ -580,7 +579,7 @@ def _short(name: str, most: int = 18) -> str:
 
 
 def _shorts(names: list[str], most: int = 18) -> list[str]:
-    """Returns names that fit a tick, and differ where the whole names do."""
+    """Return names that fit a tick and stay distinct: those that begin alike end in their number."""
     shorts = [_short(name, most) for name in names]
     twice = {short for short, times in Counter(shorts).items() if times > 1}
     return [

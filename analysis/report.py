@@ -30,7 +30,7 @@ from analysis import plots, to_optuna, to_tensorboard
 from analysis.command_line import folder, run, writing
 from analysis.facts import comparison, facts
 from analysis.load import Study, load
-from analysis.text import printable
+from analysis.text import clock, counted, printable
 from trainables.command_line import Parser
 
 SECTIONS = (
@@ -70,7 +70,7 @@ CAPTIONS = {
     "lr_curves": "Validation accuracy against the learning rate.",
 }
 EMPTY: dict[str, Any] = {  # what a page may leave out
-    **dict.fromkeys(("subtitle", "best_text", "weights_text", "footer", "shared"), ""),
+    **dict.fromkeys(("subtitle", "best_text", "weights_text", "mistakes_text", "footer", "shared"), ""),
     **dict.fromkeys(
         ("cards", "best", "tables", "edges", "weights", "mistakes", "columns", "rows", "first_rows"), ()
     ),
@@ -102,7 +102,7 @@ def figures(study: Study) -> dict[str, Figure]:
 
 
 def write(studies: list[Study], out: Path) -> Path:
-    """Writes report.html and figures/ of one study, or of several compared; returns the page's path.
+    """Write report.html and figures/ of one study, or of several compared; return the page's path.
 
     Raises:
         OSError: They cannot be written.
@@ -176,14 +176,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    """Writes what was asked for; returns the exit code.
+    """Write what was asked for; return the exit code.
 
     Raises:
         ValueError: It cannot be done.
     """
     studies = [load(study) for study in options.study]
-    if options.optuna:
+    if options.optuna is not None:
         for study in studies:
+            if (trials := len(study.trials)) >= 1000:
+                took = clock(to_optuna.TRIAL_SECONDS * trials)
+                print(f"adding {counted(trials, 'trial')} takes about {took}", file=sys.stderr)
             new = to_optuna.write(study, options.optuna)
             said = "added to" if new else "is already in"
             print(printable(f"{study.folder}: {said} {to_optuna.shown(options.optuna)}"))

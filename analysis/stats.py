@@ -136,7 +136,7 @@ def confusion(predictions: pd.DataFrame, classes: int) -> np.ndarray:
 
 
 def confused_pairs(counts: np.ndarray) -> pd.DataFrame:
-    """Returns a row per pair of classes that was confused, most frequent first: label, predicted, images."""
+    """Return a row per pair of classes that was confused, most frequent first: label, predicted, images."""
     wrong = counts - np.diag(counts.diagonal())
     label, predicted = np.nonzero(wrong)
     rows = pd.DataFrame({"label": label, "predicted": predicted, "images": wrong[label, predicted]})
@@ -144,7 +144,7 @@ def confused_pairs(counts: np.ndarray) -> pd.DataFrame:
 
 
 def largest_of_blocks(matrix: np.ndarray, most: int) -> np.ndarray:
-    """Returns a matrix ``(n, n)`` as one of at most ``most`` rows, each cell the largest of a block."""
+    """Return a matrix ``(n, n)`` as one of at most ``most`` rows, each cell the largest of a block."""
     width = -(-len(matrix) // most)
     blocks = -(-len(matrix) // width)
     padded = np.zeros((blocks * width, blocks * width))

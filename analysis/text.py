@@ -14,7 +14,7 @@ UNSAFE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode categories withou
 
 
 def printable(value: Any) -> Any:
-    r"""Returns text without characters that break a line, a terminal or UTF-8; lists and dicts item by item.
+    r"""Return text without characters that break a line, a terminal or UTF-8; lists and dicts item by item.
 
     A newline becomes ``\n``, a byte of a file name that is not UTF-8 ``\xff``, a mark that turns the
     direction of writing ``\u202e``. Values that are no text stay as they are.
@@ -40,7 +40,7 @@ def _visible(character: str) -> str:
 
 
 def shell(*words: Any) -> str:
-    r"""Returns a command line that a shell reads back as these words.
+    r"""Quote words as one command line that can be pasted into a shell.
 
     Words with unprintable characters are quoted as bash, zsh and ksh do: ``$'a\nb'``.
     """
@@ -55,12 +55,12 @@ def _quoted(word: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Returns what an error says, on one line."""
+    """Return what an error says, on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def words(command: str) -> list[str]:
-    """Returns the words of a command line; of one whose quotes do not match, itself."""
+    """Return the words of a command line; of one whose quotes do not match, itself."""
     try:
         return shlex.split(command)
     except ValueError:
@@ -68,18 +68,18 @@ def words(command: str) -> list[str]:
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
-    """Returns 1 trial, 2 trials, 10,000 trials."""
+    """Return 1 trial, 2 trials, 10,000 trials."""
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:
-    """Returns a, b, c; of many, the first and how many more there are."""
+    """Return a, b, c; of many, the first and how many more there are."""
     rest = len(names) - most
     return ", ".join(names) if rest <= 1 else f"{', '.join(names[:most])} and {rest:,} more"
 
 
 def number(value: Any, digits: int = 4) -> str:
-    """Returns a number with as many significant digits, and more where 0.99999 would read 1."""
+    """Return a number with ``digits`` significant digits, and more where 0.99999 would read 1."""
     if not isinstance(value, float) or not math.isfinite(value):
         return str(value)
     if 10 ** (digits - 1) <= abs(value) < 1e15:
@@ -90,7 +90,7 @@ def number(value: Any, digits: int = 4) -> str:
 
 
 def percent(fraction: float, digits: int = 0) -> str:
-    """Returns a fraction in percent, without the sign; only what is 0 or 1 reads 0 or 100."""
+    """Return a fraction in percent, without the sign; only 0 reads 0, and only 1 reads 100."""
     text, step = f"{100 * fraction:.{digits}f}", 10.0**-digits
     if fraction > 0 and not float(text):
         return f"<{step:.{digits}f}"
@@ -100,14 +100,14 @@ def percent(fraction: float, digits: int = 0) -> str:
 
 
 def spread_digits(sd: float | None, least: int) -> int:
-    """Returns the decimals of a mean and its sd: as few as asked, but the sd of unequal values is not 0."""
+    """Return the decimals of a mean and its sd: ``least``, or more if the sd would read 0 and is not."""
     return least if not sd else max(least, min(12, math.ceil(-math.log10(sd))))
 
 
 def decimals(values: Sequence[float], most: int = 12) -> int:
-    """Returns with how many decimals values are told from each other and from what they are not.
+    """Return the smallest number of decimals that shows each value as it is.
 
-    The smallest number that rounds none of them by more than a thousandth of their smallest step.
+    Rounding then moves none of them by more than a thousandth of their smallest difference.
     """
     rising = sorted(set(values))
     steps = [b - a for a, b in pairwise(rising)] or [abs(value) for value in rising]
@@ -117,7 +117,7 @@ def decimals(values: Sequence[float], most: int = 12) -> int:
 
 
 def clock(seconds: float) -> str:
-    """Returns 75 as 1 min 15 s."""
+    """Return 75 as 1 min 15 s."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

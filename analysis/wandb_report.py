@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from analysis.command_line import INSTALL, folder, run, writing
 from analysis.facts import cards, plain
 from analysis.load import Study, load
-from analysis.text import printable
+from analysis.text import printable, reason
 from trainables.command_line import Parser
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 PROJECT = "tunefleet"  # W&B's, where neither --project nor WANDB_PROJECT names one
 MEDIA = (  # keys of the run of job_type "study": its figures, and images
     *("figures/winner_curves", "figures/all_curves", "figures/best_so_far", "figures/hyperparameters"),
-    *("figures/importance", "figures/confusion", "figures/class_accuracy", "figures/lr_curves"),
+    *("figures/importance", "figures/confusion", "figures/confused_pairs", "figures/class_accuracy"),
+    "figures/lr_curves",
     "misclassified",
 )
 MEASURE = "best_val_accuracy"  # in the summary of each trial's run
@@ -163,10 +164,9 @@ def save(studies: list[Study], *, entity: str, project: str, groups: list[str]) 
         entity = entity or wandb.Api().default_entity or ""
         report = build(studies, entity=entity, project=project, groups=groups, linked=bool(entity))
         return str(report.save().url)
-    except (wandb.errors.Error, OSError) as error:
-        reason = " ".join(str(error).split())
+    except (wandb.errors.Error, OSError, ValueError) as error:  # of a base URL, pydantic's
         raise ValueError(
-            f"--save: W&B cannot be used ({reason}); log in by `wandb login` or WANDB_API_KEY, "
+            f"--save: W&B cannot be used ({reason(error)}); log in by `wandb login` or WANDB_API_KEY, "
             "or leave --save out"
         ) from None
 
@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    """Uploads or writes the report; returns the exit code.
+    """Upload or write the report; return the exit code.
 
     Raises:
         ValueError: It cannot be done.

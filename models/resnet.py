@@ -121,10 +121,7 @@ def load_weights(weights: str) -> dict[str, Tensor] | None:
         ValueError: the download failed, or the file is not there, cannot be read without running code, or is
             not a ResNet-18 state_dict.
     """
-    if weights == "none":
-        return None
-    file = Path(weights).expanduser()
-    return _load(weights, file.stat().st_mtime_ns if file.is_file() else None)
+    return None if weights == "none" else _load(weights, weights_signature(weights))
 
 
 def weights_file(weights: str) -> Path | None:
@@ -134,12 +131,33 @@ def weights_file(weights: str) -> Path | None:
     if weights == "imagenet":
         url = _torchvision().ResNet18_Weights.IMAGENET1K_V1.url
         return Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
-    return Path(weights).expanduser().absolute()
+    return _expanded(weights).absolute()
+
+
+def weights_signature(weights: str) -> tuple[int, ...]:
+    """Return what changes when the file of weights may have changed; nothing if it cannot be read."""
+    try:
+        file = weights_file(weights)
+        status = file.stat() if file else None
+    except OSError:
+        return ()
+    if status is None:
+        return ()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _expanded(weights: str) -> Path:
+    try:
+        return Path(weights).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"weights={weights!r} has no home folder; set HOME, or give a path without ~"
+        ) from error
 
 
 @lru_cache(maxsize=1)  # a worker builds trial after trial from the same 47 MB
-def _load(weights: str, mtime_ns: int | None) -> dict[str, Tensor]:
-    """Loads weights; a file that was written anew is loaded anew."""
+def _load(weights: str, signature: tuple[int, ...]) -> dict[str, Tensor]:
+    """Load weights, again if the file may have changed."""
     return _checked(_download_imagenet() if weights == "imagenet" else _read_file(weights), weights)
 
 
@@ -158,7 +176,7 @@ def _download_imagenet() -> object:
 
 
 def _read_file(weights: str) -> object:
-    path = Path(weights).expanduser()
+    path = _expanded(weights)
     try:
         with path.open("rb") as file:
             mappable = zipfile.is_zipfile(
@@ -204,7 +222,18 @@ def _checked(state: object, weights: str) -> dict[str, Tensor]:
             f"{len(names)} {fault} ({_first(names)})" for fault, names in faults.items() if names
         )
         raise ValueError(f"weights={weights!r} does not fit ResNet-18: {found}; {wanted}")
-    return {name: state[name].to(tensor.dtype) for name, tensor in expected.items()}
+    loaded = {name: state[name].to(tensor.dtype) for name, tensor in expected.items()}
+    broken = [
+        name
+        for name, tensor in loaded.items()
+        if not tensor.isfinite().all() or (name.endswith("running_var") and (tensor < 0).any())
+    ]
+    if broken:
+        raise ValueError(
+            f"weights={weights!r} has NaN, infinite values or negative variances in {len(broken)} tensors "
+            f"({_first(broken)}); give weights of a training that did not diverge"
+        )
+    return loaded
 
 
 def _shape(value: object) -> str:

@@ -228,6 +228,8 @@ def _remedy(error: Exception) -> str:
     text, folder = str(error), os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     if "AF_UNIX path length" in text:
         return "give a shorter path: RAY_TMPDIR=/tmp"
+    if "timed out" in text:
+        return "wait until it has free CPUs and memory"
     if is_full(error):
         return f"make room in {folder}, or give RAY_TMPDIR on a larger disk"
     if isinstance(error, OSError):

@@ -9,6 +9,7 @@
   as a crash. ``neighbour``: lost a moment after such an error on the same GPU; the trial is not to blame.
 - ``graph``: its step cannot be captured as a CUDA graph, ``graph_memory``: for lack of memory. It goes on
   without; of the first kind, all trials do.
+- ``store``: the object store did not take or give a file for minutes. The same.
 - ``worker``: the process died otherwise. The trial goes on, ``--max-failures`` times.
 
 The texts are those of Ray 2.60.
@@ -20,6 +21,7 @@ import re
 from typing import Any
 
 from trainables.disk import says_full
+from trainables.storage import StoreError
 
 MEMORY = ("NODE_OUT_OF_MEMORY", "running low on memory")
 NODE = (
@@ -42,7 +44,7 @@ BY_CLASS = {  # names of our exceptions, as Ray's texts have them
 
 
 def cause_of(error: Exception | None) -> str:
-    """Returns node, memory, disk, gpu, graph, graph_memory or worker."""
+    """Return node, memory, disk, store, gpu, graph, graph_memory or worker."""
     text = f"{type(error).__name__}: {error}"
     for name, cause in BY_CLASS.items():
         if name in text:
@@ -51,6 +53,8 @@ def cause_of(error: Exception | None) -> str:
         return "memory"
     if says_full(text):
         return "disk"
+    if StoreError.__name__ in text:
+        return "store"
     gone: Any = getattr(error, "preempted", False)
     return "node" if gone or any(sign in text for sign in NODE) else "worker"
 

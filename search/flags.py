@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def study_parser(program: str, description: str, space_help: str = "architecture
     parser = Parser(prog=program, description=description)
     parser.add_argument("--space", help=space_help)
     parser.add_argument(
-        "--study-dir", type=Path, help="the study's folder (default: a new one under studies/)"
+        "--study-dir", type=_folder, help="the study's folder (default: a new one under studies/)"
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, for how long, and end")
     parser.add_argument(
@@ -90,6 +91,11 @@ def add_options(parser: argparse.ArgumentParser, names: Collection[str]) -> None
         )
 
 
+def _folder(text: str) -> Path:
+    """Returns a path; a shell leaves the ~ of --study-dir=~/x as it is."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111  Path's raises RuntimeError for an unknown user
+
+
 class _Values(argparse.Action):
     """Turns ``hidden=32 augment=crop`` into values of TrainConfig's types."""
 
@@ -116,6 +122,12 @@ def parse_study(
 
     What to do has W&B's flags and key in its ``wandb``.
     """
-    do = parser.parse_args(arguments)
+    do, unknown = parser.parse_known_args(arguments)
+    for word in unknown:
+        name = word.lstrip("-").partition("=")[0].replace("-", "_")
+        if name in FIELD_TYPES and word.startswith("--"):
+            parser.error(f"{word} is a hyperparameter; to give it to every trial: --fix {name}=VALUE")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     do.wandb = take_flags(vars(do))
     return do, {name: vars(do).pop(name) for name in HELP if name in do}

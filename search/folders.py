@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from search.lease import NAME as LEASE
 from search.options import RESUMABLE, StudyOptions, flag
 from search.study_file import lock_of, read_events, read_study
-from trainables.storage import Storage, is_url
+from trainables.data import BUILT_IN, expanded
+from trainables.storage import BRIEF_SECONDS, Storage, is_url, reason
 
 
 def place_of(options: StudyOptions, folder: Path | None, storage: str | None) -> tuple[StudyOptions, Path]:
@@ -23,13 +25,21 @@ def place_of(options: StudyOptions, folder: Path | None, storage: str | None) ->
         options = dataclasses.replace(options, storage=storage)
     elif storage and folder:
         raise ValueError(f"--storage={storage} is a folder, and so is --study-dir={folder}; give one of them")
-    under = Path("studies" if options.storage or not storage else storage)
-    folder = folder or default_folder(options.space, options.data, under)
+    under = Path("studies") if options.storage or not storage else expanded("--storage", storage)
+    folder = expanded("--study-dir", folder) if folder else default_folder(options.space, options.data, under)
     check_free(folder)
     check_storage(options.storage, folder.name)
-    if Path(options.weights).is_file():  # a node's working directory may be another
-        options = dataclasses.replace(options, weights=str(Path(options.weights).absolute()))
-    return options, folder
+    return absolute(options), folder
+
+
+def absolute(options: StudyOptions) -> StudyOptions:
+    """Returns options whose paths are absolute: a node, or a resume, may have another working directory."""
+    paths: dict[str, Any] = {"data_dir": str(expanded("--data-dir", options.data_dir).absolute())}
+    if options.data not in BUILT_IN and (data := expanded("--data", options.data)).exists():
+        paths["data"] = str(data.absolute())
+    if (weights := expanded("--weights", options.weights)).is_file():
+        paths["weights"] = str(weights.absolute())
+    return dataclasses.replace(options, **paths)
 
 
 def unfinished(folder: Path, changes: dict[str, Any]) -> tuple[StudyOptions, dict[str, Any]]:
@@ -52,28 +62,34 @@ def unfinished(folder: Path, changes: dict[str, Any]) -> tuple[StudyOptions, dic
     lock_of(folder).release()  # before anything slow: another process may be at it
     read_events(folder, content)
     try:
-        return StudyOptions(**(content["options"] | changes)), content
+        return absolute(StudyOptions(**(content["options"] | changes))), content
     except TypeError as error:
         raise ValueError(f"{folder / 'study.json'} has options of another version ({error})") from None
 
 
 def check_free(folder: Path) -> None:
-    """Raises ValueError where a new study's folder holds something already."""
-    if (folder / "study.json").exists():
-        raise ValueError(
-            f"--study-dir={folder} holds another study; give a new folder, or go on with --resume {folder}"
-        )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--study-dir={folder} is no empty folder; give a new one")
+    """Raises ValueError where a new study's folder holds something already, or cannot be made."""
+    try:
+        if (folder / "study.json").exists():
+            raise ValueError(
+                f"--study-dir={folder} holds another study; give a new folder, or --resume {folder}"
+            )
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"--study-dir={folder} is no empty folder; give a new one")
+        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        with tempfile.TemporaryDirectory(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(f"--study-dir={folder} cannot be made ({error.strerror}); give another") from error
 
 
 def check_storage(url: str | None, name: str) -> None:
     """Raises ValueError where an object store cannot be written and read, or holds such a study."""
     if url is None:
         return
-    storage = Storage(f"{url.rstrip('/')}/{name}")
+    storage = Storage(f"{url.rstrip('/')}/{name}", patience=BRIEF_SECONDS)
     try:
-        if storage.names():
+        if set(storage.names()) - {LEASE}:
             raise ValueError(
                 f"{storage.url} holds another study; give another --study-dir name, or --resume it"
             )
@@ -82,9 +98,9 @@ def check_storage(url: str | None, name: str) -> None:
             storage.put(probe, "probe")
         storage.remove("probe")
     except OSError as error:
-        reason = str(error).partition("\n")[0]
+        why = reason(error.__cause__ or error)
         raise ValueError(
-            f"--storage={url} cannot be used ({reason}); check bucket, credentials and AWS_ENDPOINT_URL"
+            f"--storage={url} cannot be used ({why}); check bucket, credentials and AWS_ENDPOINT_URL"
         ) from error
 
 

@@ -133,16 +133,18 @@ class Jobs:
 
         Args:
             trial_id: The trial.
-            cause: node, memory, disk, worker, gpu, neighbour, graph or graph_memory (search/faults.py).
+            cause: of search/faults.py.
             error: What is known of it.
             gpu: Where, if it was on one.
         """
-        if cause != "disk":
+        if cause == "disk":
+            self._stop_as_full(error.strip().rpartition("\n")[2])
+        elif cause == "store":
+            self.gave_up = error.strip().rpartition("StoreError: ")[2]
+        else:
             event = {"trial_id": trial_id, "lost": cause, "error": error} | ({"gpu": gpu} if gpu else {})
             with self._stopping_where_full():
                 self.journal.append(event)
-        else:
-            self._stop_as_full(error.strip().rpartition("\n")[2])
         if self.gave_up:
             self.running.discard(trial_id)
             return

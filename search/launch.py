@@ -26,7 +26,7 @@ from search.mirror import bring
 from search.options import StudyOptions
 from search.printing import phase, print_result
 from search.spaces import default_image_size
-from search.stopping import Stops, say_nothing_written
+from search.stopping import Stops
 from search.wandb_options import choose as choose_wandb
 from trainables.data import ImageData, prepare
 from trainables.driver import may_be_used
@@ -42,6 +42,7 @@ class Script:
     console: Console
     name: str = "search/run.py"  # goes on with a study by --resume
     finish: Callable[[Path, Console], int] = print_result  # tells of a finished study; returns the exit code
+    place: Path | None = None  # what --resume continues; None: the study
     stops: Stops = field(default_factory=Stops)  # what a signal does
 
 
@@ -68,7 +69,9 @@ def start(
     Raises:
         ValueError: Something stands against it; nothing was written.
     """
-    script.stops.change(say_nothing_written)  # of several studies the one before may have had another answer
+    script.stops.change(
+        script.stops.nothing_yet
+    )  # of several studies the one before may have had another answer
     shared = storage or (str(folder.absolute().parent) if folder else None)  # what nodes are asked to see
     wandb_options = choose_wandb(wandb or {})
     options, folder = place_of(options, folder, storage)
@@ -101,14 +104,16 @@ def resume(
     Raises:
         ValueError: There is no study, it is done, or it cannot go on as asked.
     """
+    script.stops.change(script.stops.nothing_yet)
     folder = (bring(str(place)) if is_url(place) else Path(place)).resolve()
     options, content = unfinished(folder, changes)
     wandb_options = choose_wandb(wandb or {}, content.get("wandb"))
     data = read_images(options, script.console)
     if data.sha256 != content["data_sha256"]:
         raise ValueError(
-            f"--data={options.data} is not what the study began with (sha256 {data.sha256[:12]}, was "
-            f"{content['data_sha256'][:12]}); give the old images back"
+            f"--data={options.data} holds other images than the study began with, or they are decoded "
+            f"differently now (sha256 {data.sha256[:12]}, was {content['data_sha256'][:12]}); give --data "
+            "with the old images"
         )
     with _ray_beside_torch(options, script):
         from search.running import go_on
@@ -138,10 +143,10 @@ def _ray_beside_torch(options: StudyOptions, script: Script) -> Iterator[None]:
     """Starts or joins Ray, and imports torch; a user's mistake inside leaves no Ray behind."""
     ours = not ray.is_initialized()
     try:
-        with script.console.status("starting Ray"):
+        with phase(script.console, "starting Ray"):
             connect_early(options)
         if ray.is_initialized():
-            script.stops.change(say_nothing_written, RayWatch())
+            script.stops.change(script.stops.nothing_yet, RayWatch())
         yield
     except ValueError:
         if ours:

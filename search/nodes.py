@@ -27,7 +27,7 @@ from search.options import StudyOptions
 from search.provenance import code_sha256, versions
 from trainables.data import ImageData
 from trainables.levers import Levers
-from trainables.storage import Storage, is_url
+from trainables.storage import BRIEF_SECONDS, Storage, is_url
 
 ANSWER_SECONDS = 45.0  # for all nodes together; a dead one is known to Ray after a minute only
 SENT_MAX = 8 * 2**30  # bytes of images; more belongs on a disk that the nodes share
@@ -198,7 +198,7 @@ def _leave_mark(question: Question) -> None:
         file = Path(question.data_dir) / question.mark
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(node)
-        Storage(question.place.rstrip("/")).put(file, f"{question.mark}/{node}")
+        Storage(question.place.rstrip("/"), patience=BRIEF_SECONDS).put(file, f"{question.mark}/{node}")
         file.unlink()
         return
     mark = Path(question.place) / question.mark
@@ -212,7 +212,8 @@ def _written_by(nodes: list[Node], question: Question) -> set[str]:
     missing = set()
     for node in nodes:
         if is_url(question.place):
-            storage, name = Storage(question.place.rstrip("/")), f"{question.mark}/{node.node_id}"
+            storage = Storage(question.place.rstrip("/"), patience=BRIEF_SECONDS)
+            name = f"{question.mark}/{node.node_id}"
             found = name in storage.names(question.mark)
             storage.remove(name)
         else:

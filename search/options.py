@@ -9,7 +9,7 @@ from search.asha import PRUNERS, rung_epochs
 from search.spaces import SMALLEST_SIZE, find_space, fixed_values
 from search.suggest import SEARCHERS, PointSampler, Sampler, make_sampler
 from trainables.config import TrainConfig, check_integer, check_name, check_number
-from trainables.data import DATA_DIR
+from trainables.data import DATA_DIR, expanded
 
 
 def flag(name: str) -> str:
@@ -17,6 +17,7 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+SEED_MAX = 2**32 - 1  # numpy's RandomState, and so hyperopt, takes no larger one
 NOT_TO_FIX = {  # and what to do instead
     "architecture": "give --space",
     "refit": "the winner's seeds have it, and no trial",
@@ -35,7 +36,7 @@ class StudyOptions:
     """
 
     space: str
-    data: str = "cifar10"
+    data: str = "cifar10"  # resume; where the same images are now
     image_size: int | None = None  # None: what the space is best at on the device
     weights: str = "imagenet"  # of ResNet backbones
     trials: int | None = None  # None: the space's
@@ -61,6 +62,9 @@ class StudyOptions:
 
     def __post_init__(self) -> None:
         space = find_space(self.space)
+        for name in ("data", "data_dir", "weights"):
+            if (value := getattr(self, name)).startswith("~"):
+                object.__setattr__(self, name, str(expanded(flag(name), value)))
         if self.points:
             object.__setattr__(self, "trials", len(self.points))
         if self.trials is None:
@@ -79,6 +83,8 @@ class StudyOptions:
             ("final_seeds", 0),
         ):
             check_integer(flag(name), getattr(self, name), lowest)
+        if self.seed > SEED_MAX:
+            raise ValueError(f"--seed={self.seed} is not possible; give an integer from 0 to {SEED_MAX}")
         check_integer("--max-failures", self.max_failures, 0)
         for name in ("image_size", "concurrency"):
             if getattr(self, name) is not None:
@@ -133,6 +139,7 @@ class StudyOptions:
 
 
 RESUMABLE = (
+    "data",
     "device",
     "data_dir",
     "concurrency",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -15,24 +16,25 @@ import torch
 from ray.tune.search.sample import Categorical, Integer
 from rich.console import Console
 
-from models import ARCHITECTURES
+from models import ARCHITECTURES, build
 from models.resnet import output_shape
 from search.asha import expected_epochs
 from search.options import StudyOptions
 from search.printing import clock, shown
 from search.resources import Machine, Resources
 from search.spaces import default_image_size, find_space
+from search.suggest import RandomSampler
 from trainables.config import TrainConfig
 from trainables.data import BUILT_IN, ImageData
 from trainables.gpu import free_memory, is_out_of_memory
 from trainables.graph import WARM_UP_STEPS, CaptureError, CaptureMemoryError
 from trainables.host import cpu_count
 from trainables.image_files import Progress
-from trainables.inputs import load_inputs, sample_inputs, split_counts
+from trainables.inputs import kind_of, load_inputs, sample_inputs, split_counts
 from trainables.levers import Levers
 from trainables.training import TrainingRun
 
-OPTIMIZER_VALUES = {"sgd": 1, "adam": 2, "adamw": 2}  # kept per parameter, at most
+SAMPLED_CONFIGS = 200  # whose checkpoints' mean is forecast
 MEASURED_STEPS = {"cpu": 10, "cuda": 100}  # optimizer steps that forecast an epoch
 PEAK_BATCHES = 2 * WARM_UP_STEPS + 5  # halves of a batch: some steps are captured, and one is short
 SIZES = (128, 64, 32)  # pixels a side that a GPU's memory decides between
@@ -97,7 +99,8 @@ class Prepared:
     split_sha256: str
     train_count: int
     validation_count: int
-    checkpoint_bytes: int  # of one trial
+    mean_checkpoint: int  # bytes; of the configs that the study may sample
+    largest_checkpoint: int
     epoch_seconds: float | None  # of the published best on one worker; None: not measured
     preparing_seconds: float = 0.0  # that inputs will take which a forecast left out
     peak_bytes: int | None = None  # of a GPU, of the largest trial; None: on a CPU, or it did not fit
@@ -127,26 +130,29 @@ def prepare(
     torch.set_num_threads(cpu_count())
     config, data_dir = example(options), Path(options.data_dir)
     gpu_bytes = torch.cuda.mem_get_info()[0] if levers.device == "cuda" else None
+    train_count, val_count, split = split_counts(data)
     try:
+        left, seconds = 0.0, None
         if threads is None:
             load_inputs(config, data, levers, data_dir, progress=progress)
-            run, left = TrainingRun(config, data, levers, data_dir), 0.0
+            run = TrainingRun(config, data, levers, data_dir)
         else:
             count = MEASURED_STEPS[levers.device] * config.batch_size
             inputs, left = sample_inputs(config, data, levers, data_dir, count)
             run = TrainingRun(config, data, levers, data_dir, inputs=inputs)
+            seconds = _measure(run, threads, train_count + val_count)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise ValueError(f"{options.space} does not fit into memory here; --fix smaller sizes") from error
-    train_count, val_count, split = split_counts(data)
-    seconds = None if threads is None else _measure(run, threads, train_count + val_count)
-    kept = checkpoint_bytes(run)
     del run
+    mean_checkpoint, largest_checkpoint = checkpoint_sizes(options, data)
     peak = None
     if levers.device == "cuda":
         peak = largest_peak(options, data, levers, sampled=threads is not None)
-    return Prepared(split, train_count, val_count, kept, seconds, left, peak, gpu_bytes)
+    return Prepared(
+        split, train_count, val_count, mean_checkpoint, largest_checkpoint, seconds, left, peak, gpu_bytes
+    )
 
 
 def largest_peak(options: StudyOptions, data: ImageData, levers: Levers, *, sampled: bool) -> int | None:
@@ -198,10 +204,41 @@ def largest(options: StudyOptions) -> TrainConfig:
     return TrainConfig.from_dict(config)
 
 
-def checkpoint_bytes(run: TrainingRun) -> int:
-    """Returns what the tensors of a checkpoint take, once the optimizer has its state."""
-    network = sum(tensor.nbytes for tensor in run.network.state_dict().values())
-    return network + OPTIMIZER_VALUES[run.config.optimizer] * sum(p.nbytes for p in run.trained)
+def checkpoint_bytes(config: TrainConfig, data: ImageData) -> int:
+    """Returns what the tensors of a config's checkpoint take, once the optimizer has its state."""
+    kept, trained = _sizes(
+        config.architecture,
+        len(data.classes),
+        config.image_size,
+        config.hidden,
+        config.kernel_size,
+        kind_of(config, data) == "features",
+    )
+    values = 2 if config.optimizer in ("adam", "adamw") else int(config.momentum > 0)  # per parameter
+    return kept + values * trained
+
+
+@functools.lru_cache
+def _sizes(
+    architecture: str, classes: int, image_size: int, hidden: int | None, kernel_size: int | None, head: bool
+) -> tuple[int, int]:
+    """Returns the bytes of a network's tensors and of its trained parameters, of its head alone or of all."""
+    shape = (3, image_size, image_size)
+    with torch.random.fork_rng(devices=[]):
+        model = build(architecture, classes, shape, hidden=hidden, kernel_size=kernel_size)
+    network = model.head if head else model
+    trained = sum(p.nbytes for p in network.parameters() if p.requires_grad)
+    return sum(tensor.nbytes for tensor in network.state_dict().values()), trained
+
+
+def checkpoint_sizes(options: StudyOptions, data: ImageData) -> tuple[int, int]:
+    """Returns the bytes of a checkpoint of this study: the mean over sampled configs, and the largest."""
+    ranges = {} if options.points else find_space(options.space, options.fix).ranges
+    sampler = RandomSampler(ranges, None, seed=0)
+    base = example(options).to_dict()
+    sampled = options.points or [sampler.suggest(str(k)) or {} for k in range(SAMPLED_CONFIGS)]
+    sizes = [checkpoint_bytes(TrainConfig.from_dict(base | values), data) for values in sampled]
+    return round(sum(sizes) / len(sizes)), max(*sizes, checkpoint_bytes(largest(options), data))
 
 
 def _measure(run: TrainingRun, threads: int, images: int) -> float:
@@ -216,7 +253,7 @@ def forecast(options: StudyOptions, resources: Resources, prepared: Prepared) ->
     """Returns what the study will take.
 
     Returns:
-        epochs (of the search, in expectation), final_epochs, seconds, and checkpoint_bytes in all.
+        epochs (of the search, in expectation), final_epochs and seconds.
     """
     assert options.trials is not None
     assert options.epochs is not None
@@ -230,19 +267,33 @@ def forecast(options: StudyOptions, resources: Resources, prepared: Prepared) ->
         "seconds": START_SECONDS
         + prepared.preparing_seconds
         + prepared.epoch_seconds * (epochs / resources.slots + waves),
-        "checkpoint_bytes": prepared.checkpoint_bytes * (options.trials + options.final_seeds),
     }
 
 
-def check_disk(folder: Path, needed: int) -> None:
+def disk_needed(options: StudyOptions, resources: Resources, prepared: Prepared) -> tuple[int, int]:
+    """Returns the bytes of checkpoints that the study will have at once: about, and at most."""
+    assert options.trials is not None
+    at_once = (
+        options.final_seeds + resources.slots
+    )  # a seed's stays to the end; one is written beside the old
+    mean, largest = prepared.mean_checkpoint, prepared.largest_checkpoint
+    return mean * options.trials + largest * at_once, largest * (options.trials + at_once)
+
+
+def check_disk(folder: Path, needed: int, most: int) -> None:
     """Raises ValueError where a study's folder has not the space that its checkpoints need."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise ValueError(
-            f"checkpoints in {folder} need up to {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
-            "give --study-dir on a larger disk, or fewer --trials"
+            f"checkpoints in {folder} need about {megabytes(needed)} (at most {megabytes(most)}), and "
+            f"{megabytes(free)} are free; give --study-dir on a larger disk, or fewer --trials"
         )
+
+
+def megabytes(size: int) -> str:
+    """Returns bytes as 609 MB or 1.2 GB."""
+    return f"{size / 1e6:.0f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB"
 
 
 def print_forecast(
@@ -256,6 +307,7 @@ def print_forecast(
 ) -> int:
     """Prints what --dry-run promises; returns 0."""
     facts = forecast(options, resources, prepared)
+    needed, most = disk_needed(options, resources, prepared)
     gpus = f" and {resources.gpus_per_trial:g} GPU" if resources.gpus_per_trial else ""
     lines = [
         f"space      {options.space}: {ARCHITECTURES[options.space].summary}",
@@ -268,7 +320,7 @@ def print_forecast(
         f"final      {options.final_seeds} seeds, {facts['final_epochs']} epochs",
         f"time       about {clock(facts['seconds'])}, from {prepared.epoch_seconds:.2f} s an epoch "
         "of the published best",
-        f"disk       up to {facts['checkpoint_bytes'] / 1e6:.0f} MB of checkpoints while it runs",
+        f"disk       about {megabytes(needed)} of checkpoints while it runs, at most {megabytes(most)}",
         f"folder     {shown(folder)}, not written",
     ]
     if prepared.preparing_seconds >= 1:

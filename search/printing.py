@@ -129,7 +129,7 @@ def shown(place: Path | str) -> str:
 
 
 def rounded(value: float, form: str = "f") -> str:
-    """Returns a number to four digits, and more where it would read 0 or 1 and is neither."""
+    """Return a number to four digits, and more where it would read 0 or 1 and is neither."""
     digits = 4
     while float(text := f"{value:.{digits}{form}}") in (0, 1) and float(text) != value and digits < 17:
         digits += 1

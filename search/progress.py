@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console, Group
@@ -28,10 +29,19 @@ class Progress:
         options: What was asked for.
         slots: How many trials run at once.
         console: Where to; a terminal gets the table, anything else plain lines.
+        trouble: Returns what the study waits for, in a few words; nothing where it does not.
     """
 
-    def __init__(self, jobs: Jobs, options: StudyOptions, slots: int, console: Console) -> None:
+    def __init__(
+        self,
+        jobs: Jobs,
+        options: StudyOptions,
+        slots: int,
+        console: Console,
+        trouble: Callable[[], str] = lambda: "",
+    ) -> None:
         self.jobs, self.options, self.slots, self.console = jobs, options, slots, console
+        self.trouble = trouble
         live = console.is_terminal and not console.is_dumb_terminal
         self.live = Live(console=console, auto_refresh=False, transient=True) if live else None
         self.began = time.monotonic()
@@ -99,6 +109,7 @@ class Progress:
             "elapsed": elapsed,
             "eta": (total - done) / rate if rate else None,
             "best": jobs.best_yet,
+            "trouble": self.trouble(),
         }
 
 
@@ -142,14 +153,14 @@ def line(facts: dict[str, Any]) -> str:
     counted = ", ".join(f"{number} {status}" for status, number in sorted(facts["counts"].items()))
     if facts["phase"] == "final":
         counted += f"; {finals(facts)}"
-    best = facts["best"]
+    best, trouble = facts["best"], facts["trouble"]
     value = f"{best[0]:.4f}" if best else "-"
     left = f", about {clock(facts['eta'])} left" if facts["eta"] else ""
     return (
         f"{facts['space']} {facts['phase']}: {facts['started']}/{facts['trials']} trials ({counted}), "
         + ("" if facts["epochs_per_second"] else "no epoch done yet, ")
         + f"{facts['epochs']}/{facts['expected_epochs']} epochs, {facts['epochs_per_second']:.2g} epochs/s, "
-        f"best val_accuracy {value}, {clock(facts['elapsed'])}{left}"
+        f"best val_accuracy {value}, {clock(facts['elapsed'])}{left}" + (f"; {trouble}" if trouble else "")
     )
 
 
@@ -174,4 +185,6 @@ def table(facts: dict[str, Any]) -> Group:
     left = clock(facts["eta"]) if facts["eta"] is not None else "unknown yet"
     grid.add_row("time", f"{clock(facts['elapsed'])}, left: {left}")
     grid.add_row("best", describe(facts["best"]))
+    if facts["trouble"]:
+        grid.add_row("waiting", Text(facts["trouble"], style="yellow"))
     return Group(Text(f"{facts['space']}: {facts['phase']}", style="bold cyan"), grid)

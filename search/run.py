@@ -24,18 +24,27 @@ if __name__ == "__main__":
     stopping.answer_at_once()  # what follows takes seconds to import
 
 import argparse
+import dataclasses
+import json
+import shlex
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 
 from search.flags import HELP, add_options, add_storage, parse_study, study_parser
+from search.folders import check_free, default_folder
 from search.launch import Script, leave, resume, start
 from search.options import StudyOptions
-from search.printing import list_spaces
+from search.printing import list_spaces, shown
 from search.spaces import SPACES
+from search.study_file import read_study, write_whole
 from search.wandb_options import add_wandb_flags
 from trainables.command_line import exit_code
 from trainables.config import check_name
+from trainables.storage import is_url
+
+ALL = "all.json"  # in a folder of the studies of all spaces: what was asked of each
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -72,6 +81,9 @@ def carry_out(do: argparse.Namespace, options: dict[str, Any], script: Script) -
             )
         if do.dry_run:
             raise ValueError("--dry-run forecasts a new study; leave --resume out")
+        if not is_url(do.resume) and (file := Path(do.resume, ALL)).is_file():
+            asked = json.loads(file.read_text())
+            return run_all(file.parent, asked, options, script, wandb=asked["wandb"] | do.wandb)
         return resume(do.resume, options, script, wandb=do.wandb)
     if not do.space:
         raise ValueError(f"give --space NAME, or --resume DIR; spaces: {', '.join(SPACES)}, or all")
@@ -85,20 +97,56 @@ def carry_out(do: argparse.Namespace, options: dict[str, Any], script: Script) -
             wandb=do.wandb,
             storage=do.storage,
         )
-    codes = []
+    folder = do.study_dir or default_folder("all", options.get("data", StudyOptions.data))
+    check_free(folder)
+    given = {name: value for name, value in do.wandb.items() if name != "key"}
+    asked = {"options": options, "storage": do.storage, "wandb": given}
+    if not do.dry_run:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / ALL, (json.dumps(asked, indent=2) + "\n").encode())
+    return run_all(folder, asked, {}, script, dry_run=do.dry_run, wandb=do.wandb)
+
+
+def run_all(
+    folder: Path,
+    asked: dict[str, Any],
+    changes: dict[str, Any],
+    script: Script,
+    *,
+    dry_run: bool = False,
+    wandb: Mapping[str, Any],
+) -> int:
+    """Runs the studies of all spaces in one folder, the finished ones apart; returns the exit code.
+
+    Args:
+        folder: Of the studies, one for each space.
+        asked: The content of its ALL file.
+        changes: Options that were given when it was resumed.
+        script: What has been started.
+        dry_run: Forecast the studies and write nothing.
+        wandb: The fields of WandbOptions that were given.
+    """
+    script = dataclasses.replace(script, place=folder)
+
+    def nothing_yet(reason: str) -> int:
+        code = stopping.say_nothing_written(reason)
+        resume_by = f"python {script.name} --resume {shlex.quote(shown(folder))}"
+        print(f"To resume the other studies: {resume_by}", file=sys.stderr)
+        return code
+
+    if not dry_run:
+        script.stops.nothing_yet = nothing_yet
+    codes = [0]
     for space in SPACES:
-        folder = do.study_dir / space if do.study_dir else None
+        study, storage = folder / space, asked["storage"]
         try:
-            codes.append(
-                start(
-                    StudyOptions(space=space, **options),
-                    folder,
-                    script,
-                    dry_run=do.dry_run,
-                    wandb=do.wandb,
-                    storage=do.storage,
-                )
-            )
+            if (study / "study.json").exists():
+                done = read_study(study)["status"] == "done"
+                codes.append(0 if done else resume(study, changes, script, wandb=wandb))
+            else:
+                options = StudyOptions(space=space, **(asked["options"] | changes))
+                place = f"{storage.rstrip('/')}/{folder.name}" if storage and is_url(storage) else None
+                codes.append(start(options, study, script, dry_run=dry_run, wandb=wandb, storage=place))
         except ValueError as error:  # one space's trouble is not the next one's
             print(f"error: {space}: {error}", file=sys.stderr)
             codes.append(2)

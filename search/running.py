@@ -42,6 +42,7 @@ from search.wandb_sidecar import END_SECONDS, STOP_SECONDS, Sidecar
 from trainables.data import ImageData
 from trainables.driver import hidden_by_environment
 from trainables.levers import Levers
+from trainables.storage import StoreError
 
 T = TypeVar("T")
 
@@ -71,7 +72,7 @@ def begin(
         ValueError: Something stands against it; nothing was written.
     """
     there, console = machine(options.device), script.console
-    with console.status("looking at the device"):
+    with phase(console, "looking at the device"):
         levers, there = look_at_device(options, there)
     if levers.device == "cpu" and options.device == "auto" and hidden_by_environment():
         print_standing("CUDA_VISIBLE_DEVICES hides every GPU: training on CPUs", console)
@@ -82,12 +83,12 @@ def begin(
         check_nodes(options, shared, data, levers, console)
     prepared, resources = look_before(options, data, levers, there, resources, console, dry_run=dry_run)
     if not options.storage:
-        preflight.check_disk(folder, prepared.checkpoint_bytes * (options.trials or 0))
+        preflight.check_disk(folder, *preflight.disk_needed(options, resources, prepared))
     if dry_run:
         return preflight.print_forecast(options, folder, resources, data, levers, prepared, console)
     start_ray(resources, levers.device, console)
     study = Study(folder.resolve(), options, data, levers)
-    with script.stops.held(functools.partial(tell_stopped, study, script)):
+    with script.stops.held(functools.partial(tell_stopped, study.place, script)):
         Study.create(folder, options, data, levers, prepared)
     return carry_out(study, resources, script, Sidecar(study.folder, wandb))
 
@@ -171,7 +172,7 @@ def on_a_node(resources: Resources, function: Callable[..., T]) -> Callable[...,
 
 def start_ray(resources: Resources, device: str, console: Console) -> None:
     """Starts or joins Ray, before a study's folder is there: a failure leaves nothing behind."""
-    with console.status("starting Ray"):
+    with phase(console, "starting Ray"):
         connect(resources.slots if resources.workers > 1 else 0, device=device)
 
 
@@ -185,25 +186,19 @@ def carry_out(study: Study, resources: Resources, script: Script, sidecar: Sidec
         highlight=False,
         soft_wrap=True,
     )
-    mirror = Mirror(study.folder, study.storage)
+    mirror = Mirror(study.folder, study.storage, functools.partial(print_standing, console=console))
     with mirror.running(), study.running(dataclasses.asdict(resources)):
         jobs = study.jobs()
         sidecar.start()
-        with Progress(jobs, options, resources.slots, console) as progress:
+        with Progress(jobs, options, resources.slots, console, mirror.trouble) as progress:
 
             def stop(reason: str) -> int:
                 jobs.journal.close()
                 progress.close()
-                study.end("stopped")
-                return tell_stopped(study, script, reason)
+                return end_early(study, script, mirror, sidecar, reason)
 
-            def stop_and_send(reason: str) -> int:
-                code = stop(reason)
-                print_standing(sidecar.end(STOP_SECONDS), console)
-                print_standing(mirror.finish(STOP_SECONDS), console)
-                return code
-
-            script.stops.change(stop_and_send, RayWatch())
+            ray_watch = RayWatch()
+            script.stops.change(stop, lambda: mirror.lost or ray_watch())
             run_jobs(
                 jobs,
                 study.context(resources.threads, resources.gpu_bytes),
@@ -211,25 +206,37 @@ def carry_out(study: Study, resources: Resources, script: Script, sidecar: Sidec
                 on_step=progress.update,
             )
         script.stops.change(lambda reason: None)  # what is left takes seconds, and is worth them
+        try:
+            if not jobs.gave_up:
+                with mirror.paused():
+                    study.tidy(jobs)
+        except StoreError as error:
+            jobs.gave_up = str(error)
         if jobs.gave_up:
-            study.end("stopped")
-            tell_stopped(study, script, jobs.gave_up)
-        else:
-            with mirror.paused():
-                study.tidy(jobs)
-    code = 3 if jobs.gave_up else script.finish(study.folder, console)
+            return end_early(study, script, mirror, sidecar, jobs.gave_up)
+    code = script.finish(study.folder, console)
     if jobs.avoided:
         print_standing(f"nodes that failed trials in a row and got no more: {named(jobs.avoided)}", console)
     script.stops.change(sidecar.give_up)
-    print_standing(sidecar.end(STOP_SECONDS if jobs.gave_up else END_SECONDS), console)
+    print_standing(sidecar.end(END_SECONDS), console)
     left = mirror.finish()
     print_standing(left, console)
     return code or int(bool(left))
 
 
-def tell_stopped(study: Study, script: Script, reason: str) -> int:
-    """Prints that a study has stopped and how to resume it; returns the exit code."""
-    resume_by = f"python {script.name} --resume {shlex.quote(str(shown(study.place)))}"
+def end_early(study: Study, script: Script, mirror: Mirror, sidecar: Sidecar, reason: str) -> int:
+    """Leaves a study so that it can be resumed, and says how; returns the exit code."""
+    study.end("stopped")
+    left = mirror.finish(STOP_SECONDS)
+    tell_stopped(study.folder if left and not mirror.lost else study.place, script, reason)
+    print_standing(sidecar.end(STOP_SECONDS), script.console)
+    print_standing(left, script.console)
+    return 3
+
+
+def tell_stopped(place: Path | str, script: Script, reason: str) -> int:
+    """Prints that a study has stopped and how to resume it from a place; returns the exit code."""
+    resume_by = f"python {script.name} --resume {shlex.quote(str(shown(script.place or place)))}"
     if reason:
         print(f"error: {reason}; fix the cause, then resume with: {resume_by}", file=sys.stderr)
     else:

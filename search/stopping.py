@@ -38,10 +38,12 @@ class Stops:
     Attributes:
         stop: Called in the main thread when a signal came, with an empty reason, or when ``watch`` gave one;
             returns the exit code, or None where the command is to end by itself.
+        nothing_yet: What ``stop`` is before there is a study.
         watch: Called in the main thread again and again; returns why the command has to stop, or nothing.
     """
 
     def __init__(self) -> None:
+        self.nothing_yet: Callable[[str], int | None] = say_nothing_written
         self.stop: Callable[[str], int | None] = say_nothing_written
         self.watch: Callable[[], str] = str
         self._turn = threading.Lock()

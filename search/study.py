@@ -156,7 +156,9 @@ class Study:
         self._lock = lock_of(self.folder)
         content = read_study(self.folder)
         self._began, self._seconds_before = time.time(), content["seconds"]
-        content |= {"status": "running", "resources": resources}
+        lasting = {"data": self.options.data, "device": self.options.device}  # of a resume's options
+        options = content["options"] | lasting
+        content |= {"status": "running", "resources": resources, "options": options}
         if Levers(**content["levers"]) != self.levers:  # resumed on another device
             earlier = [
                 *content.get("earlier_levers", []),

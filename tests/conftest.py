@@ -35,8 +35,11 @@ def cli(data_dir, tmp_path):
     """Starts ``python search/run.py …`` as a user does, in a folder of its own; returns the process."""
     started = []
 
-    def start(*arguments, **options):
-        command = [sys.executable, str(ROOT / "search" / "run.py"), *map(str, arguments)]
+    def start(*arguments, before="", **options):
+        """Starts it, after a line of Python where one is given."""
+        script = str(ROOT / "search" / "run.py")
+        run = f"{before}; import runpy; runpy.run_path({script!r}, run_name='__main__')"
+        command = [sys.executable, *(["-c", run] if before else [script]), *map(str, arguments)]
         process = subprocess.Popen(
             [*command, "--data-dir", str(data_dir)],
             cwd=tmp_path,

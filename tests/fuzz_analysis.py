@@ -58,7 +58,7 @@ BEST = ("best/predictions.parquet", "best/misclassified.npz", "best/first_layer.
 
 
 def make_study(rng: random.Random, folder: Path) -> None:
-    """Writes a sound study of a random kind."""
+    """Write a sound study of a random kind."""
     classes = rng.choice(
         [("a", "dog"), tuple(NAMES), tuple(f"class {k}" for k in range(rng.choice([25, 60])))]
     )
@@ -87,7 +87,7 @@ def make_study(rng: random.Random, folder: Path) -> None:
 
 
 def damage(rng: random.Random, folder: Path) -> str:
-    """Damages one file of a study; returns what was done."""
+    """Damage one file of a study; return what was done."""
     name = rng.choice([file for file in (*FILES * 3, *BEST) if (folder / file).is_file()] or ["study.json"])
     file = folder / name
     if not file.is_file():
@@ -121,7 +121,7 @@ def damage(rng: random.Random, folder: Path) -> str:
 
 
 def change_value(rng: random.Random, file: Path) -> str:
-    """Changes or removes one value, column or array of a file that stays readable."""
+    """Change or remove one value, column or array of a file that stays readable."""
     if file.suffix == ".json":
         root = json.loads(file.read_bytes())
         at, path = root, []
@@ -176,9 +176,9 @@ def change_value(rng: random.Random, file: Path) -> str:
 
 
 def make_database(rng: random.Random, folder: Path) -> str:
-    """Returns the URL of a database in a random state."""
+    """Return the URL of a database in a random state."""
     file = folder / "optuna {x} %.db"
-    kind = rng.choice(["new", "new", "other", "garbage", "folder", "nowhere", "nonsense", "versions"])
+    kind = rng.choice(["new", "new", "new", "other", "garbage", "folder", "nowhere", "nonsense", "versions"])
     if kind in ("other", "versions"):
         with contextlib.closing(sqlite3.connect(file)) as database, database:
             database.execute("create table customers (name text)")
@@ -197,7 +197,7 @@ def make_database(rng: random.Random, folder: Path) -> str:
 
 
 def make_out(rng: random.Random, folder: Path) -> str:
-    """Returns a place to write to, possible or not."""
+    """Return a place to write to, possible or not."""
     (folder / "a file").write_text("mine")
     ours = folder / "mine"
     (ours / "tensorboard").mkdir(parents=True, exist_ok=True)
@@ -210,7 +210,7 @@ def make_out(rng: random.Random, folder: Path) -> str:
 def make_command(
     rng: random.Random, folder: Path, studies: list[str]
 ) -> tuple[str, Callable[..., int], list[str]]:
-    """Returns a command's name, its main function and its arguments."""
+    """Return a command's name, its main function and its arguments."""
     bad = [str(folder / "nothing"), "", "/dev/null", "s3://", "file:///nowhere/x"]
     given = [*studies, rng.choice(bad)] if rng.random() < 0.1 else studies
     out = ["--out", make_out(rng, folder)] if rng.random() < 0.6 else []
@@ -227,7 +227,7 @@ def make_command(
         more = rng.choice([[], ["--group", "a"], ["--project", "p", "--entity", "\udcff"]])
         return kind, wandb_report.main, [*given, *out, *more]
     if kind == "replay":
-        number = rng.choice(["-1", "0", "1", "2", "3", str(10**12), "x", ""])
+        number = rng.choice(["-1", "0", "1", "1", "2", "3", str(10**12), "x", ""])
         flag = rng.choice(["--eta", "--grace", "--seed", "--workers", "--orders", "--schedulers"])
         out = out or ["--out", str(folder / "replay")]
         return kind, replay.main, [*given, *out, "--orders", "2", "--workers", "2", flag, number]
@@ -236,7 +236,7 @@ def make_command(
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Returns a hash of every file below a folder, and the folders."""
+    """Return a hash of every file below a folder, and the folders."""
     return {
         str(file): hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "folder"
         for file in folder.rglob("*")
@@ -260,7 +260,7 @@ def limited(seconds: int) -> Iterator[None]:
 
 
 def draw(number: int, seed: int) -> tuple[str, int | str, str]:
-    """Makes and runs one command; returns its kind, its exit code and its defect, "" without one."""
+    """Make and run one command; return its kind, its exit code and its defect, "" without one."""
     rng = random.Random(f"{seed}-{number}")
     with tempfile.TemporaryDirectory() as temporary, contextlib.chdir(temporary):
         folder = Path(temporary)
@@ -269,7 +269,7 @@ def draw(number: int, seed: int) -> tuple[str, int | str, str]:
             study = folder / str(k) / rng.choice(NAMES)
             made = folder / str(k) / "made"
             make_study(rng, made)
-            done += [damage(rng, made) for _ in range(rng.choice([0, 0, 1, 1, 2]))]
+            done += [damage(rng, made) for _ in range(rng.choice([0, 0, 0, 1, 1, 2]))]
             made.rename(study)  # pandas writes to no path that is not UTF-8
             studies.append(str(study))
         kind, main, arguments = make_command(rng, folder, studies)
@@ -313,7 +313,7 @@ def draw(number: int, seed: int) -> tuple[str, int | str, str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the draws; returns 1 where one has a defect."""
+    """Run the draws; return 1 where one has a defect."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz_analysis", description=__doc__.split("\n")[0])
     parser.add_argument("--draws", type=int, default=300)
     parser.add_argument("--first", type=int, default=0, help="number of the first draw")

@@ -80,7 +80,7 @@ def write_study(
 
 
 def remove_trials(folder: Path, status: str = "stopped") -> None:
-    """Makes a study one without a trial, as search/collect.py writes one."""
+    """Make a study one without a trial, as search/collect.py writes one."""
     none = {"trials": 0, "statuses": {}, "epochs_spent": 0, "epochs_unpruned": 0, "best": None, "final": None}
     facts = json.loads((folder / "study.json").read_text()) | none | {"status": status}
     (folder / "study.json").write_text(json.dumps(facts))

@@ -116,6 +116,7 @@ def test_a_long_temporary_folder_is_left_for_tmp(monkeypatch):
         (PermissionError(13, "Permission denied"), "that can be written"),
         (OSError(28, "No space left on device"), "make room"),
         (RuntimeError("Failed to start GCS"), "its logs are in"),
+        (Exception("The current node timed out during startup."), "free CPUs and memory"),
     ],
 )
 def test_what_is_advised_fits_the_cause(error, advice):

@@ -155,7 +155,7 @@ def test_hidden_and_other_files_are_passed_over(tree: Path, cache: Path) -> None
 def test_progress_ends_at_the_number_of_images(tree: Path, cache: Path) -> None:
     calls: list[tuple[str, int, int]] = []
     prepare(str(tree), cache, progress=lambda *call: calls.append(call))
-    assert calls == [("reading", 0, 0), ("decoding", 0, 10), ("decoding", 10, 10)]
+    assert calls == [("listing files", 0, 0), ("decoding", 0, 10), ("decoding", 10, 10)]
 
 
 # ---- built-in sources
@@ -360,7 +360,7 @@ def test_another_process_that_prepares_is_waited_for_and_it_is_said(tree: Path, 
 
     def show(*call: Any) -> None:
         calls.append(call)
-        if call[0] == "waiting":
+        if call[0].startswith("waiting"):
             waits.set()
 
     def hold(holds: threading.Event) -> None:
@@ -373,7 +373,7 @@ def test_another_process_that_prepares_is_waited_for_and_it_is_said(tree: Path, 
         other.submit(hold, holds)
         holds.wait(timeout=30)
         prepare(str(tree), cache, progress=show)
-    assert calls[1] == ("waiting", 0, 0)
+    assert calls[1] == ("waiting for another process", 0, 0)
     assert calls[-1] == ("decoding", 10, 10)
 
 

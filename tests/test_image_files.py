@@ -253,11 +253,9 @@ def test_reading_an_archive_shows_how_far_it_is(
     archive = pack(tmp_path / "pets.tar.gz", tree)
     calls: list[tuple[str, int, int]] = []
     prepare(str(archive), cache, progress=lambda *call: calls.append(call))
-    size = archive.stat().st_size
-    assert [call for call in calls if call[0] == "reading"] == [
-        ("reading", 0, 0),
-        *2 * [("reading", size, size)],
-    ]
+    assert calls[:3] == [("listing files", 0, 0), *2 * [("100 % of the archive", 0, 0)]]
+    prepare(str(pack(tmp_path / "pets.zip", tree)), cache, progress=lambda *call: calls.append(call))
+    assert 0 < int(calls[-4][0].removesuffix(" % of the archive")) < 100
 
 
 def test_a_pipe_is_no_archive(tmp_path: Path, cache: Path) -> None:
@@ -284,7 +282,7 @@ def test_names_of_any_bytes_are_read_and_printable(tmp_path: Path, cache: Path, 
     source = pack(folder.with_name(f"{folder.name}{archive}"), folder) if archive else folder
     data = prepare(str(source), cache)
     assert count(data) == 6 * len(NAMES)
-    assert all(name.isprintable() for name in data.classes)
+    assert all(name.isprintable() for name in (data.name, *data.classes, *data.notes))
     assert r"caf\xe9" in data.classes
     assert r"line\nbreak" in data.classes
     assert prepare(str(source), cache) == data

@@ -1,16 +1,20 @@
 """What a network reads is prepared once, is what the pipeline says, and is shared by all who may share it."""
 
 import dataclasses
+import errno
+import os
 
 import numpy as np
 import pytest
 import torch
 from torchvision.models import resnet18
 
+from models import build
+from trainables import features as features_module
 from trainables import inputs as inputs_module
 from trainables.config import TrainConfig
 from trainables.data import SPLITS, ImageData, load_split, split_sha256, split_validation
-from trainables.features import build_model
+from trainables.features import backbone_sha256, build_model
 from trainables.inputs import LOADED_MAX, kind_of, load_inputs
 from trainables.levers import Levers
 from trainables.pipeline import Pipeline
@@ -162,6 +166,50 @@ def test_cut_weights_seed_and_size_have_their_own_features(tmp_path, data):
     assert len(prepared(tmp_path)) == len(configs)
 
 
+def test_a_backbones_hash_is_its_own_and_not_the_heads(data, tmp_path):
+    weights = tmp_path / "resnet18.pth"
+    torch.save(resnet18(weights=None).state_dict(), weights)
+    copy = tmp_path / "copy.pth"
+    copy.write_bytes(weights.read_bytes())
+
+    def hash_of(architecture, **values):
+        return backbone_sha256(TrainConfig(architecture, **values), data)
+
+    random = hash_of("resnet_softmax")
+    assert hash_of("resnet_softmax", lr=0.5, batch_size=3) == random
+    features_module._hashes.clear()
+    assert hash_of("resnet_twolayernn", hidden=7, image_size=64) == random
+    pretrained = hash_of("resnet_softmax", weights=str(weights), seed=1)
+    assert hash_of("resnet_twolayernn", weights=str(copy), seed=2, hidden=9) == pretrained
+    others = [hash_of("resnet_softmax", seed=1), hash_of("resnet_conv"), hash_of("resnet_mymodel")]
+    assert len({random, pretrained, *others}) == 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda backbone: backbone.append(torch.nn.Tanh()),
+        lambda backbone: backbone.conv1.weight.data.view(-1)[0].add_(1),
+        lambda backbone: setattr(backbone.bn1, "eps", 0.1),
+    ],
+)
+def test_another_backbone_under_the_same_name_has_its_own_features(
+    tmp_path, data, monkeypatch, opened, change
+):
+    config = TrainConfig("resnet_softmax")
+    first = load_inputs(config, data, FP32, tmp_path)
+
+    def changed(*arguments, **options):
+        model = build(*arguments, **options)
+        change(model.backbone)
+        return model
+
+    opened.clear()  # another process, another version of the code
+    features_module._hashes.clear()
+    monkeypatch.setattr(features_module, "build", changed)
+    assert not torch.equal(load_inputs(config, data, FP32, tmp_path).train_x, first.train_x)
+
+
 def test_precisions_and_memory_formats_have_their_own_files(tmp_path, data):
     for levers in (FP32, BF16, NCHW):
         load_inputs(TrainConfig("convnet"), data, levers, tmp_path)
@@ -177,6 +225,44 @@ def test_other_weights_under_the_same_path_are_other_features(tmp_path, data):
         torch.save(state | {"conv1.weight": scale * state["conv1.weight"]}, weights)
         features.append(load_inputs(config, data, FP32, tmp_path).train_x)
     assert not torch.equal(*features)
+
+
+def test_home_is_meant_by_a_tilde(tmp_path, data, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    state = resnet18(weights=None).state_dict()
+    features = []
+    for scale in (1, 2):  # replaced by other weights of the same size and time
+        torch.save(state | {"conv1.weight": scale * state["conv1.weight"]}, tmp_path / "w.pth")
+        os.utime(tmp_path / "w.pth", (10**9, 10**9))
+        config = TrainConfig("resnet_softmax", weights="~/w.pth")
+        features.append(load_inputs(config, data, FP32, "~/cache").train_x)
+    assert not torch.equal(*features)
+    assert len(prepared(tmp_path / "cache")) == 2
+    assert not (tmp_path / "~").exists()
+
+
+def test_what_is_prepared_is_read_from_a_folder_that_cannot_be_written(tmp_path, data, monkeypatch, opened):
+    first = load_inputs(TrainConfig("softmax"), data, FP32, tmp_path)
+    opened.clear()
+    monkeypatch.setattr(inputs_module, "FileLock", lambda *_: pytest.fail("locked"))
+    assert torch.equal(load_inputs(TrainConfig("softmax"), data, FP32, tmp_path).train_x, first.train_x)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, data):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"^--data-dir=.*/file cannot be written \(.*\); give another$"):
+        load_inputs(TrainConfig("softmax"), data, FP32, tmp_path / "file")
+
+
+def test_a_full_disk_is_an_error_and_no_killed_process(tmp_path, data, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    with pytest.raises(OSError, match="No space left on device"):
+        load_inputs(TrainConfig("softmax"), data, FP32, tmp_path)
+    assert prepared(tmp_path) == []
 
 
 def test_a_worker_keeps_few_inputs_open(tmp_path, data, opened):

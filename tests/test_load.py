@@ -233,6 +233,17 @@ def test_an_impossible_out_is_one_line(folder, command, out, capsys):
     assert said.endswith("; give another folder: --out\n")
 
 
+@pytest.mark.parametrize("flags", [["--out", ""], ["--optuna", ""]])
+def test_an_empty_value_is_refused_and_not_taken_for_none(folder, flags, capsys):
+    try:
+        code = report.main([str(folder), *flags])
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (folder / "report.html").exists()
+
+
 def test_out_knows_a_home_as_a_shell_does(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert wandb_report.main([str(folder), "--out=~/x"]) == 0

@@ -5,13 +5,15 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from trainables import pipeline as pipeline_module
 from trainables.config import TrainConfig
-from trainables.data import ImageData
+from trainables.data import ImageData, prepare
 from trainables.levers import Levers
 from trainables.pipeline import IMAGENET_MEAN, IMAGENET_STD, Pipeline, draw_crops
+from trainables.training import TrainingRun
 
 MEAN, STD = (0.1, 0.5, 0.9), (0.2, 0.25, 0.3)
 FP32 = Levers("cpu", "fp32", channels_last=True, micro_batch_bytes=None)
@@ -87,6 +89,38 @@ def test_memory_format_is_kept(image_size):
     images = random_images().to(memory_format=torch.channels_last)
     x = Pipeline(MEAN, STD, image_size, FP32)(images)
     assert x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_channel_without_variance_becomes_0():
+    data = dataclasses.replace(DATA, mean=(51 / 255, 0.5, 1.0), std=(0.0, 0.25, 0.0))
+    images = random_images()
+    images[:, 0], images[:, 2] = 51, 255
+    for levers in (FP32, BF16):
+        x = Pipeline.of(TrainConfig("softmax"), data, levers)(images)
+        assert x.isfinite().all()
+        torch.testing.assert_close(x[:, [0, 2]].float(), torch.zeros(8, 2, 32, 32), rtol=0, atol=1e-3)
+        assert x[:, 1].std() > 0.9
+
+
+def test_a_channel_of_little_variance_is_not_blown_up():
+    data = dataclasses.replace(DATA, mean=(0.0, 0.5, 0.5), std=(1e-6, 0.25, 0.25))
+    assert Pipeline.of(TrainConfig("softmax"), data, FP32)(random_images()).abs().max() <= 255
+
+
+@pytest.mark.parametrize("architecture", ["softmax", "mymodel"])
+def test_images_of_one_channel_are_learnt(architecture, tmp_path):
+    for number in range(60):
+        file = tmp_path / f"masks/{number % 2}/{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        blue = np.random.default_rng(number).integers(0, 156, (32, 32), dtype=np.uint8)
+        blue[:, : 16 * (number % 2)] += 100
+        Image.merge("RGB", [Image.new("L", (32, 32), 77)] * 2 + [Image.fromarray(blue)]).save(file)
+    data = prepare(str(tmp_path / "masks"), tmp_path)
+    config = TrainConfig(architecture, epochs=8, batch_size=8, lr=0.01, momentum=0.9)
+    run = TrainingRun(config, data, FP32, tmp_path)
+    reports = [run.epoch() for _ in range(8)]
+    assert not any(report["diverged"] for report in reports)
+    assert reports[-1]["val_accuracy"] > 0.9
 
 
 @pytest.mark.parametrize(

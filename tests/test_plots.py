@@ -154,7 +154,7 @@ def test_schedulers_are_told_apart_and_drawn_at_epochs_and_regret():
 
 
 def drawn(figure):
-    """Draws a figure, so that its ticks are there; a warning fails the test."""
+    """Draw a figure, so that its ticks are there; a warning fails the test."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figure.savefig(io.BytesIO(), format="svg")
@@ -162,7 +162,7 @@ def drawn(figure):
 
 
 def labelled(axis):
-    """Returns (value, label) of the ticks that are seen."""
+    """Return (value, label) of the ticks that are seen."""
     low, high = sorted(axis.get_view_interval())
     ticks = [(tick.get_loc(), tick.label1.get_text()) for tick in axis.get_major_ticks()]
     return [(place, label) for place, label in ticks if low <= place <= high and label]
@@ -380,6 +380,13 @@ def test_best_so_far_is_a_few_steps_of_many_reports(tmp_path):
     assert len(steps) < len(study.epochs) / 2
     assert (np.diff(steps) >= 0).all()
     assert steps[-1] == stats.best_so_far(study.epochs).best.iloc[-1]
+
+
+def test_millions_of_epochs_are_read_at_their_ticks(study):
+    epochs = pd.concat([study.epochs] * 10_000, ignore_index=True)
+    axes = drawn(plots.best_so_far(replace(study, epochs=epochs))).axes[0]
+    assert axes.xaxis.get_offset_text().get_text() == ""
+    assert {label[-1] for place, label in labelled(axes.xaxis) if place} == {"k"}
 
 
 def test_val_accuracies_of_exactly_0_are_drawn(tmp_path):

@@ -7,9 +7,12 @@ import torch
 from search.folders import default_folder
 from search.options import StudyOptions
 from search.preflight import (
+    Prepared,
     check_disk,
     checkpoint_bytes,
+    checkpoint_sizes,
     count_images,
+    disk_needed,
     largest,
     largest_peak,
     settle_image_size,
@@ -121,9 +124,9 @@ def test_a_study_whose_device_is_gone_says_which_and_what_to_do():
 
 
 def test_full_disk_is_an_error_before_the_study(tmp_path):
-    check_disk(tmp_path / "new" / "study", 1000)
+    check_disk(tmp_path / "new" / "study", 1000, 2000)
     with pytest.raises(ValueError, match="give --study-dir on a larger disk"):
-        check_disk(tmp_path / "new" / "study", 10**18)
+        check_disk(tmp_path / "new" / "study", 10**18, 10**18)
     assert not (tmp_path / "new").exists()
 
 
@@ -204,6 +207,19 @@ def test_images_are_counted_without_reading_them_all(tmp_path):
         assert count_images(packed) in (30, 32, 33)  # folders are members, too
 
 
+def test_the_disk_that_is_asked_for_is_that_of_the_configs_that_are_sampled(data_dir):
+    """twolayernn's hidden is one of 100, 250, 500 and 1000; the published one has 250."""
+    data = prepare("digits", data_dir)
+    options = StudyOptions("twolayernn", image_size=32, trials=30, final_seeds=3)
+    weights = {hidden: 4 * (3072 * hidden + hidden + 10 * hidden + 10) for hidden in (100, 250, 500, 1000)}
+    mean, most = checkpoint_sizes(options, data)
+    assert mean == pytest.approx(3 * sum(weights.values()) / 4, rel=0.1)  # Adam keeps two values of each
+    assert most == 3 * weights[1000]
+    resources = Resources(slots=2, cpus_per_trial=1.0, gpus_per_trial=0.0)
+    prepared = Prepared("", 0, 0, mean, most, None)
+    assert disk_needed(options, resources, prepared) == (30 * mean + 5 * most, 35 * most)
+
+
 def test_clock_speaks_of_seconds_minutes_and_hours():
     assert [clock(s) for s in (4.4, 75, 3725)] == ["4 s", "1 min 15 s", "1 h 02 min"]
 
@@ -223,7 +239,7 @@ def test_default_folder_is_new_each_time(tmp_path, monkeypatch):
 def test_checkpoint_takes_what_is_forecast(optimizer, data_dir, tmp_path):
     config = TrainConfig("twolayernn", epochs=1, hidden=100, **optimizer)
     run = TrainingRun(config, prepare("digits", data_dir), choose("cpu", "fp32"), data_dir)
-    forecast = checkpoint_bytes(run)
+    forecast = checkpoint_bytes(config, run.data)
     run.epoch()
     run.save(tmp_path / "checkpoint.pt")
     assert (tmp_path / "checkpoint.pt").stat().st_size == pytest.approx(forecast, rel=0.02)

@@ -1,5 +1,6 @@
 """Where ResNet-18 is cut, and that wrong weights are told from right ones."""
 
+import os
 import pickle
 from pathlib import Path
 from urllib.error import URLError
@@ -149,6 +150,50 @@ def test_file_of_one_tensor_is_not_a_state_dict(tmp_path):
     assert "holds a Tensor; give a torchvision ResNet-18 state_dict" in error_of(
         save(torch.zeros(3), tmp_path)
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("conv1.weight", float("nan")),
+        ("fc.bias", float("inf")),
+        ("layer4.1.bn2.running_mean", float("-inf")),
+        ("bn1.running_var", -1.0),
+    ],
+)
+def test_weights_that_cannot_work_are_refused(reference, tmp_path, name, value):
+    state = {key: tensor.clone() for key, tensor in reference.state_dict().items()}
+    state[name].view(-1)[-1] = value
+    message = error_of(save(state, tmp_path))
+    assert f"has NaN, infinite values or negative variances in 1 tensors ({name}); give" in message
+
+
+def test_weights_too_large_for_float32_are_refused(reference, tmp_path):
+    state = reference.state_dict()
+    state["fc.bias"] = torch.full((1000,), 1e300, dtype=torch.float64)
+    assert "in 1 tensors (fc.bias)" in error_of(save(state, tmp_path))
+
+
+def test_weights_under_a_tilde_are_those_of_the_home(weights_file, monkeypatch):
+    monkeypatch.setenv("HOME", str(weights_file.parent))
+    under_home = f"~/{weights_file.name}"
+    assert torch.equal(load_weights(under_home)["fc.bias"], load_weights(str(weights_file))["fc.bias"])
+    assert resnet.weights_signature(under_home) == resnet.weights_signature(str(weights_file))
+    assert "has no home folder; set HOME" in error_of("~nobody_here/w.pth")
+
+
+def test_a_file_replaced_at_its_old_time_is_loaded_again(reference, tmp_path):
+    state = reference.state_dict()
+    for scale in (1.0, 2.0):
+        path = save(state | {"fc.bias": scale * state["fc.bias"]}, tmp_path)
+        os.utime(path, (10**9, 10**9))
+        assert torch.equal(load_weights(str(path))["fc.bias"], scale * state["fc.bias"])
+
+
+def test_a_path_that_the_system_refuses_is_one_line(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path / "loop", tmp_path / ("x" * 300)):
+        assert "cannot be read (" in error_of(path)
 
 
 def test_absent_file_and_folder_say_what_may_be_given(tmp_path):

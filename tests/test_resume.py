@@ -5,7 +5,9 @@ import re
 import signal
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from search.study_file import read_study, write_study
 from tests.compared import table
@@ -120,6 +122,26 @@ def test_a_study_continues_on_another_device_and_keeps_that_it_did(cli, tmp_path
     study = read_study(folder)
     assert study["levers"]["device"] == "cpu"
     assert study["earlier_levers"][0]["levers"]["device"] == "cuda"
+
+
+def test_the_images_may_be_elsewhere_when_a_study_is_resumed_from_elsewhere(cli, tmp_path, data_dir):
+    images, rng = tmp_path / "images", np.random.default_rng(0)
+    for k in range(60):
+        (images / "ab"[k % 2]).mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 128, (32, 32, 3), dtype=np.uint8) + 127 * (k % 2)
+        Image.fromarray(pixels.astype(np.uint8)).save(images / "ab"[k % 2] / f"{k}.png")
+    process = cli(*STUDY, "--data", "images", "--study-dir", "study", "--pruner", "none")
+    wait_for_lines(tmp_path / "study", 30, process)
+    process.send_signal(signal.SIGINT)
+    finish(process)
+    images.rename(tmp_path / "moved")
+    code, _, err = finish(cli("--resume", "study"))
+    assert (code, f"--data={images} does not exist" in err) == (2, True)
+    code, _, err = finish(cli("--resume", "study", "--data", "digits"))
+    assert (code, "holds other images than the study began with" in err) == (2, True)
+    code, _, err = finish(cli("--resume", "study", "--data", "moved"))
+    assert code in (0, 1), err
+    assert read_study(tmp_path / "study")["options"]["data"] == str(tmp_path / "moved")
 
 
 def test_two_drivers_of_one_study_are_refused(cli, tmp_path):

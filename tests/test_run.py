@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 
 from search.run import main
+from search.spaces import SPACES
+from search.study_file import write_study
 
 
 @pytest.fixture
@@ -63,6 +65,15 @@ def write_images(folder, classes=("cat", "dog"), count=6, color=40):
         (["--space", "softmax", "--epochs", 0], ["--epochs=0"]),
         (["--space", "softmax", "--concurrency", 0], ["--concurrency=0"]),
         (["--space", "softmax", "--time-budget", -1], ["--time-budget=-1"]),
+        (["--space", "resnet34"], ["resnet34 is unknown; Choose from: softmax"]),
+        (["--space", "softmax", "--seed", 99999999999999], ["--seed=99999999999999", "from 0 to 4294967295"]),
+        (
+            ["--space", "resnet_finetune", "--fix", "batch_size=1"],
+            ["batch_size=1 is not possible with the BatchNorm of resnet_finetune; give 2 or more"],
+        ),
+        (["--space", "softmax", "--study-dir", "/proc/x"], ["--study-dir=/proc/x", "give another"]),
+        (["--space", "softmax", "--study-dir", 300 * "x"], ["cannot be made", "give another"]),
+        (["--space", "softmax", "--study-dir", "/etc/passwd/x"], ["--study-dir", "give another"]),
         (["--space", "softmax", "--data", "nothing/here"], ["nothing/here does not exist"]),
         (["--space", "softmax", "--data", "digit"], ["did you mean digits?"]),
         (["--resume", "nothing"], ["nothing holds no study"]),
@@ -73,6 +84,62 @@ def test_bad_argument_is_one_line_and_writes_nothing(run, tmp_path, arguments, n
     data = None if "--resume" in arguments else "digits"
     assert_one_line_error(run(*arguments, data=data), *needles)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hyperparameter_as_a_flag_names_the_one_that_fixes_it(run, capsys):
+    with pytest.raises(SystemExit) as end:
+        run("--space", "softmax", "--lr", "0.1")
+    assert end.value.code == 2
+    err = capsys.readouterr().err
+    assert "--lr is a hyperparameter; to give it to every trial: --fix lr=VALUE" in err
+    assert err.count("\n") == 1
+
+
+def test_a_tilde_that_the_shell_left_is_the_home_folder(run, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    (home / "taken").mkdir(parents=True)
+    (home / "taken" / "file").touch()
+    monkeypatch.setenv("HOME", str(home))
+    assert_one_line_error(
+        run("--space", "softmax", "--study-dir=~/taken"), f"--study-dir={home}/taken is no empty"
+    )
+
+
+@pytest.fixture
+def studies(monkeypatch):
+    """Stands in for studies: notes which are started and resumed; those of `codes` end with that code."""
+    done, codes = [], {}
+
+    def start(options, folder, script, **others):
+        done.append(("start", options.space, str(script.place)))
+        folder.mkdir(parents=True, exist_ok=True)
+        status = "stopped" if codes.get(options.space) == 3 else "done"
+        write_study(folder, {"space": options.space, "status": status, "options": {}, "rungs": []})
+        return codes.get(options.space, 0)
+
+    def resume(folder, changes, script, **others):
+        done.append(("resume", folder.name, str(script.place)))
+        write_study(folder, {"space": folder.name, "status": "done", "options": {}, "rungs": []})
+        return 0
+
+    monkeypatch.setattr("search.run.start", start)
+    monkeypatch.setattr("search.run.resume", resume)
+    return done, codes
+
+
+def test_studies_of_all_spaces_are_resumed_as_one(run, tmp_path, studies):
+    done, codes = studies
+    codes["twolayernn"] = 3
+    assert run("--space", "all", "--trials", 2, "--study-dir", "everything")[0] == 3
+    assert done == [("start", name, "everything") for name in ("softmax", "twolayernn")]
+    del done[:]
+    codes.clear()
+    assert run("--resume", "everything", data=None)[0] == 0
+    rest = [("start", name, "everything") for name in list(SPACES)[2:]]
+    assert done == [("resume", "twolayernn", "everything"), *rest]
+    del done[:]
+    assert run("--resume", "everything", data=None)[0] == 0
+    assert done == []
 
 
 @pytest.fixture
@@ -165,7 +232,7 @@ def test_resume_refuses_what_would_change_results(run, tmp_path):
     assert_one_line_error(run("--resume", tmp_path, "--eta", 4, data=None), "--eta cannot change")
 
 
-@pytest.mark.parametrize("damage", ["empty", "one class", "corrupt image", "no test"])
+@pytest.mark.parametrize("damage", ["empty", "one class", "corrupt image", "no train"])
 def test_unusable_folder_of_images_is_one_line(run, tmp_path, damage):
     folder = tmp_path / "images"
     folder.mkdir()
@@ -173,8 +240,8 @@ def test_unusable_folder_of_images_is_one_line(run, tmp_path, damage):
         write_images(folder, ("cat",) if damage == "one class" else ("cat", "dog"))
     if damage == "corrupt image":
         (folder / "train" / "cat" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
-    if damage == "no test":
-        (folder / "test").rename(tmp_path / "elsewhere")
+    if damage == "no train":
+        (folder / "train").rename(tmp_path / "elsewhere")
     before = sorted(tmp_path.iterdir())
     assert_one_line_error(run("--space", "softmax", "--data", folder), "images")
     assert sorted(tmp_path.iterdir()) == before
@@ -239,8 +306,8 @@ def test_ray_that_does_not_come_up_is_one_line_and_leaves_no_study(
 def test_dry_run_forecasts_and_writes_no_study(run, tmp_path):
     code, out, err = run("--space", "softmax", "--dry-run", "--trials", 9, "--epochs", 9, "--concurrency", 1)
     assert (code, err) == (0, "")
-    # 9 trials to epoch 1, 3 of them to 3, 1 to 9: 9 + 3·2 + 1·6
-    assert "21 expected (81 unpruned), rungs [1, 3]" in out
+    # at least 9 trials to epoch 1, 3 of them to 3, 1 to 9: 9 + 3·2 + 1·6 = 21
+    assert "22 expected (81 unpruned), rungs [1, 3]" in out
     assert re.search(r"time +about \d", out)
     assert "1004 train, 434 validation, 359 test" in out
     assert list(tmp_path.iterdir()) == []

@@ -122,6 +122,15 @@ def test_impossible_value_of_a_study_is_an_error_before_it_starts(key, value):
         fixed("softmax", **{key: value})
 
 
+def test_home_is_meant_by_a_tilde(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = {"data": "~/pets.zip", "data_dir": "~/cache", "weights": "~/w.pth"}
+    options = StudyOptions("resnet_conv", image_size=32, **paths)
+    found = [options.data, options.data_dir, options.weights]
+    assert found == [str(tmp_path / name) for name in ("pets.zip", "cache", "w.pth")]
+    assert options.fixed_values()["weights"] == options.weights
+
+
 def test_fixed_values_are_sampled_no_more():
     options = StudyOptions("convnet", image_size=32, fix={"hidden": 20, "label_smoothing": 0.1})
     assert options.fixed_values()["hidden"] == 20

@@ -1,21 +1,27 @@
 """Studies in an object store: whole files, a copy that follows, and a study that goes on elsewhere."""
 
+import errno
+import pickle
 import shutil
 import signal
+import threading
 import time
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
 from analysis.load import load
 from analysis.report import main as report
+from search.faults import cause_of, told
 from search.journal import Journal
 from search.mirror import Mirror, bring, main
 from search.study_file import write_study
-from tests.object_store import object_store
+from tests.object_store import faulty_store, object_store
+from tests.test_jobs import make_jobs
 from trainables.data import prepare
 from trainables.levers import choose
-from trainables.storage import Storage, is_url
+from trainables.storage import Storage, StoreError, is_url
 from trainables.trial import JobRun, TrialContext
 
 JOB = {
@@ -215,3 +221,170 @@ def test_folder_as_storage_holds_the_study(cli, tmp_path):
     (folder,) = (tmp_path / "shared").iterdir()
     assert folder.name.startswith("softmax-digits-")
     assert (folder / "trials.csv").exists()
+
+
+@pytest.fixture(scope="module")
+def store():
+    with faulty_store() as served:
+        yield served
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    monkeypatch.setattr("trainables.storage.WAIT_SECONDS", 0.05)
+
+
+@pytest.mark.parametrize(
+    ("fault", "operation"),
+    [
+        *(("403", operation) for operation in ("put", "get", "names", "remove", "read", "write")),
+        *((fault, operation) for fault in ("refused", "503", "hang") for operation in ("put", "get")),
+    ],
+)
+def test_store_that_is_away_for_a_while_is_waited_for(store, hurried, tmp_path, fault, operation):
+    store.fault = ""
+    (file := tmp_path / "a").write_bytes(b"one")
+    storage = Storage(f"{store.url}/{fault}/{operation}", patience=60.0)
+    storage.put(file, "a")
+    do = {
+        "put": lambda: storage.put(file, "b"),
+        "get": lambda: storage.get("a", tmp_path / "c"),
+        "names": storage.names,
+        "remove": lambda: storage.remove("a"),
+        "read": lambda: storage.read("a"),
+        "write": lambda: storage.write(b"two", "b"),
+    }
+    store.fault = fault
+    threading.Timer(0.5, setattr, [store, "fault", ""]).start()
+    result = do[operation]()
+    assert store.fault == ""
+    expected = {"get": True, "names": ["a"], "read": b"one"}
+    assert result == expected.get(operation)
+    names = {"put": ["a", "b"], "write": ["a", "b"], "remove": []}
+    assert storage.names() == names.get(operation, ["a"])
+    assert operation != "get" or (tmp_path / "c").read_bytes() == b"one"
+    assert list(tmp_path.glob("*.tmp")) == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("refused", "Could not connect to server"),
+        ("403", "Access Denied"),
+        ("read-only", "Access Denied"),
+        ("503", "Please reduce your rate"),
+        ("hang", "Timeout was reached"),
+    ],
+)
+def test_store_that_stays_away_is_an_error_that_blames_no_trial(store, hurried, tmp_path, fault, words):
+    store.fault = fault
+    (file := tmp_path / "a").write_bytes(b"one")
+    began = time.monotonic()
+    with pytest.raises(StoreError) as caught:
+        Storage(f"{store.url}/away", patience=1.0).put(file, "a")
+    store.fault = ""
+    assert time.monotonic() - began < 25  # a hang is bounded
+    assert str(caught.value) == f"{store.url}/away cannot be used ({words})"
+    assert cause_of(pickle.loads(pickle.dumps(caught.value))) == "store"
+
+
+def test_other_store_that_hangs_is_given_up(hurried, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainables.storage.HANG_SECONDS", 0.2)
+    released = threading.Event()
+
+    hanging = SimpleNamespace(type_name="other", get_file_info=lambda path: released.wait(30))
+    monkeypatch.setattr("trainables.storage._open", lambda url: (hanging, "root"))
+    began = time.monotonic()
+    with pytest.raises(StoreError, match="no answer within 0 s"):
+        Storage("other://root", patience=0.5).get("a", tmp_path / "a")
+    assert time.monotonic() - began < 5
+    released.set()
+
+
+def test_full_disk_of_this_machine_is_not_the_stores_fault(store, hurried, tmp_path, monkeypatch):
+    store.fault = ""
+    (file := tmp_path / "a").write_bytes(b"one")
+    storage = Storage(f"{store.url}/full", patience=60.0)
+    storage.put(file, "a")
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfileobj", full)
+    began = time.monotonic()
+    with pytest.raises(OSError, match="No space left") as caught:
+        storage.get("a", tmp_path / "b")
+    assert not isinstance(caught.value, StoreError)
+    with pytest.raises(FileNotFoundError):
+        storage.put(tmp_path / "missing", "b")
+    assert time.monotonic() - began < 5
+    assert sorted(tmp_path.iterdir()) == [file]
+
+
+def test_lost_store_stops_a_study_and_blames_no_trial(tmp_path):
+    jobs = make_jobs(tmp_path / "reports.jsonl")
+    first, second = jobs.next_job(), jobs.next_job()
+    error = StoreError("s3://b/s cannot be used (Access Denied)")
+    text = f"ray::Trial.step() (pid=1)\n  File x\ntrainables.storage.StoreError: {error}"
+    jobs.lose(first.trial_id, cause_of(RuntimeError(text)), told(RuntimeError(text)))
+    assert jobs.gave_up == str(error)
+    assert jobs.next_job() is None
+    assert not jobs.report(second.trial_id, {"epoch": 1, "val_accuracy": 0.5})
+    assert jobs.next_job() is None
+    assert jobs.finished
+    events = Journal(tmp_path / "reports.jsonl").read()
+    assert not [event for event in events if "lost" in event or "status" in event]
+
+
+@pytest.mark.ray
+def test_study_outlives_a_store_that_is_away_and_stops_with_three_where_it_stays_away(store, cli, tmp_path):
+    """Patience is cut from 10 minutes to 12 s; the store is away for 5 s, then for good."""
+    store.fault = ""
+    asked = ("--space", "softmax", "--data", "digits", "--trials", 12, "--epochs", 9, "--concurrency", 2)
+    asked = (
+        *asked,
+        "--final-seeds",
+        1,
+        "--wandb",
+        "off",
+        "--study-dir",
+        "s",
+        "--storage",
+        f"{store.url}/all",
+    )
+    impatient = "import trainables.storage; trainables.storage.Storage.__init__.__defaults__ = (12.0,)"
+    study = cli(*asked, before=impatient)
+    journal = tmp_path / "s" / "reports.jsonl"
+
+    def reports():
+        return [event for event in Journal(journal).read() if event.get("epoch")]
+
+    def wait_for(count):
+        deadline = time.monotonic() + 90
+        while len(reports()) < count:
+            assert study.poll() is None, study.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    wait_for(3)
+    store.fault = "refused"
+    time.sleep(5)
+    known = len(reports())
+    store.fault = ""
+    wait_for(known + 3)
+    store.fault = "read-only"
+    out, err = study.communicate(timeout=90)
+    store.fault = ""
+    assert study.returncode == 3, err
+    assert "all/s cannot be used (Access Denied)" in err
+    assert err.strip().endswith("python search/run.py --resume s")  # the store lacks the last reports
+    assert "transfers wait" in out
+    assert "is not complete" in out
+    events = Journal(journal).read()
+    assert not [event for event in events if "lost" in event or event.get("status") not in (None, "done")]
+    resumed = cli("--resume", "s", "--wandb", "off")
+    _, err = resumed.communicate(timeout=120)
+    assert (resumed.returncode, err) == (0, "")
+    storage = Storage(f"{store.url}/all/s")
+    assert storage.read("reports.jsonl") == journal.read_bytes()
+    assert "lease.json" not in storage.names()

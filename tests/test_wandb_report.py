@@ -207,3 +207,11 @@ def test_saving_without_a_key_is_one_line(folder, tmp_path):
     assert done.stderr.startswith("error: --save: W&B cannot be used (No API key")
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
+
+
+def test_saving_to_an_impossible_address_is_one_line(folder, tmp_path):
+    done = run_save(folder, tmp_path, WANDB_BASE_URL="nonsense", WANDB_API_KEY="local-" + "a" * 40)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --save: W&B cannot be used (")
+    assert "\\n" not in done.stderr
+    assert done.stderr.count("\n") == 1

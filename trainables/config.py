@@ -15,6 +15,7 @@ from models import ARCHITECTURES
 PRECISIONS = ("auto", "fp32", "bf16")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "cosine")
+ALIKE = 0.7  # of a misspelt word to the one that was meant: resnet34 is no misspelt resnet_conv
 AUGMENTS = ("none", "crop", "crop_flip")  # a mirrored digit is another sign: flips are a choice of their own
 
 
@@ -66,6 +67,11 @@ class TrainConfig:
         for name in ("nesterov", "refit"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not possible; give True or False")
+        row = ARCHITECTURES[self.architecture]
+        if self.batch_size == 1 and row.cut and not row.frozen:
+            raise ValueError(
+                f"batch_size=1 is not possible with the BatchNorm of {self.architecture}; give 2 or more"
+            )
         if self.nesterov and not (self.optimizer == "sgd" and self.momentum > 0):
             raise ValueError("nesterov=True needs optimizer=sgd and a momentum above 0")
 
@@ -89,7 +95,7 @@ class TrainConfig:
 
 def nearest(word: str, words: Any) -> str:
     """Returns '; did you mean …? Choose from: …' for an error message."""
-    close = difflib.get_close_matches(str(word), list(words), n=1)
+    close = difflib.get_close_matches(str(word), list(words), n=1, cutoff=ALIKE)
     meant = f"; did you mean {close[0]}?" if close else ";"
     return f"{meant} Choose from: {', '.join(words)}"
 

@@ -82,9 +82,9 @@ def prepare(
             archive of `train/CLASS/FILE` and `test/CLASS/FILE`, or of `CLASS/FILE`, of which 20 % test.
         data_dir: Where downloads and decoded images are kept.
         image_size: Pixels per side to which larger, not square or differently sized images are resized.
-        progress: Called as (phase, done, total) at the start of each phase, with done = 0, and during it.
-            Phases: "reading" (bytes of an archive; 0 of 0 for a folder), "waiting" (0 of 0; another process
-            prepares images), "comparing" (images, with those decoded before), "decoding" (images).
+        progress: Called as (phase, done, total) at the start of a phase and during it, with images done and
+            in all; 0 of 0 if there is no count. Phases: "listing files", "12 % of the archive", "waiting for
+            another process", "comparing" (with images decoded before) and "decoding".
         processes: Processes that decode; None: one per CPU that this process may use.
 
     Raises:

@@ -28,7 +28,7 @@ def locked(data_dir: Path, show: Progress) -> Iterator[None]:
     try:
         held = lock.acquire(timeout=0)
     except Timeout:
-        show("waiting", 0, 0)
+        show("waiting for another process", 0, 0)
         held = lock.acquire()
     with held:
         yield

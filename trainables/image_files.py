@@ -131,7 +131,7 @@ class Source:
 
         Args:
             spool: The file to write.
-            progress: Called with "reading", bytes done and bytes in all.
+            progress: Called with how much of an archive is read.
 
         Raises:
             SourceError: The path is no archive, is truncated or corrupt, or holds a member that is unsafe
@@ -324,7 +324,7 @@ class _Archive:
         self.unpacked_bytes += size
         if self.members % PROGRESS_MEMBERS == 0:
             done = position if isinstance(position, int) else os.lseek(position.fileno(), 0, os.SEEK_CUR)
-            self.progress("reading", done, self.bytes)
+            self.progress(f"{100 * done / self.bytes:.0f} % of the archive", 0, 0)
         parts = name.replace("\\", "/").split("/")
         if not parts[0] or ".." in parts:
             raise SourceError(f"holds {name!r}, which points outside; pack it again without")

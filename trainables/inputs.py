@@ -26,9 +26,11 @@ from torch import Tensor
 
 from models import ARCHITECTURES
 from trainables.config import TrainConfig
-from trainables.data import ImageData, load_split, split_sha256, split_validation
-from trainables.features import extractor, weights_sha256
-from trainables.image_files import Progress
+from trainables.data import ImageData, expanded, load_split, split_sha256, split_validation
+from trainables.decoded import allocate
+from trainables.disk import is_full
+from trainables.features import backbone_sha256, extractor
+from trainables.image_files import Progress, printable
 from trainables.levers import Levers
 from trainables.pipeline import Pipeline
 
@@ -100,7 +102,7 @@ class _Prepared:
     dtype: torch.dtype | None
     device: str
     channels_last: bool
-    backbone: tuple[str | None, str, int | None] | None  # cut, weights, and the seed of random weights
+    backbone: str | None  # backbone_sha256 of features
     version: int = FORMAT_VERSION
 
     @classmethod
@@ -109,10 +111,6 @@ class _Prepared:
         kind = kind_of(config, data)
         as_stored = kind == "images"
         flat = row.cut is None and row.head in FLAT_HEADS
-        backbone = None
-        if kind == "features":
-            seed = config.seed if config.weights == "none" else None
-            backbone = (row.cut, weights_sha256(config.weights), seed)
         return cls(
             kind=kind,
             data_sha256=data.sha256,
@@ -120,7 +118,7 @@ class _Prepared:
             dtype=None if as_stored else levers.dtype,
             device=levers.device,
             channels_last=levers.channels_last and not flat,
-            backbone=backbone,
+            backbone=backbone_sha256(config, data) if kind == "features" else None,
         )
 
 
@@ -213,7 +211,7 @@ def cached_features(
 
 def _file(data_dir: Path, wanted: _Prepared, split: str) -> Path:
     name = hashlib.sha256(repr((wanted, split)).encode()).hexdigest()[:32]
-    return data_dir / "prepared" / f"{name}.npy"
+    return expanded("--data-dir", data_dir) / "prepared" / f"{name}.npy"
 
 
 def _prepare_file(
@@ -225,16 +223,25 @@ def _prepare_file(
     progress: Progress | None = None,
 ) -> None:
     """Writes prepared images into a file unless it is there; one process does, others wait for it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_suffix(".lock")):
-        if file.exists():
-            return
-        partial = file.with_suffix(".partial")
-        try:
-            _write(partial, images, order, preparation(), channels_last, progress)
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
+    if file.exists():  # then its folder may be read-only
+        return
+    partial = file.with_suffix(".partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_suffix(".lock")):
+            if file.exists():
+                return
+            try:
+                _write(partial, images, order, preparation(), channels_last, progress)
+                partial.replace(file)
+            finally:
+                partial.unlink(missing_ok=True)
+    except (OSError, NotImplementedError) as error:  # the latter from a file system without locks
+        if is_full(error):
+            raise
+        raise ValueError(
+            f"--data-dir={printable(file.parents[1])} cannot be written ({printable(error)}); give another"
+        ) from error
 
 
 def _preparation(config: TrainConfig, data: ImageData, levers: Levers) -> Callable[[Tensor], Tensor]:
@@ -269,7 +276,7 @@ def _write(
         if out is None:
             dtype = batch.numpy().dtype
             shape = (len(index), *batch.shape[1:])
-            out = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
+            out = allocate(file, dtype, shape)
         out[start : start + len(rows)] = batch.numpy()
 
 

@@ -16,6 +16,9 @@ from trainables.levers import Levers
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # what torchvision's weights were trained with
 IMAGENET_STD = (0.229, 0.224, 0.225)
+STD_MIN = (
+    1 / 255
+)  # one step of 8 bits; a channel that varies by less, or not at all, is not scaled up further
 CROP_PADDING = 1 / 8  # of the side: 4 pixels at 32
 
 
@@ -32,8 +35,10 @@ class Pipeline:
     def of(cls, config: TrainConfig, data: ImageData, levers: Levers) -> Pipeline:
         """Builds the pipeline of a config: ImageNet's statistics where a backbone brings weights."""
         pretrained = ARCHITECTURES[config.architecture].cut is not None and config.weights != "none"
-        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if pretrained else (data.mean, data.std)
-        return cls(mean, std, config.image_size, levers)
+        if pretrained:
+            return cls(IMAGENET_MEAN, IMAGENET_STD, config.image_size, levers)
+        red, green, blue = (max(std, STD_MIN) for std in data.std)
+        return cls(data.mean, (red, green, blue), config.image_size, levers)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Normalises and enlarges uint8 ``(N, 3, H, W)`` to float ``(N, 3, image_size, image_size)``.

@@ -33,12 +33,13 @@ def prepare_files(path: Path, data_dir: Path, image_size: int, show: Progress, p
         SourceError: It cannot be used.
         OSError: `data_dir` cannot be written.
     """
-    show("reading", 0, 0)
+    show("listing files", 0, 0)
     source, records = Source(path), data_dir / "sources"
+    name = printable(path.absolute().name)
     signature = hashlib.sha256(f"{FORMAT_VERSION} {source.signature}".encode()).hexdigest()
 
     def find(content: str, notes: Iterable[str]) -> ImageData | None:
-        data = cached(folder_of(data_dir, content, image_size), path.absolute().name)
+        data = cached(folder_of(data_dir, content, image_size), name)
         return data and replace(data, notes=(*notes, *data.notes))
 
     def remembered() -> ImageData | None:
@@ -65,7 +66,7 @@ def prepare_files(path: Path, data_dir: Path, image_size: int, show: Progress, p
             content, rotated = files.decode(partial, image_size)
             spool.unlink(missing_ok=True)
             note = f"rotated {rotated:,} of {len(tree.entries):,} images by their EXIF orientation"
-            data = describe(partial, path.absolute().name, tree.classes, (note,) if rotated else ())
+            data = describe(partial, name, tree.classes, (note,) if rotated else ())
             data = keep(partial, folder_of(data_dir, content, image_size), data)
             data = replace(data, notes=tree.notes + data.notes)
         records.mkdir(exist_ok=True)

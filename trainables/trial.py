@@ -29,7 +29,7 @@ from trainables.evaluate import evaluate_test, result_files
 from trainables.graph import CaptureError
 from trainables.group import Group
 from trainables.levers import Levers
-from trainables.storage import Storage
+from trainables.storage import Storage, StoreError
 from trainables.training import ALONE, DamagedCheckpointError, TrainingRun
 
 
@@ -158,9 +158,9 @@ def failure_report(error: Exception, job: dict[str, Any], context: TrialContext)
         BrokenGpuError: The exception has left this process's GPU unusable. The trial is not at its end: it
             continues with another worker.
         CaptureError: Likewise, and eagerly.
-        OSError: The disk is full, which is no trial's fault.
+        OSError: The disk is full, or the store out of reach, which is no trial's fault.
     """
-    if is_full(error) or isinstance(error, CaptureError):
+    if is_full(error) or isinstance(error, StoreError | CaptureError):
         raise error
     if gpu.is_out_of_memory(error):
         report = {"status": "out_of_memory", "error": _memory_line(error, job, context)}
