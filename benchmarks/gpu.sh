@@ -188,8 +188,8 @@ run_part() { # name
     case $1 in
         tests) measured tests "$PYTHON" -m pytest tests/gpu -q -s --durations=15 -p no:cacheprovider ;;
         kill)
-            export GPU_TESTS_DATA=$DATA GPU_TESTS_DATA_DIR=$WORK/cache
-            measured kill "$PYTHON" -m pytest tests/gpu/test_studies.py -k killed -q -s -p no:cacheprovider ;;
+            measured kill env GPU_TESTS_DATA="$DATA" GPU_TESTS_DATA_DIR="$WORK/cache" "$PYTHON" \
+                -m pytest tests/gpu/test_studies.py -k killed -q -s -p no:cacheprovider ;;
         epoch) measured epoch "$PYTHON" -m benchmarks.gpu decode epoch decode-folder "${shared[@]}" ;;
         share) measured share "$PYTHON" -m benchmarks.gpu share "${shared[@]}" ;;
         rows) studies rows ${ROWS:-$ORDER} ;;

@@ -147,21 +147,34 @@ def prepare(
         raise ValueError(f"{options.space} does not fit into memory here; --fix smaller sizes") from error
     del run
     mean_checkpoint, largest_checkpoint = checkpoint_sizes(options, data)
-    peak = largest_peak(options, data, levers) if levers.device == "cuda" else None
+    peak = None
+    if levers.device == "cuda":
+        peak = largest_peak(options, data, levers, sampled=threads is not None)
     return Prepared(
         split, train_count, val_count, mean_checkpoint, largest_checkpoint, seconds, left, peak, gpu_bytes
     )
 
 
-def largest_peak(options: StudyOptions, data: ImageData, levers: Levers) -> int | None:
-    """Returns the bytes that torch's allocator takes for the ranges' largest trial; None: too many."""
+def largest_peak(options: StudyOptions, data: ImageData, levers: Levers, *, sampled: bool) -> int | None:
+    """Returns the bytes that torch's allocator takes for the ranges' largest trial; None: too many.
+
+    Args:
+        options: The study's.
+        data: The decoded images.
+        levers: How trials use their device.
+        sampled: Forecast: prepare the inputs of a sample, and add what the others would take.
+    """
     free_memory()
     torch.cuda.reset_peak_memory_stats()
-    config = largest(options)
+    config, data_dir, others = largest(options), Path(options.data_dir), 0
+    count = PEAK_BATCHES * config.batch_size // 2  # full batches and a short one
     try:
-        run = TrainingRun(config, data, levers, Path(options.data_dir))
+        sample = sample_inputs(config, data, levers, data_dir, count)[0] if sampled else None
+        run = TrainingRun(config, data, levers, data_dir, inputs=sample)
         inputs = run.inputs
-        count = PEAK_BATCHES * config.batch_size // 2  # full batches and a short one
+        if sampled:
+            images = sum(split_counts(data)[:2]) - len(inputs.train_y) - len(inputs.val_y)
+            others = images * inputs.train_x[0].nbytes
         run.inputs = replace(inputs, train_x=inputs.train_x[:count], train_y=inputs.train_y[:count])
         run.train_epoch()
         run.evaluate(inputs.val_x, inputs.val_y)
@@ -174,7 +187,7 @@ def largest_peak(options: StudyOptions, data: ImageData, levers: Levers) -> int 
         if not is_out_of_memory(error):
             raise
         return None
-    return torch.cuda.max_memory_reserved()
+    return torch.cuda.max_memory_reserved() + others
 
 
 def largest(options: StudyOptions) -> TrainConfig:

@@ -2,6 +2,7 @@ import re
 import shutil
 
 import pytest
+import torch
 
 from search.folders import default_folder
 from search.options import StudyOptions
@@ -13,6 +14,7 @@ from search.preflight import (
     count_images,
     disk_needed,
     largest,
+    largest_peak,
     settle_image_size,
 )
 from search.printing import clock
@@ -241,3 +243,14 @@ def test_checkpoint_takes_what_is_forecast(optimizer, data_dir, tmp_path):
     run.epoch()
     run.save(tmp_path / "checkpoint.pt")
     assert (tmp_path / "checkpoint.pt").stat().st_size == pytest.approx(forecast, rel=0.02)
+
+
+def test_a_forecast_of_a_gpus_memory_computes_no_features_and_counts_them(data_dir, tmp_path, monkeypatch):
+    for name in ("reset_peak_memory_stats", "synchronize", "max_memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 1000)
+    fix = {"batch_size": 16}
+    options = StudyOptions("resnet_softmax", image_size=32, weights="none", data_dir=str(tmp_path), fix=fix)
+    peak = largest_peak(options, prepare("digits", data_dir), CPU, sampled=True)
+    sample = 88 + 88 * 434 // 1004  # 5.5 batches, and as many to validate as there are in proportion
+    assert peak == 1000 + (1438 - sample) * 512 * 4
+    assert not (tmp_path / "prepared").exists()
