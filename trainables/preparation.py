@@ -58,7 +58,7 @@ def prepare_files(path: Path, data_dir: Path, image_size: int, show: Progress, p
         spool = partial / "spool"
         tree = read_tree(source.read_listing(spool, show))
         files = _Files(path, spool, tree, show, processes)
-        sizes = _hash(tree.places, [entry.size for entry in tree.entries])
+        sizes = hashlib.sha256(_lines(tree.places, (entry.size for entry in tree.entries))).hexdigest()
         # Files of the same names and sizes were decoded before: compare contents before decoding again.
         content = files.read("comparing")[0] if any(records.glob(f"{sizes}-*")) else None
         data = find(content, tree.notes) if content else None
@@ -85,6 +85,7 @@ class _Files:
     def __init__(self, path: Path, spool: Path, tree: Tree, show: Progress, processes: int) -> None:
         self.path, self.spool, self.tree, self.show, self.processes = path, spool, tree, show, processes
         self.is_test = _draw_test(tree.labels) if tree.is_test is None else tree.is_test
+        self.tests_before = np.cumsum(self.is_test) - self.is_test  # of each image
 
     def decode(self, folder: Path, image_size: int) -> tuple[str, int]:
         """Decode every image into `folder`; return what read() does.
@@ -116,18 +117,17 @@ class _Files:
         sizes = [entry.size for entry in self.tree.entries]
         parts = _parts(sizes, 3 * decoding.get("size", 0) ** 2)
         processes = min(self.processes, (sum(sizes) + FILE_BYTES * len(sizes)) // PROCESS_BYTES)
-        hashes: list[str] = []
-        rotated = 0
+        content, rotated = hashlib.sha256(), 0
         self.show(phase, 0, len(sizes))
         with contextlib.closing(run_chunks(arguments, parts, self._chunk, processes)) as answers:
-            for answer in answers:
-                hashes += _checked(answer)["sha256"]
+            for part, answer in zip(parts, answers, strict=True):
+                content.update(_lines(self.tree.places[part], _checked(answer)["sha256"]))
                 rotated += answer["rotated"]
-                self.show(phase, len(hashes), len(sizes))
-        return _hash(self.tree.places, hashes), rotated
+                self.show(phase, part.stop, len(sizes))
+        return content.hexdigest(), rotated
 
     def _chunk(self, part: slice) -> Chunk:
-        before = int(self.is_test[: part.start].sum())  # test images
+        before = int(self.tests_before[part.start])
         splits = self.is_test[part].astype(int).tolist()
         return self.tree.entries[part], splits, [part.start - before, before]
 
@@ -169,11 +169,9 @@ def _parts(sizes: list[int], stored_bytes: int) -> list[slice]:
     return parts
 
 
-def _hash(places: Iterable[str], values: Iterable[object]) -> str:
-    digest = hashlib.sha256()
-    for place, value in zip(places, values, strict=True):
-        digest.update(f"{place}\0{value}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
+def _lines(places: Iterable[str], values: Iterable[object]) -> bytes:
+    lines = (f"{place}\0{value}\n" for place, value in zip(places, values, strict=True))
+    return "".join(lines).encode("utf-8", "surrogateescape")
 
 
 def prepare_built_in(source: str, data_dir: Path, image_size: int, show: Progress) -> ImageData:
