@@ -115,6 +115,16 @@ def test_a_missing_checkpoint_means_a_new_beginning(worker, tmp_path):
     assert [report_of(again) for _ in range(2)] == expected
 
 
+def test_an_older_checkpoint_means_its_later_epochs_again(worker, tmp_path):
+    file, trial = tmp_path / "checkpoints" / "0000.pt", worker(epochs=5)
+    expected = [report_of(trial)]
+    older = file.read_bytes()
+    expected += [report_of(trial) for _ in range(2)]
+    file.write_bytes(older)
+    again = worker(epochs=5, reported=3)
+    assert [report_of(again) for _ in range(3)] == [*expected[1:], report_of(trial)]
+
+
 def test_final_seed_ends_with_the_test_split(worker, tmp_path):
     trial = worker("final-1", final=True, epochs=2)
     assert "test_accuracy" not in report_of(trial)

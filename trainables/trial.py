@@ -89,16 +89,15 @@ class JobRun:
 
     def __init__(self, job: dict[str, Any], context: TrialContext, group: Group = ALONE) -> None:
         self.job, self.context, self.group = job, context, group
-        self.reported: int = job["reported"]
         self.announced = False  # that the test split comes next
         self.run, checkpoint = self._new_run(), context.fetch(checkpoint_name(job["trial_id"]))
         if checkpoint:
             try:
                 self.run.load(checkpoint)
             except DamagedCheckpointError:
-                self.run, self.reported = self._new_run(), 0  # the same seed gives the same epochs again
-        else:  # a copied study's is gone: no better than a damaged one
-            self.reported = 0
+                self.run = self._new_run()
+        # Of a missing, damaged or older one the same seed trains the same epochs again.
+        self.reported: int = min(job["reported"], self.run.epochs_done)
 
     def report(self) -> dict[str, Any]:
         """Trains an epoch, unless one waits to be reported, and returns its report.
