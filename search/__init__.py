@@ -7,6 +7,7 @@ has set wins.
 
 import os
 import sys
+import tempfile
 
 _ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",  # set explicitly, or every start prints a warning (Ray 2.60)
@@ -28,6 +29,8 @@ _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(256 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
 }
+if os.path.expanduser("~") == "~":  # noqa: PTH111  a container's user without one; Ray cannot be imported then
+    os.environ["HOME"] = tempfile.gettempdir()
 if os.environ.get("RAY_ADDRESS", "local") in ("", "local"):
     _ENVIRONMENT["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # a Ray of our own listens on 127.0.0.1 alone
 if "ray" in sys.modules:  # it has settled how it authenticates; servers started now must do the same

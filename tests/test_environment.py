@@ -45,3 +45,17 @@ def test_a_resnet_is_built_without_torchs_compiler():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines() == ["[]", "torch._dynamo.utils"], done.stdout + done.stderr
+
+
+def test_a_user_without_a_home_folder_has_the_temporary_one():
+    """As in a container whose user id has no entry in /etc/passwd: Ray's import would fail."""
+    code = (
+        "import os, pwd, tempfile\n"
+        "def nobody(uid): raise KeyError(uid)\n"
+        "pwd.getpwuid = nobody\n"
+        "import search, search.run\n"
+        "print(os.environ['HOME'] == tempfile.gettempdir())"
+    )
+    unset = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
+    done = subprocess.run([sys.executable, "-c", code], env=unset, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
