@@ -32,7 +32,7 @@ from search.spaces import described, find_space
 from search.study_file import read_study, write_whole
 from search.suggest import RandomSampler
 from trainables.command_line import exit_code
-from trainables.config import TrainConfig, check_integer
+from trainables.config import check_integer
 
 SEEDS = 2  # per configuration: what one seed's luck chose, the other judges
 OPTIONS = (
@@ -78,16 +78,13 @@ def new_options(do: argparse.Namespace, given: dict[str, Any]) -> StudyOptions:
     check_integer("--seeds", do.seeds, 1)
     asked = StudyOptions(space=do.space, **given)  # checks --trials and --seed, and has their defaults
     assert asked.trials is not None
-    options = StudyOptions(
+    return StudyOptions(
         space=do.space,
         points=points(do.space, asked.fix, asked.trials, asked.seed, do.seeds),
         pruner="none",
         final_seeds=0,
         **given,
     )
-    for point in options.points or []:
-        TrainConfig.from_dict(options.fixed_values() | point)
-    return options
 
 
 def write_table(folder: Path, out: Path) -> None:

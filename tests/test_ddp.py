@@ -48,6 +48,7 @@ def study(tmp_path, data_dir):
         options = StudyOptions(
             space="softmax",
             data="digits",
+            image_size=32,
             data_dir=str(data_dir),
             points=points,
             workers_per_trial=WORKERS,
@@ -157,7 +158,7 @@ def test_killed_worker_costs_nothing_that_was_reported_and_a_failing_trial_is_no
     assert list(trial.reports) == list(range(1, 41))
     pids = [trial.reports[epoch]["pid"] for epoch in trial.reports]
     assert len(set(pids)) == 2  # rank 0 of the first group and of the second
-    options = StudyOptions(space="softmax", epochs=40)
+    options = StudyOptions(space="softmax", epochs=40, image_size=32)
     config = TrainConfig.from_dict(options.fixed_values() | CONFIG)
     alone = TrainingRun(config, prepare("digits", data_dir), choose("cpu", "fp32"), data_dir)
     for epoch in trial.reports:

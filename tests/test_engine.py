@@ -49,7 +49,9 @@ def study(tmp_path, data_dir):
     """Makes and runs softmax studies of digits; trials take milliseconds, workers seconds to start."""
 
     def run(name="study", on_step=lambda: None, slots=SLOTS, **options):
-        options = StudyOptions(space="softmax", data="digits", data_dir=str(data_dir), **options)
+        options = StudyOptions(
+            space="softmax", data="digits", image_size=32, data_dir=str(data_dir), **options
+        )
         data = prepare("digits", Path(data_dir))
         levers = choose("cpu", "fp32")
         options = settle(options, levers, Machine(SLOTS))
