@@ -57,11 +57,14 @@ def _crc(content: str) -> str:
 def write_whole(file: Path, content: bytes) -> None:
     """Write a file, whole or not at all, a power cut included."""
     temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_events(study_dir: Path, study: dict[str, Any]) -> list[dict[str, Any]]:
