@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
@@ -14,8 +15,9 @@ import pytest
 from analysis.load import load
 from analysis.report import main as report
 from search.faults import cause_of, told
+from search.folders import check_storage
 from search.journal import Journal
-from search.mirror import Mirror, bring, main
+from search.mirror import Mirror, bring, main, storage_of
 from search.study_file import write_study
 from tests.object_store import faulty_store, object_store
 from tests.test_jobs import make_jobs
@@ -133,6 +135,31 @@ def test_a_study_is_brought_back_unless_the_copy_here_knows_more(storage, tmp_pa
         bring(f"{storage.url}/nothing")
     with pytest.raises(ValueError, match="names no study"):
         bring(f"{storage.url}/..")
+
+
+@pytest.mark.parametrize("name", ["a#1", "a?b", "two words", "ü中", "100%", "[x] '$(y)' \"z\"", "a%20b"])
+def test_name_of_a_study_may_hold_what_a_url_may_not(bucket, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    place = f"{bucket}/names"
+    check_storage(place, name)
+    write(tmp_path / name, {"study.json": "{}", "n\udcff": "a user's own file"})
+    start(tmp_path / name, 1)
+    storage = storage_of(place, tmp_path / name)
+    assert not any(character in storage.url for character in " #?\n'\"$")
+    with (mirror := Mirror(tmp_path / name, storage)).running():
+        assert mirror.finish() == ""
+    with pytest.raises(ValueError, match="holds another study"):
+        check_storage(place, name)
+    folder = bring(storage.url)
+    assert folder == Path("studies") / name
+    assert len(Journal(folder / "reports.jsonl").read()) == 1
+    assert sorted(storage.names()) == ["n\\udcff", "reports.jsonl", "study.json"]
+
+
+@pytest.mark.parametrize("name", ["%2E%2E", "..%2Fevil", "%2Fetc"])
+def test_name_in_a_url_leads_to_no_other_folder(bucket, name):
+    with pytest.raises(ValueError, match="names no study"):
+        bring(f"{bucket}/{name}")
 
 
 def test_no_name_in_a_store_leads_out_of_the_folder(storage, tmp_path, monkeypatch):
