@@ -23,7 +23,7 @@ from urllib.parse import unquote
 from search.journal import Journal
 from search.lease import NAME as LEASE
 from search.lease import Lease, check_lease
-from search.study_file import lock_of, read_study
+from search.study_file import lock_of, parse_study, read_study
 from trainables.command_line import Parser, exit_code
 from trainables.storage import BRIEF_SECONDS, Storage, StoreError, url_under, within
 
@@ -203,8 +203,10 @@ def bring(url: str) -> Path:
         names = [name for name in storage.names() if not name.startswith(LOCAL_ONLY) and name != LEASE]
         if strange := [name for name in names if ".." in Path(name).parts]:
             raise ValueError(f"{url} holds {strange[0]}, which would lie outside the study; remove it")
-        if "study.json" not in names:
+        content = storage.read("study.json")
+        if content is None:
             raise ValueError(f"{url} holds no study: there is no study.json in it")
+        parse_study(content, f"{storage.url}/study.json")
         if ahead(storage, folder) >= 0:
             for name in names:
                 storage.get(name, folder / name)

@@ -46,6 +46,9 @@ def storage(bucket, request):
     return Storage(f"{bucket}/{request.node.name.partition('[')[0]}/study")
 
 
+STUDY = {"space": "softmax", "status": "stopped", "options": {}, "rungs": []}
+
+
 def write(folder, files):
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +121,8 @@ def test_store_out_of_reach_is_told_at_the_end(storage, tmp_path, monkeypatch, c
 
 def test_a_study_is_brought_back_unless_the_copy_here_knows_more(storage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "driver", {"study.json": "{}"})
+    (tmp_path / "driver").mkdir()
+    write_study(tmp_path / "driver", STUDY)
     start(tmp_path / "driver", 2)
     Mirror(tmp_path / "driver", storage).update()
     storage.put(tmp_path / "driver" / "study.json", "checkpoints/0000.pt")
@@ -133,6 +137,14 @@ def test_a_study_is_brought_back_unless_the_copy_here_knows_more(storage, tmp_pa
     assert len(Journal(folder / "reports.jsonl").read()) == 3
     with pytest.raises(ValueError, match="holds no study"):
         bring(f"{storage.url}/nothing")
+    whole = {file.name: file.read_bytes() for file in folder.iterdir()}
+    for name in ("study.json", "reports.jsonl"):
+        content = storage.read(name)
+        storage.write(content.replace(b'"', b"'", 1), name)
+        with pytest.raises(ValueError, match=rf"^{storage.url}\S* ({name} line 1 )?(cannot|is)"):
+            bring(storage.url)
+        storage.write(content, name)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
     with pytest.raises(ValueError, match="names no study"):
         bring(f"{storage.url}/..")
 
@@ -142,7 +154,8 @@ def test_name_of_a_study_may_hold_what_a_url_may_not(bucket, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     place = f"{bucket}/names"
     check_storage(place, name)
-    write(tmp_path / name, {"study.json": "{}", "n\udcff": "a user's own file"})
+    write(tmp_path / name, {"n\udcff": "a user's own file"})
+    write_study(tmp_path / name, STUDY)
     start(tmp_path / name, 1)
     storage = storage_of(place, tmp_path / name)
     assert not any(character in storage.url for character in " #?\n'\"$")
