@@ -11,6 +11,7 @@ Of a study that is running it writes the tables only: study.json belongs to the 
 from __future__ import annotations
 
 import contextlib
+import io
 import operator
 import sys
 from collections import Counter
@@ -77,9 +78,8 @@ def collect(study_dir: Path, *, live: bool = False, **facts: Any) -> dict[str, A
             study_dir / "trials.csv",
             trials_table(searched, study).to_csv(index=False, lineterminator="\n").encode(),
         )
-        temporary = study_dir / "epochs.parquet.tmp"
-        epochs_table(trials).to_parquet(temporary, index=False)
-        temporary.replace(study_dir / "epochs.parquet")
+        epochs_table(trials).to_parquet(epochs := io.BytesIO(), index=False)  # pyarrow refuses some paths
+        write_whole(study_dir / "epochs.parquet", epochs.getvalue())
         study |= found | {
             "statuses": dict(Counter(status_of(trial, study) for trial in searched).most_common()),
             "epochs_unpruned": len(searched) * study["options"]["epochs"],

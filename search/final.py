@@ -7,8 +7,10 @@ file says what their results mean.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +76,7 @@ def keep_best(study_dir: Path, trials: dict[str, TrialRecord]) -> None:
     best = study_dir / "best"
     (best / "config.json").write_text(json.dumps(done[0].config, indent=2) + "\n")
     checkpoint = study_dir / "checkpoints" / f"{done[0].trial_id}.pt"
-    if checkpoint.exists():
-        import torch  # takes a second, and commands read final results without it
-
-        network = torch.load(checkpoint, map_location="cpu", weights_only=True)["network"]
+    if checkpoint.exists() and (network := _network_of(checkpoint)):
         first = next(tensor for tensor in network.values() if tensor.dim() >= 2)
         np.save(best / "first_layer.npy", first.float().numpy())
         checkpoint.replace(best / "checkpoint.pt")
@@ -88,3 +87,17 @@ def keep_best(study_dir: Path, trials: dict[str, TrialRecord]) -> None:
             of_seed.replace(file)
         for others in best.glob(f"{file.stem}-*{file.suffix}"):
             others.unlink()
+
+
+def _network_of(checkpoint: Path) -> dict[str, Any] | None:
+    """Return a checkpoint's network; None, and a line that says so, where the file is damaged."""
+    import torch  # takes a second, and commands read final results without it
+
+    with contextlib.suppress(zipfile.BadZipFile, EOFError):
+        with zipfile.ZipFile(checkpoint) as archive:  # torch.load checks no sum (2.15)
+            whole = archive.testzip() is None
+        if whole:
+            network: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)["network"]
+            return network
+    print(f"best/ has no checkpoint: {checkpoint.name} is damaged; test accuracies and predictions are whole")
+    return None

@@ -12,7 +12,7 @@ from search.lease import NAME as LEASE
 from search.options import RESUMABLE, StudyOptions, flag
 from search.study_file import lock_of, read_events, read_study
 from trainables.data import BUILT_IN, expanded
-from trainables.storage import BRIEF_SECONDS, Storage, is_url, reason
+from trainables.storage import BRIEF_SECONDS, Storage, is_url, reason, url_under
 
 
 def place_of(options: StudyOptions, folder: Path | None, storage: str | None) -> tuple[StudyOptions, Path]:
@@ -87,7 +87,7 @@ def check_storage(url: str | None, name: str) -> None:
     """Raises ValueError where an object store cannot be written and read, or holds such a study."""
     if url is None:
         return
-    storage = Storage(f"{url.rstrip('/')}/{name}", patience=BRIEF_SECONDS)
+    storage = Storage(url_under(url, name), patience=BRIEF_SECONDS)
     try:
         if set(storage.names()) - {LEASE}:
             raise ValueError(

@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from urllib.parse import unquote
 
 from search.journal import Journal
 from search.lease import NAME as LEASE
 from search.lease import Lease, check_lease
-from search.study_file import lock_of, read_study
+from search.study_file import lock_of, parse_study, read_study
 from trainables.command_line import Parser, exit_code
-from trainables.storage import BRIEF_SECONDS, Storage, StoreError, within
+from trainables.storage import BRIEF_SECONDS, Storage, StoreError, url_under, within
 
 PERIOD_SECONDS = 5.0  # between looks at the folder
 LOCAL_ONLY = ("checkpoints", "ray")  # Tune's files, and what workers put into the store themselves
@@ -82,7 +83,7 @@ class Mirror:
                 if file.name == "study.json" and mark != before:
                     continue  # the next time: it counts lines that the journal put just now may not have
                 with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-                    storage.put(file, name.as_posix())
+                    storage.put(file, name.as_posix().encode(errors="backslashreplace").decode())
                     self._sent[str(name)] = mark
         finally:
             self._copying.release()
@@ -193,16 +194,19 @@ def bring(url: str) -> Path:
         ValueError: There is no study under the URL.
     """
     storage = Storage(url.rstrip("/"), patience=BRIEF_SECONDS)
-    folder = Path("studies") / storage.url.rpartition("/")[2]
-    if folder.name in ("", "..", "studies"):
+    name = unquote(storage.url.rpartition("/")[2], errors="surrogateescape")
+    folder = Path("studies") / name
+    if name in ("", ".", "..") or "/" in name:
         raise ValueError(f"{url} names no study; give s3://BUCKET/PREFIX/NAME")
     try:
         check_lease(storage)
         names = [name for name in storage.names() if not name.startswith(LOCAL_ONLY) and name != LEASE]
         if strange := [name for name in names if ".." in Path(name).parts]:
             raise ValueError(f"{url} holds {strange[0]}, which would lie outside the study; remove it")
-        if "study.json" not in names:
+        content = storage.read("study.json")
+        if content is None:
             raise ValueError(f"{url} holds no study: there is no study.json in it")
+        parse_study(content, f"{storage.url}/study.json")
         if ahead(storage, folder) >= 0:
             for name in names:
                 storage.get(name, folder / name)
@@ -213,7 +217,7 @@ def bring(url: str) -> Path:
 
 def storage_of(url: str | None, folder: Path) -> Storage | None:
     """Returns what holds the study of a folder, given its ``--storage``; None: the folder does."""
-    return Storage(f"{url.rstrip('/')}/{folder.name}") if url else None
+    return Storage(url_under(url, folder.name)) if url else None
 
 
 def _mark(file: Path) -> tuple[int, int] | None:

@@ -31,16 +31,33 @@ def read_study(study_dir: Path) -> dict[str, Any]:
     """
     file = study_dir / "study.json"
     try:
-        text = file.read_bytes().decode()
-        study = json.loads(text)
+        content = file.read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{study_dir} holds no study: there is no study.json in it") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ValueError(f"{file} cannot be read ({error})") from None
+    return parse_study(content, str(file))
+
+
+def parse_study(content: bytes, place: str) -> dict[str, Any]:
+    """Return what a study.json says.
+
+    Args:
+        content: The file's.
+        place: Where it lies, for the error.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    try:
+        text = content.decode()
+        study = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{place} cannot be read ({error})") from None
     crc = _crc(text.rpartition(CRC)[0])
     whole = isinstance(study, dict) and all(isinstance(study.get(key), KEYS[key]) for key in KEYS)
     if not whole or study.pop("crc", crc) != crc:
-        raise ValueError(f"{file} is damaged; restore it from a copy")
+        raise ValueError(f"{place} is damaged; restore it from a copy")
     return study
 
 
@@ -57,11 +74,14 @@ def _crc(content: str) -> str:
 def write_whole(file: Path, content: bytes) -> None:
     """Write a file, whole or not at all, a power cut included."""
     temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_events(study_dir: Path, study: dict[str, Any]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import argparse
 import configparser
 import netrc
 import os
+import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ DEFAULT_URL = "https://api.forge.coreweave.com"  # of wandb 0.31
 HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # two names of one server: a key for either is one
 NOT_IN_A_PROJECT = "/\\#?%:"  # W&B's rule
 LONGEST_NAME, LONGEST_TAG = 128, 64  # characters, W&B's too
+KEY_LENGTH = 40
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,11 @@ class WandbOptions:
                 f"--wandb-project={self.project} is not possible; give 1 to {LONGEST_NAME} characters "
                 f"without any of {NOT_IN_A_PROJECT}"
             )
+        for name in ("project", "entity", "group"):
+            if not (getattr(self, name) or "").isprintable():
+                raise ValueError(f"--wandb-{name} has a line end or no valid character in it; give another")
         for tag in self.tags:
-            if not 0 < len(tag) <= LONGEST_TAG:
+            if not tag.isprintable() or not 0 < len(tag) <= LONGEST_TAG:
                 raise ValueError(
                     f"--wandb-tags {tag} is not possible; give 1 to {LONGEST_TAG} characters each"
                 )
@@ -68,11 +73,17 @@ class WandbOptions:
             raise ValueError(
                 f"--wandb-group={self.group} is not possible; give at most {LONGEST_NAME} characters"
             )
-        if self.mode == "online" and not key_is_configured(self.key):
-            raise ValueError(
-                f"there is no W&B key for {base_url()}; run `wandb login`, or set WANDB_API_KEY, or give "
-                "--wandb offline and upload later"
-            )
+        if self.mode != "off":
+            check_url(base_url())
+        if self.mode == "online":
+            key, place = find_key(self.key)
+            if not key:
+                raise ValueError(
+                    f"there is no W&B key for {base_url()}; run `wandb login`, or set WANDB_API_KEY, or give "
+                    "--wandb offline and upload later"
+                )
+            if place != "WANDB_IDENTITY_TOKEN_FILE":
+                check_key(key, place)
 
     def remembered(self) -> dict[str, Any]:
         """Returns what study.json keeps: all but the key."""
@@ -90,7 +101,7 @@ def choose(given: Mapping[str, Any], remembered: Mapping[str, Any] | None = None
         ValueError: A value is impossible, or W&B shall be online without a key.
     """
     values = {**(remembered or _from_variables()), **given}
-    values.setdefault("mode", "online" if key_is_configured(values.get("key")) else "offline")
+    values.setdefault("mode", "online" if find_key(values.get("key"))[0] else "offline")
     values["tags"] = tuple(values.get("tags") or ())
     return WandbOptions(**values)
 
@@ -148,17 +159,56 @@ def take_flags(options: MutableMapping[str, Any]) -> dict[str, Any]:
     return given | ({"key": key} if key else {})
 
 
-def key_is_configured(key: str | None) -> bool:
-    """Returns whether W&B would find a key: the environment's, or one in netrc for its server."""
-    if key or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
+def find_key(key: str | None) -> tuple[str, str]:
+    """Return the key that W&B would find, and where: the environment's, or that of its server in netrc.
+
+    Both are empty where there is none; a token file's is asked of W&B when it is needed.
+    """
+    if key:
+        return key, "WANDB_API_KEY"
+    if file := os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return file, "WANDB_IDENTITY_TOKEN_FILE"
+    file = os.environ.get("NETRC") or str(Path("~/.netrc").expanduser())
     try:
-        entries = netrc.netrc(os.environ.get("NETRC") or Path("~/.netrc").expanduser())
-    except (OSError, netrc.NetrcParseError):
-        return False
+        entries = netrc.netrc(file)
+    except (OSError, UnicodeDecodeError, netrc.NetrcParseError):
+        return "", ""
     host = urlsplit(base_url()).netloc
     hosts = HOSTS if host in HOSTS else (host,)
-    return any((entries.authenticators(name) or ("", "", ""))[2] for name in hosts)
+    keys = [password for name in hosts if (password := (entries.authenticators(name) or ("", "", ""))[2])]
+    return (keys[0], file) if keys else ("", "")
+
+
+def check_key(key: str, place: str) -> None:
+    """Raise ValueError for what W&B (0.31) takes for no key; the error does not show it."""
+    token = r"[\w-]+\.[\w-]+\.[\w-]+"  # a JWT
+    if re.fullmatch(rf"{token}|([^-\s]*-)?[\w-]{{{KEY_LENGTH},}}", key, re.ASCII):
+        return
+    problem = f"only {len(key)} characters"
+    if re.search(r"\s", key):
+        problem = "blanks or line ends"
+    elif len(key) >= KEY_LENGTH:
+        problem = "other characters than letters, digits and underscores"
+    raise ValueError(
+        f"{place} holds no W&B key: it has {problem}; copy it from {base_url()}/authorize, or remove it and "
+        "run `wandb login`"
+    )
+
+
+def check_url(url: str) -> None:
+    """Raise ValueError for an address of a server that W&B would refuse."""
+    try:
+        parts = urlsplit(url)
+        whole = parts.scheme in ("http", "https") and parts.hostname and not re.search(r"\s", url)
+        _ = parts.port
+    except ValueError:
+        whole = False
+    host = parts.hostname if whole else ""
+    if not whole or host in ("wandb.ai", "www.wandb.ai", "app.wandb.ai"):
+        example = "api.wandb.ai" if "wandb.ai" in url else re.sub(r".*//|\s", "", url)
+        raise ValueError(
+            f"WANDB_BASE_URL={url} is no address of a W&B server; give for example https://{example}"
+        )
 
 
 def base_url() -> str:

@@ -15,7 +15,8 @@ from typing import Any
 
 from search.journal import TrialRecord, records, status_of
 from search.study_file import read_events, read_study, write_whole
-from search.wandb_options import WandbOptions, base_url
+from search.wandb_options import LONGEST_NAME, WandbOptions, base_url
+from trainables.disk import is_full
 
 STUDY = "study"  # the key of the study's own run, beside trial ids
 COLUMNS = (  # of a row, those of epochs.parquet
@@ -24,6 +25,7 @@ COLUMNS = (  # of a row, those of epochs.parquet
 )
 FAILED = ("error", "out_of_memory")
 AT_WORK = ("running", "paused")
+NO_ROOM = "there is no room under wandb/"
 
 
 @dataclass(frozen=True)
@@ -177,10 +179,15 @@ class State:
         return state
 
     def save(self) -> None:
-        """Writes the file, whole or not at all."""
-        self.file.parent.mkdir(exist_ok=True)
+        """Write the file, whole or not at all; where there is no room, W&B is asked again the next time."""
         content = {name: value for name, value in vars(self).items() if name != "file"}
-        write_whole(self.file, (json.dumps(content, indent=1) + "\n").encode())
+        try:
+            self.file.parent.mkdir(exist_ok=True)
+            write_whole(self.file, (json.dumps(content, indent=1) + "\n").encode())
+        except OSError as error:
+            if not is_full(error):
+                raise
+            self.error = self.error or NO_ROOM
 
     def known(self, mode: str) -> dict[str, Any]:
         """Returns the records of the runs that need nothing more in this mode."""
@@ -192,15 +199,18 @@ class State:
         return [run for run in runs if known.get(run.key) != run.record]
 
 
-def standing(folder: Path, options: WandbOptions, why: str = "") -> tuple[str, bool]:
-    """Returns how a study stands with W&B, in a line, and whether anything is missing there.
+def standing(
+    folder: Path, options: WandbOptions, why: str = "", state: State | None = None
+) -> tuple[str, bool]:
+    """Return how a study stands with W&B, in a line, and whether anything is missing there.
 
     Args:
         folder: The study's.
         options: Where its runs go.
         why: The reason for what is missing, where W&B gave none.
+        state: What W&B is known to have; None: as the folder tells.
     """
-    runs, state = plan(folder), State.load(folder, options)
+    runs, state = plan(folder), state or State.load(folder, options)
     missing = state.missing(runs, options.mode)
     why = f" ({state.error or why})" if state.error or why else ""
     where = f"{state.entity or options.entity or ''}/{options.project}".lstrip("/")
@@ -209,11 +219,17 @@ def standing(folder: Path, options: WandbOptions, why: str = "") -> tuple[str, b
             return f"{len(missing)} of {len(runs)} runs are not synced{why}", True
         if options.sweep and not state.sweep:
             return f"all {len(runs)} runs are in {where}, the sweep is not{why}", True
-        return f"all {len(runs)} runs are in {where}, group {options.group or folder.name}", False
+        return f"all {len(runs)} runs are in {where}, group {options.group or legible(folder.name)}", False
     if missing:
         return f"{len(missing)} of {len(runs)} offline runs are not written{why}", True
     sweep = ", no sweep made" if options.sweep else ""
     return f"{len(runs)} runs written offline, none of them uploaded{sweep}", False
+
+
+def legible(text: str, longest: int = LONGEST_NAME) -> str:
+    """Return a name as W&B takes it: valid Unicode in one line, of limited length."""
+    text = text.encode(errors="surrogateescape").decode(errors="replace")
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:longest]
 
 
 def tidy(folder: Path) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 
 from search.study_file import read_study
 from search.wandb_options import WandbOptions
-from search.wandb_runs import STUDY, Planned, State
+from search.wandb_runs import NO_ROOM, STUDY, Planned, State, legible
+from trainables.disk import says_full
 
 ANSWER_SECONDS = 4  # that one request may take
 STEP_SECONDS = 5.0  # to open, fill or close a run, a question, or letting go, all its requests together
@@ -94,6 +95,11 @@ class Sender:
         self.sent: dict[str, int] = {}  # rows, by key
         self.asked = not self.online  # whether the server was asked what it has from before
         self.written: list[Planned] = []  # offline and closed, but whole only after end()
+        self.doubted: set[str] = set()  # keys of runs that the server had once
+
+    def doubt(self) -> None:
+        """Take nothing for granted that the server confirmed earlier: it may have forgotten runs."""
+        self.doubted, self.state.runs = set(self.state.runs), {}
 
     def send(self, runs: list[Planned], *, live: bool) -> None:
         """Brings W&B up to date.
@@ -112,6 +118,8 @@ class Sender:
         with _in_one_line(self.options.key):
             if not self.asked:
                 missing, self.asked = self._confirm(missing), True
+                if self.doubted & {run.key for run in missing}:
+                    self.state.sweep = None  # it was made of runs that are gone
             closed: list[Planned] = []
             for run in missing:
                 with patience():
@@ -135,7 +143,7 @@ class Sender:
         """
         import wandb
 
-        config = sweep_config(read_study(self.folder), self.options.group or self.folder.name)
+        config = sweep_config(read_study(self.folder), self.options.group or legible(self.folder.name))
         ids = [run.run_id for run in runs if run.job_type == "trial"]
         with _in_one_line(self.options.key), contextlib.redirect_stdout(None):
             self._set_up()
@@ -175,10 +183,10 @@ class Sender:
                 mode="online" if self.online else "offline",
                 project=self.options.project,
                 entity=self.options.entity,
-                group=self.options.group or self.folder.name,
+                group=self.options.group or legible(self.folder.name),
                 job_type=run.job_type,
                 id=run.run_id,
-                name=self.folder.name if run.key == STUDY else run.key,
+                name=legible(self.folder.name) if run.key == STUDY else run.key,
                 tags=self.options.tags or None,
                 dir=self.folder,
                 config=run.config,
@@ -274,7 +282,7 @@ def media(folder: Path, files: tuple[str, ...]) -> dict[str, Any]:
         if not file.endswith(".npz"):
             shown[Path(file).with_suffix("").as_posix()] = wandb.Image(str(folder / file))
             continue
-        classes = read_study(folder)["data"]["classes"]
+        classes = [legible(name) for name in read_study(folder)["data"]["classes"]]
         guesses = pq.read_table(
             folder / "best" / "predictions.parquet", columns=["label", "predicted", "confidence"]
         ).to_pydict()
@@ -327,15 +335,24 @@ def _in_one_line(key: str | None) -> Iterator[None]:
 
 def reason(text: str, key: str | None = None) -> str:
     """Returns why W&B failed, in a few words and without the key."""
+    if says_full(text):
+        return NO_ROOM
     for pattern, words in (
-        (r"\b403\b", "the key may not write there"),
+        (r"\b(HTTP|error) 403\b", "the key may not write there"),
+        (r"\b(HTTP|error) 404\b", "the server does not have it: a wrong project, entity or address"),
+        (r"\b(HTTP|error) 429\b", "the server limits the rate of requests; try again later"),
+        (r"\b(HTTP|error) 5\d\d\b", "the server answers with an error"),
         (r"connection refused", "the server cannot be reached: connection refused"),
         (r"no such host|lookup ", "the server's name is not known"),
-        (r"HTTP (5\d\d)", "the server answers with an error"),
         (r"did not respond in time|deadline exceeded|[Tt]imed? ?out", "the server does not answer"),
-        (r"\b401\b|verify credentials", "the server refuses the key"),
+        (r"x509: ", "the server's certificate is not trusted"),
+        (r"first record does not look like a TLS", "the server does not speak TLS: try http://"),
+        (r"invalid character '<'", "a web page answers: a proxy, a network's login, or a wrong address"),
     ):
         if re.search(pattern, text):
             return words
-    line = " ".join(text.split())[:200]
-    return line.replace(key, "…") if key else line
+    refused = re.search(r"verify credentials with \S+?: (.*)|error 401", text, re.DOTALL)
+    line = " ".join((refused[1] or "" if refused else text).split())[:200]
+    if key:
+        line = line.replace(key, "…")
+    return f"the server refuses the key{line and ': ' + line}" if refused else line

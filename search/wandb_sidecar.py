@@ -45,14 +45,16 @@ class Sidecar:
         write_study(self.folder, read_study(self.folder) | {"wandb": self.options.remembered()})
         if self.options.mode == "off":
             return
-        (self.folder / "wandb").mkdir(exist_ok=True)
         root = Path(__file__).resolve().parents[1]
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
             **({"WANDB_API_KEY": self.options.key} if self.options.key else {}),
         }
         log = self.folder / "wandb" / "sync.log"
-        with contextlib.suppress(OSError), log.open("wb") as file:  # the study is whole without it
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.suppress(OSError))  # the study is whole without it
+            log.parent.mkdir(exist_ok=True)
+            file = stack.enter_context(log.open("wb"))
             self.process = subprocess.Popen(
                 [
                     sys.executable,
@@ -99,12 +101,13 @@ class Sidecar:
             log = self.folder / "wandb" / "sync.log"
             if self.process.returncode and not why:
                 why = f"the process that sends them ended with {self.process.returncode}, see {shown(log)}"
-            if not log.stat().st_size:
-                log.unlink()
+            with contextlib.suppress(OSError):
+                if not log.stat().st_size:
+                    log.unlink()
             self.process = None
         try:
             line, missing = standing(self.folder, self.options, why)
-        except ValueError as error:  # the study is whole all the same
+        except (OSError, ValueError) as error:  # the study is whole all the same
             line, missing = str(error), True
         command = f"; to upload: python -m search.wandb_sync {shlex.quote(shown(self.folder))}"
         return f"W&B: {line}{command if missing or self.options.mode == 'offline' else ''}"

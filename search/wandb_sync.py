@@ -17,9 +17,12 @@ With ``--follow`` (search/wandb_sidecar.py) it does the same over and over until
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
 import os
 import select
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,7 @@ from filelock import FileLock, Timeout
 
 from search.study_file import read_study
 from search.wandb_options import WandbOptions, add_wandb_flags, choose, take_flags
-from search.wandb_runs import Planned, State, plan, standing, tidy
+from search.wandb_runs import Planned, State, legible, plan, standing, tidy
 from search.wandb_sender import Sender, Trouble
 from trainables.command_line import Parser, exit_code
 
@@ -87,6 +90,7 @@ def clean_environment() -> None:
         if name.startswith("WANDB_") and name.removeprefix("WANDB_") not in PASSED_ON:
             del os.environ[name]
     os.environ |= {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}
+    logging.raiseExceptions = False  # a full disk is told in our line, not in logging's tracebacks
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -106,7 +110,36 @@ def carry_out(given: dict[str, Any]) -> int:
     Raises:
         ValueError: It cannot be done.
     """
-    folder = given["study"].resolve()
+    with contextlib.ExitStack() as stack:
+        return synchronise(as_utf8(given["study"].resolve(), stack), given)
+
+
+def as_utf8(folder: Path, stack: contextlib.ExitStack) -> Path:
+    """Return a study's folder, or a link to it, by a path that W&B can pass on: it takes UTF-8 only."""
+    if not _is_utf8(str(Path.cwd()), *sys.argv):  # which it passes on, too
+        del sys.argv[1:]
+        os.chdir("/")
+    if _is_utf8(str(folder)):
+        return folder
+    link = Path(stack.enter_context(tempfile.TemporaryDirectory())) / legible(folder.name)
+    link.symlink_to(folder)
+    return link
+
+
+def _is_utf8(*texts: str) -> bool:
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def synchronise(folder: Path, given: dict[str, Any]) -> int:
+    """Sync a study's folder as the command line says; return the exit code.
+
+    Raises:
+        ValueError: It cannot be done.
+    """
     remembered = read_study(folder).get("wandb") or {}
     flags = take_flags(given)
     if not given["follow"]:
@@ -130,8 +163,10 @@ def carry_out(given: dict[str, Any]) -> int:
         follow(folder, options, state)
         code = 0
     else:
-        finish(Sender(folder, options, state))
-        line, missing = standing(folder, options)
+        sender = Sender(folder, options, state)
+        sender.doubt()
+        finish(sender)
+        line, missing = standing(folder, options, state=state)
         print(f"error: {line}" if missing else line, file=sys.stderr if missing else sys.stdout)
         code = int(missing)
     tidy(folder)

@@ -71,3 +71,21 @@ def test_best_folder_keeps_the_first_seed_and_may_be_filled_twice(tmp_path):
         "predictions.parquet",
     }
     assert (tmp_path / "best" / "predictions.parquet").read_text() == "1"
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_damaged_checkpoint_of_the_winner_costs_no_result(tmp_path, capsys, damage):
+    for name in ("best", "checkpoints"):
+        (tmp_path / name).mkdir()
+    file = tmp_path / "checkpoints" / "final-1.pt"
+    torch.save({"network": {"0.weight": torch.arange(600.0).view(2, 300)}}, file)
+    content = bytearray(file.read_bytes())
+    if damage == "cut":
+        del content[len(content) // 2 :]
+    else:
+        content[content.index(torch.tensor(299.0).numpy().tobytes())] ^= 8
+    file.write_bytes(content)
+    (tmp_path / "best" / "predictions-final-1.parquet").write_text("1")
+    keep_best(tmp_path, {"a": final(1, 0.5)})
+    assert {path.name for path in (tmp_path / "best").iterdir()} == {"config.json", "predictions.parquet"}
+    assert "final-1.pt is damaged" in capsys.readouterr().out

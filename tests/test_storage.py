@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
@@ -14,8 +15,9 @@ import pytest
 from analysis.load import load
 from analysis.report import main as report
 from search.faults import cause_of, told
+from search.folders import check_storage
 from search.journal import Journal
-from search.mirror import Mirror, bring, main
+from search.mirror import Mirror, bring, main, storage_of
 from search.study_file import write_study
 from tests.object_store import faulty_store, object_store
 from tests.test_jobs import make_jobs
@@ -43,6 +45,9 @@ def bucket():
 def storage(bucket, request):
     """An empty place for one study."""
     return Storage(f"{bucket}/{request.node.name.partition('[')[0]}/study")
+
+
+STUDY = {"space": "softmax", "status": "stopped", "options": {}, "rungs": []}
 
 
 def write(folder, files):
@@ -117,7 +122,8 @@ def test_store_out_of_reach_is_told_at_the_end(storage, tmp_path, monkeypatch, c
 
 def test_a_study_is_brought_back_unless_the_copy_here_knows_more(storage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "driver", {"study.json": "{}"})
+    (tmp_path / "driver").mkdir()
+    write_study(tmp_path / "driver", STUDY)
     start(tmp_path / "driver", 2)
     Mirror(tmp_path / "driver", storage).update()
     storage.put(tmp_path / "driver" / "study.json", "checkpoints/0000.pt")
@@ -132,8 +138,42 @@ def test_a_study_is_brought_back_unless_the_copy_here_knows_more(storage, tmp_pa
     assert len(Journal(folder / "reports.jsonl").read()) == 3
     with pytest.raises(ValueError, match="holds no study"):
         bring(f"{storage.url}/nothing")
+    whole = {file.name: file.read_bytes() for file in folder.iterdir()}
+    for name in ("study.json", "reports.jsonl"):
+        content = storage.read(name)
+        storage.write(content.replace(b'"', b"'", 1), name)
+        with pytest.raises(ValueError, match=rf"^{storage.url}\S* ({name} line 1 )?(cannot|is)"):
+            bring(storage.url)
+        storage.write(content, name)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
     with pytest.raises(ValueError, match="names no study"):
         bring(f"{storage.url}/..")
+
+
+@pytest.mark.parametrize("name", ["a#1", "a?b", "two words", "ü中", "100%", "[x] '$(y)' \"z\"", "a%20b"])
+def test_name_of_a_study_may_hold_what_a_url_may_not(bucket, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    place = f"{bucket}/names"
+    check_storage(place, name)
+    write(tmp_path / name, {"n\udcff": "a user's own file"})
+    write_study(tmp_path / name, STUDY)
+    start(tmp_path / name, 1)
+    storage = storage_of(place, tmp_path / name)
+    assert not any(character in storage.url for character in " #?\n'\"$")
+    with (mirror := Mirror(tmp_path / name, storage)).running():
+        assert mirror.finish() == ""
+    with pytest.raises(ValueError, match="holds another study"):
+        check_storage(place, name)
+    folder = bring(storage.url)
+    assert folder == Path("studies") / name
+    assert len(Journal(folder / "reports.jsonl").read()) == 1
+    assert sorted(storage.names()) == ["n\\udcff", "reports.jsonl", "study.json"]
+
+
+@pytest.mark.parametrize("name", ["%2E%2E", "..%2Fevil", "%2Fetc"])
+def test_name_in_a_url_leads_to_no_other_folder(bucket, name):
+    with pytest.raises(ValueError, match="names no study"):
+        bring(f"{bucket}/{name}")
 
 
 def test_no_name_in_a_store_leads_out_of_the_folder(storage, tmp_path, monkeypatch):

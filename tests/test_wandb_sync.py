@@ -1,5 +1,7 @@
 """W&B gets every row exactly once, whatever its server does: against a stand-in on loopback."""
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -21,7 +23,9 @@ from search.run import main, parse
 from search.study_file import read_study
 from search.study_file import write_study as write_study_json
 from search.wandb_options import WandbOptions, choose
-from search.wandb_runs import COLUMNS, State, plan, standing
+from search.wandb_runs import COLUMNS, State, legible, plan, standing
+from search.wandb_sender import reason
+from search.wandb_sidecar import Sidecar
 from tests.conftest import ROOT
 from tests.wandb_server import KEY, WandbServer
 
@@ -145,7 +149,7 @@ def sync(environment):
 
 def expected_rows(folder):
     """epochs.parquet as rows by trial, None for NaN: what W&B has to have."""
-    table = pd.read_parquet(folder / "epochs.parquet").astype(object)
+    table = pd.read_parquet(io.BytesIO((folder / "epochs.parquet").read_bytes())).astype(object)
     table = table.where(table.notna(), None)
     return {
         trial_id: part.drop(columns="trial_id").to_dict("records")
@@ -258,17 +262,41 @@ def test_sync_brings_rows_config_group_and_summary(server, sync, tmp_path):
     assert_no_key(folder, tmp_path / "home")
 
 
-def test_sync_twice_sends_nothing_even_when_it_forgot(server, sync, tmp_path):
+def test_sync_twice_asks_and_sends_nothing_even_when_it_forgot(server, sync, tmp_path):
     folder = write_study(tmp_path / "study")
     add_media(folder)
     assert sync(folder)[0] == 0
-    server.requests.clear()
-    assert sync(folder)[0] == 0
-    assert server.requests == []
-    (folder / "wandb" / "state.json").unlink()
-    code, out, _, _ = sync(folder)
+    for forget in (lambda: None, (folder / "wandb" / "state.json").unlink):
+        forget()
+        server.requests.clear()
+        code, out, _, _ = sync(folder)
+        assert (code, out) == (0, "all 6 runs are in me/tunefleet, group study\n")
+        assert "Runs" in server.requests
+        assert "UpsertBucket" not in server.requests
+    assert_all_there(server, folder)
+
+
+def test_runs_that_the_server_has_forgotten_are_sent_again(server, sync, tmp_path):
+    folder = write_study(tmp_path / "study")
+    assert sync(folder, "--wandb-sweep")[0] == 0
+    for name in ("0001", "final-1"):
+        (run,) = (run for run in server.runs.values() if run.facts["displayName"] == name)
+        del server.runs[run.name]
+    code, out, _, _ = sync(folder, "--wandb-sweep")
     assert (code, out) == (0, "all 6 runs are in me/tunefleet, group study\n")
-    assert "UpsertBucket" not in server.requests
+    assert_all_there(server, folder)
+    assert len(server.sweeps) == 2  # the old one was made of runs that are gone
+
+
+def test_sync_that_cannot_ask_does_not_say_that_all_is_there(server, sync, tmp_path):
+    folder = write_study(tmp_path / "study")
+    assert sync(folder)[0] == 0
+    server.fault = "500"
+    code, out, err, _ = sync(folder)
+    assert (code, out) == (1, "")
+    assert err == "error: 6 of 6 runs are not synced (the server answers with an error)\n"
+    server.fault = "ok"
+    assert sync(folder)[0] == 0
     assert_all_there(server, folder)
 
 
@@ -304,10 +332,13 @@ def test_torn_offline_run_is_written_anew_and_offline_then_sync_uploads_all(serv
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("401", "refuses the key"),
+        ("401", "refuses the key: chosen"),
+        ("429", "limits the rate of requests"),
         ("500", "answers with an error"),
+        ("portal", "a web page answers"),
         ("hang", "does not answer"),
         ("refused", "cannot be reached"),
+        ("plain", "does not speak TLS"),
     ],
 )
 def test_faulty_server_is_one_line_soon_and_a_later_sync_brings_all(server, sync, tmp_path, fault, words):
@@ -317,6 +348,8 @@ def test_faulty_server_is_one_line_soon_and_a_later_sync_brings_all(server, sync
         closed = WandbServer()
         closed.close()
         address = {"WANDB_BASE_URL": closed.url}
+    elif fault == "plain":
+        address = {"WANDB_BASE_URL": server.url.replace("http:", "https:")}
     else:
         server.fault = fault
     code, out, err, seconds = sync(folder, **address)
@@ -410,12 +443,45 @@ def test_sweep_is_made_once_with_the_trials_as_prior_runs(server, sync, tmp_path
     assert json.loads((folder / "wandb" / "state.json").read_text())["sweep"] == "sweep1"
 
 
-def test_hostile_name_of_a_study_is_only_a_group(server, sync, tmp_path):
-    folder = write_study(tmp_path / "it's <script>alert(1)</script>".replace("/", "") / 'a "b" #?:ü 中')
-    assert sync(folder)[0] == 0
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ('a "b" #?:ü 中', 'a "b" #?:ü 中'),
+        ("two\nlines $(x)\t%s and no \udcff UTF-8", "two lines $(x) %s and no \ufffd UTF-8"),  # a byte 0xff
+    ],
+)
+def test_hostile_name_of_a_study_is_only_a_group(server, sync, tmp_path, name, group):
+    folder = write_study(tmp_path / "study")
+    add_media(folder)
+    place = tmp_path / "it's <script>alert(1)</script>".replace("/", "")
+    place.mkdir()
+    folder = folder.rename(place / name)
+    study = read_study(folder)
+    options = study["options"] | {"data": "/data/\udcfe\n"}
+    write_study_json(folder, study | {"options": options, "data": {"classes": ["a\nb", "[\udcfd] $1 %"]}})
+    code, out, err, _ = sync(folder)
+    assert (code, err) == (0, "")
+    assert out == f"all 6 runs are in me/tunefleet, group {group}\n"
     assert_all_there(server, folder)
-    assert {run.facts["groupName"] for run in server.runs.values()} == {'a "b" #?:ü 中'}
+    assert {run.facts["groupName"] for run in server.runs.values()} == {group}
     assert all(name.replace("-", "").isalnum() for name in server.runs)
+    (study,) = (run for run in server.runs.values() if run.facts["jobType"] == "study")
+    assert study.rows[0]["misclassified"]["captions"][0] == "[\ufffd] $1 %, predicted a b with 0.80"
+    assert sync(folder, "--offline")[0] == 0
+    assert offline_rows(folder)["final-1"]
+
+
+def test_long_name_is_cut_to_what_wandb_takes():
+    assert legible("long" * 60) == "long" * 32
+
+
+def test_working_directory_that_is_no_utf_8_stops_no_sync(server, environment, tmp_path):
+    folder = write_study(tmp_path / "study")
+    (here := tmp_path / "no \udcff UTF-8").mkdir()
+    command = [sys.executable, "-m", "search.wandb_sync", str(folder)]
+    result = subprocess.run(command, env=environment, cwd=here, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert_all_there(server, folder)
 
 
 def test_studies_of_one_name_do_not_meet(tmp_path):
@@ -443,6 +509,120 @@ def test_damaged_study_is_one_line_and_sends_nothing(server, sync, tmp_path, pre
     assert server.requests == []
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """Puts a disk of some KiB in place of a folder, full or read-only; returns what does so."""
+    mounted = []
+
+    def mount(folder, options):
+        folder.mkdir(exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("a small disk needs root, and mount")
+        mounted.append(folder)
+        with contextlib.suppress(OSError), (folder / "ballast").open("wb", buffering=0) as ballast:
+            while True:
+                ballast.write(bytes(1024))
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("how", [(), ("--offline",)])
+def test_full_disk_under_wandb_is_one_line_and_a_later_sync_brings_all(
+    server, sync, tmp_path, small_disk, how
+):
+    folder = write_study(tmp_path / "study")
+    small_disk(folder / "wandb", "size=64k")
+    code, out, err, _ = sync(folder, *how)
+    assert (code, out) == (1, "")
+    assert "there is no room under wandb/" in err
+    assert err.count("\n") == 1
+    (folder / "wandb" / "ballast").unlink(missing_ok=True)
+    subprocess.run(["mount", "-o", "remount,size=64m", folder / "wandb"], check=True)
+    assert sync(folder, *how)[0] == 0
+
+
+def test_read_only_folder_under_wandb_is_one_line(server, sync, tmp_path, small_disk):
+    folder = write_study(tmp_path / "study")
+    small_disk(folder / "wandb", "size=64k,ro")
+    code, _, err, _ = sync(folder)
+    assert code == 2
+    assert err == f"error: Read-only file system: {folder / 'wandb' / '.lock'}\n"
+    assert server.requests == []
+
+
+def test_study_goes_on_where_wandb_cannot_have_a_folder(tmp_path):
+    folder = write_study(tmp_path / "study")
+    (folder / "wandb").write_text("a file of the user's")
+    sidecar = Sidecar(folder, choose({"mode": "offline"}))
+    sidecar.start()
+    assert sidecar.process is None
+    assert sidecar.end(1.0).startswith("W&B: ")
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        (KEY + "\n", "blanks or line ends"),
+        ("secret key " * 5, "blanks or line ends"),
+        ("secret", "only 6 characters"),
+        ("sécrèt" * 10, "other characters"),
+        ("", None),
+        (KEY, None),
+        (KEY.removeprefix("local-"), None),
+        ("e30.e30.c2ln", None),
+    ],
+)
+def test_impossible_key_is_refused_before_anything_and_not_shown(key, words):
+    if words is None:
+        choose({"mode": "online" if key else "offline", "key": key or None})
+        return
+    with pytest.raises(ValueError, match=f"WANDB_API_KEY holds no W&B key: it has {words}") as caught:
+        choose({"mode": "online", "key": key})
+    assert key.strip() not in str(caught.value)
+    choose({"mode": "off", "key": key})
+
+
+@pytest.mark.parametrize(
+    ("url", "example"),
+    [
+        ("api.wandb.ai", "https://api.wandb.ai"),
+        ("https://wandb.ai", "https://api.wandb.ai"),
+        ("wandb.example.org:8080", "https://wandb.example.org:8080"),
+        ("ftp://wandb.example.org", "https://wandb.example.org"),
+        ("http://two words", "https://twowords"),
+        ("https://host:port", "https://host:port"),
+        ("http://wandb.example.org/path", None),
+        ("https://api.wandb.ai", None),
+    ],
+)
+def test_address_that_is_no_servers_is_refused_before_anything(monkeypatch, url, example):
+    monkeypatch.setenv("WANDB_BASE_URL", url)
+    if example is None:
+        assert choose({"mode": "online", "key": KEY}).mode == "online"
+        return
+    for mode in ("online", "offline"):
+        with pytest.raises(ValueError, match="is no address of a W&B server") as caught:
+            choose({"mode": mode, "key": KEY})
+        assert str(caught.value).endswith(f"; give for example {example}")
+    choose({"mode": "off", "key": KEY})
+
+
+def test_wrong_address_or_key_is_one_line_and_no_study_begins(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for name, value in (("WANDB_BASE_URL", "wandb.example.org"), ("WANDB_API_KEY", "abc\n")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert main(["--space", "softmax", "--data", "digits", "--wandb", "online"]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"error: {name}")
+        assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_sync_without_a_key_says_what_to_do(sync, tmp_path):
     code, _, err, _ = sync(write_study(tmp_path / "study"), WANDB_API_KEY=None)
     assert code == 2
@@ -461,6 +641,12 @@ def test_key_in_netrc_counts_for_its_server_only(monkeypatch, tmp_path):
     assert choose({}).mode == "online"
     monkeypatch.delenv("WANDB_BASE_URL")
     assert choose({}).mode == "offline"
+    (tmp_path / "netrc").write_text("machine wandb.example.org login user password short\n")
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    with pytest.raises(ValueError, match="netrc holds no W&B key: it has only 5 characters"):
+        choose({})
+    monkeypatch.delenv("WANDB_BASE_URL")
+    (tmp_path / "netrc").write_text(f"machine wandb.example.org login user password {KEY}\n")
     (tmp_path / "settings").write_text("[default]\nbase_url = https://wandb.example.org\n")
     assert choose({}).mode == "online"
 
@@ -477,7 +663,11 @@ def test_flags_win_over_memory_and_memory_over_variables(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "given", [{"project": "a/b"}, {"project": ""}, {"tags": ["x" * 65]}, {"group": "g" * 129}]
+    "given",
+    [
+        *({"project": "a/b"}, {"project": ""}, {"tags": ["x" * 65]}, {"group": "g" * 129}),
+        *({"project": "a\nb"}, {"entity": "\udcff"}, {"group": "a\nb"}, {"tags": ["a\nb"]}),
+    ],
 )
 def test_what_wandb_would_refuse_is_refused_first(given):
     with pytest.raises(ValueError, match="--wandb-"):
@@ -488,6 +678,28 @@ def test_key_is_not_in_what_is_shown_or_kept():
     options = choose({"mode": "online", "key": KEY})
     assert KEY not in repr(options)
     assert KEY not in json.dumps(options.remembered())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("returned error 403: {}", "may not write there"),
+        ("returned error 404: {}", "does not have it"),
+        (
+            "Failed to verify credentials with https://w: tls: failed to verify certificate: x509: signed",
+            "trusted",
+        ),
+        (
+            "Failed to verify credentials with https://w: dial tcp: lookup w: no such host",
+            "name is not known",
+        ),
+        (f"Failed to verify credentials with https://w: no {KEY}", "refuses the key: no …"),
+        ("returned error 401: {}", "refuses the key"),
+        ("write /s/wandb/run-x.wandb: no space left on device", "no room under wandb/"),
+    ],
+)
+def test_reason_says_what_stands_against_it(text, words):
+    assert words in reason(text, KEY)
 
 
 def test_standing_counts_what_changed_since(tmp_path):

@@ -75,8 +75,8 @@ class Run:
 class WandbServer(ThreadingHTTPServer):
     """Answers until ``close``, unless told to fail.
 
-    ``fault`` is ok, 401, 500, hang or dead (connections are cut); after ``fail_after`` history rows it is
-    ``late_fault``.
+    ``fault`` is ok, 401, 403, 404, 429, 500, portal (a network's own page), hang or dead (connections are
+    cut); after ``fail_after`` history rows it is ``late_fault``.
     """
 
     daemon_threads = True
@@ -220,19 +220,29 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "hang":
             time.sleep(HANG_SECONDS)
             return True
-        if fault in ("401", "500"):
+        if fault in ("401", "403", "404", "429", "500"):
             self.send(int(fault), {"errors": [{"message": "chosen"}]})
+            return True
+        if fault == "portal":  # a network that answers everything with its own page
+            self.send_page()
             return True
         if self.command == "POST" and self.headers.get("Authorization") != expected:
             self.send(401, {"errors": [{"message": "user is not logged in"}]})
             return True
         return False
 
+    def send_page(self):
+        """Sends the page of a captive portal."""
+        self.send_data(200, b"<html><body>Log in to the network</body></html>", "text/html")
+
     def send(self, code, content):
         """Sends JSON."""
-        data = json.dumps(content).encode()
+        self.send_data(code, json.dumps(content).encode(), "application/json")
+
+    def send_data(self, code, data, kind):
+        """Sends an answer."""
         self.send_response(code)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)

@@ -35,16 +35,21 @@ def exit_code(command: Callable[[], int]) -> int:
     try:
         return command()
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(str(error))
         return 2
     except KeyboardInterrupt:
         print("stopped before the study began; nothing was written", file=sys.stderr)
         return 3
     except Exception as error:
         if is_full(error):
-            print(f"error: {error}; make room and run it again (a study: with --resume)", file=sys.stderr)
+            _print_error(f"{error}; make room and run it again (a study: with --resume)")
             return 3
         if isinstance(error, OSError) and error.filename:
-            print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)
+            _print_error(f"{error.strerror}: {error.filename}")
             return 2
         raise
+
+
+def _print_error(text: str) -> None:
+    """Print an error in one line, whatever names are in it."""
+    print("error: " + text.replace("\n", "\\n"), file=sys.stderr)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import quote
 
 from pyarrow import fs
 
@@ -197,11 +198,17 @@ def within(seconds: float, action: Callable[[], T]) -> T:
 
 def reason(error: BaseException) -> str:
     """Return why a store failed, in a few words."""
-    text = str(error).partition("\n")[0]
+    text = " ".join(str(error).split())
     aws = re.search(r"AWS Error (.+?) during \w+ operation: (?:curlCode: \d+, )?([^;(]*)", text)
-    if aws:
-        return aws[1] if "No response body" in aws[2] else aws[2].strip()
-    return text[:200]
+    if aws is None:
+        return text[:200]
+    said = aws[2].strip().removesuffix("No response body.")
+    return said or aws[1]
+
+
+def url_under(url: str, name: str) -> str:
+    """Return the URL of a study under a store's: a folder's name may hold what a URL may not."""
+    return f"{url.rstrip('/')}/{quote(name, errors='surrogateescape')}"
 
 
 def is_url(place: object) -> bool:
