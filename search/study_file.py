@@ -35,7 +35,7 @@ def read_study(study_dir: Path) -> dict[str, Any]:
         study = json.loads(text)
     except FileNotFoundError:
         raise ValueError(f"{study_dir} holds no study: there is no study.json in it") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read ({error})") from None
     crc = _crc(text.rpartition(CRC)[0])
     whole = isinstance(study, dict) and all(isinstance(study.get(key), KEYS[key]) for key in KEYS)

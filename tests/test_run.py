@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from search.options import StudyOptions
 from search.run import main
 from search.spaces import SPACES
 from search.study_file import write_study
@@ -103,6 +104,29 @@ def test_a_tilde_that_the_shell_left_is_the_home_folder(run, tmp_path, monkeypat
     assert_one_line_error(
         run("--space", "softmax", "--study-dir=~/taken"), f"--study-dir={home}/taken is no empty"
     )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{}", b"null", b"[]", b"\xff", b"[" * 100_000),
+        b'{"options": {"x": 1}, "storage": null, "wandb": {}}',
+        b'{"options": {}, "storage": 7, "wandb": {}}',
+        b'{"options": {}, "storage": null, "wandb": [1]}',
+    ],
+)
+def test_a_damaged_file_of_all_spaces_is_one_line(run, tmp_path, content):
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "all.json").write_bytes(content)
+    assert_one_line_error(run("--resume", "all", data=None), "all.json is damaged")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("data", 5), ("trials", "x"), ("weights", None), ("fix", []), ("points", {})]
+)
+def test_an_option_of_another_type_is_one_line(name, value):
+    with pytest.raises(ValueError, match=f"^--{name}=.* give a value of type"):
+        StudyOptions(space="softmax", **{name: value})
 
 
 @pytest.fixture
