@@ -8,7 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console, Group
+from rich.control import Control
 from rich.live import Live
+from rich.segment import ControlType, Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -48,6 +50,7 @@ class Progress:
         self.began = time.monotonic()
         self.shown_at = -float("inf")
         self.closed = False
+        self.drawn: list[int] = []  # lengths of the lines in the terminal
         self.epochs_before = epochs_of(jobs)  # of an earlier run of a resumed study
 
     def __enter__(self) -> Progress:
@@ -62,12 +65,14 @@ class Progress:
         """Shows nothing any more."""
         self.closed = True
         if self.live:
+            self._erase_wrapped()
             self.live.stop()
 
     def update(self) -> None:
         """Shows the study's state, unless it was shown just now."""
         if self.closed:
             return
+        self._erase_wrapped()
         while self.jobs.notes:
             self.console.print(
                 printable(self.jobs.notes.popleft()), markup=False, highlight=False, soft_wrap=True
@@ -78,9 +83,25 @@ class Progress:
         self.shown_at = now
         facts = self.facts(now)
         if self.live:
-            self.live.update(table(facts), refresh=True)
+            shown = table(facts)
+            self.live.update(shown, refresh=True)
+            lines = self.console.render_lines(shown, pad=False)
+            self.drawn = [Segment.get_line_length(drawn) for drawn in lines]
         else:
             self.console.print(printable(line(facts)), markup=False, highlight=False, soft_wrap=True)
+
+    def _erase_wrapped(self) -> None:
+        """Erases the rows that the table has gained where its terminal has become narrower.
+
+        Terminals wrap the lines that no longer fit; rich (15) erases as many rows as it drew.
+        """
+        width = self.console.width
+        gained = sum(max(0, length - 1) // width for length in self.drawn)
+        if gained:
+            up = ((ControlType.CURSOR_UP, 1), (ControlType.ERASE_IN_LINE, 2))
+            first = (ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2))
+            self.console.control(Control(*first, *up * gained))
+            self.drawn = []
 
     def facts(self, now: float) -> dict[str, Any]:
         """Returns everything that is shown."""
