@@ -158,7 +158,8 @@ def make_images(rng: random.Random, folder: Path) -> str:
     kind = rng.choice(
         ["good", "good", "good", "empty", "file", "text", "one", "archive", "path", "device", "fifo"]
     )
-    top = folder / rng.choice(NAMES)
+    top = folder / f"images {len(list(folder.iterdir()))}" / rng.choice(NAMES)
+    top.parent.mkdir()
     if kind == "path":
         return make_path(rng, folder)
     if kind == "device":
@@ -172,7 +173,7 @@ def make_images(rng: random.Random, folder: Path) -> str:
         top.write_bytes(rng.randbytes(100))
         return str(top)
     if kind == "archive":
-        archive = folder / f"images{rng.choice(['.zip', '.tar', '.tar.gz', '.npz', '.tgz'])}"
+        archive = top.parent / f"images{rng.choice(['.zip', '.tar', '.tar.gz', '.npz', '.tgz'])}"
         archive.write_bytes(rng.choice([b"", b"PK\x05\x06" + bytes(18), rng.randbytes(600), bytes(10240)]))
         return str(archive)
     top.mkdir()
