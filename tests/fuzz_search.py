@@ -311,7 +311,7 @@ def make_environment(rng: random.Random, folder: Path) -> dict[str, str | None]:
         "WANDB_MODE": rng.choice(["disabled"] * 4 + ["offline", "online", "x", "", "\udcff"]),
         "FORCE_COLOR": rng.choice([None, None, "1"]),
         "WANDB_BASE_URL": "http://127.0.0.1:9",
-        "XDG_CACHE_HOME": None,
+        "TORCH_HOME": str(cache_dir()),  # of downloaded weights
     }
     odd = {
         "RAY_ADDRESS": rng.choice(["127.0.0.1:9", "x", "ray://", "auto", "\udcff", "127.0.0.1:99999999"]),

@@ -79,6 +79,10 @@ def test_an_error_stays_on_one_line(error, capsys):
     assert err.count("\n") == 1
 
 
+def test_fractions_are_plural():
+    assert [counted(n, "GPU") for n in (0.5, 1.0, 2.0)] == ["0.5 GPUs", "1 GPU", "2 GPUs"]
+
+
 def test_one_is_not_plural():
     assert [counted(n, "trial") for n in (0, 1, 2, 10_000)] == [
         "0 trials",

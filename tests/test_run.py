@@ -175,7 +175,7 @@ def ray_beside(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "needles"),
     [
-        (["--space", "softmax", "--concurrency", 10_000], ["10000 × 1 CPUs", "--concurrency of at most"]),
+        (["--space", "softmax", "--concurrency", 10_000], ["10000 × 1 CPU", "--concurrency of at most"]),
         (["--space", "softmax", "--cpus-per-trial", 10_000], ["10000 CPUs", "give --cpus-per-trial"]),
         (["--space", "softmax", "--gpus-per-trial", 64], ["--gpus-per-trial=64", "GPUs"]),
         (["--space", "twolayernn", "--fix", f"hidden={10**12}"], ["does not fit into memory", "--fix"]),

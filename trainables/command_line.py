@@ -98,6 +98,7 @@ def _quoted(word: str) -> str:
     return f"$'{printable(escaped)}'"
 
 
-def counted(count: int, noun: str, plural: str = "") -> str:
-    """Return 1 trial, 2 trials, 10,000 trials."""
-    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+def counted(count: float, noun: str, plural: str = "") -> str:
+    """Return 1 trial, 2 trials, 10,000 trials, 0.5 GPUs."""
+    shown = f"{count:,}" if isinstance(count, int) else f"{count:g}"
+    return f"{shown} {noun if count == 1 else plural or f'{noun}s'}"
