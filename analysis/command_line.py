@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from analysis.text import printable
+from trainables.command_line import printable
 
 INSTALL = "in the clone of tunefleet: pip install -c constraints.txt -e '.[reports]'"
 

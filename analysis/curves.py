@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 
 from analysis.load import UNREADABLE, Study, check_table, load
-from analysis.text import printable, reason, shell
+from analysis.text import reason
+from trainables.command_line import printable, shell
 
 COLUMNS = {
     **dict.fromkeys(("configuration", "seed", "epoch"), int),

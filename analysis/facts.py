@@ -14,7 +14,8 @@ from PIL import Image
 
 from analysis import results, stats
 from analysis.load import Study
-from analysis.text import clock, counted, listed, number, percent, printable, shell, spread_digits, words
+from analysis.text import clock, listed, number, percent, spread_digits, words
+from trainables.command_line import counted, printable, shell
 
 GROUPS = {
     "Plain networks": "Trained from scratch on pixels.",

@@ -21,7 +21,8 @@ import pyarrow as pa
 from pandas.api.types import is_bool_dtype, is_numeric_dtype, is_string_dtype
 from pyarrow import fs
 
-from analysis.text import printable, reason, shell
+from analysis.text import reason
+from trainables.command_line import printable, shell
 
 NEEDED = ("study.json", "trials.csv", "epochs.parquet", "lr_curve.csv")  # of a study, beside best/
 FINAL = "final-"  # trial ids of the winner's retrained seeds begin so

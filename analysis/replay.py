@@ -34,12 +34,11 @@ from analysis.command_line import folder, run, writing
 from analysis.compared import EXPLAINED, MEASURES, REFERENCE, as_text, compare, write
 from analysis.curves import Curves, read
 from analysis.simulate import Halving, Report, Scheduler, simulate
-from analysis.text import counted, printable
 from search.asha import Asha, least_epochs, rung_epochs
 from search.jobs import Jobs
 from search.journal import Journal, TrialRecord, winner
 from search.suggest import PointSampler
-from trainables.command_line import Parser
+from trainables.command_line import Parser, counted, printable
 
 MOST_ORDERS = 100_000  # all are in memory at once
 TOP = "top_"  # a scheduler's name with the number that goes on

@@ -30,8 +30,8 @@ from analysis import plots, to_optuna, to_tensorboard
 from analysis.command_line import folder, run, writing
 from analysis.facts import comparison, facts
 from analysis.load import Study, load
-from analysis.text import clock, counted, printable
-from trainables.command_line import Parser
+from analysis.text import clock
+from trainables.command_line import Parser, counted, printable
 
 SECTIONS = (
     ("Learning rate", "Everything else fixed, over several seeds.", ["lr_curves"]),

@@ -16,8 +16,8 @@ from typing import Any
 
 from analysis.command_line import folder, run
 from analysis.load import read_facts
-from analysis.text import number, percent, shell, spread_digits, words
-from trainables.command_line import Parser
+from analysis.text import number, percent, spread_digits, words
+from trainables.command_line import Parser, shell
 
 # The course report's, of CIFAR-10's test images; its ResNets began with ImageNet weights
 PUBLISHED = {

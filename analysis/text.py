@@ -4,54 +4,9 @@ from __future__ import annotations
 
 import math
 import shlex
-import unicodedata
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
-
-JOINERS = "\u200c\u200d"  # invisible, but part of how names are written in Persian, Hindi and emoji
-UNSAFE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode categories without a shape, or that move text
-
-
-def printable(value: Any) -> Any:
-    r"""Return text without characters that break a line, a terminal or UTF-8; lists and dicts item by item.
-
-    A newline becomes ``\n``, a byte of a file name that is not UTF-8 ``\xff``, a mark that turns the
-    direction of writing ``\u202e``. Values that are no text stay as they are.
-    """
-    if isinstance(value, str):
-        return value if value.isascii() and value.isprintable() else "".join(map(_visible, value))
-    if isinstance(value, list):
-        return [printable(item) for item in value]
-    if isinstance(value, dict):
-        return {printable(name): printable(item) for name, item in value.items()}
-    return value
-
-
-def _visible(character: str) -> str:
-    if unicodedata.category(character) not in UNSAFE or character in JOINERS:
-        return character
-    code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte of a path, by Python's surrogateescape
-        return f"\\x{code - 0xDC00:02x}"
-    if code >= 0x80:
-        return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-    return character.encode("unicode_escape").decode()
-
-
-def shell(*words: Any) -> str:
-    r"""Quote words as one command line that can be pasted into a shell.
-
-    Words with unprintable characters are quoted as bash, zsh and ksh do: ``$'a\nb'``.
-    """
-    return " ".join(map(_quoted, map(str, words)))
-
-
-def _quoted(word: str) -> str:
-    if printable(word) == word:
-        return shlex.quote(word)
-    escaped = word.replace("\\", "\\\\").replace("'", "\\'")
-    return f"$'{printable(escaped)}'"
 
 
 def reason(error: BaseException) -> str:
@@ -65,11 +20,6 @@ def words(command: str) -> list[str]:
         return shlex.split(command)
     except ValueError:
         return [command]
-
-
-def counted(count: int, noun: str, plural: str = "") -> str:
-    """Return 1 trial, 2 trials, 10,000 trials."""
-    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:

@@ -13,7 +13,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from analysis import stats
 from analysis.load import Study
-from analysis.text import listed, reason, shell, words
+from analysis.text import listed, reason, words
+from trainables.command_line import shell
 
 TABLES = {"studies", "trials", "version_info", "alembic_version"}  # in every database of optuna's
 TRIAL_SECONDS = 0.03  # that SQLite takes to add one (optuna 4 and 5)

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from analysis.command_line import INSTALL, folder, run, writing
 from analysis.facts import cards, plain
 from analysis.load import Study, load
-from analysis.text import printable, reason
-from trainables.command_line import Parser
+from analysis.text import reason
+from trainables.command_line import Parser, printable
 
 if TYPE_CHECKING:
     import wandb_workspaces.reports.v2 as wr

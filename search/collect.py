@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from search.final import final_results
 from search.journal import Journal, TrialRecord, records, status_of, winner
 from search.study_file import RunningError, lock_of, read_events, read_study, write_study, write_whole
-from trainables.command_line import Parser, exit_code
+from trainables.command_line import Parser, counted, exit_code, printable
 
 OTHER_SECONDS = 30.0  # that another process may take to write the same tables
 
@@ -74,12 +74,9 @@ def collect(study_dir: Path, *, live: bool = False, **facts: Any) -> dict[str, A
                 "as they are; restore the file from a copy"
             )
         study |= facts
-        write_whole(
-            study_dir / "trials.csv",
-            trials_table(searched, study).to_csv(index=False, lineterminator="\n").encode(),
-        )
-        epochs_table(trials).to_parquet(epochs := io.BytesIO(), index=False)  # pyarrow refuses some paths
-        write_whole(study_dir / "epochs.parquet", epochs.getvalue())
+        table = trials_table(searched, study).to_csv(index=False, lineterminator="\n").encode()
+        parquet = io.BytesIO()  # pyarrow opens no path that is not UTF-8
+        epochs_table(trials).to_parquet(parquet, index=False)
         study |= found | {
             "statuses": dict(Counter(status_of(trial, study) for trial in searched).most_common()),
             "epochs_unpruned": len(searched) * study["options"]["epochs"],
@@ -89,6 +86,8 @@ def collect(study_dir: Path, *, live: bool = False, **facts: Any) -> dict[str, A
             and {"trial_id": best.trial_id, "config": best.config, "val_accuracy": best.val_accuracy},
             "events": len(events),
         }
+        write_whole(study_dir / "trials.csv", table)
+        write_whole(study_dir / "epochs.parquet", parquet.getvalue())
         if not live:
             write_study(study_dir, study)
     return study
@@ -189,7 +188,8 @@ def collect_by_hand(folder: Path, keep_lines: int | None) -> str:
             write_study(folder, read_study(folder) | {"events": len(journal.read())})
         study = collect(folder, live=live)
         torn = "" if live or not journal.torn() else f", a torn last line of {journal.torn()} bytes left out"
-    return f"{study['trials']} trials, {study['epochs_spent']} epochs, status {study['status']}{torn}"
+    extent = f"{counted(study['trials'], 'trial')}, {counted(study['epochs_spent'], 'epoch')}"
+    return f"{extent}, status {study['status']}{torn}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -206,7 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def run() -> int:
         for folder in given.study:
-            print(f"{folder}: {collect_by_hand(folder, given.keep_lines)}")
+            print(f"{printable(str(folder))}: {collect_by_hand(folder, given.keep_lines)}")
         return 0
 
     return exit_code(run)

@@ -9,7 +9,6 @@ import logging
 import os
 import resource
 import secrets
-import shlex
 import socket
 import tempfile
 import threading
@@ -22,6 +21,7 @@ import ray
 from search.local_ray import environment, findable, is_local, lean
 from search.options import StudyOptions
 from search.spaces import find_space
+from trainables.command_line import printable, shell
 from trainables.disk import is_full
 from trainables.driver import may_be_used
 from trainables.host import cpu_count
@@ -190,9 +190,9 @@ def check_token_file() -> None:
         except OSError as error:
             raise ValueError(
                 f"{file}, the cluster's token, can be read by other users, and its mode stays ({error}); "
-                f"have its owner run: chmod 600 {shlex.quote(str(file))}"
+                f"have its owner run: {shell('chmod', '600', file)}"
             ) from error
-        print(f"{file}, the cluster's token, could be read by other users; its mode is now 0600")
+        print(printable(f"{file}, the cluster's token, could be read by other users; its mode is now 0600"))
 
 
 def _local_variables() -> dict[str, str]:

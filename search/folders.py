@@ -11,6 +11,7 @@ from typing import Any
 from search.lease import NAME as LEASE
 from search.options import RESUMABLE, StudyOptions, flag
 from search.study_file import lock_of, read_events, read_study
+from trainables.command_line import shell
 from trainables.data import BUILT_IN, expanded
 from trainables.storage import BRIEF_SECONDS, Storage, is_url, reason, url_under
 
@@ -72,7 +73,7 @@ def check_free(folder: Path) -> None:
     try:
         if (folder / "study.json").exists():
             raise ValueError(
-                f"--study-dir={folder} holds another study; give a new folder, or --resume {folder}"
+                f"--study-dir={folder} holds another study; give a new folder, or {shell('--resume', folder)}"
             )
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"--study-dir={folder} is no empty folder; give a new one")

@@ -23,12 +23,13 @@ import json
 import math
 import os
 import re
-import shlex
 import sys
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from trainables.command_line import shell
 
 FINAL = "final-"  # trial ids of the winner's retrained seeds begin so
 STATUSES = ("done", "diverged", "out_of_memory", "error")  # with which a trial ends
@@ -99,7 +100,7 @@ class Journal:
             try:
                 event = _opened(line, number) if numbered else _parsed(line)
                 _check(event, started)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"{self.file} line {number} is damaged ({error}); {self._remedy(number - 1)}"
                 ) from None
@@ -115,11 +116,8 @@ class Journal:
 
     def _remedy(self, whole: int) -> str:
         """Return what to do about a journal of which only the first lines are whole."""
-        folder = shlex.quote(str(self.file.parent))
-        return (
-            "restore the file from a copy, or give up what follows: "
-            f"python -m search.collect --keep-lines {whole} {folder}"
-        )
+        command = shell("python", "-m", "search.collect", "--keep-lines", whole, self.file.parent)
+        return f"restore the file from a copy, or give up what follows: {command}"
 
     def mend(self) -> int:
         """Cut off a torn last line, before more are appended; return how many bytes it had."""

@@ -28,6 +28,7 @@ from search.printing import phase, print_result
 from search.spaces import default_image_size
 from search.stopping import Stops
 from search.wandb_options import choose as choose_wandb
+from trainables.command_line import printable
 from trainables.data import ImageData, prepare
 from trainables.driver import may_be_used
 from trainables.storage import is_url
@@ -134,7 +135,7 @@ def read_images(options: StudyOptions, console: Console) -> ImageData:
     with phase(console, f"reading {options.data}") as progress:
         data = prepare(options.data, Path(options.data_dir), options.image_size, progress)
     for note in data.notes:
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(note), markup=False, highlight=False, soft_wrap=True)
     return data
 
 

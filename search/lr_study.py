@@ -27,13 +27,16 @@ if __name__ == "__main__":
     stopping.answer_at_once()  # what follows takes seconds to import
 
 import argparse
+import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from search.final import summarise
@@ -41,11 +44,11 @@ from search.flags import add_options, add_storage, parse_study, study_parser
 from search.journal import TrialRecord, records
 from search.launch import Script, leave, resume, start
 from search.options import StudyOptions
-from search.printing import rounded, shown
+from search.printing import displayed, rounded, shown
 from search.spaces import find_space
 from search.study_file import lock_of, read_events, read_study, write_study
 from search.wandb_options import add_wandb_flags
-from trainables.command_line import exit_code
+from trainables.command_line import exit_code, shell
 from trainables.config import check_integer, check_number
 
 GRID = 12  # values
@@ -156,11 +159,13 @@ def finish(folder: Path, console: Console) -> int:
     if best is None:
         console.print("no lr was trained to the end", highlight=False)
         return 1
-    console.print(f"best lr {best:.10g} -> {shown(folder / 'lr_curve.csv')}", highlight=False, soft_wrap=True)
+    console.print(
+        f"best lr {best:.10g} -> {displayed(folder / 'lr_curve.csv')}", highlight=False, soft_wrap=True
+    )
     if at_edge:
         console.print(
             f"[yellow]warning:[/] the best lr stands at the grid's edge; the true best may lie beyond it. "
-            f"To see: python {SCRIPT} --extend {shown(folder)}",
+            f"To see: {escape(shell('python', SCRIPT, '--extend', shown(folder)))}",
             highlight=False,
             soft_wrap=True,
         )
@@ -246,22 +251,39 @@ def new_options(do: argparse.Namespace, given: dict[str, Any]) -> StudyOptions:
     )
 
 
-def extend(folder: Path) -> None:
-    """Adds points beyond the edge to a finished study's options and opens it again.
+def extend(folder: Path, go_on: Callable[[], int]) -> int:
+    """Adds points beyond the edge to a finished study's options and opens it again; returns the exit code.
+
+    Args:
+        folder: The study's.
+        go_on: Resumes it; where that is refused before anything was written, the study is done as before.
 
     Raises:
-        ValueError: No finished learning-rate study, or its best stands inside the grid.
+        ValueError: No finished learning-rate study, its best stands inside the grid, or it cannot go on.
     """
     study = read_study(folder)
-    if not study.get("lr_study") or study["lr_study"]["best_lr"] is None:
-        raise ValueError(f"{folder} is no finished learning-rate study; give one, or --resume {folder}")
-    old = study["options"]["points"]
-    lrs = extended(sorted({point["lr"] for point in old}), study["lr_study"]["best_lr"])
+    found, old = study.get("lr_study"), study["options"].get("points")
+    if study["status"] != "done" or not old or not found or found["best_lr"] is None:
+        raise ValueError(
+            f"{folder} is no finished learning-rate study; give one, or {shell('--resume', folder)}"
+        )
+    lrs = extended(sorted({point["lr"] for point in old}), found["best_lr"])
     seeds = sorted({point["seed"] for point in old})
     options = study["options"] | {"points": old + points(old[0], lrs, seeds), "trials": None}
-    lock = lock_of(folder)
-    write_study(folder, study | {"options": options, "status": "stopped"})
-    lock.release()
+    widened = study | {"options": options, "status": "stopped"}
+
+    def write(content: dict[str, Any]) -> None:
+        lock = lock_of(folder)
+        write_study(folder, content)
+        lock.release()
+
+    write(widened)
+    try:
+        return go_on()
+    except ValueError:
+        if read_study(folder) == widened:  # nothing of it has begun
+            write(study)
+        raise
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -277,10 +299,9 @@ def carry_out(do: argparse.Namespace, given: dict[str, Any], script: Script) -> 
     Raises:
         ValueError: It cannot be done.
     """
-    if do.extend:
-        extend(do.extend)
     if do.extend or do.resume:
-        return resume(do.extend or do.resume, given, script, wandb=do.wandb)
+        go_on = functools.partial(resume, do.extend or do.resume, given, script, wandb=do.wandb)
+        return extend(do.extend, go_on) if do.extend else go_on()
     options = new_options(do, given)
     return start(options, do.study_dir, script, dry_run=do.dry_run, wandb=do.wandb, storage=do.storage)
 

@@ -10,7 +10,6 @@ the loss of the driver's machine loses seconds of the journal and no epoch (chec
 from __future__ import annotations
 
 import contextlib
-import shlex
 import sys
 import tempfile
 import threading
@@ -24,7 +23,7 @@ from search.journal import Journal
 from search.lease import NAME as LEASE
 from search.lease import Lease, check_lease
 from search.study_file import lock_of, parse_study, read_study
-from trainables.command_line import Parser, exit_code
+from trainables.command_line import Parser, exit_code, printable, shell
 from trainables.storage import BRIEF_SECONDS, Storage, StoreError, url_under, within
 
 PERIOD_SECONDS = 5.0  # between looks at the folder
@@ -121,7 +120,7 @@ class Mirror:
             return ""
         return (
             f"{self.storage.url} is not complete ({left}); all of it is in {self.folder}. "
-            f"To put it there: python -m search.mirror {shlex.quote(str(self.folder))}"
+            f"To put it there: {shell('python', '-m', 'search.mirror', self.folder)}"
         )
 
     @contextlib.contextmanager
@@ -246,7 +245,8 @@ def main(arguments: list[str] | None = None) -> int:
         except StoreError as error:
             left = str(error)
         lock.release()
-        print(f"error: {left}" if left else storage.url, file=sys.stderr if left else sys.stdout)
+        said = f"error: {left}" if left else storage.url
+        print(printable(said), file=sys.stderr if left else sys.stdout)
         return int(bool(left))
 
     return exit_code(copy)

@@ -25,6 +25,7 @@ from rich.table import Table
 from models import weights_file
 from search.options import StudyOptions
 from search.provenance import code_sha256, versions
+from trainables.command_line import counted
 from trainables.data import ImageData
 from trainables.levers import Levers
 from trainables.storage import BRIEF_SECONDS, Storage, is_url
@@ -248,8 +249,8 @@ def _problems(node: Node, told: dict[str, Any], levers: Levers, unseen: bool, pl
         found.append(f"has no room under --data-dir ({reason}); give a folder on a larger disk")
     if levers.device == "cuda" and told["gpus"] < node.gpus:
         found.append(
-            f"offers {node.gpus:g} GPUs to Ray, and torch sees {told['gpus']}; install a driver that fits "
-            "torch's CUDA, or give --device cpu"
+            f"offers {counted(node.gpus, 'GPU')} to Ray, and torch sees {told['gpus']}; install a driver "
+            "that fits torch's CUDA, or give --device cpu"
         )
     if told["weights"]:
         found.append(f"has other weights under {told['weights']}; remove them, and the driver's are sent")
@@ -300,7 +301,7 @@ def _print(nodes: list[Node], answers: dict[str, dict[str, Any]], console: Conso
     for node in nodes:
         told = answers[node.node_id]
         known = "failed" not in told
-        lacks = f"{len(told['lacks'])} files" if known and told["lacks"] else "-"
+        lacks = counted(len(told["lacks"]), "file") if known and told["lacks"] else "-"
         table.add_row(
             node.name,
             f"{node.cpus:g}",

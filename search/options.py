@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,16 @@ NOT_TO_FIX = {  # and what to do instead
     "architecture": "give --space",
     "refit": "the winner's seeds have it, and no trial",
     **{name: f"give {flag(name)}" for name in ("epochs", "image_size", "weights", "seed")},
+}
+
+
+TYPES: dict[str, Any] = {
+    "int": int,
+    "str": str,
+    "float": (int, float),
+    "None": type(None),
+    "dict[str, Any]": dict,
+    "list[dict[str, Any]]": list,
 }
 
 
@@ -61,6 +72,7 @@ class StudyOptions:
     points: list[dict[str, Any]] | None = None  # run these instead of sampling: config values per trial
 
     def __post_init__(self) -> None:
+        self._check_types()
         space = find_space(self.space)
         for name in ("data", "data_dir", "weights"):
             if (value := getattr(self, name)).startswith("~"):
@@ -96,6 +108,15 @@ class StudyOptions:
             check_number("--gpus-per-trial", self.gpus_per_trial, 0, float("inf"))
         _ = self.rungs
         self._check_values()
+
+    def _check_types(self) -> None:
+        """A study.json that was edited may have anything in it."""
+        for field in dataclasses.fields(self):
+            value, kinds = getattr(self, field.name), str(field.type).split(" | ")
+            if not isinstance(value, tuple(TYPES[kind] for kind in kinds)):
+                raise ValueError(
+                    f"{flag(field.name)}={value!r} is not possible; give a value of type {kinds[0]}"
+                )
 
     def _check_values(self) -> None:
         for name in self.fix or {}:

@@ -24,6 +24,7 @@ from search.printing import clock, shown
 from search.resources import Machine, Resources
 from search.spaces import default_image_size, find_space
 from search.suggest import RandomSampler
+from trainables.command_line import counted, printable
 from trainables.config import TrainConfig
 from trainables.data import BUILT_IN, ImageData
 from trainables.gpu import free_memory, is_out_of_memory
@@ -317,7 +318,7 @@ def print_forecast(
         f", {levers.precision}",
         f"epochs     {facts['epochs']} expected ({(options.trials or 0) * (options.epochs or 0)} unpruned), "
         f"rungs {list(options.rungs)}, {options.pruner}",
-        f"final      {options.final_seeds} seeds, {facts['final_epochs']} epochs",
+        f"final      {counted(options.final_seeds, 'seed')}, {counted(int(facts['final_epochs']), 'epoch')}",
         f"time       about {clock(facts['seconds'])}, from {prepared.epoch_seconds:.2f} s an epoch "
         "of the published best",
         f"disk       about {megabytes(needed)} of checkpoints while it runs, at most {megabytes(most)}",
@@ -328,5 +329,5 @@ def print_forecast(
             -2, f"           {clock(prepared.preparing_seconds)} of it once, for inputs that are then kept"
         )
     for text in lines:
-        console.print(text, highlight=False, soft_wrap=True)
+        console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
     return 0

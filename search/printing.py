@@ -14,6 +14,7 @@ from rich.markup import escape
 from models import ARCHITECTURES
 from search.spaces import SPACES
 from search.study_file import read_study
+from trainables.command_line import counted, printable
 from trainables.storage import is_url
 
 TERMINAL_SECONDS = 0.5  # between refreshes
@@ -38,36 +39,36 @@ def print_result(folder: Path, console: Console) -> int:
         value = best["config"][name]
         print_line(f"  {name} {rounded(value, 'g') if isinstance(value, float) else value}")
     if final and final["test_accuracy"]:
-        test, count = final["test_accuracy"], len(final["seeds"])
-        spread = ""
+        test, seeds = final["test_accuracy"], counted(len(final["seeds"]), "fresh seed")
+        spread, plus_minus = "", "\u00b1" if _shows("\u00b1", console) else "+-"
         if test["sd"] is not None:
             low, high = test["interval95"]
-            spread = (
-                f" ± {rounded(test['sd'])} sd, 95 % interval of the mean {rounded(low)} to {rounded(high)}"
-            )
+            spread = f" {plus_minus} {rounded(test['sd'])} sd"
+            spread += f", 95 % interval of the mean {rounded(low)} to {rounded(high)}"
         diverged = f", {len(final['diverged'])} of them diverged" if final["diverged"] else ""
-        print_line(f"[bold]test_accuracy[/] {rounded(test['mean'])}{spread}, {count} fresh seeds{diverged}")
+        print_line(f"[bold]test_accuracy[/] {rounded(test['mean'])}{spread}, {seeds}{diverged}")
     if final and final["failed"]:
         failed["of the fresh seeds"] = len(final["failed"])
+    extent = f"{counted(study['trials'], 'trial')}, {counted(study['epochs_spent'], 'epoch')}"
     print_line(
-        f"{study['trials']} trials, {study['epochs_spent']} epochs of {study['epochs_unpruned']} unpruned, "
-        f"{clock(study['seconds'])}, busy {study['busy_fraction'] or 0:.2f} -> {shown(folder)}"
+        f"{extent} of {study['epochs_unpruned']} unpruned, {clock(study['seconds'])}, "
+        f"busy {study['busy_fraction'] or 0:.2f} -> {displayed(folder)}"
     )
     if lost := study["lost_workers"]:
         print_line(f"lost workers, whose trials went on with others: {_counts(lost)}")
     if failed:
-        print_line(f"failed: {failed}; the errors stand in {shown(folder / 'reports.jsonl')}")
+        print_line(f"failed: {failed}; the errors stand in {displayed(folder / 'reports.jsonl')}")
     return 1 if failed else 0
 
 
 def _counts(of: dict[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in of.items())
+    return ", ".join(f"{number} {name}" for name, number in of.items())
 
 
 def list_spaces(console: Console) -> int:
     """Prints each space: what it is and what it samples."""
     for name, space in SPACES.items():
-        budget = f"{space.trials} trials of up to {space.epochs} epochs"
+        budget = f"{counted(space.trials, 'trial')} of up to {counted(space.epochs, 'epoch')}"
         if ARCHITECTURES[name].cut:
             sizes = f"{space.image_size} pixels a side on GPUs, {space.cpu_image_size} on CPUs"
             budget += f"; with trained weights {sizes}"
@@ -94,9 +95,10 @@ def phase(console: Console, text: str) -> Iterator[Callable[[str, int, int], Non
     there is none.
     """
     began = last = time.monotonic()
-    ascii_only = not console.encoding.lower().startswith("utf")
+    text = printable(text)
     live = console.is_terminal and not console.is_dumb_terminal
-    spinner = console.status(escape(text), spinner="line" if ascii_only else "dots") if live else None
+    kind = "dots" if _shows("\u280b", console) else "line"
+    spinner = console.status(escape(text), spinner=kind) if live else None
 
     step_began = began
     current = ""
@@ -112,12 +114,21 @@ def phase(console: Console, text: str) -> Iterator[Callable[[str, int, int], Non
         left = f", about {clock((now - step_began) * (total - done) / done)} left" if done else ""
         line = f"{text}: {step}" + (f" {done:,} of {total:,} images{left}" if total else "")
         if spinner:
-            spinner.update(escape(line))
+            spinner.update(escape(printable(line)))
         else:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
     with spinner or contextlib.nullcontext():
         yield progress
+
+
+def _shows(character: str, console: Console) -> bool:
+    """Return whether a terminal's or a pipe's encoding has a character."""
+    try:
+        character.encode(console.encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
 def shown(place: Path | str) -> str:
@@ -126,6 +137,11 @@ def shown(place: Path | str) -> str:
         return str(place)
     relative = os.path.relpath(place)
     return str(place) if relative.startswith("..") else relative
+
+
+def displayed(place: Path | str) -> str:
+    """Returns a path as it is printed in a line with markup: users' names may have brackets, or newlines."""
+    return escape(printable(shown(place)))
 
 
 def rounded(value: float, form: str = "f") -> str:

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console, Group
+from rich.control import Control
 from rich.live import Live
+from rich.segment import ControlType, Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +19,7 @@ from search.jobs import Jobs
 from search.journal import TrialRecord
 from search.options import StudyOptions
 from search.printing import PLAIN_SECONDS, TERMINAL_SECONDS, clock
+from trainables.command_line import counted, printable
 
 SHOWN = ("lr", "weight_decay", "momentum", "batch_size", "hidden", "kernel_size", "schedule", "augment")
 
@@ -47,6 +50,7 @@ class Progress:
         self.began = time.monotonic()
         self.shown_at = -float("inf")
         self.closed = False
+        self.drawn: list[int] = []  # lengths of the lines in the terminal
         self.epochs_before = epochs_of(jobs)  # of an earlier run of a resumed study
 
     def __enter__(self) -> Progress:
@@ -61,23 +65,43 @@ class Progress:
         """Shows nothing any more."""
         self.closed = True
         if self.live:
+            self._erase_wrapped()
             self.live.stop()
 
     def update(self) -> None:
         """Shows the study's state, unless it was shown just now."""
         if self.closed:
             return
+        self._erase_wrapped()
         while self.jobs.notes:
-            self.console.print(self.jobs.notes.popleft(), markup=False, highlight=False, soft_wrap=True)
+            self.console.print(
+                printable(self.jobs.notes.popleft()), markup=False, highlight=False, soft_wrap=True
+            )
         now = time.monotonic()
         if now - self.shown_at < (TERMINAL_SECONDS if self.live else PLAIN_SECONDS):
             return
         self.shown_at = now
         facts = self.facts(now)
         if self.live:
-            self.live.update(table(facts), refresh=True)
+            shown = table(facts)
+            self.live.update(shown, refresh=True)
+            lines = self.console.render_lines(shown, pad=False)
+            self.drawn = [Segment.get_line_length(drawn) for drawn in lines]
         else:
-            self.console.print(line(facts), soft_wrap=True, highlight=False)
+            self.console.print(printable(line(facts)), markup=False, highlight=False, soft_wrap=True)
+
+    def _erase_wrapped(self) -> None:
+        """Erases the rows that the table has gained where its terminal has become narrower.
+
+        Terminals wrap the lines that no longer fit; rich (15) erases as many rows as it drew.
+        """
+        width = self.console.width
+        gained = sum(max(0, length - 1) // width for length in self.drawn)
+        if gained:
+            up = ((ControlType.CURSOR_UP, 1), (ControlType.ERASE_IN_LINE, 2))
+            first = (ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2))
+            self.console.control(Control(*first, *up * gained))
+            self.drawn = []
 
     def facts(self, now: float) -> dict[str, Any]:
         """Returns everything that is shown."""
@@ -125,7 +149,7 @@ def finals(facts: dict[str, Any]) -> str:
     """Returns how far the winner's seeds are."""
     done, running, testing = facts["finals"]["done"], facts["finals"]["running"], facts["testing"]
     tested = f", {testing} on the test images" if testing else ""
-    return f"{done} of {facts['final_seeds']} seeds done, {running - testing} training{tested}"
+    return f"{done} of {counted(facts['final_seeds'], 'seed')} done, {running - testing} training{tested}"
 
 
 def epochs_of(jobs: Jobs) -> int:
@@ -144,36 +168,37 @@ def describe(best: tuple[float, int, TrialRecord] | None) -> str:
         for name in SHOWN
         if config.get(name) is not None
     )
-    epochs = f"{epoch} epoch{'' if epoch == 1 else 's'}"
-    return f"{value:.4f} after {epochs} (trial {trial.trial_id}: {values})"
+    return f"{value:.4f} after {counted(epoch, 'epoch')} (trial {trial.trial_id}: {values})"
 
 
 def line(facts: dict[str, Any]) -> str:
     """Returns the state as one line."""
-    counted = ", ".join(f"{number} {status}" for status, number in sorted(facts["counts"].items()))
+    states = ", ".join(f"{number} {status}" for status, number in sorted(facts["counts"].items()))
     if facts["phase"] == "final":
-        counted += f"; {finals(facts)}"
+        states += f"; {finals(facts)}"
     best, trouble = facts["best"], facts["trouble"]
     value = f"{best[0]:.4f}" if best else "-"
     left = f", about {clock(facts['eta'])} left" if facts["eta"] else ""
+    trials = f"{facts['started']}/{counted(facts['trials'], 'trial')}"
+    epochs = f"{facts['epochs']}/{counted(facts['expected_epochs'], 'epoch')}"
     return (
-        f"{facts['space']} {facts['phase']}: {facts['started']}/{facts['trials']} trials ({counted}), "
+        f"{facts['space']} {facts['phase']}: {trials} ({states}), "
         + ("" if facts["epochs_per_second"] else "no epoch done yet, ")
-        + f"{facts['epochs']}/{facts['expected_epochs']} epochs, {facts['epochs_per_second']:.2g} epochs/s, "
+        + f"{epochs}, {facts['epochs_per_second']:.2g} epochs/s, "
         f"best val_accuracy {value}, {clock(facts['elapsed'])}{left}" + (f"; {trouble}" if trouble else "")
     )
 
 
 def table(facts: dict[str, Any]) -> Group:
     """Returns the state as a table that fits 80 columns."""
-    counted = facts["counts"]
+    numbers = facts["counts"]
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold")
     grid.add_column()
     grid.add_row("trials", f"{facts['started']} of {facts['trials']} started, {facts['slots']} at once")
     states = ("running", "paused", "pruned", "done", "diverged", "out_of_memory", "error")
     waiting = "" if facts["epochs_per_second"] else "; no epoch done yet"
-    grid.add_row("", ", ".join(f"{counted[state]} {state}" for state in states if counted[state]) + waiting)
+    grid.add_row("", ", ".join(f"{numbers[state]} {state}" for state in states if numbers[state]) + waiting)
     if facts["phase"] == "final":
         grid.add_row("final", finals(facts))
     if facts["rungs"]:
@@ -186,5 +211,5 @@ def table(facts: dict[str, Any]) -> Group:
     grid.add_row("time", f"{clock(facts['elapsed'])}, left: {left}")
     grid.add_row("best", describe(facts["best"]))
     if facts["trouble"]:
-        grid.add_row("waiting", Text(facts["trouble"], style="yellow"))
+        grid.add_row("waiting", Text(printable(facts["trouble"]), style="yellow"))
     return Group(Text(f"{facts['space']}: {facts['phase']}", style="bold cyan"), grid)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from trainables.command_line import counted
 from trainables.host import cpu_count
 
 PACKAGES = ("torch", "torchvision", "ray", "hyperopt", "numpy")  # a result may depend on these
@@ -55,7 +56,9 @@ def machine_name() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
     names = re.findall(r"^model name\s*: (.*)$", _read("/proc/cpuinfo"), re.MULTILINE)
-    return f"{cpu_count()} CPUs, {names[0] if names else platform.processor() or platform.machine()}"
+    return (
+        f"{counted(cpu_count(), 'CPU')}, {names[0] if names else platform.processor() or platform.machine()}"
+    )
 
 
 def _read(file: str) -> str:

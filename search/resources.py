@@ -15,6 +15,7 @@ from search.connection import TRIAL_SLOT, connect
 from search.options import StudyOptions
 from search.spaces import find_space
 from trainables import driver, gpu
+from trainables.command_line import counted
 from trainables.host import cpu_count
 from trainables.levers import Levers, choose, why_unusable
 
@@ -158,7 +159,7 @@ def plan(options: StudyOptions, levers: Levers, there: Machine) -> Resources:
         gpus_per_trial = workers * share if levers.device == "cuda" else 0.0
     if gpus_per_trial > gpus:
         raise ValueError(
-            f"--gpus-per-trial={gpus_per_trial:g}, but there are {gpus:g} GPUs; "
+            f"--gpus-per-trial={gpus_per_trial:g}, but there are {counted(gpus, 'GPU')}; "
             + (f"give at most {gpus:g}" if gpus else "leave it out to train on CPUs")
         )
     if gpus_per_trial > 1 and gpus_per_trial != int(gpus_per_trial):
@@ -180,9 +181,8 @@ def plan(options: StudyOptions, levers: Levers, there: Machine) -> Resources:
     slots = options.concurrency or fits
     if fits < 1 or slots > fits:
         asked = f"{slots} × " if options.concurrency else ""
-        need = f"{asked}{cpus_per_trial:g} CPUs" + (
-            f" and {asked}{gpus_per_trial:g} GPUs" if gpus_per_trial else ""
-        )
+        need = asked + counted(cpus_per_trial, "CPU")
+        need += f" and {asked}{counted(gpus_per_trial, 'GPU')}" if gpus_per_trial else ""
         need += f" ({workers} workers each)" if workers > 1 else ""
         remedy = f"give --concurrency of at most {fits}, or a smaller --cpus-per-trial"
         if not fits:
@@ -191,9 +191,9 @@ def plan(options: StudyOptions, levers: Levers, there: Machine) -> Resources:
                 remedy = f"give --workers-per-trial of at most {int(cpus)}"
             if len(there.sizes) > 1:
                 need += " on one node" if workers == 1 else ""
-                remedy = "; ".join(f"{c:g} CPUs and {g:g} GPUs" for c, g in sorted(set(there.sizes)))
+                remedy = "; ".join(map(_named, sorted(set(there.sizes))))
                 remedy = f"the nodes have {remedy}: give --cpus-per-trial and --gpus-per-trial that fit"
-        raise ValueError(f"trials need {need}, but there are {cpus:g} CPUs and {gpus:g} GPUs; {remedy}")
+        raise ValueError(f"trials need {need}, but there are {_named((cpus, gpus))}; {remedy}")
     if workers > 1 and there.trial_slots is not None:
         if there.trial_slots < 1:
             raise ValueError(
@@ -244,6 +244,10 @@ def _by_gpu(gpus: float, of_worker: float) -> float:
     if not of_worker:
         return math.inf
     return gpus // of_worker if of_worker >= 1 else gpus * (1 // of_worker)
+
+
+def _named(size: tuple[float, float]) -> str:
+    return f"{counted(size[0], 'CPU')} and {counted(size[1], 'GPU')}"
 
 
 def _fitting(there: Machine, cpus: float, gpus: float) -> int:

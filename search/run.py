@@ -26,7 +26,6 @@ if __name__ == "__main__":
 import argparse
 import dataclasses
 import json
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,8 +38,8 @@ from search.options import StudyOptions
 from search.printing import list_spaces, shown
 from search.spaces import SPACES
 from search.study_file import read_study, write_whole
-from search.wandb_options import add_wandb_flags
-from trainables.command_line import exit_code
+from search.wandb_options import WandbOptions, add_wandb_flags
+from trainables.command_line import exit_code, printable, shell
 from trainables.config import check_name
 from trainables.storage import is_url
 
@@ -82,7 +81,7 @@ def carry_out(do: argparse.Namespace, options: dict[str, Any], script: Script) -
         if do.dry_run:
             raise ValueError("--dry-run forecasts a new study; leave --resume out")
         if not is_url(do.resume) and (file := Path(do.resume, ALL)).is_file():
-            asked = json.loads(file.read_text())
+            asked = read_asked(file)
             return run_all(file.parent, asked, options, script, wandb=asked["wandb"] | do.wandb)
         return resume(do.resume, options, script, wandb=do.wandb)
     if not do.space:
@@ -105,6 +104,23 @@ def carry_out(do: argparse.Namespace, options: dict[str, Any], script: Script) -
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / ALL, (json.dumps(asked, indent=2) + "\n").encode())
     return run_all(folder, asked, {}, script, dry_run=do.dry_run, wandb=do.wandb)
+
+
+def read_asked(file: Path) -> dict[str, Any]:
+    """Returns what was asked of the studies of all spaces.
+
+    Raises:
+        ValueError: The file cannot be read, or is damaged.
+    """
+    try:
+        asked: dict[str, Any] = json.loads(file.read_bytes())
+        WandbOptions(**asked["wandb"] | {"mode": "off"})
+        names = {field.name for field in dataclasses.fields(StudyOptions)} - {"space"}
+        if asked["options"].keys() <= names and isinstance(asked["storage"], str | None):
+            return asked
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        pass
+    raise ValueError(f"{file} is damaged; restore it, or resume the studies beside it one by one")
 
 
 def run_all(
@@ -130,7 +146,7 @@ def run_all(
 
     def nothing_yet(reason: str) -> int:
         code = stopping.say_nothing_written(reason)
-        resume_by = f"python {script.name} --resume {shlex.quote(shown(folder))}"
+        resume_by = shell("python", script.name, "--resume", shown(folder))
         print(f"To resume the other studies: {resume_by}", file=sys.stderr)
         return code
 
@@ -148,7 +164,7 @@ def run_all(
                 place = f"{storage.rstrip('/')}/{folder.name}" if storage and is_url(storage) else None
                 codes.append(start(options, study, script, dry_run=dry_run, wandb=wandb, storage=place))
         except ValueError as error:  # one space's trouble is not the next one's
-            print(f"error: {space}: {error}", file=sys.stderr)
+            print(f"error: {space}: {printable(str(error))}", file=sys.stderr)
             codes.append(2)
         if codes[-1] == 3:
             break

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 
 import ray
 from rich.console import Console
+from rich.markup import escape
 
 from search import preflight
 from search.bad_nodes import named
@@ -24,7 +24,7 @@ from search.launch import Script, read_images
 from search.mirror import Mirror
 from search.nodes import check_nodes
 from search.options import StudyOptions
-from search.printing import phase, shown
+from search.printing import displayed, phase, shown
 from search.progress import Progress
 from search.resources import (
     Machine,
@@ -39,6 +39,7 @@ from search.resources import (
 from search.study import Study
 from search.wandb_options import WandbOptions
 from search.wandb_sidecar import END_SECONDS, STOP_SECONDS, Sidecar
+from trainables.command_line import counted, printable, shell
 from trainables.data import ImageData
 from trainables.driver import hidden_by_environment
 from trainables.levers import Levers
@@ -179,10 +180,11 @@ def start_ray(resources: Resources, device: str, console: Console) -> None:
 def carry_out(study: Study, resources: Resources, script: Script, sidecar: Sidecar) -> int:
     """Runs a study to its end, or until it is stopped, and prints what came of it."""
     options, console = study.options, script.console
+    trials, epochs = counted(options.trials or 0, "trial"), counted(options.epochs or 0, "epoch")
     console.print(
-        f"[bold]{options.space}[/] on {study.data.name}: {options.trials} trials of up to {options.epochs} "
-        f"epochs, {resources.slots} at once, {study.levers.device} {study.levers.precision} "
-        f"-> {shown(study.place)}",
+        f"[bold]{options.space}[/] on {escape(printable(study.data.name))}: {trials} of up to {epochs}, "
+        f"{resources.slots} at once, {study.levers.device} {study.levers.precision} "
+        f"-> {displayed(study.place)}",
         highlight=False,
         soft_wrap=True,
     )
@@ -236,9 +238,9 @@ def end_early(study: Study, script: Script, mirror: Mirror, sidecar: Sidecar, re
 
 def tell_stopped(place: Path | str, script: Script, reason: str) -> int:
     """Prints that a study has stopped and how to resume it from a place; returns the exit code."""
-    resume_by = f"python {script.name} --resume {shlex.quote(str(shown(script.place or place)))}"
+    resume_by = shell("python", script.name, "--resume", shown(script.place or place))
     if reason:
-        print(f"error: {reason}; fix the cause, then resume with: {resume_by}", file=sys.stderr)
+        print(f"error: {printable(reason)}; fix the cause, then resume with: {resume_by}", file=sys.stderr)
     else:
         print(f"\nstopped; nothing is lost. To resume: {resume_by}", file=sys.stderr)
     return 3
@@ -247,4 +249,4 @@ def tell_stopped(place: Path | str, script: Script, reason: str) -> int:
 def print_standing(line: str, console: Console) -> None:
     """Prints how a study stands with W&B, where there is anything to say."""
     if line:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)

@@ -52,7 +52,7 @@ def parse_study(content: bytes, place: str) -> dict[str, Any]:
     try:
         text = content.decode()
         study = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} cannot be read ({error})") from None
     crc = _crc(text.rpartition(CRC)[0])
     whole = isinstance(study, dict) and all(isinstance(study.get(key), KEYS[key]) for key in KEYS)

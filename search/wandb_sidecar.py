@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from search.printing import shown
 from search.study_file import read_study, write_study
 from search.wandb_options import WandbOptions
 from search.wandb_runs import standing, tidy
+from trainables.command_line import shell
 
 END_SECONDS = 12.0  # the study is done: wait so long for the last runs
 STOP_SECONDS = 3.0  # after a Ctrl-C
@@ -109,5 +109,5 @@ class Sidecar:
             line, missing = standing(self.folder, self.options, why)
         except (OSError, ValueError) as error:  # the study is whole all the same
             line, missing = str(error), True
-        command = f"; to upload: python -m search.wandb_sync {shlex.quote(shown(self.folder))}"
+        command = f"; to upload: {shell('python', '-m', 'search.wandb_sync', shown(self.folder))}"
         return f"W&B: {line}{command if missing or self.options.mode == 'offline' else ''}"

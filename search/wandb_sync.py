@@ -33,7 +33,7 @@ from search.study_file import read_study
 from search.wandb_options import WandbOptions, add_wandb_flags, choose, take_flags
 from search.wandb_runs import Planned, State, legible, plan, standing, tidy
 from search.wandb_sender import Sender, Trouble
-from trainables.command_line import Parser, exit_code
+from trainables.command_line import Parser, exit_code, printable
 
 NICENESS = 10  # beside a study: trials come first
 POLL_SECONDS = 2.0  # between looks at the journal
@@ -167,7 +167,7 @@ def synchronise(folder: Path, given: dict[str, Any]) -> int:
         sender.doubt()
         finish(sender)
         line, missing = standing(folder, options, state=state)
-        print(f"error: {line}" if missing else line, file=sys.stderr if missing else sys.stdout)
+        print(printable(f"error: {line}" if missing else line), file=sys.stderr if missing else sys.stdout)
         code = int(missing)
     tidy(folder)
     lock.release()

@@ -1,30 +1,12 @@
-"""Do the commands of analysis/ answer everything in one line? Random studies, damage, flags and terminals.
-
-::
-
-    python -m tests.fuzz_analysis --draws 300 --seed 0
-
-Prints a line per defect and a table of exit codes. A defect is a traceback, an exit code outside 0 to 3,
-an error that is not one line on stderr, a warning of a library, and a refused command that changed a file.
-"""
+"""What may the commands of analysis/ be given? Studies, damage, flags and terminals, for tests/fuzz.py."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import hashlib
-import io
 import json
 import random
-import signal
 import sqlite3
-import sys
-import tempfile
-import time
-import traceback
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +14,9 @@ import numpy as np
 import pandas as pd
 
 from analysis import replay, report, results, wandb_report
+from tests.fuzz import Command
 from tests.made_study import remove_trials, write_study
 
-SECONDS = 120  # a draw may take; of a report, a few
 NAMES = (
     "study",
     "it's",
@@ -207,7 +189,22 @@ def make_out(rng: random.Random, folder: Path) -> str:
     return rng.choice([*odd, *impossible, str(folder / "new" / "deep"), str(ours)])
 
 
-def make_command(
+def make_command(rng: random.Random, folder: Path, number: int) -> Command:
+    """Return a command that reads random studies."""
+    studies, done = [], []
+    for k in range(rng.choice([1, 1, 1, 2])):
+        study = folder / str(k) / rng.choice(NAMES)
+        made = folder / str(k) / "made"
+        make_study(rng, made)
+        done += [damage(rng, made) for _ in range(rng.choice([0, 0, 0, 1, 1, 2]))]
+        made.rename(study)  # pandas writes to no path that is not UTF-8
+        studies.append(str(study))
+    kind, main, arguments = choose_command(rng, folder, studies)
+    encoding = rng.choice(["ascii", "latin-1", "utf-8"])
+    return Command(kind, main, arguments, {"PYTHONIOENCODING": encoding}, state=done)
+
+
+def choose_command(
     rng: random.Random, folder: Path, studies: list[str]
 ) -> tuple[str, Callable[..., int], list[str]]:
     """Return a command's name, its main function and its arguments."""
@@ -233,104 +230,3 @@ def make_command(
         return kind, replay.main, [*given, *out, "--orders", "2", "--workers", "2", flag, number]
     modules = (report, results, wandb_report, replay)
     return kind, rng.choice(modules).main, [rng.choice(["--help", "--nosuch", "--nosuch\n"])]
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """Return a hash of every file below a folder, and the folders."""
-    return {
-        str(file): hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "folder"
-        for file in folder.rglob("*")
-    }
-
-
-@contextlib.contextmanager
-def limited(seconds: int) -> Iterator[None]:
-    """Context manager: raises TimeoutError in what takes longer."""
-
-    def stop(*_: Any) -> None:
-        raise TimeoutError(f"more than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def draw(number: int, seed: int) -> tuple[str, int | str, str]:
-    """Make and run one command; return its kind, its exit code and its defect, "" without one."""
-    rng = random.Random(f"{seed}-{number}")
-    with tempfile.TemporaryDirectory() as temporary, contextlib.chdir(temporary):
-        folder = Path(temporary)
-        studies, done = [], []
-        for k in range(rng.choice([1, 1, 1, 2])):
-            study = folder / str(k) / rng.choice(NAMES)
-            made = folder / str(k) / "made"
-            make_study(rng, made)
-            done += [damage(rng, made) for _ in range(rng.choice([0, 0, 0, 1, 1, 2]))]
-            made.rename(study)  # pandas writes to no path that is not UTF-8
-            studies.append(str(study))
-        kind, main, arguments = make_command(rng, folder, studies)
-        encoding = rng.choice(["ascii", "latin-1", "utf-8"])
-        streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="") for _ in range(2)]
-        before, code, defect = tree(folder), 99, ""
-        try:
-            with (
-                limited(SECONDS),
-                warnings.catch_warnings(),
-                contextlib.redirect_stdout(streams[0]),
-                contextlib.redirect_stderr(streams[1]),
-            ):
-                warnings.resetwarnings()
-                for ignored in (
-                    DeprecationWarning,
-                    PendingDeprecationWarning,
-                    ImportWarning,
-                    ResourceWarning,
-                ):
-                    warnings.simplefilter("ignore", ignored)  # as Python does
-                streams[1].reconfigure(errors="backslashreplace")  # as Python's own
-                code = main(arguments)
-        except SystemExit as error:
-            code = error.code if isinstance(error.code, int) else 99
-        except BaseException:  # noqa: BLE001  what is looked for
-            defect = f"traceback: {traceback.format_exc()}"
-        for stream in streams:
-            stream.flush()
-        said = streams[1].buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
-        after = tree(folder)
-        if not defect and code not in range(4):
-            defect = f"code {code}"
-        if not defect and said.count("\n") != (code == 2):
-            defect = f"stderr {said!r}"
-        if not defect and code == 2 and before != after:
-            defect = f"refused, but changed {sorted(before.items() ^ after.items())}"
-        if defect:
-            defect = f"draw {number}: {kind} {arguments!a} {encoding} after {done!a}: {defect}"
-        return kind, code if not defect.startswith("traceback") else "traceback", defect
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the draws; return 1 where one has a defect."""
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz_analysis", description=__doc__.split("\n")[0])
-    parser.add_argument("--draws", type=int, default=300)
-    parser.add_argument("--first", type=int, default=0, help="number of the first draw")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    began, counts, defects = time.monotonic(), Counter[tuple[str, int | str]](), 0
-    for number in range(options.first, options.first + options.draws):
-        kind, code, defect = draw(number, options.seed)
-        counts[kind, code] += 1
-        if defect:
-            defects += 1
-            print(defect.encode("ascii", "backslashreplace").decode(), flush=True)
-    print(f"{options.draws} draws, seed {options.seed}, {time.monotonic() - began:.0f} s, {defects} defects")
-    for (kind, code), count in sorted(counts.items(), key=str):
-        print(f"{kind:12} code {code}: {count}")
-    return bool(defects)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

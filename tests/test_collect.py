@@ -1,3 +1,4 @@
+import io
 import json
 import math
 import threading
@@ -63,6 +64,12 @@ def test_trials_csv_has_a_row_per_trial_with_what_it_reached(folder):
     assert table.best_val_accuracy[2] == pytest.approx(0.3)
     assert list(table.seconds) == [18.0, 2.0, 4.0, 0.0]
     assert list(table.lr) == pytest.approx([0.1, 0.2, 0.3, 0.4])
+
+
+def test_a_folder_whose_name_is_not_utf8_is_collected(folder):
+    other = folder.rename(folder.with_name("caf\udce9"))
+    collect(other)
+    assert len(pd.read_parquet(io.BytesIO((other / "epochs.parquet").read_bytes()))) == 13
 
 
 def test_epochs_parquet_has_a_row_per_report_and_repeats_are_replaced(folder):

@@ -19,6 +19,7 @@ from search.lr_study import (
     points,
 )
 from search.printing import rounded
+from search.study_file import read_study, write_study
 
 
 def trial(lr, seed, values, status=None):
@@ -146,7 +147,22 @@ def test_unfinished_study_is_not_extended(tmp_path):
     study = {"space": "softmax", "status": "stopped", "options": {}, "rungs": []}
     (tmp_path / "study.json").write_text(json.dumps(study))
     with pytest.raises(ValueError, match="no finished learning-rate study"):
-        extend(tmp_path)
+        extend(tmp_path, lambda: 0)
+
+
+def test_a_study_that_cannot_go_on_is_not_extended(tmp_path):
+    points = [{"lr": lr, "seed": 0} for lr in (0.1, 0.2)]
+    study = {"space": "softmax", "status": "done", "options": {"points": points}, "rungs": []}
+    write_study(tmp_path, study | {"lr_study": {"best_lr": 0.2, "at_edge": True}})
+    before = (tmp_path / "study.json").read_bytes()
+
+    def refuse():
+        assert len(read_study(tmp_path)["options"]["points"]) == 5
+        raise ValueError("other images")
+
+    with pytest.raises(ValueError, match="other images"):
+        extend(tmp_path, refuse)
+    assert (tmp_path / "study.json").read_bytes() == before
 
 
 @pytest.mark.ray

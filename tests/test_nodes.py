@@ -43,7 +43,7 @@ def well(**other):
         ({}, CPU, True, ["--storage=/mnt", "does not see what it wrote"]),
         ({"free": 1e6}, CPU, False, ["--data-dir", "0.0 GB free"]),
         ({"free": 0, "data_dir": "Permission denied"}, CPU, False, ["--data-dir", "Permission denied"]),
-        ({"gpus": 0}, CUDA, False, ["offers 1 GPUs to Ray, and torch sees 0", "--device cpu"]),
+        ({"gpus": 0}, CUDA, False, ["offers 1 GPU to Ray, and torch sees 0", "--device cpu"]),
         ({"weights": "/w.pth"}, CPU, False, ["other weights under /w.pth"]),
     ],
 )

@@ -108,7 +108,7 @@ def test_groups_are_stopped_and_single_workers_promoted_unless_asked_otherwise(o
             {"workers_per_trial": 2, "trial_slots": 0},
             """ray start --head --resources='{"trial_slot": 4}'""",
         ),
-        (16, 4, {"concurrency": 5, "gpus_per_trial": 1.0}, "5 × 1 GPUs, but there are 16 CPUs and 4 GPUs"),
+        (16, 4, {"concurrency": 5, "gpus_per_trial": 1.0}, "5 × 1 GPU, but there are 16 CPUs and 4 GPUs"),
     ],
 )
 def test_impossible_asks_show_the_arithmetic(cpus, gpus, options, message):

@@ -1,4 +1,6 @@
 import io
+import math
+import re
 
 import pytest
 from rich.console import Console
@@ -72,6 +74,25 @@ def test_table_fits_eighty_columns_and_names_the_best(jobs):
     assert "epoch 1: 2" in text
     with shown:
         shown.update()
+
+
+def test_a_narrower_terminal_keeps_no_rows_of_the_table(jobs):
+    shown = progress(jobs, terminal=True)
+    file = shown.console.file
+    with shown:
+        shown.update()
+        drawn = [len(row) for row in re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", file.getvalue()).split("\n")]
+        assert max(drawn) > 2 * 25
+        for width in (25, 25, 80):
+            before = file.tell()
+            shown.console.width = width
+            shown.shown_at = -math.inf
+            shown.update()
+            written = file.getvalue()[before:]
+            # CR, then all but the first of the erased rows are reached by going up one
+            wrapped = sum(max(1, math.ceil(length / width)) for length in drawn)
+            assert written.count("\x1b[1A") == wrapped - 1
+            drawn = [len(row) for row in re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]|\r", "", written).split("\n")]
 
 
 def test_the_best_that_is_shown_never_falls(jobs):

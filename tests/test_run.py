@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from search.options import StudyOptions
 from search.run import main
 from search.spaces import SPACES
 from search.study_file import write_study
@@ -105,6 +106,29 @@ def test_a_tilde_that_the_shell_left_is_the_home_folder(run, tmp_path, monkeypat
     )
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{}", b"null", b"[]", b"\xff", b"[" * 100_000),
+        b'{"options": {"x": 1}, "storage": null, "wandb": {}}',
+        b'{"options": {}, "storage": 7, "wandb": {}}',
+        b'{"options": {}, "storage": null, "wandb": [1]}',
+    ],
+)
+def test_a_damaged_file_of_all_spaces_is_one_line(run, tmp_path, content):
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "all.json").write_bytes(content)
+    assert_one_line_error(run("--resume", "all", data=None), "all.json is damaged")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("data", 5), ("trials", "x"), ("weights", None), ("fix", []), ("points", {})]
+)
+def test_an_option_of_another_type_is_one_line(name, value):
+    with pytest.raises(ValueError, match=f"^--{name}=.* give a value of type"):
+        StudyOptions(space="softmax", **{name: value})
+
+
 @pytest.fixture
 def studies(monkeypatch):
     """Stands in for studies: notes which are started and resumed; those of `codes` end with that code."""
@@ -151,7 +175,7 @@ def ray_beside(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "needles"),
     [
-        (["--space", "softmax", "--concurrency", 10_000], ["10000 × 1 CPUs", "--concurrency of at most"]),
+        (["--space", "softmax", "--concurrency", 10_000], ["10000 × 1 CPU", "--concurrency of at most"]),
         (["--space", "softmax", "--cpus-per-trial", 10_000], ["10000 CPUs", "give --cpus-per-trial"]),
         (["--space", "softmax", "--gpus-per-trial", 64], ["--gpus-per-trial=64", "GPUs"]),
         (["--space", "twolayernn", "--fix", f"hidden={10**12}"], ["does not fit into memory", "--fix"]),

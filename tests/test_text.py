@@ -1,84 +1,21 @@
-"""Names, numbers and commands as people read them: nothing breaks a line, and no rounded value lies."""
-
-import subprocess
+"""Numbers and commands as people read them: nothing breaks a line, and no rounded value lies."""
 
 import pytest
 
 from analysis.text import (
     clock,
-    counted,
     decimals,
     listed,
     number,
     percent,
-    printable,
-    shell,
     spread_digits,
     words,
 )
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("plain ünï 猫 🐱 $x$ [bold] 100 %", "plain ünï 猫 🐱 $x$ [bold] 100 %"),
-        ("a\nb\tc\x1b[31m\x00", r"a\nb\tc\x1b[31m\x00"),
-        ("caf\udce9", r"caf\xe9"),  # Latin-1 bytes in a file name, as os.listdir returns them
-        ("\ud800", r"\ud800"),
-        ("evil\u202egnp.exe\u2028", r"evil\u202egnp.exe\u2028"),
-        ("می\u200cخواهم", "می\u200cخواهم"),  # a joiner is part of how Persian is written
-        ("\x85\xad", r"\u0085\u00ad"),
-    ],
-)
-def test_printable_text_has_one_line_and_is_utf8(text, shown):
-    assert printable(text) == shown
-    assert len(printable(text).encode().splitlines()) == 1
-
-
-def test_printable_reaches_into_lists_and_dicts_and_leaves_other_values():
-    assert printable({"a\n": ["b\n", {"c": "d\n"}], "e": 0.5, "f": None}) == {
-        r"a\n": [r"b\n", {"c": r"d\n"}],
-        "e": 0.5,
-        "f": None,
-    }
-
-
-@pytest.mark.parametrize(
-    "word",
-    [
-        *("studies/NAME", "a b", "it's", 'say "x"', "$HOME", "`id`", "100%", "~", "*", "", "ünï", "\\", "!x"),
-        *(
-            "line\nbreak",
-            "it's\n$x",
-            "tab\t\\n",
-            "caf\udce9",
-            "\udcff0",
-            "\x1b[0m",
-            "\u202e\U000e0001",
-            "\x7fab",
-        ),
-    ],
-)
-def test_shell_commands_are_one_line_that_bash_reads_back(word):
-    command = shell("printf", "%s", word)
-    assert printable(command) == command
-    said = subprocess.run(["bash", "-c", command], capture_output=True, check=True).stdout
-    assert said == word.encode(errors="surrogateescape")
-
-
 def test_words_of_a_command_survive_quotes_that_do_not_match():
     assert words("run.py --data 'a b'") == ["run.py", "--data", "a b"]
     assert words('run.py --data "a') == ['run.py --data "a']
-
-
-def test_one_is_not_plural():
-    assert [counted(n, "trial") for n in (0, 1, 2, 10_000)] == [
-        "0 trials",
-        "1 trial",
-        "2 trials",
-        "10,000 trials",
-    ]
-    assert [counted(n, "class", "classes") for n in (1, 2)] == ["1 class", "2 classes"]
 
 
 def test_many_names_are_counted():

@@ -1,17 +1,23 @@
 """How does a command answer a wrong argument? In one line, like every other error of ours.
 
-Imports nothing heavy: the process that feeds W&B beside a study needs it (search/wandb_sync.py).
+Imports nothing heavy: the process that feeds W&B beside a study needs it (search/wandb_sync.py), and
+analysis/, which shows names of users and prints commands as search/ does.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import shlex
 import sys
+import unicodedata
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from trainables.disk import is_full
+
+JOINERS = "\u200c\u200d"  # invisible, but part of how names are written in Persian, Hindi and emoji
+UNSAFE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode categories without a shape, or that move text
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exits with 2."""
-        print(f"error: {message}; {self.prog} --help lists the arguments", file=sys.stderr)
+        print(f"error: {printable(message)}; {self.prog} --help lists the arguments", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -35,21 +41,64 @@ def exit_code(command: Callable[[], int]) -> int:
     try:
         return command()
     except ValueError as error:
-        _print_error(str(error))
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped before the study began; nothing was written", file=sys.stderr)
         return 3
     except Exception as error:
         if is_full(error):
-            _print_error(f"{error}; make room and run it again (a study: with --resume)")
+            said = printable(str(error))
+            print(f"error: {said}; make room and run it again (a study: with --resume)", file=sys.stderr)
             return 3
         if isinstance(error, OSError) and error.filename:
-            _print_error(f"{error.strerror}: {error.filename}")
+            print(f"error: {error.strerror}: {printable(str(error.filename))}", file=sys.stderr)
             return 2
         raise
 
 
-def _print_error(text: str) -> None:
-    """Print an error in one line, whatever names are in it."""
-    print("error: " + text.replace("\n", "\\n"), file=sys.stderr)
+def printable(value: Any) -> Any:
+    r"""Return text without characters that break a line, a terminal or UTF-8; lists and dicts item by item.
+
+    A newline becomes ``\n``, a byte of a file name that is not UTF-8 ``\xff``, a mark that turns the
+    direction of writing ``\u202e``. Values that are no text stay as they are.
+    """
+    if isinstance(value, str):
+        return value if value.isascii() and value.isprintable() else "".join(map(_visible, value))
+    if isinstance(value, list):
+        return [printable(item) for item in value]
+    if isinstance(value, dict):
+        return {printable(name): printable(item) for name, item in value.items()}
+    return value
+
+
+def _visible(character: str) -> str:
+    if unicodedata.category(character) not in UNSAFE or character in JOINERS:
+        return character
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a path, by Python's surrogateescape
+        return f"\\x{code - 0xDC00:02x}"
+    if code >= 0x80:
+        return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+    return character.encode("unicode_escape").decode()
+
+
+def shell(*words: Any) -> str:
+    r"""Quote words as one command line that can be pasted into a shell.
+
+    Words with unprintable characters are quoted as bash, zsh and ksh do: ``$'a\nb'``.
+    """
+    return " ".join(map(_quoted, map(str, words)))
+
+
+def _quoted(word: str) -> str:
+    if printable(word) == word:
+        return shlex.quote(word)
+    escaped = word.replace("\\", "\\\\").replace("'", "\\'")
+    return f"$'{printable(escaped)}'"
+
+
+def counted(count: float, noun: str, plural: str = "") -> str:
+    """Return 1 trial, 2 trials, 10,000 trials, 0.5 GPUs."""
+    shown = f"{count:,}" if isinstance(count, int) else f"{count:g}"
+    return f"{shown} {noun if count == 1 else plural or f'{noun}s'}"
