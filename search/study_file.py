@@ -5,6 +5,7 @@ Imports nothing heavy: the process that feeds W&B beside a study needs it (searc
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import zlib
@@ -57,11 +58,16 @@ def _crc(content: str) -> str:
 def write_whole(file: Path, content: bytes) -> None:
     """Write a file, whole or not at all, a power cut included."""
     temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def read_events(study_dir: Path, study: dict[str, Any]) -> list[dict[str, Any]]:

@@ -86,6 +86,8 @@ def clean_environment() -> None:
     for name in list(os.environ):
         if name.startswith("WANDB_") and name.removeprefix("WANDB_") not in PASSED_ON:
             del os.environ[name]
+        elif name.startswith("WANDB_") and not os.environ[name].isprintable():
+            raise ValueError(f"{name} has characters that W&B cannot take; set it again, or unset it")
     os.environ |= {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}
 
 
@@ -106,7 +108,7 @@ def carry_out(given: dict[str, Any]) -> int:
     Raises:
         ValueError: It cannot be done.
     """
-    folder = given["study"].resolve()
+    folder = Path(os.path.realpath(given["study"]))
     remembered = read_study(folder).get("wandb") or {}
     flags = take_flags(given)
     if not given["follow"]:
