@@ -73,7 +73,7 @@ def tree(folder: Path, cache: Path | None) -> dict[str, str]:
     return {
         str(file): hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "folder"
         for file in folder.rglob("*")
-        if not (cache and file.is_relative_to(cache))
+        if not (cache and (file.is_relative_to(cache) or cache.is_relative_to(file)))
         and not (file.name in LOCKS and file.with_name("study.json").exists())
     }
 
