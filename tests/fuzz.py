@@ -20,6 +20,7 @@ import contextlib
 import hashlib
 import importlib
 import io
+import math
 import os
 import random
 import signal
@@ -193,10 +194,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--draws", type=int, default=300)
     parser.add_argument("--first", type=int, default=0, help="number of the first draw")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no draw begins")
     options = parser.parse_args(arguments)
     module = importlib.import_module(DRAWN_FROM[options.commands])
     began, counts, defects = time.monotonic(), Counter[tuple[str, str]](), Counter[str]()
     for number in range(options.first, options.first + options.draws):
+        if time.monotonic() - began > options.seconds:
+            break
         kind, code, defect = draw(module, number, options.seed)
         counts[kind, code] += 1
         if defect:
@@ -208,7 +212,9 @@ def main(arguments: list[str] | None = None) -> int:
         text=True,
         check=False,
     ).stdout.strip()
-    print(f"{options.draws} draws, seed {options.seed}, commit {commit}, {time.monotonic() - began:.0f} s")
+    print(
+        f"{counts.total()} draws from {options.first} on, seed {options.seed}, commit {commit}, {time.monotonic() - began:.0f} s"
+    )
     print(f"defects: {sum(defects.values())} {dict(defects) or ''}")
     codes = sorted({code for _, code in counts})
     print(f"| command | {' | '.join(f'exit code {code}' for code in codes)} |")

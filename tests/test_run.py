@@ -122,6 +122,12 @@ def test_a_damaged_file_of_all_spaces_is_one_line(run, tmp_path, content):
     assert_one_line_error(run("--resume", "all", data=None), "all.json is damaged")
 
 
+@pytest.mark.parametrize("flag", ["project", "entity", "group", "tags"])
+def test_a_name_that_wandb_cannot_take_is_one_line(run, flag):
+    result = run("--space", "softmax", "--dry-run", f"--wandb-{flag}=a\udcff")
+    assert_one_line_error(result, f"--wandb-{flag}=a\\xff is not possible; give printable characters")
+
+
 @pytest.mark.parametrize("command", [main, mirror.main, wandb_sync.main])
 def test_a_link_to_itself_is_one_line(command, tmp_path, capsys):
     (loop := tmp_path / "loop").symlink_to(loop)
