@@ -119,6 +119,10 @@ def carry_out(given: dict[str, Any]) -> int:
     clean_environment()
     if options.key:
         os.environ["WANDB_API_KEY"] = options.key
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{folder} is no name in UTF-8, which W&B needs; rename the folder") from None
     (folder / "wandb").mkdir(exist_ok=True)
     lock = FileLock(folder / "wandb" / ".lock")
     try:

@@ -212,9 +212,8 @@ def main(arguments: list[str] | None = None) -> int:
         text=True,
         check=False,
     ).stdout.strip()
-    print(
-        f"{counts.total()} draws from {options.first} on, seed {options.seed}, commit {commit}, {time.monotonic() - began:.0f} s"
-    )
+    seconds = time.monotonic() - began
+    print(f"{counts.total()} draws from {options.first} on, seed {options.seed}, {commit}, {seconds:.0f} s")
     print(f"defects: {sum(defects.values())} {dict(defects) or ''}")
     codes = sorted({code for _, code in counts})
     print(f"| command | {' | '.join(f'exit code {code}' for code in codes)} |")
