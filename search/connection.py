@@ -111,7 +111,6 @@ def connect(
                 stack.enter_context(environment(_local_variables()))
                 stack.enter_context(lean(bool(trial_slots), imports, meanwhile))
             else:
-                stack.enter_context(environment({"RAY_BACKEND_LOG_LEVEL": "fatal"}))  # one line is ours
                 meanwhile()
             if local and trial_slots:
                 stack.enter_context(findable())

@@ -24,11 +24,10 @@ from search.folders import place_of, unfinished
 from search.local_ray import is_local
 from search.mirror import bring
 from search.options import StudyOptions
-from search.printing import phase, print_result
+from search.printing import phase, print_result, print_text
 from search.spaces import default_image_size
 from search.stopping import Stops
 from search.wandb_options import choose as choose_wandb
-from trainables.command_line import printable
 from trainables.data import ImageData, prepare
 from trainables.driver import may_be_used
 from trainables.storage import is_url
@@ -106,7 +105,7 @@ def resume(
         ValueError: There is no study, it is done, or it cannot go on as asked.
     """
     script.stops.change(script.stops.nothing_yet)
-    folder = (bring(str(place)) if is_url(place) else Path(place)).resolve()
+    folder = Path(os.path.realpath(bring(str(place)) if is_url(place) else place))
     options, content = unfinished(folder, changes)
     wandb_options = choose_wandb(wandb or {}, content.get("wandb"))
     data = read_images(options, script.console)
@@ -135,7 +134,7 @@ def read_images(options: StudyOptions, console: Console) -> ImageData:
     with phase(console, f"reading {options.data}") as progress:
         data = prepare(options.data, Path(options.data_dir), options.image_size, progress)
     for note in data.notes:
-        console.print(printable(note), markup=False, highlight=False, soft_wrap=True)
+        print_text(console, note)
     return data
 
 

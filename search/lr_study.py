@@ -36,7 +36,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from search.final import summarise
@@ -44,7 +43,7 @@ from search.flags import add_options, add_storage, parse_study, study_parser
 from search.journal import TrialRecord, records
 from search.launch import Script, leave, resume, start
 from search.options import StudyOptions
-from search.printing import displayed, rounded, shown
+from search.printing import print_text, rounded, shown
 from search.spaces import find_space
 from search.study_file import lock_of, read_events, read_study, write_study
 from search.wandb_options import add_wandb_flags
@@ -157,18 +156,13 @@ def finish(folder: Path, console: Console) -> int:
     lock.release()
     console.print(curve_table(curve, best))
     if best is None:
-        console.print("no lr was trained to the end", highlight=False)
+        print_text(console, "no lr was trained to the end")
         return 1
-    console.print(
-        f"best lr {best:.10g} -> {displayed(folder / 'lr_curve.csv')}", highlight=False, soft_wrap=True
-    )
+    print_text(console, f"best lr {best:.10g} -> {shown(folder / 'lr_curve.csv')}")
     if at_edge:
-        console.print(
-            f"[yellow]warning:[/] the best lr stands at the grid's edge; the true best may lie beyond it. "
-            f"To see: {escape(shell('python', SCRIPT, '--extend', shown(folder)))}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        command = shell("python", SCRIPT, "--extend", shown(folder))
+        text = " the best lr stands at the grid's edge; the true best may lie beyond it. "
+        print_text(console, f"{text}To see: {command}", "warning:", "yellow")
     return 0
 
 

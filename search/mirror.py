@@ -10,6 +10,7 @@ the loss of the driver's machine loses seconds of the journal and no epoch (chec
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import tempfile
 import threading
@@ -232,7 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Put a study's folder into its storage; return the exit code."""
     parser = Parser(prog="python -m search.mirror", description=__doc__.split("\n")[0])
     parser.add_argument("study", type=Path, help="the study's folder")
-    folder = parser.parse_args(arguments).study.resolve()
+    folder = Path(os.path.realpath(parser.parse_args(arguments).study))
 
     def copy() -> int:
         storage = storage_of(read_study(folder)["options"].get("storage"), folder)

@@ -20,11 +20,11 @@ from models import ARCHITECTURES, build
 from models.resnet import output_shape
 from search.asha import expected_epochs
 from search.options import StudyOptions
-from search.printing import clock, shown
+from search.printing import clock, print_text, shown
 from search.resources import Machine, Resources
 from search.spaces import default_image_size, find_space
 from search.suggest import RandomSampler
-from trainables.command_line import counted, printable
+from trainables.command_line import counted
 from trainables.config import TrainConfig
 from trainables.data import BUILT_IN, ImageData
 from trainables.gpu import free_memory, is_out_of_memory
@@ -329,5 +329,5 @@ def print_forecast(
             -2, f"           {clock(prepared.preparing_seconds)} of it once, for inputs that are then kept"
         )
     for text in lines:
-        console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+        print_text(console, text)
     return 0

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from models import ARCHITECTURES
 from search.spaces import SPACES
@@ -27,14 +27,14 @@ def print_result(folder: Path, console: Console) -> int:
     best, final = study["best"], study["final"]
     failed = {status: n for status, n in study["statuses"].items() if status in ("error", "out_of_memory")}
 
-    def print_line(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True)
+    def print_line(text: str, head: str = "") -> None:
+        print_text(console, text, head)
 
     print_line("")
     if best is None:
-        print_line(f"[bold]no trial[/] left chance: {_counts(study['statuses'])}")
+        print_line(f" left chance: {_counts(study['statuses'])}", "no trial")
         return 1
-    print_line(f"[bold]best val_accuracy[/] {rounded(best['val_accuracy'])}, trial {best['trial_id']}:")
+    print_line(f" {rounded(best['val_accuracy'])}, trial {best['trial_id']}:", "best val_accuracy")
     for name in {**SPACES[study["space"]].ranges, **(study["options"].get("fix") or {})}:
         value = best["config"][name]
         print_line(f"  {name} {rounded(value, 'g') if isinstance(value, float) else value}")
@@ -46,19 +46,24 @@ def print_result(folder: Path, console: Console) -> int:
             spread = f" {plus_minus} {rounded(test['sd'])} sd"
             spread += f", 95 % interval of the mean {rounded(low)} to {rounded(high)}"
         diverged = f", {len(final['diverged'])} of them diverged" if final["diverged"] else ""
-        print_line(f"[bold]test_accuracy[/] {rounded(test['mean'])}{spread}, {seeds}{diverged}")
+        print_line(f" {rounded(test['mean'])}{spread}, {seeds}{diverged}", "test_accuracy")
     if final and final["failed"]:
         failed["of the fresh seeds"] = len(final["failed"])
     extent = f"{counted(study['trials'], 'trial')}, {counted(study['epochs_spent'], 'epoch')}"
     print_line(
         f"{extent} of {study['epochs_unpruned']} unpruned, {clock(study['seconds'])}, "
-        f"busy {study['busy_fraction'] or 0:.2f} -> {displayed(folder)}"
+        f"busy {study['busy_fraction'] or 0:.2f} -> {shown(folder)}"
     )
     if lost := study["lost_workers"]:
         print_line(f"lost workers, whose trials went on with others: {_counts(lost)}")
     if failed:
-        print_line(f"failed: {failed}; the errors stand in {displayed(folder / 'reports.jsonl')}")
+        print_line(f"failed: {failed}; the errors stand in {shown(folder / 'reports.jsonl')}")
     return 1 if failed else 0
+
+
+def print_text(console: Console, text: str, head: str = "", style: str = "bold") -> None:
+    """Prints a line with a head that stands out; a user's text in it is no markup and breaks no line."""
+    console.print(Text.assemble((head, style), printable(text)), soft_wrap=True)
 
 
 def _counts(of: dict[str, int]) -> str:
@@ -98,7 +103,7 @@ def phase(console: Console, text: str) -> Iterator[Callable[[str, int, int], Non
     text = printable(text)
     live = console.is_terminal and not console.is_dumb_terminal
     kind = "dots" if _shows("\u280b", console) else "line"
-    spinner = console.status(escape(text), spinner=kind) if live else None
+    spinner = console.status(Text(text), spinner=kind) if live else None
 
     step_began = began
     current = ""
@@ -114,9 +119,9 @@ def phase(console: Console, text: str) -> Iterator[Callable[[str, int, int], Non
         left = f", about {clock((now - step_began) * (total - done) / done)} left" if done else ""
         line = f"{text}: {step}" + (f" {done:,} of {total:,} images{left}" if total else "")
         if spinner:
-            spinner.update(escape(printable(line)))
+            spinner.update(Text(printable(line)))
         else:
-            console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+            print_text(console, line)
 
     with spinner or contextlib.nullcontext():
         yield progress
@@ -137,11 +142,6 @@ def shown(place: Path | str) -> str:
         return str(place)
     relative = os.path.relpath(place)
     return str(place) if relative.startswith("..") else relative
-
-
-def displayed(place: Path | str) -> str:
-    """Returns a path as it is printed in a line with markup: users' names may have brackets, or newlines."""
-    return escape(printable(shown(place)))
 
 
 def rounded(value: float, form: str = "f") -> str:

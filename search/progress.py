@@ -18,7 +18,7 @@ from search.asha import expected_epochs
 from search.jobs import Jobs
 from search.journal import TrialRecord
 from search.options import StudyOptions
-from search.printing import PLAIN_SECONDS, TERMINAL_SECONDS, clock
+from search.printing import PLAIN_SECONDS, TERMINAL_SECONDS, clock, print_text
 from trainables.command_line import counted, printable
 
 SHOWN = ("lr", "weight_decay", "momentum", "batch_size", "hidden", "kernel_size", "schedule", "augment")
@@ -88,7 +88,7 @@ class Progress:
             lines = self.console.render_lines(shown, pad=False)
             self.drawn = [Segment.get_line_length(drawn) for drawn in lines]
         else:
-            self.console.print(printable(line(facts)), markup=False, highlight=False, soft_wrap=True)
+            print_text(self.console, line(facts))
 
     def _erase_wrapped(self) -> None:
         """Erases the rows that the table has gained where its terminal has become narrower.

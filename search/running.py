@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import ray
 from rich.console import Console
-from rich.markup import escape
 
 from search import preflight
 from search.bad_nodes import named
@@ -24,7 +23,7 @@ from search.launch import Script, read_images
 from search.mirror import Mirror
 from search.nodes import check_nodes
 from search.options import StudyOptions
-from search.printing import displayed, phase, shown
+from search.printing import phase, print_text, shown
 from search.progress import Progress
 from search.resources import (
     Machine,
@@ -181,12 +180,11 @@ def carry_out(study: Study, resources: Resources, script: Script, sidecar: Sidec
     """Runs a study to its end, or until it is stopped, and prints what came of it."""
     options, console = study.options, script.console
     trials, epochs = counted(options.trials or 0, "trial"), counted(options.epochs or 0, "epoch")
-    console.print(
-        f"[bold]{options.space}[/] on {escape(printable(study.data.name))}: {trials} of up to {epochs}, "
-        f"{resources.slots} at once, {study.levers.device} {study.levers.precision} "
-        f"-> {displayed(study.place)}",
-        highlight=False,
-        soft_wrap=True,
+    print_text(
+        console,
+        f" on {study.data.name}: {trials} of up to {epochs}, {resources.slots} at once, "
+        f"{study.levers.device} {study.levers.precision} -> {shown(study.place)}",
+        options.space,
     )
     mirror = Mirror(study.folder, study.storage, functools.partial(print_standing, console=console))
     with mirror.running(), study.running(dataclasses.asdict(resources)):
@@ -249,4 +247,4 @@ def tell_stopped(place: Path | str, script: Script, reason: str) -> int:
 def print_standing(line: str, console: Console) -> None:
     """Prints how a study stands with W&B, where there is anything to say."""
     if line:
-        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+        print_text(console, line)

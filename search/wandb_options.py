@@ -56,6 +56,10 @@ class WandbOptions:
     key: str | None = field(default=None, repr=False)  # None: it stands in netrc, or there is none
 
     def __post_init__(self) -> None:
+        named = {"project": self.project, "entity": self.entity or "", "group": self.group or ""}
+        for name, value in [*named.items(), *(("tags", tag) for tag in self.tags)]:
+            if not value.isprintable():
+                raise ValueError(f"--wandb-{name}={value} is not possible; give printable characters")
         if not 0 < len(self.project) <= LONGEST_NAME or any(c in self.project for c in NOT_IN_A_PROJECT):
             raise ValueError(
                 f"--wandb-project={self.project} is not possible; give 1 to {LONGEST_NAME} characters "

@@ -89,6 +89,8 @@ def clean_environment() -> None:
     for name in list(os.environ):
         if name.startswith("WANDB_") and name.removeprefix("WANDB_") not in PASSED_ON:
             del os.environ[name]
+        elif name.startswith("WANDB_") and not os.environ[name].isprintable():
+            raise ValueError(f"{name} has characters that W&B cannot take; set it again, or unset it")
     os.environ |= {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}
     logging.raiseExceptions = False  # a full disk is told in our line, not in logging's tracebacks
 
@@ -110,6 +112,7 @@ def carry_out(given: dict[str, Any]) -> int:
     Raises:
         ValueError: It cannot be done.
     """
+<<<<<<< HEAD
     with contextlib.ExitStack() as stack:
         return synchronise(as_utf8(given["study"].resolve(), stack), given)
 
@@ -140,6 +143,9 @@ def synchronise(folder: Path, given: dict[str, Any]) -> int:
     Raises:
         ValueError: It cannot be done.
     """
+=======
+    folder = Path(os.path.realpath(given["study"]))
+>>>>>>> fuzz
     remembered = read_study(folder).get("wandb") or {}
     flags = take_flags(given)
     if not given["follow"]:
@@ -150,6 +156,10 @@ def synchronise(folder: Path, given: dict[str, Any]) -> int:
     clean_environment()
     if options.key:
         os.environ["WANDB_API_KEY"] = options.key
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{folder} is no name in UTF-8, which W&B needs; rename the folder") from None
     (folder / "wandb").mkdir(exist_ok=True)
     lock = FileLock(folder / "wandb" / ".lock")
     try:

@@ -20,6 +20,7 @@ import contextlib
 import hashlib
 import importlib
 import io
+import math
 import os
 import random
 import signal
@@ -73,7 +74,7 @@ def tree(folder: Path, cache: Path | None) -> dict[str, str]:
     return {
         str(file): hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "folder"
         for file in folder.rglob("*")
-        if not (cache and file.is_relative_to(cache))
+        if not (cache and (file.is_relative_to(cache) or cache.is_relative_to(file)))
         and not (file.name in LOCKS and file.with_name("study.json").exists())
     }
 
@@ -193,10 +194,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--draws", type=int, default=300)
     parser.add_argument("--first", type=int, default=0, help="number of the first draw")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no draw begins")
     options = parser.parse_args(arguments)
     module = importlib.import_module(DRAWN_FROM[options.commands])
     began, counts, defects = time.monotonic(), Counter[tuple[str, str]](), Counter[str]()
     for number in range(options.first, options.first + options.draws):
+        if time.monotonic() - began > options.seconds:
+            break
         kind, code, defect = draw(module, number, options.seed)
         counts[kind, code] += 1
         if defect:
@@ -208,7 +212,8 @@ def main(arguments: list[str] | None = None) -> int:
         text=True,
         check=False,
     ).stdout.strip()
-    print(f"{options.draws} draws, seed {options.seed}, commit {commit}, {time.monotonic() - began:.0f} s")
+    seconds = time.monotonic() - began
+    print(f"{counts.total()} draws from {options.first} on, seed {options.seed}, {commit}, {seconds:.0f} s")
     print(f"defects: {sum(defects.values())} {dict(defects) or ''}")
     codes = sorted({code for _, code in counts})
     print(f"| command | {' | '.join(f'exit code {code}' for code in codes)} |")

@@ -10,7 +10,7 @@ from filelock import FileLock
 
 from search.collect import busy_fraction, collect, main
 from search.journal import Journal, records
-from search.study_file import lock_of, read_study, write_study
+from search.study_file import lock_of, read_study, write_study, write_whole
 
 
 def report(trial_id, epoch, value, **more):
@@ -64,6 +64,13 @@ def test_trials_csv_has_a_row_per_trial_with_what_it_reached(folder):
     assert table.best_val_accuracy[2] == pytest.approx(0.3)
     assert list(table.seconds) == [18.0, 2.0, 4.0, 0.0]
     assert list(table.lr) == pytest.approx([0.1, 0.2, 0.3, 0.4])
+
+
+def test_a_file_that_cannot_be_replaced_leaves_nothing_beside_it(tmp_path):
+    (tmp_path / "trials.csv").mkdir()
+    with pytest.raises(OSError, match=r"trials\.csv"):
+        write_whole(tmp_path / "trials.csv", b"x")
+    assert [file.name for file in tmp_path.iterdir()] == ["trials.csv"]
 
 
 def test_a_folder_whose_name_is_not_utf8_is_collected(folder):

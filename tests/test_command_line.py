@@ -58,7 +58,7 @@ def test_shell_commands_are_one_line_that_bash_reads_back(word):
 def test_an_argument_that_is_refused_stays_on_one_line(capsys):
     parser = Parser(prog="x")
     parser.add_argument("--trials", type=int)
-    for given in ("--trials=1\n2x", "--nosuch\n", "--trials=\udcff"):
+    for given in ("--trials=--", "--trials=1\n2x", "--nosuch\n", "--trials=\udcff"):
         with pytest.raises(SystemExit):
             parser.parse_args([given])
         assert capsys.readouterr().err.count("\n") == 1

@@ -289,3 +289,12 @@ def test_torn_last_line_is_left_out_and_said(study, readers, tmp_path, capsys):
     assert collect_command([str(folder)]) == 0
     assert "a torn last line of 16 bytes left out" in capsys.readouterr().out
     assert readers("resume", folder) == (0, "")
+
+
+@pytest.mark.parametrize("name", ["study.json", "reports.jsonl"])
+def test_json_nested_without_end_is_one_line(name, tmp_path):
+    """Python's own answer is a RecursionError."""
+    write_trials(folder := tmp_path / "study")
+    (folder / name).write_bytes(b"[" * 100_000 + b"\n")
+    with pytest.raises(ValueError, match=name):
+        read_events(folder, read_study(folder))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from search import mirror, wandb_sync
 from search.options import StudyOptions
 from search.run import main
 from search.spaces import SPACES
@@ -119,6 +120,27 @@ def test_a_damaged_file_of_all_spaces_is_one_line(run, tmp_path, content):
     (tmp_path / "all").mkdir()
     (tmp_path / "all" / "all.json").write_bytes(content)
     assert_one_line_error(run("--resume", "all", data=None), "all.json is damaged")
+
+
+@pytest.mark.parametrize("flag", ["project", "entity", "group", "tags"])
+def test_a_name_that_wandb_cannot_take_is_one_line(run, flag):
+    result = run("--space", "softmax", "--dry-run", f"--wandb-{flag}=a\udcff")
+    assert_one_line_error(result, f"--wandb-{flag}=a\\xff is not possible; give printable characters")
+
+
+def test_a_folder_that_wandb_cannot_name_is_one_line(tmp_path, capsys):
+    write_study(tmp_path, {"space": "softmax", "status": "done", "options": {}, "rungs": []})
+    folder = tmp_path.rename(tmp_path.with_name("caf\udce9"))
+    code = wandb_sync.main([str(folder), "--offline"])
+    assert_one_line_error((code, *capsys.readouterr()), "caf\\xe9 is no name in UTF-8", "rename the folder")
+    assert not (folder / "wandb").exists()
+
+
+@pytest.mark.parametrize("command", [main, mirror.main, wandb_sync.main])
+def test_a_link_to_itself_is_one_line(command, tmp_path, capsys):
+    (loop := tmp_path / "loop").symlink_to(loop)
+    given = [f"--resume={loop}/x"] if command is main else [f"{loop}/x"]
+    assert_one_line_error((command(given), *capsys.readouterr()), "loop/x")
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,13 @@ UNSAFE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode categories withou
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser without argparse's page of usage before each error."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse; of ``--flag=--`` Python 3.11 makes an empty list, whatever the flag's type."""
+        for word in sys.argv[1:] if args is None else args:
+            if word.startswith("--") and word.endswith("=--"):
+                self.error(f"{word} has no value")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Exits with 2."""
         print(f"error: {printable(message)}; {self.prog} --help lists the arguments", file=sys.stderr)
