@@ -5,7 +5,6 @@ Imports nothing heavy: the process that feeds W&B beside a study needs it (searc
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import zlib
@@ -81,15 +80,8 @@ def write_whole(file: Path, content: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(file)
-<<<<<<< HEAD
     finally:
         temporary.unlink(missing_ok=True)
-=======
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
->>>>>>> fuzz
 
 
 def read_events(study_dir: Path, study: dict[str, Any]) -> list[dict[str, Any]]:

@@ -112,9 +112,8 @@ def carry_out(given: dict[str, Any]) -> int:
     Raises:
         ValueError: It cannot be done.
     """
-<<<<<<< HEAD
     with contextlib.ExitStack() as stack:
-        return synchronise(as_utf8(given["study"].resolve(), stack), given)
+        return synchronise(as_utf8(Path(os.path.realpath(given["study"])), stack), given)
 
 
 def as_utf8(folder: Path, stack: contextlib.ExitStack) -> Path:
@@ -143,9 +142,6 @@ def synchronise(folder: Path, given: dict[str, Any]) -> int:
     Raises:
         ValueError: It cannot be done.
     """
-=======
-    folder = Path(os.path.realpath(given["study"]))
->>>>>>> fuzz
     remembered = read_study(folder).get("wandb") or {}
     flags = take_flags(given)
     if not given["follow"]:
@@ -156,10 +152,6 @@ def synchronise(folder: Path, given: dict[str, Any]) -> int:
     clean_environment()
     if options.key:
         os.environ["WANDB_API_KEY"] = options.key
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{folder} is no name in UTF-8, which W&B needs; rename the folder") from None
     (folder / "wandb").mkdir(exist_ok=True)
     lock = FileLock(folder / "wandb" / ".lock")
     try:
