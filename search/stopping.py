@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import signal
 import sys
 import threading
@@ -30,6 +31,32 @@ def answer_at_once() -> None:
 def _end_at_once(number: int, frame: Any) -> None:
     print(NOTHING_WRITTEN, file=sys.stderr, flush=True)
     os._exit(3)
+
+
+class _Runner:
+    """A thread that runs one command after another, and lives as long as the process.
+
+    The system ends Ray's servers with the thread that started them (PR_SET_PDEATHSIG, Linux), and a second
+    command of this process may find them useful.
+    """
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="command", daemon=True).start()
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Run what never raises; ``done`` is set when it has ended."""
+        self.done.clear()
+        self._work.put(work)
+
+    def _run(self) -> None:
+        while True:
+            self._work.get()()
+            self.done.set()
+
+
+_idle: list[_Runner] = []
 
 
 class Stops:
@@ -63,15 +90,16 @@ class Stops:
             except BaseException as error:  # noqa: BLE001  raised again below, in the main thread
                 ended.append(error)
 
-        thread = threading.Thread(target=work, name="command", daemon=True)
+        runner = _idle.pop() if _idle else _Runner()
         with self._listening() as listen:
-            thread.start()
-            while thread.is_alive():
+            runner.start(work)
+            while not ended:
                 listen()
-                thread.join(TICK_SECONDS)
+                runner.done.wait(TICK_SECONDS)
                 reason = self.watch()
                 if (self._signalled or reason) and (code := self._answer(reason)) is not None:
                     return code
+        _idle.append(runner)
         if isinstance(ended[0], BaseException):
             raise ended[0]
         return ended[0]

@@ -91,6 +91,14 @@ def test_a_command_that_is_being_stopped_does_no_more():
     assert later == []
 
 
+def test_a_second_command_has_the_thread_of_the_first_which_keeps_its_children_alive():
+    threads = []
+    for _ in range(2):
+        Stops().run(lambda: threads.append(threading.current_thread()) or 0)
+    assert threads[0] is threads[1]
+    assert threads[0].is_alive()
+
+
 def test_handlers_are_afterwards_as_they_were():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     Stops().run(lambda: 0)
