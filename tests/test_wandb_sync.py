@@ -496,6 +496,7 @@ def test_studies_of_one_name_do_not_meet(tmp_path):
         (lambda folder: (folder / "study.json").unlink(), ["holds no study"]),
         (lambda folder: (folder / "reports.jsonl").write_text("{\n{}\n"), ["line 1 is damaged"]),
         (lambda folder: write_state(folder, "{"), ["state.json is damaged", "remove it"]),
+        (lambda folder: write_state(folder, "[]"), ["state.json is damaged", "remove it"]),
     ],
 )
 def test_damaged_study_is_one_line_and_sends_nothing(server, sync, tmp_path, prepare, needles):
