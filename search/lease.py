@@ -85,6 +85,10 @@ class Lease:
                 if not self.lost:
                     replace(self.storage, patience=BRIEF_SECONDS).remove(NAME)
 
+    def note(self, error: StoreError) -> None:
+        """Take note that the store is out of reach; the next renewal of the lease says that it is back."""
+        self._failing = (self._failing[0] if self._failing else time.monotonic(), str(error))
+
     def trouble(self) -> str:
         """Return for how long the store has been out of reach, in a few words; nothing where it is not."""
         if self._failing is None:
@@ -120,7 +124,7 @@ class Lease:
                     self._renew(0)
                 self._failing = None
             except StoreError as error:
-                self._failing = (self._failing[0] if self._failing else time.monotonic(), str(error))
+                self.note(error)
 
     def _renew(self, patience: float) -> None:
         content = json.dumps(self._identity | {"at": time.time()}).encode()

@@ -144,12 +144,16 @@ class Mirror:
         except (ValueError, StoreError):
             self.lease.release()
             raise
-        ended = threading.Event()
+        ended, lease = threading.Event(), self.lease
 
         def follow() -> None:
             while not ended.wait(PERIOD_SECONDS):
-                with contextlib.suppress(OSError):  # the lease notices, too
+                try:
                     self.update()
+                except StoreError as error:
+                    lease.note(error)
+                except OSError:
+                    continue  # a file of this machine, of which finish() tells
 
         thread = threading.Thread(target=follow, name="mirror", daemon=True)
         thread.start()
@@ -245,7 +249,8 @@ def main(arguments: list[str] | None = None) -> int:
                 left = mirror.finish(BRIEF_SECONDS)
         except StoreError as error:
             left = str(error)
-        lock.release()
+        finally:
+            lock.release()
         said = f"error: {left}" if left else storage.url
         print(printable(said), file=sys.stderr if left else sys.stdout)
         return int(bool(left))

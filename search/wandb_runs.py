@@ -167,15 +167,15 @@ class State:
         state = cls(file, target)
         if file.exists():
             try:
-                content = json.loads(file.read_text())
-                known = content["target"] == target
+                content = json.loads(file.read_bytes().decode())
+                if content["target"] == target:
+                    for name in ("entity", "runs", "offline", "sweep", "error"):
+                        setattr(state, name, content[name])
+                state.runs, state.offline = dict(state.runs), dict(state.offline)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{file} is damaged ({error}); remove it: what W&B has is asked of W&B then"
                 ) from None
-            if known:
-                for name in ("entity", "runs", "offline", "sweep", "error"):
-                    setattr(state, name, content[name])
         return state
 
     def save(self) -> None:

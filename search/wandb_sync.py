@@ -31,9 +31,10 @@ from filelock import FileLock, Timeout
 
 from search.study_file import read_study
 from search.wandb_options import WandbOptions, add_wandb_flags, choose, take_flags
-from search.wandb_runs import Planned, State, legible, plan, standing, tidy
+from search.wandb_runs import NO_ROOM, Planned, State, legible, plan, standing, tidy
 from search.wandb_sender import Sender, Trouble
 from trainables.command_line import Parser, exit_code, printable
+from trainables.disk import is_full
 
 NICENESS = 10  # beside a study: trials come first
 POLL_SECONDS = 2.0  # between looks at the journal
@@ -113,7 +114,13 @@ def carry_out(given: dict[str, Any]) -> int:
         ValueError: It cannot be done.
     """
     with contextlib.ExitStack() as stack:
-        return synchronise(as_utf8(Path(os.path.realpath(given["study"])), stack), given)
+        try:
+            return synchronise(as_utf8(Path(os.path.realpath(given["study"])), stack), given)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            print(printable(f"error: {given['study']} is not synced ({NO_ROOM})"), file=sys.stderr)
+            return 1
 
 
 def as_utf8(folder: Path, stack: contextlib.ExitStack) -> Path:

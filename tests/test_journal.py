@@ -195,6 +195,11 @@ def test_finals_cannot_win():
     assert winner(trials) is trials["a"]
 
 
+def test_accuracy_of_exactly_zero_is_a_value():
+    events = [start("a"), report("a", 1, 0.0, val_loss=2.0), start("b"), report("b", 1, 0.0, val_loss=1.0)]
+    assert winner(records(events)).trial_id == "b"
+
+
 def test_study_without_a_value_has_no_winner():
     assert winner({}) is None
     assert winner(records([start("a"), start("b"), report("b", 1, None, status="diverged")])) is None

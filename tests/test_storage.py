@@ -383,7 +383,7 @@ def test_lost_store_stops_a_study_and_blames_no_trial(tmp_path):
 
 @pytest.mark.ray
 def test_study_outlives_a_store_that_is_away_and_stops_with_three_where_it_stays_away(store, cli, tmp_path):
-    """Patience is cut from 10 minutes to 12 s; the store is away for 5 s, then for good."""
+    """Patience is cut from 10 minutes to 15 s; the store is away for 5 s, then for good."""
     store.fault = ""
     asked = ("--space", "softmax", "--data", "digits", "--trials", 12, "--epochs", 9, "--concurrency", 2)
     asked = (
@@ -397,7 +397,7 @@ def test_study_outlives_a_store_that_is_away_and_stops_with_three_where_it_stays
         "--storage",
         f"{store.url}/all",
     )
-    impatient = "import trainables.storage; trainables.storage.Storage.__init__.__defaults__ = (12.0,)"
+    impatient = "import trainables.storage; trainables.storage.Storage.__init__.__defaults__ = (15.0,)"
     study = cli(*asked, before=impatient)
     journal = tmp_path / "s" / "reports.jsonl"
 

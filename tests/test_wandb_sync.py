@@ -496,6 +496,7 @@ def test_studies_of_one_name_do_not_meet(tmp_path):
         (lambda folder: (folder / "study.json").unlink(), ["holds no study"]),
         (lambda folder: (folder / "reports.jsonl").write_text("{\n{}\n"), ["line 1 is damaged"]),
         (lambda folder: write_state(folder, "{"), ["state.json is damaged", "remove it"]),
+        (lambda folder: write_state(folder, "[]"), ["state.json is damaged", "remove it"]),
     ],
 )
 def test_damaged_study_is_one_line_and_sends_nothing(server, sync, tmp_path, prepare, needles):
@@ -542,6 +543,25 @@ def test_full_disk_under_wandb_is_one_line_and_a_later_sync_brings_all(
     (folder / "wandb" / "ballast").unlink(missing_ok=True)
     subprocess.run(["mount", "-o", "remount,size=64m", folder / "wandb"], check=True)
     assert sync(folder, *how)[0] == 0
+
+
+def test_full_disk_without_a_folder_for_wandb_is_one_line(server, sync, tmp_path, small_disk):
+    (disk := tmp_path / "disk").mkdir()
+    small_disk(disk, "size=256k")
+    (disk / "ballast").unlink()
+    folder = write_study(disk / "study")
+    with contextlib.suppress(OSError), (disk / "ballast").open("wb", buffering=0) as ballast:
+        while True:
+            ballast.write(bytes(1024))
+    for k in range(1000):  # the rest of its inodes
+        try:
+            (disk / f"{k}").mkdir()
+        except OSError:
+            break
+    code, out, err, _ = sync(folder)
+    assert (code, out) == (1, "")
+    assert "there is no room under wandb/" in err
+    assert err.count("\n") == 1
 
 
 def test_read_only_folder_under_wandb_is_one_line(server, sync, tmp_path, small_disk):
