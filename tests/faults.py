@@ -26,6 +26,8 @@ from pathlib import Path
 
 import psutil
 
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")  # or Ray refuses tests.three_nodes
+
 import search  # noqa: F401  before anything imports Ray
 from search.journal import Journal, records
 from tests.cluster.lab import Lab, why_not

@@ -128,14 +128,6 @@ def test_a_name_that_wandb_cannot_take_is_one_line(run, flag):
     assert_one_line_error(result, f"--wandb-{flag}=a\\xff is not possible; give printable characters")
 
 
-def test_a_folder_that_wandb_cannot_name_is_one_line(tmp_path, capsys):
-    write_study(tmp_path, {"space": "softmax", "status": "done", "options": {}, "rungs": []})
-    folder = tmp_path.rename(tmp_path.with_name("caf\udce9"))
-    code = wandb_sync.main([str(folder), "--offline"])
-    assert_one_line_error((code, *capsys.readouterr()), "caf\\xe9 is no name in UTF-8", "rename the folder")
-    assert not (folder / "wandb").exists()
-
-
 @pytest.mark.parametrize("command", [main, mirror.main, wandb_sync.main])
 def test_a_link_to_itself_is_one_line(command, tmp_path, capsys):
     (loop := tmp_path / "loop").symlink_to(loop)
