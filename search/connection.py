@@ -10,6 +10,7 @@ import os
 import resource
 import secrets
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -214,12 +215,14 @@ def _from_our_code() -> Iterator[None]:
     Ray (2.60) puts it before all else on its workers' path, and a user's own models.py there would be taken
     for ours.
     """
-    before = Path.cwd()
+    before, arguments = Path.cwd(), sys.argv
     os.chdir(Path(__file__).parents[1])
+    sys.argv = [printable(argument) for argument in arguments]  # Ray notes them, too, and takes UTF-8 only
     try:
         yield
     finally:
         os.chdir(before)
+        sys.argv = arguments
 
 
 def _remedy(error: Exception) -> str:

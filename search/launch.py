@@ -28,7 +28,7 @@ from search.printing import phase, print_result, print_text
 from search.spaces import default_image_size
 from search.stopping import Stops
 from search.wandb_options import choose as choose_wandb
-from trainables.data import ImageData, prepare
+from trainables.data import ImageData, check_sha256, prepare
 from trainables.driver import may_be_used
 from trainables.storage import is_url
 
@@ -109,12 +109,8 @@ def resume(
     options, content = unfinished(folder, changes)
     wandb_options = choose_wandb(wandb or {}, content.get("wandb"))
     data = read_images(options, script.console)
-    if data.sha256 != content["data_sha256"]:
-        raise ValueError(
-            f"--data={options.data} holds other images than the study began with, or they are decoded "
-            f"differently now (sha256 {data.sha256[:12]}, was {content['data_sha256'][:12]}); give --data "
-            "with the old images"
-        )
+    version = content.get("data", {}).get("format_version", 1)  # of how images are decoded
+    check_sha256(data, options.data, content["data_sha256"], version)
     with _ray_beside_torch(options, script):
         from search.running import go_on
         from search.study import Study
