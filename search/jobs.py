@@ -114,6 +114,8 @@ class Jobs:
         trial = self.trials[trial_id]
         if "phase" in report:
             self.phases[trial_id] = report["phase"]
+            if self.gave_up:
+                self.running.discard(trial_id)
             return not self.gave_up
         if report.get("epoch", trial.epoch + 1) <= trial.epoch:
             return trial.status is None  # a restarted worker says again what was decided already

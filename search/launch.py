@@ -69,9 +69,7 @@ def start(
     Raises:
         ValueError: Something stands against it; nothing was written.
     """
-    script.stops.change(
-        script.stops.nothing_yet
-    )  # of several studies the one before may have had another answer
+    script.stops.change(script.stops.nothing_yet)  # an earlier study of this command had another answer
     shared = storage or (str(folder.absolute().parent) if folder else None)  # what nodes are asked to see
     wandb_options = choose_wandb(wandb or {})
     options, folder = place_of(options, folder, storage)

@@ -348,6 +348,15 @@ def test_what_a_trial_does_beside_epochs_is_known_and_not_in_the_journal(tmp_pat
     assert len(jobs.journal.read()) == before[1]
 
 
+def test_a_study_that_gives_up_does_not_wait_for_a_trial_at_its_test(tmp_path):
+    jobs = make_jobs(tmp_path / "reports.jsonl")
+    jobs.next_job()
+    jobs.gave_up = "the disk is full"
+    assert not jobs.report("0000", {"phase": "testing"})
+    assert jobs.next_job() is None
+    assert jobs.finished
+
+
 def test_losses_are_counted_over_a_resume(tmp_path):
     jobs = make_jobs(tmp_path / "reports.jsonl", max_failures=1)
     jobs.lose(jobs.next_job().trial_id, "worker", "it is gone")
