@@ -144,6 +144,7 @@ def _ray_beside_torch(options: StudyOptions, script: Script) -> Iterator[None]:
         yield
     except ValueError:
         if ours:
+            script.stops.change(script.stops.nothing_yet)  # nobody watches a Ray that is to end
             ray.shutdown()
         raise
 

@@ -6,8 +6,11 @@ import threading
 import time
 
 import pytest
+from rich.console import Console
 
 from search.connection import RayWatch, _children, _is_alive
+from search.launch import Script, _ray_beside_torch
+from search.options import StudyOptions
 from search.stopping import NOTHING_WRITTEN, Stops
 
 WAIT = 5.0  # seconds; far more than any stage takes
@@ -30,6 +33,28 @@ def test_a_command_that_is_not_disturbed_gives_its_code_and_its_error():
     assert Stops().run(lambda: 1) == 1
     with pytest.raises(ValueError, match="mine"):
         Stops().run(lambda: int("mine"))
+
+
+def test_a_mistake_found_beside_ray_is_told_and_not_that_its_ray_then_ends(monkeypatch, capsys):
+    up = []
+    monkeypatch.setattr("search.launch.connect_early", lambda options: up.append(True))
+    monkeypatch.setattr("ray.is_initialized", lambda: bool(up))
+    monkeypatch.setattr("search.launch.RayWatch", lambda: lambda: "" if up else "Ray's raylet has ended")
+
+    def shutdown():
+        up.clear()
+        time.sleep(0.3)
+
+    monkeypatch.setattr("ray.shutdown", shutdown)
+    script = Script(Console())
+
+    def command():
+        with _ray_beside_torch(StudyOptions(space="softmax"), script):
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        script.stops.run(command)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_running_study_answers_in_its_own_way_and_once():
