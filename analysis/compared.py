@@ -12,7 +12,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 
-from analysis import plots, stats
+from tunefleet.analysis import plots, stats
 
 REFERENCE = "ray_asha"  # what the others are compared with
 MEASURES = ("epochs", "seconds", "regret", "regret_other")  # of one search; analysis/replay.py

@@ -14,16 +14,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.load import UNREADABLE, Study, check_table, load
-from analysis.text import reason
-from trainables.command_line import printable, shell
+from tunefleet.analysis.load import UNREADABLE, Study, check_table, load
+from tunefleet.analysis.text import reason
+from tunefleet.cli import printable, shell
 
 COLUMNS = {
     **dict.fromkeys(("configuration", "seed", "epoch"), int),
     **dict.fromkeys(("val_accuracy", "val_loss", "epoch_seconds"), float),
 }
 LOST = ("diverged", "error", "out_of_memory")  # statuses of trials that ended before their time
-HOW = "record one: python search/run.py --pruner none …, or python -m benchmarks.curves"
+HOW = "record one: tunefleet search SPACE --pruner none, or python -m tunefleet.benchmarks.curves"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def table_of(study: Study) -> pd.DataFrame:
             "record one that is not: --pruner none"
         )
     if study.facts["status"] != "done":
-        resume = shell("python", "search/run.py", "--resume", study.folder)
+        resume = shell("tunefleet", "resume", study.folder)
         raise ValueError(f"{study.folder} is not done; resume it: {resume}")
     trials = study.trials
     if trials.empty or "seed" not in trials:

@@ -12,10 +12,10 @@ import pandas as pd
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 from PIL import Image
 
-from analysis import results, stats
-from analysis.load import Study
-from analysis.text import clock, listed, number, percent, spread_digits, words
-from trainables.command_line import counted, printable, shell
+from tunefleet.analysis import results, stats
+from tunefleet.analysis.load import Study
+from tunefleet.analysis.text import clock, listed, number, percent, spread_digits, words
+from tunefleet.cli import counted, printable, shell
 
 GROUPS = {
     "Plain networks": "Trained from scratch on pixels.",

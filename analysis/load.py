@@ -21,8 +21,8 @@ import pyarrow as pa
 from pandas.api.types import is_bool_dtype, is_numeric_dtype, is_string_dtype
 from pyarrow import fs
 
-from analysis.text import reason
-from trainables.command_line import printable, shell
+from tunefleet.analysis.text import reason
+from tunefleet.cli import printable, shell
 
 NEEDED = ("study.json", "trials.csv", "epochs.parquet", "lr_curve.csv")  # of a study, beside best/
 FINAL = "final-"  # trial ids of the winner's retrained seeds begin so
@@ -228,8 +228,8 @@ def _load(folder: Path, place: str) -> Study:
 def _again(place: str) -> str:
     """Return what to do about missing tables."""
     if "://" in place:  # its driver collects it
-        return f"resume it: {shell('python', 'search/run.py', '--resume', place)}"
-    return f"write them again: {shell('python', '-m', 'search.collect', place)}"
+        return f"resume it: {shell('tunefleet', 'resume', place)}"
+    return f"write them again: {shell('tunefleet', 'collect', place)}"
 
 
 def _read(place: str, folder: Path, name: str, read: Callable[[Path], Any]) -> Any:

@@ -21,10 +21,10 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, Formatter, LogLocator, MaxNLocator
 
-from analysis import stats
-from analysis.load import Study
-from analysis.text import decimals, number
-from trainables.command_line import counted, printable
+from tunefleet.analysis import stats
+from tunefleet.analysis.load import Study
+from tunefleet.analysis.text import decimals, number
+from tunefleet.cli import counted, printable
 
 INK, GRID = "#101114", "#d9dadd"  # stand for the page's text and rule colours
 BLUE, ORANGE, GREEN, PINK, GREY = "#3b82d0", "#e07b00", "#1a9a6c", "#c8558f", "#8a8f98"  # Okabe-Ito's, toned

@@ -2,8 +2,8 @@
 
 ::
 
-    python -m analysis.replay benchmarks/curves/*.csv
-    python -m analysis.replay studies/NAME --workers 8 --orders 200
+    python -m tunefleet.analysis.replay benchmarks/curves/*.csv
+    python -m tunefleet.analysis.replay studies/NAME --workers 8 --orders 200
 
 Takes the curves of studies without pruner and lets every scheduler search them, with simulated workers
 and in many orders of arrival, the same ones for all. ``stop`` and ``promote`` are search/jobs.py
@@ -30,15 +30,14 @@ import numpy as np
 import pandas as pd
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
-from analysis.command_line import folder, run, writing
-from analysis.compared import EXPLAINED, MEASURES, REFERENCE, as_text, compare, write
-from analysis.curves import Curves, read
-from analysis.simulate import Halving, Report, Scheduler, simulate
-from search.asha import Asha, least_epochs, rung_epochs
-from search.jobs import Jobs
-from search.journal import Journal, TrialRecord, winner
-from search.suggest import PointSampler
-from trainables.command_line import Parser, counted, printable
+from tunefleet.analysis.compared import EXPLAINED, MEASURES, REFERENCE, as_text, compare, write
+from tunefleet.analysis.curves import Curves, read
+from tunefleet.analysis.simulate import Halving, Report, Scheduler, simulate
+from tunefleet.cli import Parser, counted, exit_code, path_argument, printable, writing
+from tunefleet.search.asha import Asha, least_epochs, rung_epochs
+from tunefleet.search.jobs import Jobs
+from tunefleet.search.journal import Journal, TrialRecord, winner
+from tunefleet.search.suggest import PointSampler
 
 MOST_ORDERS = 100_000  # all are in memory at once
 TOP = "top_"  # a scheduler's name with the number that goes on
@@ -269,7 +268,7 @@ def replay(
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = Parser(prog="python -m analysis.replay", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m tunefleet.analysis.replay", description=__doc__.split("\n")[0])
     parser.add_argument(
         "curves", nargs="+", help="a study without pruner (folder or URL), or a table of benchmarks/curves.py"
     )
@@ -286,9 +285,11 @@ def main(arguments: list[str] | None = None) -> int:
         help=f"of: {', '.join(SCHEDULERS)}, top_K (default: these and three K); {REFERENCE} is always there",
     )
     parser.add_argument("--seed", type=int, default=0, help="of orders and bootstrap (default: %(default)s)")
-    parser.add_argument("--out", type=folder, default=Path("replay"), help="folder (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=path_argument, default=Path("replay"), help="folder (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
-    return run(lambda: carry_out(options))
+    return exit_code(lambda: carry_out(options))
 
 
 def carry_out(do: argparse.Namespace) -> int:

@@ -2,10 +2,10 @@
 
 ::
 
-    python analysis/report.py studies/NAME
-    python analysis/report.py studies/NAME --out somewhere --open
-    python analysis/report.py studies/NAME --tensorboard
-    python analysis/report.py studies/NAME --optuna sqlite:///optuna.db
+    tunefleet report studies/NAME
+    tunefleet report studies/NAME --out somewhere --open
+    tunefleet report studies/NAME --tensorboard
+    tunefleet report studies/NAME --optuna sqlite:///optuna.db
 
 Writes report.html and figures/*.png, *.svg into the study's folder, or into --out. The page works
 from disk without a network, in light and dark, on paper and on a phone.
@@ -13,12 +13,19 @@ from disk without a network, in light and dark, on paper and on a phone.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # from a clone: its own folder would make stats, data, … importable
+    sys.path[0] = str(Path(__file__).resolve().parents[1] / "src")
+    from tunefleet.__main__ import script
+
+    script("report")
+
 import argparse
 import io
-import sys
 import webbrowser
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -26,12 +33,11 @@ import matplotlib as mpl
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from analysis import plots, to_optuna, to_tensorboard
-from analysis.command_line import folder, run, writing
-from analysis.facts import comparison, facts
-from analysis.load import Study, load
-from analysis.text import clock
-from trainables.command_line import Parser, counted, printable
+from tunefleet.analysis import plots, to_optuna, to_tensorboard
+from tunefleet.analysis.facts import comparison, facts
+from tunefleet.analysis.load import Study, load
+from tunefleet.analysis.text import clock
+from tunefleet.cli import Parser, counted, exit_code, path_argument, printable, writing
 
 SECTIONS = (
     ("Learning rate", "Everything else fixed, over several seeds.", ["lr_curves"]),
@@ -154,10 +160,12 @@ def _themed(svg: str) -> Markup:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = Parser(prog="python analysis/report.py", description=__doc__.split("\n")[0])
+    parser = Parser(prog="tunefleet report", description=__doc__.split("\n")[0])
     parser.add_argument("study", nargs="+", help="a study's folder or URL; several are compared")
     parser.add_argument(
-        "--out", type=folder, help="where to write (default: into the study's folder; of several, report/)"
+        "--out",
+        type=path_argument,
+        help="where to write (default: into the study's folder; of several, report/)",
     )
     parser.add_argument("--open", action="store_true", help="show the page in the browser")
     other = parser.add_mutually_exclusive_group()
@@ -172,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="no page: add the study to a database that optuna-dashboard opens, such as sqlite:///optuna.db",
     )
     options = parser.parse_args(arguments)
-    return run(lambda: _report(options))
+    return exit_code(lambda: _report(options))
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -213,7 +221,3 @@ def _each(studies: list[Study], out: Path | None, write_one: Callable[[Study, Pa
     if len({study.name for study in studies}) < len(studies):
         raise ValueError("several studies have one name, so one would replace the other; give each its --out")
     return [write_one(study, out / study.name) for study in studies]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

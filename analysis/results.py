@@ -2,7 +2,7 @@
 
 ::
 
-    python -m analysis.results studies/* > RESULTS.md
+    tunefleet results studies/* > RESULTS.md
 
 An architecture without a study here has the row "not run". Accuracies are of the test images,
 measured by a study's fresh seeds (README.md, "Words").
@@ -14,10 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from analysis.command_line import folder, run
-from analysis.load import read_facts
-from analysis.text import number, percent, spread_digits, words
-from trainables.command_line import Parser, shell
+from tunefleet.analysis.load import read_facts
+from tunefleet.analysis.text import number, percent, spread_digits, words
+from tunefleet.cli import Parser, exit_code, path_argument, shell
 
 # The course report's, of CIFAR-10's test images; its ResNets began with ImageNet weights
 PUBLISHED = {
@@ -116,10 +115,10 @@ def command(study: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table of the studies named on the command line, and their commands."""
-    parser = Parser(prog="python -m analysis.results", description=__doc__.split("\n")[0])
-    parser.add_argument("study", nargs="+", type=folder, help="a study's folder; each becomes a row")
+    parser = Parser(prog="tunefleet results", description=__doc__.split("\n")[0])
+    parser.add_argument("study", nargs="+", type=path_argument, help="a study's folder; each becomes a row")
     options = parser.parse_args(arguments)
-    return run(lambda: _print([read_facts(study, str(study)) for study in options.study]))
+    return exit_code(lambda: _print([read_facts(study, str(study)) for study in options.study]))
 
 
 def _print(studies: list[dict[str, Any]]) -> int:

@@ -12,7 +12,7 @@ import optuna
 import pandas as pd
 from scipy import stats
 
-from analysis.load import Study
+from tunefleet.analysis.load import Study
 
 EDGE = 0.1  # of a range's width, at either end: a best value there asks for a wider range
 TOP = 0.25  # of the trials: those that a boundary share and a preferred value speak of

@@ -11,10 +11,10 @@ import pandas as pd
 import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
-from analysis import stats
-from analysis.load import Study
-from analysis.text import listed, reason, words
-from trainables.command_line import shell
+from tunefleet.analysis import stats
+from tunefleet.analysis.load import Study
+from tunefleet.analysis.text import listed, reason, words
+from tunefleet.cli import shell
 
 TABLES = {"studies", "trials", "version_info", "alembic_version"}  # in every database of optuna's
 TRIAL_SECONDS = 0.03  # that SQLite takes to add one (optuna 4 and 5)
@@ -111,7 +111,7 @@ def frozen_trials(study: Study) -> list[FrozenTrial]:
         if int(row["trial_id"]) != number:
             raise ValueError(
                 f"{study.folder} lacks trial {number:04d}; write its tables again: "
-                f"{shell('python', '-m', 'search.collect', study.folder)}"
+                f"{shell('tunefleet', 'collect', study.folder)}"
             )
         seen = reports.get(row["trial_id"], study.epochs.head(0))
         told = {n: d for n, d in distributions.items() if not pd.isna(row[n])}

@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.command_line import INSTALL
-from analysis.load import Study
+from tunefleet.analysis.load import Study
+from tunefleet.cli import INSTALL
 
 METRICS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "epoch_seconds")
 FAILED = ("diverged", "error", "out_of_memory")

@@ -2,8 +2,8 @@
 
 ::
 
-    python analysis/wandb_report.py studies/NAME              # writes studies/NAME/wandb_report.json
-    python analysis/wandb_report.py studies/* --project mine --entity team --save
+    tunefleet wandb-report studies/NAME              # writes studies/NAME/wandb_report.json
+    tunefleet wandb-report studies/* --project mine --entity team --save
 
 Without --save nothing is sent: the file holds the report as W&B takes it. Its panels show runs whose
 group is the study's folder name and whose job_type is trial, final or study, as search/ logs them.
@@ -11,17 +11,23 @@ group is the study's folder name and whose job_type is trial, final or study, as
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":  # from a clone: its own folder would make stats, data, … importable
+    sys.path[0] = str(Path(__file__).resolve().parents[1] / "src")
+    from tunefleet.__main__ import script
+
+    script("wandb-report")
+
+import argparse
+import os
 from typing import TYPE_CHECKING, Any
 
-from analysis.command_line import INSTALL, folder, run, writing
-from analysis.facts import cards, plain
-from analysis.load import Study, load
-from analysis.text import reason
-from trainables.command_line import Parser, printable
+from tunefleet.analysis.facts import cards, plain
+from tunefleet.analysis.load import Study, load
+from tunefleet.analysis.text import reason
+from tunefleet.cli import INSTALL, Parser, exit_code, path_argument, printable, writing
 
 if TYPE_CHECKING:
     import wandb_workspaces.reports.v2 as wr
@@ -173,15 +179,17 @@ def save(studies: list[Study], *, entity: str, project: str, groups: list[str]) 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = Parser(prog="python analysis/wandb_report.py", description=__doc__.split("\n")[0])
+    parser = Parser(prog="tunefleet wandb-report", description=__doc__.split("\n")[0])
     parser.add_argument("study", nargs="+", help="a study's folder or URL; each becomes a section")
     parser.add_argument("--project", help=f"W&B's (default: WANDB_PROJECT, else {PROJECT})")
     parser.add_argument("--entity", help="W&B's team or user (default: WANDB_ENTITY, else the key's own)")
     parser.add_argument("--group", nargs="+", help="of the runs, one per study (default: the folders' names)")
-    parser.add_argument("--out", type=folder, help="where to write wandb_report.json (default: as report.py)")
+    parser.add_argument(
+        "--out", type=path_argument, help="where to write wandb_report.json (default: as report)"
+    )
     parser.add_argument("--save", action="store_true", help="upload the report instead of writing the file")
     options = parser.parse_args(arguments)
-    return run(lambda: _report(options))
+    return exit_code(lambda: _report(options))
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -208,7 +216,3 @@ def _report(options: argparse.Namespace) -> int:
         file.write_text(content, encoding="utf-8")
     print(printable(str(file)))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

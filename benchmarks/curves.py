@@ -2,8 +2,8 @@
 
 ::
 
-    python -m benchmarks.curves --space softmax --trials 64 --out benchmarks/curves/softmax.csv
-    python -m benchmarks.curves --resume studies/NAME --out benchmarks/curves/softmax.csv
+    python -m tunefleet.benchmarks.curves --space softmax --trials 64 --out benchmarks/curves/softmax.csv
+    python -m tunefleet.benchmarks.curves --resume studies/NAME --out benchmarks/curves/softmax.csv
 
 Runs a study without pruner (its folder is kept, and resumed like any other): random configurations of a
 space after its published best, each with several seeds. When it is done, writes the table of its curves
@@ -21,18 +21,18 @@ from typing import Any
 
 from rich.console import Console
 
-import search  # noqa: F401  sets Ray's environment before anything imports Ray
-from analysis.curves import COLUMNS, curves_of, table_of
-from analysis.load import load
-from search.flags import add_options, parse_study, study_parser
-from search.launch import Script, resume, start
-from search.options import StudyOptions
-from search.printing import shown
-from search.spaces import described, find_space
-from search.study_file import read_study, write_whole
-from search.suggest import RandomSampler
-from trainables.command_line import exit_code
-from trainables.config import check_integer
+import tunefleet.search  # noqa: F401  sets Ray's environment before anything imports Ray
+from tunefleet.analysis.curves import COLUMNS, curves_of, table_of
+from tunefleet.analysis.load import load
+from tunefleet.cli import exit_code
+from tunefleet.search.flags import add_options, parse_study, study_parser
+from tunefleet.search.launch import Script, resume, start
+from tunefleet.search.options import StudyOptions
+from tunefleet.search.printing import shown
+from tunefleet.search.spaces import described, find_space
+from tunefleet.search.study_file import read_study, write_whole
+from tunefleet.search.suggest import RandomSampler
+from tunefleet.trainables.config import check_integer
 
 SEEDS = 2  # per configuration: what one seed's luck chose, the other judges
 OPTIONS = (
@@ -99,7 +99,7 @@ def write_table(folder: Path, out: Path) -> None:
     facts = study.facts
     ranges = described(find_space(facts["space"], facts["options"]["fix"]).ranges)
     drawn = [point for point in facts["options"]["points"] if point["seed"] == facts["seed"]]
-    command = shlex.join(["python", "-m", "benchmarks.curves", *shlex.split(facts["command"])[1:]])
+    command = shlex.join(["python", "-m", "tunefleet.benchmarks.curves", *shlex.split(facts["command"])[1:]])
     told = {
         "command": command,
         **{name: facts[name] for name in KEPT},
@@ -118,7 +118,7 @@ def write_table(folder: Path, out: Path) -> None:
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Returns what to do, and the study's options that were given."""
-    parser = study_parser("python -m benchmarks.curves", __doc__.split("\n")[0])
+    parser = study_parser("python -m tunefleet.benchmarks.curves", __doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the table's file, .csv")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="per configuration (default: %(default)s)")
     add_options(parser, OPTIONS)
@@ -139,7 +139,7 @@ def carry_out(do: argparse.Namespace, given: dict[str, Any], console: Console) -
     """
     if do.out.suffix != ".csv" or not do.out.parent.is_dir():
         raise ValueError(f"--out={do.out} is not possible; give a .csv file in a folder that is there")
-    name = shlex.join(["-m", "benchmarks.curves", "--out", str(do.out)])
+    resume_by = ("python", "-m", "tunefleet.benchmarks.curves", "--out", str(do.out), "--resume")
 
     def finish(folder: Path, console: Console) -> int:
         write_table(folder, do.out)
@@ -148,7 +148,7 @@ def carry_out(do: argparse.Namespace, given: dict[str, Any], console: Console) -
         console.print(f"{counts} -> {shown(do.out)}", highlight=False, soft_wrap=True)
         return int(bool(statuses.keys() & {"error", "out_of_memory"}))
 
-    script = Script(console, name, finish)
+    script = Script(console, resume_by, finish)
     wandb = do.wandb | {"mode": "off"}  # nothing beside a recording, whose seconds count
     if not do.resume:
         options = new_options(do, given)

@@ -3,9 +3,9 @@
 Prints, per architecture, seconds per epoch of TrainingRun.train_epoch and of the obvious loop (below,
 ObviousRun), timed in turn (A B B A …), and the ratio; writes nothing but the caches under --data-dir::
 
-    python -m benchmarks.epoch --data digits softmax
-    python -m benchmarks.epoch --data cifar10 --threads 1
-    python -m benchmarks.epoch --data cifar10 --accuracy --repeat 0
+    python -m tunefleet.benchmarks.epoch --data digits softmax
+    python -m tunefleet.benchmarks.epoch --data cifar10 --threads 1
+    python -m tunefleet.benchmarks.epoch --data cifar10 --accuracy --repeat 0
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.families import published
-from benchmarks.obvious import obvious_network
-from trainables.config import check_integer, check_name
-from trainables.data import DATA_DIR, ImageData, load_split, prepare, split_validation
-from trainables.levers import Levers, choose
-from trainables.training import TrainingRun
+from tunefleet.benchmarks.families import published
+from tunefleet.benchmarks.obvious import obvious_network
+from tunefleet.trainables.config import check_integer, check_name
+from tunefleet.trainables.data import DATA_DIR, ImageData, load_split, prepare, split_validation
+from tunefleet.trainables.levers import Levers, choose
+from tunefleet.trainables.training import TrainingRun
 
 SEEDS = (0, 1, 2)  # of --accuracy
 ACCURACY_EPOCHS = 3
@@ -179,7 +179,9 @@ def _is_channels_last(x: Tensor) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """Times both arms of every named architecture."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.epoch", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tunefleet.benchmarks.epoch", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("architectures", nargs="*", metavar="ARCH", help=f"of: {', '.join(BATCHES)}")
     parser.add_argument("--data", default="cifar10", help="cifar10, digits, or an image folder or archive")
     parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="cache folder (%(default)s)")

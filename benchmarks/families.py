@@ -1,6 +1,6 @@
 """Which trials are the arms timed on? Families, and their committed configurations.
 
-``python -m benchmarks.families`` draws configurations.json anew; a test holds the two together.
+``python -m tunefleet.benchmarks.families`` draws configurations.json anew; a test holds the two together.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from search.spaces import find_space, fixed_values
-from search.suggest import RandomSampler
-from trainables.config import TrainConfig
+from tunefleet.search.spaces import find_space, fixed_values
+from tunefleet.search.suggest import RandomSampler
+from tunefleet.trainables.config import TrainConfig
 
 FILE = Path(__file__).with_name("configurations.json")
 DRAWN = 32  # configurations per architecture

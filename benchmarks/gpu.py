@@ -2,8 +2,8 @@
 
 ::
 
-    python -m benchmarks.gpu epoch --data cifar10-jpeg.tar.xz --weights resnet18-imagenet.pth
-    python -m benchmarks.gpu decode share --data cifar10-jpeg.tar.xz
+    python -m tunefleet.benchmarks.gpu epoch --data cifar10-jpeg.tar.xz --weights resnet18-imagenet.pth
+    python -m tunefleet.benchmarks.gpu decode share --data cifar10-jpeg.tar.xz
 
 Each line is printed as soon as it is measured. benchmarks/gpu.sh calls it with bounds; on a processor it
 runs, too, where nothing is captured.
@@ -28,16 +28,16 @@ from torch import multiprocessing
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import ARCHITECTURES
-from search.options import StudyOptions
-from search.preflight import example
-from search.spaces import SPACES, default_image_size
-from trainables.command_line import Parser, exit_code
-from trainables.config import TrainConfig, check_integer
-from trainables.data import DATA_DIR, ImageData, prepare
-from trainables.inputs import sample_inputs
-from trainables.levers import Levers, choose
-from trainables.training import TrainingRun
+from tunefleet.cli import Parser, exit_code
+from tunefleet.models import ARCHITECTURES
+from tunefleet.search.options import StudyOptions
+from tunefleet.search.preflight import example
+from tunefleet.search.spaces import SPACES, default_image_size
+from tunefleet.trainables.config import TrainConfig, check_integer
+from tunefleet.trainables.data import DATA_DIR, ImageData, prepare
+from tunefleet.trainables.inputs import sample_inputs
+from tunefleet.trainables.levers import Levers, choose
+from tunefleet.trainables.training import TrainingRun
 
 MATRIX_SIDE = {"cpu": 1024, "cuda": 8192}
 PRODUCTS = 10  # matrix products of which the median counts
@@ -244,7 +244,7 @@ def _lines(what: str, options: Namespace) -> Iterator[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints what was asked for, line by line."""
-    parser = Parser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m tunefleet.benchmarks.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("what", nargs="+", choices=("decode", "epoch", "share", "decode-folder"))
     parser.add_argument("--data", default="cifar10", help="cifar10, digits, or a folder or archive of images")
     parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="cache folder (%(default)s)")

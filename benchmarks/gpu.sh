@@ -26,7 +26,7 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OUT=${OUT:-benchmarks/results/gpu} RESULTS=${RESULTS:-.gpu/results} WORK=${WORK:-/tmp/tunefleet-gpu}
 export PYTHON=${PYTHON:-python3} DEVICE=${DEVICE:-cuda} LANES=${LANES:-4} SMALL=${SMALL:-}
-export PYTHONPATH=${PYTHONPATH:-$PWD} COLUMNS=${COLUMNS:-110} WANDB_MODE=disabled
+export PYTHONPATH=${PYTHONPATH:-$PWD/src} COLUMNS=${COLUMNS:-110} WANDB_MODE=disabled
 if [ -f .gpu/commit ]; then TUNEFLEET_COMMIT=$(cat .gpu/commit) && export TUNEFLEET_COMMIT; fi # no git is there
 if [ -f .gpu/unpack.sh ] && ! "$PYTHON" -c 'import sys, importlib.util as u; sys.exit(not u.find_spec("ray"))'; then
     # shellcheck disable=SC1091

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.probe import probe
-from benchmarks.task import Row, Task
+from tunefleet.benchmarks.probe import probe
+from tunefleet.benchmarks.task import Row, Task
 
 LEFT_SECONDS = 60.0  # that Ray's processes may take to go after their driver
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
@@ -78,7 +78,7 @@ def measure(task: Task, before: dict[str, float]) -> Measured:
     folder = Path(task.folder)
     asked, answered, printed = (folder.with_suffix(end) for end in (".task", ".rows", ".txt"))
     task.write(asked)
-    command = [sys.executable, "-m", "benchmarks.arms", task.arm, str(asked), str(answered)]
+    command = [sys.executable, "-m", "tunefleet.benchmarks.arms", task.arm, str(asked), str(answered)]
     used, started, began = _cpu_seconds(), time.time(), time.perf_counter()
     with printed.open("w") as out, adopting_orphans():
         code = subprocess.call(

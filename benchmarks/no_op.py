@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from benchmarks.task import no_op_accuracy, row
-from search import engine
-from trainables.trial import Trial
+from tunefleet.benchmarks.task import no_op_accuracy, row
+from tunefleet.search import engine
+from tunefleet.trainables.trial import Trial
 
 
 class NoOpTrial(Trial):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from models.resnet import load_weights
-from trainables.config import TrainConfig
+from tunefleet.models.resnet import load_weights
+from tunefleet.trainables.config import TrainConfig
 
 SIDE = 32  # pixels, of the images
 

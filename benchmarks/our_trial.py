@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.task import Row, Task, no_op_accuracy, row
-from trainables.data import ImageData
-from trainables.levers import choose
-from trainables.training import TrainingRun
+from tunefleet.benchmarks.task import Row, Task, no_op_accuracy, row
+from tunefleet.trainables.data import ImageData
+from tunefleet.trainables.levers import choose
+from tunefleet.trainables.training import TrainingRun
 
 
 class OurTrial:

@@ -5,8 +5,8 @@ Runs arms in turn (A B B A …) on the same configurations, images, epochs and n
 varied too much has none; another makes up for it, up to nearly twice as many as were asked for. Writes
 benchmarks/results/FAMILY.json after each::
 
-    python -m benchmarks.run ours tutorial --family softmax --data cifar10 --repeat 3
-    python -m benchmarks.run --family study          # all arms: when is a good trial found?
+    python -m tunefleet.benchmarks.run ours tutorial --family softmax --data cifar10 --repeat 3
+    python -m tunefleet.benchmarks.run --family study          # all arms: when is a good trial found?
 
 The images are decoded before; what is computed from them, a frozen backbone's features too, is timed.
 """
@@ -28,17 +28,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from analysis import stats
-from benchmarks.arms import ARMS
-from benchmarks.families import FAMILIES, Family, configurations
-from benchmarks.measured import Measured, measure
-from benchmarks.probe import probe, spread
-from benchmarks.task import Task
-from search.provenance import commit, machine_name, versions
-from trainables.command_line import Parser, exit_code
-from trainables.config import check_integer, check_name
-from trainables.data import DATA_DIR, load_split, prepare
-from trainables.host import cpu_count
+from tunefleet.analysis import stats
+from tunefleet.benchmarks.arms import ARMS
+from tunefleet.benchmarks.families import FAMILIES, Family, configurations
+from tunefleet.benchmarks.measured import Measured, measure
+from tunefleet.benchmarks.probe import probe, spread
+from tunefleet.benchmarks.task import Task
+from tunefleet.cli import Parser, exit_code
+from tunefleet.search.provenance import commit, machine_name, versions
+from tunefleet.trainables.config import check_integer, check_name
+from tunefleet.trainables.data import DATA_DIR, load_split, prepare
+from tunefleet.trainables.host import cpu_count
 
 RESULTS = Path(__file__).with_name("results")
 STEADY = 0.15  # by which fraction probes may vary before a ratio says nothing
@@ -213,7 +213,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     Raises:
         ValueError: One is impossible.
     """
-    parser = Parser(prog="python -m benchmarks.run", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m tunefleet.benchmarks.run", description=__doc__.split("\n")[0])
     parser.add_argument("arms", nargs="*", metavar="ARM", help="; ".join(f"{a}: {ARMS[a][1]}" for a in ARMS))
     parser.add_argument("--family", default="softmax", help=", ".join(FAMILIES))
     parser.add_argument("--repeat", type=int, default=5, help="steady runs of each arm (%(default)s)")

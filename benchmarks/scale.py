@@ -4,7 +4,7 @@ Runs a study whose trials train nothing, with the default pruner, and prints mil
 driver's memory at its beginning and its end, and the size of the study's folder; writes nothing else. A
 hundred trials take a second, less than a neighbour's burst on a shared machine: hence medians of runs::
 
-    python -m benchmarks.scale --trials 2000 --repeat 3
+    python -m tunefleet.benchmarks.scale --trials 2000 --repeat 3
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.families import FAMILIES, configurations
-from benchmarks.task import Row, Task
-from trainables.command_line import Parser, exit_code
-from trainables.config import check_integer
-from trainables.data import DATA_DIR
+from tunefleet.benchmarks.families import FAMILIES, configurations
+from tunefleet.benchmarks.task import Row, Task
+from tunefleet.cli import Parser, exit_code
+from tunefleet.trainables.config import check_integer
+from tunefleet.trainables.data import DATA_DIR
 
 WINDOW = 100  # trials whose time is taken together
 SETTLED = 100  # trials after which workers are up and everything is imported
@@ -71,7 +71,7 @@ def run(trials: int, data: str, data_dir: Path) -> Scaled:
             folder=str(folder),
         )
         task.write(Path(name, "task"))
-        command = [sys.executable, "-m", "benchmarks.arms", "ours", f"{name}/task", f"{name}/rows"]
+        command = [sys.executable, "-m", "tunefleet.benchmarks.arms", "ours", f"{name}/task", f"{name}/rows"]
         with Path(name, "printed").open("w") as out:
             process = psutil.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
             samples = [*_memory(process, folder / "study" / "reports.jsonl")]
@@ -109,7 +109,7 @@ def _line(name: str, numbers: Iterable[float]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints what a long study took."""
-    parser = Parser(prog="python -m benchmarks.scale", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m tunefleet.benchmarks.scale", description=__doc__.split("\n")[0])
     parser.add_argument("--trials", type=int, default=2000, help="of the study (%(default)s)")
     parser.add_argument("--data", default="digits", help="which trials would train on (%(default)s)")
     parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="cache (%(default)s)")

@@ -1,8 +1,8 @@
-"""What did the benchmarks find? Results of benchmarks.run -> one Markdown table, as in README.md.
+"""What did the benchmarks find? Results of tunefleet.benchmarks.run -> one Markdown table, as in README.md.
 
 ::
 
-    python -m benchmarks.table benchmarks/results/*.json benchmarks/results/*/*.json
+    python -m tunefleet.benchmarks.table benchmarks/results/*.json benchmarks/results/*/*.json
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.arms import ARMS
-from trainables.command_line import Parser, exit_code
+from tunefleet.benchmarks.arms import ARMS
+from tunefleet.cli import Parser, exit_code
 
 PEERS = tuple(arm for arm in ARMS if arm != "ours")
 
@@ -68,14 +68,16 @@ def read(file: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(Path(file).read_text())
         row(found)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no result ({error!r}); give JSON files of benchmarks.run") from None
+        raise ValueError(
+            f"{file} is no result ({error!r}); give JSON files of tunefleet.benchmarks.run"
+        ) from None
     return found
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table; returns the exit code."""
-    parser = Parser(prog="python -m benchmarks.table", description=__doc__.split("\n")[0])
-    parser.add_argument("files", nargs="+", metavar="FILE", help="that benchmarks.run wrote")
+    parser = Parser(prog="python -m tunefleet.benchmarks.table", description=__doc__.split("\n")[0])
+    parser.add_argument("files", nargs="+", metavar="FILE", help="that tunefleet.benchmarks.run wrote")
     files = parser.parse_args(arguments).files
 
     def show() -> int:

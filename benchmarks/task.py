@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainables.config import TrainConfig
-from trainables.data import ImageData, prepare
+from tunefleet.trainables.config import TrainConfig
+from tunefleet.trainables.data import ImageData, prepare
 
 Row = dict[str, Any]  # a report: trial, epoch, val_accuracy (fraction), finished_at (seconds since 1970)
 

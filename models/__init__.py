@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from models.building import Classifier, build, build_args
-    from models.resnet import load_weights, weights_file
+    from tunefleet.models.building import Classifier, build, build_args
+    from tunefleet.models.resnet import load_weights, weights_file
 
 __all__ = [
     "ARCHITECTURES",
@@ -79,8 +79,8 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 _MODULES = {
-    **dict.fromkeys(("Classifier", "build", "build_args"), "models.building"),
-    **dict.fromkeys(("load_weights", "weights_file"), "models.resnet"),
+    **dict.fromkeys(("Classifier", "build", "build_args"), "tunefleet.models.building"),
+    **dict.fromkeys(("load_weights", "weights_file"), "tunefleet.models.resnet"),
 }
 
 

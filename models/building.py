@@ -5,8 +5,8 @@ import difflib
 import torch
 from torch import Tensor, nn
 
-from models import ARCHITECTURES, Architecture, resnet, small
-from models.fast_conv import make_convolutions_fast
+from tunefleet.models import ARCHITECTURES, Architecture, resnet, small
+from tunefleet.models.fast_conv import make_convolutions_fast
 
 
 class Classifier(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models import winograd
+from tunefleet.models import winograd
 
 
 class FastConv2d(nn.Conv2d):

@@ -2,8 +2,8 @@
 
 Runs at the end of each study, and by hand at any time::
 
-    python -m search.collect studies/NAME
-    python -m search.collect --keep-lines N studies/NAME    # of a damaged reports.jsonl
+    tunefleet collect studies/NAME
+    tunefleet collect --keep-lines N studies/NAME    # of a damaged reports.jsonl
 
 Of a study that is running it writes the tables only: study.json belongs to the process that runs it.
 """
@@ -22,10 +22,17 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from search.final import final_results
-from search.journal import Journal, TrialRecord, records, status_of, winner
-from search.study_file import RunningError, lock_of, read_events, read_study, write_study, write_whole
-from trainables.command_line import Parser, counted, exit_code, printable
+from tunefleet.cli import Parser, counted, exit_code, printable
+from tunefleet.search.final import final_results
+from tunefleet.search.journal import Journal, TrialRecord, records, status_of, winner
+from tunefleet.search.study_file import (
+    RunningError,
+    lock_of,
+    read_events,
+    read_study,
+    write_study,
+    write_whole,
+)
 
 OTHER_SECONDS = 30.0  # that another process may take to write the same tables
 
@@ -194,7 +201,7 @@ def collect_by_hand(folder: Path, keep_lines: int | None) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Collect the studies named on the command line; return the exit code."""
-    parser = Parser(prog="python -m search.collect", description=__doc__.split("\n")[0])
+    parser = Parser(prog="tunefleet collect", description=__doc__.split("\n")[0])
     parser.add_argument("study", type=Path, nargs="+", help="a study's folder")
     parser.add_argument(
         "--keep-lines",

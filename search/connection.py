@@ -19,13 +19,13 @@ from pathlib import Path
 
 import ray
 
-from search.local_ray import environment, findable, is_local, lean
-from search.options import StudyOptions
-from search.spaces import find_space
-from trainables.command_line import printable, shell
-from trainables.disk import is_full
-from trainables.driver import may_be_used
-from trainables.host import cpu_count
+from tunefleet.cli import printable, shell
+from tunefleet.files import is_full
+from tunefleet.search.local_ray import environment, findable, is_local, lean
+from tunefleet.search.options import StudyOptions
+from tunefleet.search.spaces import find_space
+from tunefleet.trainables.driver import may_be_used
+from tunefleet.trainables.host import cpu_count
 
 PROCESSES = ("gcs_server", "raylet")  # of a Ray on this host, without which there is none
 WATCH_SECONDS = 1.0  # between looks at them
@@ -50,7 +50,7 @@ def connect_early(options: StudyOptions) -> None:
     if workers > 1:
         return
     # No module of Ray: its own may not be imported by two threads at once.
-    imports = threading.Thread(target=importlib.import_module, args=["trainables.training"])
+    imports = threading.Thread(target=importlib.import_module, args=["tunefleet.trainables.training"])
     first = ["torch", "ray.tune"] if _on_all_cpus(options) else []
     try:
         connect(imports=first, meanwhile=imports.start, device=options.device)
@@ -210,13 +210,13 @@ def _token() -> str:
 
 @contextlib.contextmanager
 def _from_our_code() -> Iterator[None]:
-    """Has this project's folder as working directory while Ray notes it.
+    """Has the folder that tunefleet lies in as working directory while Ray notes it.
 
-    Ray (2.60) puts it before all else on its workers' path, and a user's own models.py there would be taken
-    for ours.
+    Ray (2.60) puts it before all else on its workers' path, and a user's own queue.py there would be taken
+    for Python's.
     """
     before, arguments = Path.cwd(), sys.argv
-    os.chdir(Path(__file__).parents[1])
+    os.chdir(Path(__file__).parents[2])
     sys.argv = [printable(argument) for argument in arguments]  # Ray notes them, too, and takes UTF-8 only
     try:
         yield

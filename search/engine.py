@@ -34,15 +34,15 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from search.bad_nodes import BadNodes, GpuLosses
-from search.connection import TRIAL_SLOT
-from search.faults import cause_of, gpu_named, told
-from search.jobs import Jobs
-from search.local_ray import is_local
-from search.resources import Resources
-from trainables.ddp import drive
-from trainables.host import oom_kills
-from trainables.trial import Trial, TrialContext
+from tunefleet.search.bad_nodes import BadNodes, GpuLosses
+from tunefleet.search.connection import TRIAL_SLOT
+from tunefleet.search.faults import cause_of, gpu_named, told
+from tunefleet.search.jobs import Jobs
+from tunefleet.search.local_ray import is_local
+from tunefleet.search.resources import Resources
+from tunefleet.trainables.ddp import drive
+from tunefleet.trainables.host import oom_kills
+from tunefleet.trainables.trial import Trial, TrialContext
 
 
 class JobSearcher(Searcher):

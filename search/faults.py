@@ -20,8 +20,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from trainables.disk import says_full
-from trainables.storage import StoreError
+from tunefleet.files import says_full
+from tunefleet.trainables.storage import StoreError
 
 MEMORY = ("NODE_OUT_OF_MEMORY", "running low on memory")
 NODE = (

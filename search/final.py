@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from search.journal import TrialRecord
+from tunefleet.search.journal import TrialRecord
 
 
 def summarise(values: list[float]) -> dict[str, Any]:

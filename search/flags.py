@@ -9,12 +9,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from search.asha import PRUNERS
-from search.options import StudyOptions, flag
-from search.suggest import SEARCHERS
-from search.wandb_options import take_flags
-from trainables.command_line import Parser
-from trainables.config import FIELD_TYPES, PRECISIONS, TrainConfig, nearest
+from tunefleet.cli import Parser
+from tunefleet.search.asha import PRUNERS
+from tunefleet.search.options import StudyOptions, flag
+from tunefleet.search.suggest import SEARCHERS
+from tunefleet.search.wandb_options import take_flags
+from tunefleet.trainables.config import FIELD_TYPES, PRECISIONS, TrainConfig, nearest
 
 HELP = {
     "data": "cifar10, digits, or a folder or archive of images CLASS/FILE, with or without train/ and test/",

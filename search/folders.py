@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from search.lease import NAME as LEASE
-from search.options import RESUMABLE, StudyOptions, flag
-from search.study_file import lock_of, read_events, read_study
-from trainables.command_line import shell
-from trainables.data import BUILT_IN, expanded
-from trainables.storage import BRIEF_SECONDS, Storage, is_url, reason, url_under
+from tunefleet.cli import shell
+from tunefleet.search.lease import NAME as LEASE
+from tunefleet.search.options import RESUMABLE, StudyOptions, flag
+from tunefleet.search.study_file import lock_of, read_events, read_study
+from tunefleet.trainables.data import BUILT_IN, expanded
+from tunefleet.trainables.storage import BRIEF_SECONDS, Storage, is_url, reason, url_under
 
 
 def place_of(options: StudyOptions, folder: Path | None, storage: str | None) -> tuple[StudyOptions, Path]:
@@ -73,7 +73,8 @@ def check_free(folder: Path) -> None:
     try:
         if (folder / "study.json").exists():
             raise ValueError(
-                f"--study-dir={folder} holds another study; give a new folder, or {shell('--resume', folder)}"
+                f"--study-dir={folder} holds another study; give a new folder, or: "
+                f"{shell('tunefleet', 'resume', folder)}"
             )
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"--study-dir={folder} is no empty folder; give a new one")
@@ -92,7 +93,8 @@ def check_storage(url: str | None, name: str) -> None:
     try:
         if set(storage.names()) - {LEASE}:
             raise ValueError(
-                f"{storage.url} holds another study; give another --study-dir name, or --resume it"
+                f"{storage.url} holds another study; give another --study-dir name, or: "
+                f"{shell('tunefleet', 'resume', storage.url)}"
             )
         with tempfile.TemporaryDirectory() as folder:
             (probe := Path(folder) / "probe").write_bytes(b"")

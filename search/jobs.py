@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from search.asha import Asha
-from search.journal import FINAL, Journal, TrialRecord, finite, winner
-from search.suggest import Sampler
-from trainables.disk import is_full
+from tunefleet.files import is_full
+from tunefleet.search.asha import Asha
+from tunefleet.search.journal import FINAL, Journal, TrialRecord, finite, winner
+from tunefleet.search.suggest import Sampler
 
 ALIKE = 3  # trials: where the first ones all fail in the same way, the next ones would, too
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainables.command_line import shell
+from tunefleet.cli import shell
 
 FINAL = "final-"  # trial ids of the winner's retrained seeds begin so
 STATUSES = ("done", "diverged", "out_of_memory", "error")  # with which a trial ends
@@ -116,7 +116,7 @@ class Journal:
 
     def _remedy(self, whole: int) -> str:
         """Return what to do about a journal of which only the first lines are whole."""
-        command = shell("python", "-m", "search.collect", "--keep-lines", whole, self.file.parent)
+        command = shell("tunefleet", "collect", "--keep-lines", whole, self.file.parent)
         return f"restore the file from a copy, or give up what follows: {command}"
 
     def mend(self) -> int:

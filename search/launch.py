@@ -19,18 +19,18 @@ from typing import Any, NoReturn
 import ray
 from rich.console import Console
 
-from search.connection import RayWatch, connect_early
-from search.folders import place_of, unfinished
-from search.local_ray import is_local
-from search.mirror import bring
-from search.options import StudyOptions
-from search.printing import phase, print_result, print_text
-from search.spaces import default_image_size
-from search.stopping import Stops
-from search.wandb_options import choose as choose_wandb
-from trainables.data import ImageData, check_sha256, prepare
-from trainables.driver import may_be_used
-from trainables.storage import is_url
+from tunefleet.search.connection import RayWatch, connect_early
+from tunefleet.search.folders import place_of, unfinished
+from tunefleet.search.local_ray import is_local
+from tunefleet.search.mirror import bring
+from tunefleet.search.options import StudyOptions
+from tunefleet.search.printing import phase, print_result, print_text
+from tunefleet.search.spaces import default_image_size
+from tunefleet.search.stopping import Stops
+from tunefleet.search.wandb_options import choose as choose_wandb
+from tunefleet.trainables.data import ImageData, check_sha256, prepare
+from tunefleet.trainables.driver import may_be_used
+from tunefleet.trainables.storage import is_url
 
 SHUTDOWN_SECONDS = 4.0  # for Ray to end its processes; it takes 1
 
@@ -40,7 +40,7 @@ class Script:
     """What a user has started, and a study speaks through."""
 
     console: Console
-    name: str = "search/run.py"  # goes on with a study by --resume
+    resume: tuple[str, ...] = ("tunefleet", "resume")  # the command that continues a study
     finish: Callable[[Path, Console], int] = print_result  # tells of a finished study; returns the exit code
     place: Path | None = None  # what --resume continues; None: the study
     stops: Stops = field(default_factory=Stops)  # what a signal does
@@ -79,7 +79,7 @@ def start(
         options = dataclasses.replace(options, image_size=size)
         data = read_images(options, script.console)
     with contextlib.nullcontext() if on_cpus and dry_run else _ray_beside_torch(options, script):
-        from search.running import begin
+        from tunefleet.search.running import begin
 
         return begin(options, folder, data, script, shared=shared, dry_run=dry_run, wandb=wandb_options)
 
@@ -110,9 +110,9 @@ def resume(
     version = content.get("data", {}).get("format_version", 1)  # of how images are decoded
     check_sha256(data, options.data, content["data_sha256"], version)
     with _ray_beside_torch(options, script):
-        from search.running import go_on
-        from search.study import Study
-        from trainables.levers import Levers
+        from tunefleet.search.running import go_on
+        from tunefleet.search.study import Study
+        from tunefleet.trainables.levers import Levers
 
         study = Study(folder, options, data, Levers(**content["levers"]))
         return go_on(study, script, wandb_options, moved="device" in changes)

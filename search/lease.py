@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trainables.storage import BRIEF_SECONDS, Storage, StoreError
+from tunefleet.trainables.storage import BRIEF_SECONDS, Storage, StoreError
 
 NAME = "lease.json"
 BEAT_SECONDS = 10.0

@@ -2,9 +2,9 @@
 
 ::
 
-    python search/lr_study.py --space resnet_softmax_updatable
-    python search/lr_study.py --space twolayernn --from studies/NAME --lrs 1e-4 1e-3 1e-2
-    python search/lr_study.py --extend studies/NAME
+    tunefleet lr-study --space resnet_softmax_updatable
+    tunefleet lr-study --space twolayernn --from studies/NAME --lrs 1e-4 1e-3 1e-2
+    tunefleet lr-study --extend studies/NAME
 
 Takes a study's best configuration, or the published one, and runs a log grid of lr through the same
 engine as a search; the worse half of all trials stops at half time. Writes a study folder with
@@ -17,14 +17,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # a folder of PYTHONPATH may have a search.py or a models.py
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":  # from a clone: its own folder would make stats, data, … importable
+    sys.path[0] = str(Path(__file__).resolve().parents[1] / "src")
+    from tunefleet.__main__ import script
 
-import search  # noqa: F401  sets Ray's environment before anything imports Ray
-from search import stopping
-
-if __name__ == "__main__":
-    stopping.answer_at_once()  # what follows takes seconds to import
+    script("lr-study")
 
 import argparse
 import functools
@@ -38,24 +35,24 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from search.final import summarise
-from search.flags import add_options, add_storage, parse_study, study_parser
-from search.journal import TrialRecord, records
-from search.launch import Script, leave, resume, start
-from search.options import StudyOptions
-from search.printing import print_text, rounded, shown
-from search.spaces import find_space
-from search.study_file import lock_of, read_events, read_study, write_study
-from search.wandb_options import add_wandb_flags
-from trainables.command_line import exit_code, shell
-from trainables.config import check_integer, check_number
+from tunefleet.cli import exit_code, shell
+from tunefleet.search.final import summarise
+from tunefleet.search.flags import add_options, add_storage, parse_study, study_parser
+from tunefleet.search.journal import TrialRecord, records
+from tunefleet.search.launch import Script, resume, start
+from tunefleet.search.options import StudyOptions
+from tunefleet.search.printing import print_text, rounded, shown
+from tunefleet.search.spaces import find_space
+from tunefleet.search.study_file import lock_of, read_events, read_study, write_study
+from tunefleet.search.wandb_options import add_wandb_flags
+from tunefleet.trainables.config import check_integer, check_number
 
 GRID = 12  # values
 DECADES = 4.0  # that the grid spans, its middle at the best lr known
 EXTENSION = 3  # values that --extend adds at the edge, in the grid's own ratio
 SEEDS = 3
 EPOCHS_SHARE = 1 / 3  # of the space's: enough to rank lrs, and 36 trials are many
-SCRIPT = "search/lr_study.py"
+RESUME = ("tunefleet", "lr-study", "--resume")
 OPTIONS = (
     *("data", "data_dir", "image_size", "weights", "epochs", "seed", "device", "precision"),
     *("concurrency", "cpus_per_trial", "gpus_per_trial", "workers_per_trial", "max_failures"),
@@ -160,7 +157,7 @@ def finish(folder: Path, console: Console) -> int:
         return 1
     print_text(console, f"best lr {best:.10g} -> {shown(folder / 'lr_curve.csv')}")
     if at_edge:
-        command = shell("python", SCRIPT, "--extend", shown(folder))
+        command = shell("tunefleet", "lr-study", "--extend", shown(folder))
         text = " the best lr stands at the grid's edge; the true best may lie beyond it. "
         print_text(console, f"{text}To see: {command}", "warning:", "yellow")
     return 0
@@ -202,7 +199,7 @@ def configuration(space: str, source: Path | None) -> tuple[dict[str, Any], dict
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Returns what to do, and the study's options that were given."""
-    parser = study_parser(f"python {SCRIPT}", __doc__.split("\n")[0])
+    parser = study_parser("tunefleet lr-study", __doc__.split("\n")[0])
     parser.add_argument(
         "--from", dest="source", type=Path, metavar="STUDY", help="take its best configuration"
     )
@@ -259,7 +256,7 @@ def extend(folder: Path, go_on: Callable[[], int]) -> int:
     found, old = study.get("lr_study"), study["options"].get("points")
     if study["status"] != "done" or not old or not found or found["best_lr"] is None:
         raise ValueError(
-            f"{folder} is no finished learning-rate study; give one, or {shell('--resume', folder)}"
+            f"{folder} is no finished learning-rate study; give one, or {shell(*RESUME, folder)}"
         )
     lrs = extended(sorted({point["lr"] for point in old}), found["best_lr"])
     seeds = sorted({point["seed"] for point in old})
@@ -283,7 +280,7 @@ def extend(folder: Path, go_on: Callable[[], int]) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     do, given = parse(arguments)
-    script = Script(Console(), SCRIPT, finish)
+    script = Script(Console(), RESUME, finish)
     return script.stops.run(lambda: exit_code(lambda: carry_out(do, given, script)))
 
 
@@ -298,7 +295,3 @@ def carry_out(do: argparse.Namespace, given: dict[str, Any], script: Script) -> 
         return extend(do.extend, go_on) if do.extend else go_on()
     options = new_options(do, given)
     return start(options, do.study_dir, script, dry_run=do.dry_run, wandb=do.wandb, storage=do.storage)
-
-
-if __name__ == "__main__":
-    leave(main())

@@ -4,7 +4,7 @@ The driver works in a folder of its own disk; what its storage lacks is put ther
 the loss of the driver's machine loses seconds of the journal and no epoch (checkpoints are ahead of it, and
 ``--resume URL`` reads both). By hand, where a store was out of reach at the end::
 
-    python -m search.mirror studies/NAME
+    tunefleet push studies/NAME
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import unquote
 
-from search.journal import Journal
-from search.lease import NAME as LEASE
-from search.lease import Lease, check_lease
-from search.study_file import lock_of, parse_study, read_study
-from trainables.command_line import Parser, exit_code, printable, shell
-from trainables.storage import BRIEF_SECONDS, Storage, StoreError, url_under, within
+from tunefleet.cli import Parser, exit_code, printable, shell
+from tunefleet.search.journal import Journal
+from tunefleet.search.lease import NAME as LEASE
+from tunefleet.search.lease import Lease, check_lease
+from tunefleet.search.study_file import lock_of, parse_study, read_study
+from tunefleet.trainables.storage import BRIEF_SECONDS, Storage, StoreError, url_under, within
 
 PERIOD_SECONDS = 5.0  # between looks at the folder
 LOCAL_ONLY = ("checkpoints", "ray")  # Tune's files, and what workers put into the store themselves
@@ -121,7 +121,7 @@ class Mirror:
             return ""
         return (
             f"{self.storage.url} is not complete ({left}); all of it is in {self.folder}. "
-            f"To put it there: {shell('python', '-m', 'search.mirror', self.folder)}"
+            f"To put it there: {shell('tunefleet', 'push', self.folder)}"
         )
 
     @contextlib.contextmanager
@@ -235,7 +235,7 @@ def _mark(file: Path) -> tuple[int, int] | None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Put a study's folder into its storage; return the exit code."""
-    parser = Parser(prog="python -m search.mirror", description=__doc__.split("\n")[0])
+    parser = Parser(prog="tunefleet push", description=__doc__.split("\n")[0])
     parser.add_argument("study", type=Path, help="the study's folder")
     folder = Path(os.path.realpath(parser.parse_args(arguments).study))
 

@@ -22,13 +22,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.table import Table
 
-from models import weights_file
-from search.options import StudyOptions
-from search.provenance import code_sha256, versions
-from trainables.command_line import counted
-from trainables.data import ImageData
-from trainables.levers import Levers
-from trainables.storage import BRIEF_SECONDS, Storage, is_url
+from tunefleet.cli import counted
+from tunefleet.models import weights_file
+from tunefleet.search.options import StudyOptions
+from tunefleet.search.provenance import code_sha256, versions
+from tunefleet.trainables.data import ImageData
+from tunefleet.trainables.levers import Levers
+from tunefleet.trainables.storage import BRIEF_SECONDS, Storage, is_url
 
 ANSWER_SECONDS = 45.0  # for all nodes together; a dead one is known to Ray after a minute only
 SENT_MAX = 8 * 2**30  # bytes of images; more belongs on a disk that the nodes share

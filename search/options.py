@@ -6,11 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from search.asha import PRUNERS, rung_epochs
-from search.spaces import SMALLEST_SIZE, find_space, fixed_values
-from search.suggest import SEARCHERS, PointSampler, Sampler, make_sampler
-from trainables.config import TrainConfig, check_integer, check_name, check_number
-from trainables.data import DATA_DIR, expanded
+from tunefleet.search.asha import PRUNERS, rung_epochs
+from tunefleet.search.spaces import SMALLEST_SIZE, find_space, fixed_values
+from tunefleet.search.suggest import SEARCHERS, PointSampler, Sampler, make_sampler
+from tunefleet.trainables.config import TrainConfig, check_integer, check_name, check_number
+from tunefleet.trainables.data import DATA_DIR, expanded
 
 
 def flag(name: str) -> str:

@@ -16,24 +16,24 @@ import torch
 from ray.tune.search.sample import Categorical, Integer
 from rich.console import Console
 
-from models import ARCHITECTURES, build
-from models.resnet import output_shape
-from search.asha import expected_epochs
-from search.options import StudyOptions
-from search.printing import clock, print_text, shown
-from search.resources import Machine, Resources
-from search.spaces import default_image_size, find_space
-from search.suggest import RandomSampler
-from trainables.command_line import counted
-from trainables.config import TrainConfig
-from trainables.data import BUILT_IN, ImageData
-from trainables.gpu import free_memory, is_out_of_memory
-from trainables.graph import WARM_UP_STEPS, CaptureError, CaptureMemoryError
-from trainables.host import cpu_count
-from trainables.image_files import Progress
-from trainables.inputs import kind_of, load_inputs, sample_inputs, split_counts
-from trainables.levers import Levers
-from trainables.training import TrainingRun
+from tunefleet.cli import counted
+from tunefleet.models import ARCHITECTURES, build
+from tunefleet.models.resnet import output_shape
+from tunefleet.search.asha import expected_epochs
+from tunefleet.search.options import StudyOptions
+from tunefleet.search.printing import clock, print_text, shown
+from tunefleet.search.resources import Machine, Resources
+from tunefleet.search.spaces import default_image_size, find_space
+from tunefleet.search.suggest import RandomSampler
+from tunefleet.trainables.config import TrainConfig
+from tunefleet.trainables.data import BUILT_IN, ImageData
+from tunefleet.trainables.gpu import free_memory, is_out_of_memory
+from tunefleet.trainables.graph import WARM_UP_STEPS, CaptureError, CaptureMemoryError
+from tunefleet.trainables.host import cpu_count
+from tunefleet.trainables.image_files import Progress
+from tunefleet.trainables.inputs import kind_of, load_inputs, sample_inputs, split_counts
+from tunefleet.trainables.levers import Levers
+from tunefleet.trainables.training import TrainingRun
 
 SAMPLED_CONFIGS = 200  # whose checkpoints' mean is forecast
 MEASURED_STEPS = {"cpu": 10, "cuda": 100}  # optimizer steps that forecast an epoch

@@ -11,11 +11,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from models import ARCHITECTURES
-from search.spaces import SPACES
-from search.study_file import read_study
-from trainables.command_line import counted, printable
-from trainables.storage import is_url
+from tunefleet.cli import counted, printable
+from tunefleet.models import ARCHITECTURES
+from tunefleet.search.spaces import SPACES
+from tunefleet.search.study_file import read_study
+from tunefleet.trainables.storage import is_url
 
 TERMINAL_SECONDS = 0.5  # between refreshes
 PLAIN_SECONDS = 5.0  # between lines in a log file

@@ -14,12 +14,12 @@ from rich.segment import ControlType, Segment
 from rich.table import Table
 from rich.text import Text
 
-from search.asha import expected_epochs
-from search.jobs import Jobs
-from search.journal import TrialRecord
-from search.options import StudyOptions
-from search.printing import PLAIN_SECONDS, TERMINAL_SECONDS, clock, print_text
-from trainables.command_line import counted, printable
+from tunefleet.cli import counted, printable
+from tunefleet.search.asha import expected_epochs
+from tunefleet.search.jobs import Jobs
+from tunefleet.search.journal import TrialRecord
+from tunefleet.search.options import StudyOptions
+from tunefleet.search.printing import PLAIN_SECONDS, TERMINAL_SECONDS, clock, print_text
 
 SHOWN = ("lr", "weight_decay", "momentum", "batch_size", "hidden", "kernel_size", "schedule", "augment")
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from trainables.command_line import counted
-from trainables.host import cpu_count
+from tunefleet.cli import counted
+from tunefleet.trainables.host import cpu_count
 
 PACKAGES = ("torch", "torchvision", "ray", "hyperopt", "numpy")  # a result may depend on these
 

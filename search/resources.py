@@ -11,13 +11,13 @@ from typing import Any
 import ray
 import torch
 
-from search.connection import TRIAL_SLOT, connect
-from search.options import StudyOptions
-from search.spaces import find_space
-from trainables import driver, gpu
-from trainables.command_line import counted
-from trainables.host import cpu_count
-from trainables.levers import Levers, choose, why_unusable
+from tunefleet.cli import counted
+from tunefleet.search.connection import TRIAL_SLOT, connect
+from tunefleet.search.options import StudyOptions
+from tunefleet.search.spaces import find_space
+from tunefleet.trainables import driver, gpu
+from tunefleet.trainables.host import cpu_count
+from tunefleet.trainables.levers import Levers, choose, why_unusable
 
 NODE_SECONDS = 900.0  # an autoscaler's first node may take so long to come up
 NODES_MAX = 1000  # of one kind: an autoscaler may have no limit

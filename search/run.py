@@ -2,10 +2,11 @@
 
 ::
 
-    python search/run.py --space resnet_conv
+    tunefleet search resnet_conv
+    python search/run.py --space resnet_conv      # the same, from a clone
 
 Writes a study folder (default ``studies/SPACE-DATA-TIME/``; README.md lists its files). Ctrl-C stops a
-study, ``--resume FOLDER`` goes on with it. Exit code 0: all well, 1: done but some trials failed,
+study, ``tunefleet resume FOLDER`` continues it. Exit code 0: all well, 1: done but some trials failed,
 2: bad input, nothing was written, 3: stopped, resumable.
 """
 
@@ -14,34 +15,33 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # a folder of PYTHONPATH may have a search.py or a models.py
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":  # from a clone: its own folder would make stats, data, … importable
+    sys.path[0] = str(Path(__file__).resolve().parents[1] / "src")
+    from tunefleet.__main__ import script
 
-import search  # noqa: F401  sets Ray's environment before anything imports Ray
-from search import stopping
-
-if __name__ == "__main__":
-    stopping.answer_at_once()  # what follows takes seconds to import
+    script("search")
 
 import argparse
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 
-from search.flags import HELP, add_options, add_storage, parse_study, study_parser
-from search.folders import check_free, default_folder
-from search.launch import Script, leave, resume, start
-from search.options import StudyOptions
-from search.printing import list_spaces, shown
-from search.spaces import SPACES
-from search.study_file import read_study, write_whole
-from search.wandb_options import WandbOptions, add_wandb_flags
-from trainables.command_line import exit_code, printable, shell
-from trainables.config import check_name
-from trainables.storage import is_url
+from tunefleet.cli import Parser, exit_code, printable, shell
+from tunefleet.search.flags import HELP, add_options, add_storage, parse_study, study_parser
+from tunefleet.search.folders import check_free, default_folder
+from tunefleet.search.launch import Script, resume, start
+from tunefleet.search.options import RESUMABLE, StudyOptions
+from tunefleet.search.printing import list_spaces, shown
+from tunefleet.search.spaces import SPACES
+from tunefleet.search.stopping import say_nothing_written
+from tunefleet.search.study_file import read_study, write_whole
+from tunefleet.search.wandb_options import WandbOptions, add_wandb_flags
+from tunefleet.trainables.config import check_name
+from tunefleet.trainables.storage import is_url
 
 ALL = "all.json"  # in a folder of the studies of all spaces: what was asked of each
 
@@ -49,12 +49,17 @@ ALL = "all.json"  # in a folder of the studies of all spaces: what was asked of 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Returns what to do, and the study's options that were given."""
     what = "architecture to search, or all; --list-spaces shows them"
-    parser = study_parser("python search/run.py", __doc__.split("\n")[0], what)
+    parser = study_parser("tunefleet search", __doc__.split("\n")[0], what)
+    parser.add_argument("name", nargs="?", metavar="SPACE", help="the same as --space SPACE")
     parser.add_argument("--list-spaces", action="store_true", help="print the spaces and end")
     add_storage(parser)
     add_options(parser, HELP)
     add_wandb_flags(parser)
-    return parse_study(parser, arguments)
+    do, options = parse_study(parser, arguments)
+    if do.name and do.space:
+        parser.error(f"--space={do.space} and {do.name}; give one of them")
+    do.space = do.space or do.name
+    return do, options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,6 +67,26 @@ def main(arguments: list[str] | None = None) -> int:
     do, options = parse(arguments)
     script = Script(Console())
     return script.stops.run(lambda: exit_code(lambda: carry_out(do, options, script)))
+
+
+def resume_main(arguments: list[str]) -> int:
+    """Run the command line of ``tunefleet resume``; return the exit code."""
+    parser = Parser(prog="tunefleet resume", description="Continue a stopped or killed study.")
+    parser.add_argument("resume", metavar="STUDY", help="its folder or URL")
+    add_options(parser, RESUMABLE)
+    add_wandb_flags(parser)
+    do, options = parse_study(parser, arguments)
+    script = Script(Console())
+    run = functools.partial(resume_any, do.resume, options, script, do.wandb)
+    return script.stops.run(lambda: exit_code(run))
+
+
+def resume_any(place: str, options: dict[str, Any], script: Script, wandb: Mapping[str, Any]) -> int:
+    """Continue one study, or those of all spaces in a folder; return the exit code."""
+    if not is_url(place) and (file := Path(place, ALL)).is_file():
+        asked = read_asked(file)
+        return run_all(file.parent, asked, options, script, wandb=asked["wandb"] | wandb)
+    return resume(place, options, script, wandb=wandb)
 
 
 def carry_out(do: argparse.Namespace, options: dict[str, Any], script: Script) -> int:
@@ -80,12 +105,9 @@ def carry_out(do: argparse.Namespace, options: dict[str, Any], script: Script) -
             )
         if do.dry_run:
             raise ValueError("--dry-run forecasts a new study; leave --resume out")
-        if not is_url(do.resume) and (file := Path(do.resume, ALL)).is_file():
-            asked = read_asked(file)
-            return run_all(file.parent, asked, options, script, wandb=asked["wandb"] | do.wandb)
-        return resume(do.resume, options, script, wandb=do.wandb)
+        return resume_any(do.resume, options, script, do.wandb)
     if not do.space:
-        raise ValueError(f"give --space NAME, or --resume DIR; spaces: {', '.join(SPACES)}, or all")
+        raise ValueError(f"give a space; spaces: {', '.join(SPACES)}, or all")
     check_name("--space", do.space, [*SPACES, "all"])
     if do.space != "all":
         return start(
@@ -145,8 +167,8 @@ def run_all(
     script = dataclasses.replace(script, place=folder)
 
     def nothing_yet(reason: str) -> int:
-        code = stopping.say_nothing_written(reason)
-        resume_by = shell("python", script.name, "--resume", shown(folder))
+        code = say_nothing_written(reason)
+        resume_by = shell(*script.resume, shown(folder))
         print(f"To resume the other studies: {resume_by}", file=sys.stderr)
         return code
 
@@ -169,7 +191,3 @@ def run_all(
         if codes[-1] == 3:
             break
     return max(codes)
-
-
-if __name__ == "__main__":
-    leave(main())

@@ -15,17 +15,18 @@ from typing import Any, TypeVar
 import ray
 from rich.console import Console
 
-from search import preflight
-from search.bad_nodes import named
-from search.connection import RayWatch, connect
-from search.engine import run_jobs
-from search.launch import Script, read_images
-from search.mirror import Mirror
-from search.nodes import check_nodes
-from search.options import StudyOptions
-from search.printing import phase, print_text, shown
-from search.progress import Progress
-from search.resources import (
+from tunefleet.cli import counted, printable, shell
+from tunefleet.search import preflight
+from tunefleet.search.bad_nodes import named
+from tunefleet.search.connection import RayWatch, connect
+from tunefleet.search.engine import run_jobs
+from tunefleet.search.launch import Script, read_images
+from tunefleet.search.mirror import Mirror
+from tunefleet.search.nodes import check_nodes
+from tunefleet.search.options import StudyOptions
+from tunefleet.search.printing import phase, print_text, shown
+from tunefleet.search.progress import Progress
+from tunefleet.search.resources import (
     Machine,
     Resources,
     check_device,
@@ -35,14 +36,13 @@ from search.resources import (
     plan,
     settle,
 )
-from search.study import Study
-from search.wandb_options import WandbOptions
-from search.wandb_sidecar import END_SECONDS, STOP_SECONDS, Sidecar
-from trainables.command_line import counted, printable, shell
-from trainables.data import ImageData
-from trainables.driver import hidden_by_environment
-from trainables.levers import Levers
-from trainables.storage import StoreError
+from tunefleet.search.study import Study
+from tunefleet.search.wandb_options import WandbOptions
+from tunefleet.search.wandb_sidecar import END_SECONDS, STOP_SECONDS, Sidecar
+from tunefleet.trainables.data import ImageData
+from tunefleet.trainables.driver import hidden_by_environment
+from tunefleet.trainables.levers import Levers
+from tunefleet.trainables.storage import StoreError
 
 T = TypeVar("T")
 
@@ -236,7 +236,7 @@ def end_early(study: Study, script: Script, mirror: Mirror, sidecar: Sidecar, re
 
 def tell_stopped(place: Path | str, script: Script, reason: str) -> int:
     """Prints that a study has stopped and how to resume it from a place; returns the exit code."""
-    resume_by = shell("python", script.name, "--resume", shown(script.place or place))
+    resume_by = shell(*script.resume, shown(script.place or place))
     if reason:
         print(f"error: {printable(reason)}; fix the cause, then resume with: {resume_by}", file=sys.stderr)
     else:

@@ -31,8 +31,8 @@ from typing import Any
 from ray import tune
 from ray.tune.search.sample import Categorical, Domain, Float, Integer
 
-from models import ARCHITECTURES
-from trainables.config import TrainConfig, check_name
+from tunefleet.models import ARCHITECTURES
+from tunefleet.trainables.config import TrainConfig, check_name
 
 SMALLEST_SIZE = 32  # pixels a side; CIFAR-10's own
 

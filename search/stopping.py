@@ -9,7 +9,6 @@ all. For the same reason the main thread watches what the study cannot do withou
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import signal
 import sys
@@ -17,20 +16,10 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from tunefleet.cli import NOTHING_WRITTEN, end_at_once
+
 TICK_SECONDS = 0.05  # between looks; Ray (2.60) puts a handler of its own in place when it starts
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-NOTHING_WRITTEN = "stopped before the study began; nothing was written"
-
-
-def answer_at_once() -> None:
-    """Let a signal end this process with a line, for the seconds in which a script imports its modules."""
-    for number in SIGNALS:
-        signal.signal(number, _end_at_once)
-
-
-def _end_at_once(number: int, frame: Any) -> None:
-    print(NOTHING_WRITTEN, file=sys.stderr, flush=True)
-    os._exit(3)
 
 
 class _Runner:
@@ -156,7 +145,7 @@ class Stops:
             yield listen
         finally:
             for number, handler in before.items():  # a script that ends has nothing more to answer
-                signal.signal(number, signal.SIG_IGN if handler is _end_at_once else handler)
+                signal.signal(number, signal.SIG_IGN if handler is end_at_once else handler)
 
 
 def say_nothing_written(reason: str) -> int:

@@ -20,23 +20,23 @@ from typing import Any
 
 from filelock import FileLock
 
-from search.asha import Asha
-from search.collect import collect
-from search.final import keep_best
-from search.folders import check_free
-from search.jobs import Jobs
-from search.journal import Journal
-from search.mirror import storage_of
-from search.options import StudyOptions
-from search.preflight import Prepared
-from search.provenance import commit, machine_name, versions
-from search.spaces import described, find_space
-from search.study_file import lock_of, read_events, read_study, write_study
-from trainables.data import ImageData
-from trainables.disk import is_full
-from trainables.levers import Levers
-from trainables.storage import Storage
-from trainables.trial import TrialContext, checkpoint_name
+from tunefleet.files import is_full
+from tunefleet.search.asha import Asha
+from tunefleet.search.collect import collect
+from tunefleet.search.final import keep_best
+from tunefleet.search.folders import check_free
+from tunefleet.search.jobs import Jobs
+from tunefleet.search.journal import Journal
+from tunefleet.search.mirror import storage_of
+from tunefleet.search.options import StudyOptions
+from tunefleet.search.preflight import Prepared
+from tunefleet.search.provenance import commit, machine_name, versions
+from tunefleet.search.spaces import described, find_space
+from tunefleet.search.study_file import lock_of, read_events, read_study, write_study
+from tunefleet.trainables.data import ImageData
+from tunefleet.trainables.levers import Levers
+from tunefleet.trainables.storage import Storage
+from tunefleet.trainables.trial import TrialContext, checkpoint_name
 
 
 @dataclass

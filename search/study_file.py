@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from search.journal import Journal, finite
+from tunefleet.search.journal import Journal, finite
 
 KEYS = {"space": str, "status": str, "options": dict, "rungs": list}  # that every reader relies on
 CRC = ',\n  "crc": "'  # the last entry: the CRC-32 of what precedes it; older files have none

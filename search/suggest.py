@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUniform
 
-from trainables.config import check_name
+from tunefleet.trainables.config import check_name
 
 SEARCHERS = ("tpe", "random", "grid")
 STARTUP_TRIALS = 10  # drawn at random before TPE models anything; hyperopt's 20 is most of a small study

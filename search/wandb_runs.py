@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from search.journal import TrialRecord, records, status_of
-from search.study_file import read_events, read_study, write_whole
-from search.wandb_options import LONGEST_NAME, WandbOptions, base_url
-from trainables.disk import is_full
+from tunefleet.files import is_full
+from tunefleet.search.journal import TrialRecord, records, status_of
+from tunefleet.search.study_file import read_events, read_study, write_whole
+from tunefleet.search.wandb_options import LONGEST_NAME, WandbOptions, base_url
 
 STUDY = "study"  # the key of the study's own run, beside trial ids
 COLUMNS = (  # of a row, those of epochs.parquet

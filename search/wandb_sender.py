@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from search.study_file import read_study
-from search.wandb_options import WandbOptions
-from search.wandb_runs import NO_ROOM, STUDY, Planned, State, legible
-from trainables.disk import says_full
+from tunefleet.files import says_full
+from tunefleet.search.study_file import read_study
+from tunefleet.search.wandb_options import WandbOptions
+from tunefleet.search.wandb_runs import NO_ROOM, STUDY, Planned, State, legible
 
 ANSWER_SECONDS = 4  # that one request may take
 STEP_SECONDS = 5.0  # to open, fill or close a run, a question, or letting go, all its requests together

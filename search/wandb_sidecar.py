@@ -1,7 +1,7 @@
 """How does a running study feed W&B without ever waiting for it? A process beside it reads its journal.
 
-The study writes ``reports.jsonl`` as it always does; the other process (``python -m search.wandb_sync
-STUDY --follow``) reads along at low priority. It may hang, crash or never start: the study notices
+The study writes ``reports.jsonl`` as it always does; the other process (``tunefleet sync STUDY
+--follow``) reads along at low priority. It may hang, crash or never start: the study notices
 nothing. When the study ends it says so by closing the pipe, waits a bounded time, and says what W&B
 does not have yet and what brings it there.
 """
@@ -16,11 +16,11 @@ import sys
 import time
 from pathlib import Path
 
-from search.printing import shown
-from search.study_file import read_study, write_study
-from search.wandb_options import WandbOptions
-from search.wandb_runs import standing, tidy
-from trainables.command_line import shell
+from tunefleet.cli import shell
+from tunefleet.search.printing import shown
+from tunefleet.search.study_file import read_study, write_study
+from tunefleet.search.wandb_options import WandbOptions
+from tunefleet.search.wandb_runs import standing, tidy
 
 END_SECONDS = 12.0  # the study is done: wait so long for the last runs
 STOP_SECONDS = 3.0  # after a Ctrl-C
@@ -45,7 +45,7 @@ class Sidecar:
         write_study(self.folder, read_study(self.folder) | {"wandb": self.options.remembered()})
         if self.options.mode == "off":
             return
-        root = Path(__file__).resolve().parents[1]
+        root = Path(__file__).parents[2]
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
             **({"WANDB_API_KEY": self.options.key} if self.options.key else {}),
@@ -60,7 +60,7 @@ class Sidecar:
                     sys.executable,
                     "-P",
                     "-m",
-                    "search.wandb_sync",  # -P: not a module of the user's folder
+                    "tunefleet.search.wandb_sync",  # -P: not a module of the user's folder
                     str(self.folder),
                     "--follow",
                 ],
@@ -109,5 +109,5 @@ class Sidecar:
             line, missing = standing(self.folder, self.options, why)
         except (OSError, ValueError) as error:  # the study is whole all the same
             line, missing = str(error), True
-        command = f"; to upload: {shell('python', '-m', 'search.wandb_sync', shown(self.folder))}"
+        command = f"; to upload: {shell('tunefleet', 'sync', shown(self.folder))}"
         return f"W&B: {line}{command if missing or self.options.mode == 'offline' else ''}"

@@ -2,8 +2,8 @@
 
 ::
 
-    python -m search.wandb_sync studies/NAME             # uploads what W&B does not have yet
-    python -m search.wandb_sync studies/NAME --offline   # writes offline runs into the folder instead
+    tunefleet sync studies/NAME             # uploads what W&B does not have yet
+    tunefleet sync studies/NAME --offline   # writes offline runs into the folder instead
 
 Everything comes from the study's folder, never from W&B's own files, so a torn one does no harm. A run
 is opened with ``resume="allow"``: the server says how many rows it has, and gets the rest. Whatever
@@ -29,12 +29,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from search.study_file import read_study
-from search.wandb_options import WandbOptions, add_wandb_flags, choose, take_flags
-from search.wandb_runs import NO_ROOM, Planned, State, legible, plan, standing, tidy
-from search.wandb_sender import Sender, Trouble
-from trainables.command_line import Parser, exit_code, printable
-from trainables.disk import is_full
+from tunefleet.cli import Parser, exit_code, printable
+from tunefleet.files import is_full
+from tunefleet.search.study_file import read_study
+from tunefleet.search.wandb_options import WandbOptions, add_wandb_flags, choose, take_flags
+from tunefleet.search.wandb_runs import NO_ROOM, Planned, State, legible, plan, standing, tidy
+from tunefleet.search.wandb_sender import Sender, Trouble
 
 NICENESS = 10  # beside a study: trials come first
 POLL_SECONDS = 2.0  # between looks at the journal
@@ -98,7 +98,7 @@ def clean_environment() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = Parser(prog="python -m search.wandb_sync", description=__doc__.split("\n")[0])
+    parser = Parser(prog="tunefleet sync", description=__doc__.split("\n")[0])
     parser.add_argument("study", type=Path, help="the study's folder")
     parser.add_argument("--offline", action="store_true", help="write offline runs instead of uploading")
     parser.add_argument("--follow", action="store_true", help=argparse.SUPPRESS)

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from search.journal import Journal
+from tunefleet.search.journal import Journal
 
 MEASURED = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_accuracy", "lr", "status")
 

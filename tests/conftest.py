@@ -12,7 +12,7 @@ import torch
 # Some tests have clusters of several nodes, which Ray refuses in a process where search has set this to 0
 os.environ.setdefault(LOOPBACK_ONLY := "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")
 
-import search  # noqa: F401  sets Ray's variables, which Ray reads when it is imported, here or by a test
+import tunefleet.search  # noqa: F401  sets Ray's variables, which Ray reads when it is imported, here or by a test
 
 ROOT = Path(__file__).parents[1]
 os.environ |= {"WANDB_MODE": "disabled", "WANDB_ERROR_REPORTING": "false"}  # tests of W&B say otherwise

@@ -28,11 +28,11 @@ import psutil
 
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")  # or Ray refuses tests.three_nodes
 
-import search  # noqa: F401  before anything imports Ray
-from search.journal import Journal, records
+import tunefleet.search  # noqa: F401  before anything imports Ray
 from tests.cluster.lab import Lab, why_not
 from tests.compared import measured, result, table
 from tests.three_nodes import three_nodes
+from tunefleet.search.journal import Journal, records
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 300  # the longest that a study may take, or one of its steps
@@ -423,7 +423,7 @@ def cut_link(folder: Path, times: int, undisturbed: Undisturbed) -> Outcome:
     """The cable of the machine that a trial is on is pulled; plugged in again after the node was given up."""
     alone = undisturbed(*SLOW_TRIALS)
     with Lab("10.79.0.1/16") as lab:
-        export = f"export PATH=~/venv/bin:$PATH PYTHONPATH=~/tunefleet RAY_AUTH_MODE=token {NOTICE}; "
+        export = f"export PATH=~/venv/bin:$PATH PYTHONPATH=~/tunefleet/src RAY_AUTH_MODE=token {NOTICE}; "
 
         def on(address: str, command: str) -> None:
             lab.ssh(address, export + command, timeout=120)

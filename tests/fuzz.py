@@ -81,7 +81,7 @@ def tree(folder: Path, cache: Path | None) -> dict[str, str]:
 
 def run(command: Command, folder: Path, streams: Path) -> int | str:
     """Run a command in a folder; return its exit code, or "timeout"."""
-    variables: dict[str, str | None] = {**os.environ, "PYTHONPATH": str(ROOT)} | command.environment
+    variables: dict[str, str | None] = {**os.environ, "PYTHONPATH": str(ROOT / "src")} | command.environment
     environment = {name: value for name, value in variables.items() if value is not None}
     files = [(streams / name).open("wb") for name in ("out", "err")]
     if command.main is None:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import replay, report, results, wandb_report
 from tests.fuzz import Command
 from tests.made_study import remove_trials, write_study
+from tunefleet.analysis import replay, report, results, wandb_report
 
 NAMES = (
     "study",

@@ -21,19 +21,19 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from search import collect, lr_study, mirror, run, wandb_sync
-from search.flags import HELP
-from search.options import StudyOptions, flag
-from search.spaces import SPACES
-from search.study_file import write_study
 from tests.fuzz import ROOT, Command
 from tests.fuzz_analysis import NAMES, VALUES
 from tests.test_damage import DAMAGES
 from tests.test_wandb_sync import STUDY_JSON
 from tests.test_wandb_sync import write_study as write_trials
-from trainables import training
-from trainables.config import FIELD_TYPES
-from trainables.data import prepare
+from tunefleet.search import collect, lr_study, mirror, run, wandb_sync
+from tunefleet.search.flags import HELP
+from tunefleet.search.options import StudyOptions, flag
+from tunefleet.search.spaces import SPACES
+from tunefleet.search.study_file import write_study
+from tunefleet.trainables import training
+from tunefleet.trainables.config import FIELD_TYPES
+from tunefleet.trainables.data import prepare
 
 RAY_EVERY = 50  # draws
 WORDS = (

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from search.asha import WORST, Asha, least_epochs, rung_epochs
+from tunefleet.search.asha import WORST, Asha, least_epochs, rung_epochs
 
 WORST_FIRST = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 BEST_FIRST = WORST_FIRST[::-1]

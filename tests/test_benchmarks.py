@@ -12,13 +12,13 @@ import psutil
 import pytest
 import torch
 
-from benchmarks import families, run, scale, table
-from benchmarks.measured import Measured, adopting_orphans, check_same_work, environment
-from benchmarks.obvious import obvious_network
-from benchmarks.probe import probe, spread
-from benchmarks.task import Task, no_op_accuracy
-from models import build, build_args
-from trainables.config import TrainConfig
+from tunefleet.benchmarks import families, run, scale, table
+from tunefleet.benchmarks.measured import Measured, adopting_orphans, check_same_work, environment
+from tunefleet.benchmarks.obvious import obvious_network
+from tunefleet.benchmarks.probe import probe, spread
+from tunefleet.benchmarks.task import Task, no_op_accuracy
+from tunefleet.models import build, build_args
+from tunefleet.trainables.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 STEADY = {"gflops": 50.0, "gbytes": 10.0}
@@ -302,7 +302,7 @@ def test_arms_that_train_by_our_code_find_the_same(tmp_path):
         [
             sys.executable,
             "-m",
-            "benchmarks.run",
+            "tunefleet.benchmarks.run",
             *arms,
             *(f"--{name}={value}" for name, value in small.items()),
         ],

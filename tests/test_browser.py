@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from analysis.load import load
-from analysis.report import write
 from tests.made_study import EVIL, write_study
 from tests.screenshots import chromium
+from tunefleet.analysis.load import load
+from tunefleet.analysis.report import write
 
 pytestmark = pytest.mark.skipif(
     shutil.which("chromium") is None, reason="no chromium; as root: apt-get install chromium"

@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from filelock import FileLock
 
-from search.collect import busy_fraction, collect, main
-from search.journal import Journal, records
-from search.study_file import lock_of, read_study, write_study, write_whole
+from tunefleet.search.collect import busy_fraction, collect, main
+from tunefleet.search.journal import Journal, records
+from tunefleet.search.study_file import lock_of, read_study, write_study, write_whole
 
 
 def report(trial_id, epoch, value, **more):
@@ -137,7 +137,7 @@ def test_tables_are_written_by_one_process_at_a_time(folder):
 
 def test_status_and_tables_of_a_study_come_in_one_write(folder, monkeypatch):
     written = []
-    monkeypatch.setattr("search.collect.write_study", lambda folder, study: written.append(study))
+    monkeypatch.setattr("tunefleet.search.collect.write_study", lambda folder, study: written.append(study))
     collect(folder, status="stopped", seconds=7.0)
     (study,) = written
     assert (study["status"], study["seconds"], study["epochs_spent"]) == ("stopped", 7.0, 12)

@@ -5,12 +5,12 @@ import subprocess
 
 import pytest
 
-from search.collect import main as collect
-from search.mirror import main as mirror
-from search.study_file import read_study
-from search.study_file import write_study as write_study_json
-from search.wandb_sync import main as wandb_sync
 from tests.test_wandb_sync import write_study
+from tunefleet.search.collect import main as collect
+from tunefleet.search.mirror import main as mirror
+from tunefleet.search.study_file import read_study
+from tunefleet.search.study_file import write_study as write_study_json
+from tunefleet.search.wandb_sync import main as wandb_sync
 
 COMMANDS = {"collect": collect, "mirror": mirror, "wandb_sync": wandb_sync}
 
@@ -97,7 +97,7 @@ def test_path_that_no_system_takes_is_one_line(command, tmp_path):
 def test_help_is_no_error(command):
     code, out, err = command("--help")
     assert (code, err) == (0, "")
-    assert "usage: python -m search." in out
+    assert "usage: tunefleet " in out
 
 
 def test_no_folder_and_an_unknown_flag_are_one_line(command, tmp_path):

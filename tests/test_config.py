@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from trainables.config import TrainConfig, nearest
+from tunefleet.trainables.config import TrainConfig, nearest
 
 INTEGER = "give an integer of at least {}"
 IMPOSSIBLE = [

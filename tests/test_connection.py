@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from search.connection import (
+from tests.conftest import ROOT
+from tunefleet.search.connection import (
     _from_our_code,
     _local_variables,
     _remedy,
@@ -17,7 +18,6 @@ from search.connection import (
     check_limits,
     check_token_file,
 )
-from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_an_address_where_nothing_listens_is_refused_at_once():
 
 
 def test_a_port_that_is_no_cluster_is_refused_in_bounded_time(listener, monkeypatch):
-    monkeypatch.setattr("search.connection.JOIN_SECONDS", 1.0)
+    monkeypatch.setattr("tunefleet.search.connection.JOIN_SECONDS", 1.0)
     with pytest.raises(
         ValueError, match=f"RAY_ADDRESS={listener} is no Ray cluster, or does not answer in 1 s"
     ):
@@ -126,7 +126,7 @@ def test_what_is_advised_fits_the_cause(error, advice):
 def test_workers_look_for_modules_in_our_code_before_the_users_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with _from_our_code():
-        assert Path.cwd() == ROOT
+        assert Path.cwd() == ROOT / "src"
     assert Path.cwd() == tmp_path
 
 

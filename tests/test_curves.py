@@ -7,15 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.curves import COLUMNS, curves_of, read, table_of
-from analysis.load import load
-from analysis.replay import main as replay
-from analysis.replay import pick, reports_of, scheduler_of
-from analysis.simulate import simulate
-from benchmarks.curves import main, new_options, parse, points, write_table
-from search.run import main as run
-from search.spaces import SPACES
 from tests.made_study import write_study
+from tunefleet.analysis.curves import COLUMNS, curves_of, read, table_of
+from tunefleet.analysis.load import load
+from tunefleet.analysis.replay import main as replay
+from tunefleet.analysis.replay import pick, reports_of, scheduler_of
+from tunefleet.analysis.simulate import simulate
+from tunefleet.benchmarks.curves import main, new_options, parse, points, write_table
+from tunefleet.search.run import main as run
+from tunefleet.search.spaces import SPACES
 
 OPTIONS = {"pruner": "none", "epochs": 4, "fix": None}
 
@@ -94,7 +94,7 @@ def test_a_pruned_study_is_one_line_that_says_how_to_record_one(tmp_path, rungs,
 
 def test_a_study_that_is_not_done_has_no_curves_and_its_table_is_not_written(study, tmp_path):
     change(study, status="stopped")
-    with pytest.raises(ValueError, match=r"is not done; resume it: python search/run.py --resume"):
+    with pytest.raises(ValueError, match=r"is not done; resume it: tunefleet resume"):
         read(str(study))
     with pytest.raises(ValueError, match="is not done"):
         write_table(study, tmp_path / "out.csv")
@@ -222,7 +222,9 @@ def test_recorded_table_says_what_the_study_does(recorded):
         read(str(recorded / "s")).accuracy, abs=1e-5
     )
     told = json.loads((recorded / "c.json").read_text())
-    assert told["command"].startswith("python -m benchmarks.curves --space softmax --data digits --trials 6 ")
+    assert told["command"].startswith(
+        "python -m tunefleet.benchmarks.curves --space softmax --data digits --trials 6"
+    )
     assert told["configurations"][0] == dict(SPACES["softmax"].published)
     assert len(told["configurations"]) == 6
     assert (told["data"], told["epochs"], told["seeds"]) == ("digits", 4, [3, 4])

@@ -9,18 +9,18 @@ import shutil
 
 import pytest
 
-from analysis.load import load
-from analysis.results import main as results
-from search import launch
-from search.collect import collect
-from search.collect import main as collect_command
-from search.journal import Journal
-from search.options import StudyOptions
-from search.run import main as run
-from search.study_file import read_events, read_study, write_study
-from search.wandb_runs import plan
 from tests.test_wandb_sync import STUDY_JSON
 from tests.test_wandb_sync import write_study as write_trials
+from tunefleet.analysis.load import load
+from tunefleet.analysis.results import main as results
+from tunefleet.search import launch
+from tunefleet.search.collect import collect
+from tunefleet.search.collect import main as collect_command
+from tunefleet.search.journal import Journal
+from tunefleet.search.options import StudyOptions
+from tunefleet.search.run import main as run
+from tunefleet.search.study_file import read_events, read_study, write_study
+from tunefleet.search.wandb_runs import plan
 
 TRIES = 120  # damages of each file in each state of a study
 
@@ -224,7 +224,7 @@ def test_advice_about_a_damaged_journal_makes_a_study_that_can_be_resumed(study,
     lines[6] = lines[6].replace(b"0.1", b"0.2")
     (folder / "reports.jsonl").write_bytes(b"".join(lines))
     _, err = readers("resume", folder)
-    command = shlex.split(err.strip().partition("python -m search.collect ")[2])
+    command = shlex.split(err.strip().partition("tunefleet collect ")[2])
     assert command == ["--keep-lines", "6", str(folder)]
     assert collect_command(command) == 0
     assert (folder / "reports.jsonl.damaged").read_bytes() == b"".join(lines)

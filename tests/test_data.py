@@ -23,8 +23,15 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from tests.images import CLASSES, SPLIT_TREE, assert_refused, pack, pack_members, save_image, save_tree
-from trainables import decoding, image_files, preparation
-from trainables.data import ImageData, check_sha256, load_split, prepare, split_sha256, split_validation
+from tunefleet.trainables import decoding, image_files, preparation
+from tunefleet.trainables.data import (
+    ImageData,
+    check_sha256,
+    load_split,
+    prepare,
+    split_sha256,
+    split_validation,
+)
 
 
 @pytest.fixture
@@ -342,7 +349,8 @@ def test_home_of_nobody_is_refused(
 
 def test_importing_needs_no_home() -> None:
     code = (
-        "import os, pwd\npwd.getpwuid = lambda uid: {}[uid]\nimport trainables.data as d; print(d.DATA_DIR)"
+        "import os, pwd\npwd.getpwuid = lambda uid: {}[uid]\n"
+        "import tunefleet.trainables.data as d; print(d.DATA_DIR)"
     )
     environment = {
         name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")
@@ -496,7 +504,7 @@ def test_full_disk_under_the_spool_is_one_line(tree: Path, tmp_path: Path, cache
 import resource, sys
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-from trainables.data import prepare
+from tunefleet.trainables.data import prepare
 try:
     prepare({str(archive)!r}, Path({str(cache)!r}))
 except ValueError as error:

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 import psutil
 import pytest
 
-from search.connection import connect
-from search.engine import run_jobs
-from search.journal import Journal, records
-from search.options import StudyOptions
-from search.preflight import prepare as preflight
-from search.resources import Machine, Resources, settle
-from search.study import Study
-from search.study_file import read_study
-from trainables.config import TrainConfig
-from trainables.data import prepare
-from trainables.levers import choose
-from trainables.training import TrainingRun
+from tunefleet.search.connection import connect
+from tunefleet.search.engine import run_jobs
+from tunefleet.search.journal import Journal, records
+from tunefleet.search.options import StudyOptions
+from tunefleet.search.preflight import prepare as preflight
+from tunefleet.search.resources import Machine, Resources, settle
+from tunefleet.search.study import Study
+from tunefleet.search.study_file import read_study
+from tunefleet.trainables.config import TrainConfig
+from tunefleet.trainables.data import prepare
+from tunefleet.trainables.levers import choose
+from tunefleet.trainables.training import TrainingRun
 
 pytestmark = pytest.mark.ray
 

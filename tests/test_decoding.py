@@ -17,8 +17,8 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from tests.conftest import ROOT
 from tests.images import assert_refused, pack, save_image, save_tree
-from trainables import decoding, preparation
-from trainables.data import load_split, prepare
+from tunefleet.trainables import decoding, preparation
+from tunefleet.trainables.data import load_split, prepare
 
 ORIENTATION = 0x0112
 
@@ -146,8 +146,8 @@ import sys
 from pathlib import Path
 print("main", flush=True)
 sys.path.insert(0, {root!r})
-from trainables import preparation
-from trainables.data import prepare
+from tunefleet.trainables import preparation
+from tunefleet.trainables.data import prepare
 preparation.PROCESS_BYTES, preparation.CHUNK_IMAGES = 1, 3
 data = prepare(sys.argv[1], Path(sys.argv[2]), processes=2)
 print(data.train_count)

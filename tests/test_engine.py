@@ -13,19 +13,19 @@ import psutil
 import pytest
 from ray.tune.experiment import Trial as TuneTrial
 
-from search.asha import PRUNERS
-from search.collect import collect
-from search.engine import run_jobs
-from search.journal import Journal, records
-from search.options import StudyOptions
-from search.preflight import prepare as preflight
-from search.resources import Machine, Resources, settle
-from search.study import Study
-from search.study_file import read_study
-from search.suggest import SEARCHERS
 from tests.compared import measured, table
-from trainables.data import prepare
-from trainables.levers import choose
+from tunefleet.search.asha import PRUNERS
+from tunefleet.search.collect import collect
+from tunefleet.search.engine import run_jobs
+from tunefleet.search.journal import Journal, records
+from tunefleet.search.options import StudyOptions
+from tunefleet.search.preflight import prepare as preflight
+from tunefleet.search.resources import Machine, Resources, settle
+from tunefleet.search.study import Study
+from tunefleet.search.study_file import read_study
+from tunefleet.search.suggest import SEARCHERS
+from tunefleet.trainables.data import prepare
+from tunefleet.trainables.levers import choose
 
 pytestmark = pytest.mark.ray
 
@@ -36,7 +36,7 @@ SLOTS = 2
 def cluster():
     import ray
 
-    from search.connection import connect
+    from tunefleet.search.connection import connect
 
     os.environ.pop("RAY_ADDRESS", None)
     connect()

@@ -13,7 +13,7 @@ def test_ray_starts_whichever_is_imported_first(imports):
     """Ray settles once how it authenticates; a server that is told otherwise later refuses it."""
     code = (
         f"import {imports}\n"
-        "from search.connection import connect\n"
+        "from tunefleet.search.connection import connect\n"
         "connect()\n"
         "import os, ray\n"
         "print(os.environ['RAY_AUTH_MODE'], ray.cluster_resources()['CPU'] > 0)\n"
@@ -31,7 +31,10 @@ def test_ray_starts_whichever_is_imported_first(imports):
 
 def test_command_imports_nothing_that_only_some_studies_need():
     slow = ("torch", "torchvision", "torch._dynamo", "hyperopt", "scipy.stats", "wandb", "matplotlib")
-    code = f"import search.run, search.lr_study, sys; print([name for name in {slow} if name in sys.modules])"
+    code = (
+        "import tunefleet.search.run, tunefleet.search.lr_study, sys\n"
+        f"print([name for name in {slow} if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stdout + done.stderr
 
@@ -39,7 +42,7 @@ def test_command_imports_nothing_that_only_some_studies_need():
 def test_a_resnet_is_built_without_torchs_compiler():
     """Its import is most of torchvision's, in each worker."""
     code = (
-        "import sys; from models.resnet import build_backbone; build_backbone('pool')\n"
+        "import sys; from tunefleet.models.resnet import build_backbone; build_backbone('pool')\n"
         "print([name for name in sys.modules if name.startswith('torch._dynamo')])\n"
         "from torch._dynamo.utils import is_compile_supported; print(is_compile_supported.__module__)"
     )
@@ -53,7 +56,7 @@ def test_a_user_without_a_home_folder_has_the_temporary_one():
         "import os, pwd, tempfile\n"
         "def nobody(uid): raise KeyError(uid)\n"
         "pwd.getpwuid = nobody\n"
-        "import search, search.run\n"
+        "import tunefleet.search.run\n"
         "print(os.environ['HOME'] == tempfile.gettempdir())"
     )
     unset = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}

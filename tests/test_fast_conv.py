@@ -3,8 +3,8 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
-from models.fast_conv import FastConv2d, make_convolutions_fast
-from models.resnet import build_backbone
+from tunefleet.models.fast_conv import FastConv2d, make_convolutions_fast
+from tunefleet.models.resnet import build_backbone
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_no_images_are_no_outputs():
 )
 def test_winograds_way_is_taken_where_it_pays(size, channels, layer, transformed, monkeypatch):
     taken = []
-    monkeypatch.setattr("models.winograd.conv2d", lambda *a: taken.append(True) or torch.zeros(()))
+    monkeypatch.setattr("tunefleet.models.winograd.conv2d", lambda *a: taken.append(True) or torch.zeros(()))
     convolution = FastConv2d(*channels, **layer)
     inputs = torch.zeros(1, channels[0], size, size)
     convolution(inputs)

@@ -1,7 +1,7 @@
 import pytest
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError
 
-from search.faults import cause_of, told
+from tunefleet.search.faults import cause_of, told
 
 
 @pytest.mark.parametrize(

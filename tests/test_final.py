@@ -2,8 +2,8 @@ import pytest
 import torch
 from scipy import stats
 
-from search.final import final_results, keep_best, summarise
-from search.journal import TrialRecord
+from tunefleet.search.final import final_results, keep_best, summarise
+from tunefleet.search.journal import TrialRecord
 
 
 def final(k, accuracy, status="done"):

@@ -5,12 +5,12 @@ import errno
 import pytest
 import torch
 
-from search.bad_nodes import IN_A_ROW, SAME_EVENT_SECONDS, GpuLosses
-from search.faults import cause_of, gpu_named
-from trainables import driver as driver_module
-from trainables.gpu import BrokenGpuError, is_out_of_memory
-from trainables.graph import CaptureError, CaptureMemoryError
-from trainables.levers import choose
+from tunefleet.search.bad_nodes import IN_A_ROW, SAME_EVENT_SECONDS, GpuLosses
+from tunefleet.search.faults import cause_of, gpu_named
+from tunefleet.trainables import driver as driver_module
+from tunefleet.trainables.gpu import BrokenGpuError, is_out_of_memory
+from tunefleet.trainables.graph import CaptureError, CaptureMemoryError
+from tunefleet.trainables.levers import choose
 
 ONE = ({"GPU-aaaa": "NVIDIA T4"}, "470.82")
 

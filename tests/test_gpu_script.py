@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from benchmarks import gpu
-from search.spaces import SPACES
 from tests.conftest import ROOT
+from tunefleet.benchmarks import gpu
+from tunefleet.search.spaces import SPACES
 
 PLAYED = """
 import json, os, pathlib, signal, sys, time
@@ -127,8 +127,8 @@ def test_a_learning_rate_study_starts_from_the_row_of_its_space(script):
 
 def test_every_row_is_a_command_that_could_run(script):
     """Each flag and value is parsed as search/run.py would."""
-    from search.options import StudyOptions
-    from search.run import parse
+    from tunefleet.search.options import StudyOptions
+    from tunefleet.search.run import parse
 
     _, calls = script("rows", LANES="4")
     assert len(calls) == len(SPACES)

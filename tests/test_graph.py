@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from tests.test_training import FP32, SMALL, assert_same, data, without_times  # noqa: F401  a fixture
-from trainables.config import TrainConfig
-from trainables.graph import WARM_UP_STEPS, CaptureError, StepGraph
-from trainables.group import Group
-from trainables.training import TrainingRun
+from tunefleet.trainables.config import TrainConfig
+from tunefleet.trainables.graph import WARM_UP_STEPS, CaptureError, StepGraph
+from tunefleet.trainables.group import Group
+from tunefleet.trainables.training import TrainingRun
 
 GRAPHED = dataclasses.replace(FP32, cuda_graph=True, micro_batch_bytes=None)
 CASES = {
@@ -128,7 +128,7 @@ def test_a_failed_capture_is_an_error_of_its_own(make, monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: _Failing())
     monkeypatch.setattr(TrainingRun, "train_step", _raise("operation not permitted when stream is capturing"))
-    monkeypatch.setattr("trainables.graph.WARM_UP_STEPS", 0)
+    monkeypatch.setattr("tunefleet.trainables.graph.WARM_UP_STEPS", 0)
     with pytest.raises(CaptureError, match="cannot be captured as a CUDA graph \\(operation not permitted"):
         make({"architecture": "softmax", "batch_size": 8}).train_epoch()
 

@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing, nn
 
-from trainables.config import TrainConfig
-from trainables.data import ImageData, prepare
-from trainables.group import Group, SyncBatchNorm2d
-from trainables.levers import Levers
-from trainables.training import TrainingRun
+from tunefleet.trainables.config import TrainConfig
+from tunefleet.trainables.data import ImageData, prepare
+from tunefleet.trainables.group import Group, SyncBatchNorm2d
+from tunefleet.trainables.levers import Levers
+from tunefleet.trainables.training import TrainingRun
 
 FP32 = Levers("cpu", "fp32", channels_last=True, micro_batch_bytes=8 * 2**20)
 IN_PARTS = dataclasses.replace(FP32, micro_batch_bytes=2**16)  # 8 images of the small convnet

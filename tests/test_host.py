@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from trainables.host import cpu_count, oom_kills
+from tunefleet.trainables.host import cpu_count, oom_kills
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from tests.images import assert_refused, pack, save_image, save_tree
-from trainables import image_files
-from trainables.data import ImageData, load_split, prepare
+from tunefleet.trainables import image_files
+from tunefleet.trainables.data import ImageData, load_split, prepare
 
 HEIC = b"\0\0\0\x24ftypheic\0\0\0\0mif1heic" + bytes(100)
 TREE = {"cat": 4, "dog": 4}

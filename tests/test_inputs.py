@@ -9,15 +9,15 @@ import pytest
 import torch
 from torchvision.models import resnet18
 
-from models import build
-from trainables import features as features_module
-from trainables import inputs as inputs_module
-from trainables.config import TrainConfig
-from trainables.data import SPLITS, ImageData, load_split, split_sha256, split_validation
-from trainables.features import backbone_sha256, build_model
-from trainables.inputs import LOADED_MAX, kind_of, load_inputs
-from trainables.levers import Levers
-from trainables.pipeline import Pipeline
+from tunefleet.models import build
+from tunefleet.trainables import features as features_module
+from tunefleet.trainables import inputs as inputs_module
+from tunefleet.trainables.config import TrainConfig
+from tunefleet.trainables.data import SPLITS, ImageData, load_split, split_sha256, split_validation
+from tunefleet.trainables.features import backbone_sha256, build_model
+from tunefleet.trainables.inputs import LOADED_MAX, kind_of, load_inputs
+from tunefleet.trainables.levers import Levers
+from tunefleet.trainables.pipeline import Pipeline
 
 FP32 = Levers("cpu", "fp32", channels_last=True, micro_batch_bytes=8 * 2**20)
 BF16 = dataclasses.replace(FP32, precision="bf16")

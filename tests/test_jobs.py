@@ -9,10 +9,10 @@ import random
 import pytest
 from ray import tune
 
-from search.asha import PRUNERS, Asha, least_epochs, rung_epochs
-from search.jobs import Jobs
-from search.journal import Journal, records, winner
-from search.suggest import SEARCHERS, make_sampler
+from tunefleet.search.asha import PRUNERS, Asha, least_epochs, rung_epochs
+from tunefleet.search.jobs import Jobs
+from tunefleet.search.journal import Journal, records, winner
+from tunefleet.search.suggest import SEARCHERS, make_sampler
 
 EPOCHS, ETA, TRIALS, FINAL_SEEDS = 9, 3, 12, 2
 RUNGS = rung_epochs(1, ETA, EPOCHS)  # 1 and 3

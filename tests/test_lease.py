@@ -9,14 +9,14 @@ import time
 
 import pytest
 
-from search import lease as module
-from search.journal import Journal
-from search.lease import NAME, Lease, check_lease, read_lease
-from search.mirror import Mirror
-from search.mirror import main as mirror_command
-from search.study_file import write_study
 from tests.object_store import faulty_store
-from trainables.storage import Storage
+from tunefleet.search import lease as module
+from tunefleet.search.journal import Journal
+from tunefleet.search.lease import NAME, Lease, check_lease, read_lease
+from tunefleet.search.mirror import Mirror
+from tunefleet.search.mirror import main as mirror_command
+from tunefleet.search.study_file import write_study
+from tunefleet.trainables.storage import Storage
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from models import build
-from trainables import levers as levers_module
-from trainables.levers import MICRO_BATCH_MIN, Levers, choose, has_convolution, micro_batch
+from tunefleet.models import build
+from tunefleet.trainables import levers as levers_module
+from tunefleet.trainables.levers import MICRO_BATCH_MIN, Levers, choose, has_convolution, micro_batch
 
 FLOAT_BYTES = 4
 IMAGE = torch.zeros(1, 3, 32, 32)

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import replay, report, results, wandb_report
-from analysis.load import load
 from tests.made_study import remove_trials, write_study
+from tunefleet.analysis import replay, report, results, wandb_report
+from tunefleet.analysis.load import load
 
 FILES = ("study.json", "trials.csv", "epochs.parquet", "lr_curve.csv")
 BEST = ("best/predictions.parquet", "best/misclassified.npz", "best/first_layer.npy")
@@ -71,7 +71,7 @@ def test_each_damaged_file_is_named_with_what_to_do(folder, name, how):
     said = refusal(folder)
     assert "\n" not in said
     if name in ("trials.csv", "epochs.parquet"):
-        assert said.endswith(f"write them again: python -m search.collect {folder}")
+        assert said.endswith(f"write them again: tunefleet collect {folder}")
     elif how == "missing":
         assert said == f"{folder} holds no study: there is no study.json in it"
     else:
@@ -158,9 +158,7 @@ def test_a_study_that_was_never_collected_is_told_how(folder, command, capsys):
     (folder / "study.json").write_text(json.dumps(facts))
     assert COMMANDS[command](str(folder)) == 2
     said = capsys.readouterr().err
-    assert (
-        said == f"error: {folder} has no results yet; write them again: python -m search.collect {folder}\n"
-    )
+    assert said == f"error: {folder} has no results yet; write them again: tunefleet collect {folder}\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -173,7 +171,7 @@ def test_every_reader_takes_a_folder_of_any_name(folder, command, capsys):
 def test_advice_for_a_folder_of_any_name_can_be_pasted(folder):
     odd = folder.rename(folder.with_name("it's\n$x"))
     (odd / "trials.csv").unlink()
-    with pytest.raises(ValueError, match=r"search\.collect") as caught:
+    with pytest.raises(ValueError, match=r"tunefleet collect") as caught:
         load(odd)
     assert f"$'{odd.parent}/it\\'s\\n$x'" in str(caught.value)
 
@@ -211,12 +209,12 @@ def test_a_terminal_of_another_encoding_ends_no_command(folder, monkeypatch):
 def test_a_pipe_that_is_closed_ends_a_command_without_a_traceback(folder, tmp_path):
     import subprocess
 
-    command = f"{sys.executable} -m analysis.results {' '.join(['made'] * 1000)} | head -c 1"
+    command = f"{sys.executable} -m tunefleet.analysis.results {' '.join(['made'] * 1000)} | head -c 1"
     shutil.copytree(folder, tmp_path / "x" / "made")
     done = subprocess.run(
         ["bash", "-c", command],
         cwd=tmp_path,
-        env={"PYTHONPATH": str(report.__file__).rpartition("/analysis/")[0]},
+        env={"PYTHONPATH": str(report.__file__).rpartition("/tunefleet/")[0]},
         capture_output=True,
         text=True,
     )

@@ -9,20 +9,20 @@ import pytest
 from ray._private import services
 from ray._private.node import Node
 
-from search import local_ray
-from search.connection import _on_all_cpus
-from search.engine import ActorClasses
-from search.options import StudyOptions
+from tunefleet.search import local_ray
+from tunefleet.search.connection import _on_all_cpus
+from tunefleet.search.engine import ActorClasses
+from tunefleet.search.options import StudyOptions
 
 VARIABLE = "RAY_preload_python_modules"
 START = """
 import json, os, sys
-from search.connection import connect
+from tunefleet.search.connection import connect
 meant = []
 connect(imports=["colorsys"], meanwhile=lambda: meant.append(1))
 import psutil, ray
 from ray.tune.execution.class_cache import _ActorClassCache
-from search.engine import ActorClasses
+from tunefleet.search.engine import ActorClasses
 
 class Trial:
     def who(self):
@@ -58,14 +58,14 @@ def test_trials_get_workers_that_ray_has_started_before():
 
 
 def test_workers_import_early_only_where_each_cpu_will_have_a_trial(monkeypatch):
-    monkeypatch.setattr("search.connection.cpu_count", lambda: 4)
-    monkeypatch.setattr("search.connection.may_be_used", lambda: False)
+    monkeypatch.setattr("tunefleet.search.connection.cpu_count", lambda: 4)
+    monkeypatch.setattr("tunefleet.search.connection.may_be_used", lambda: False)
     assert _on_all_cpus(StudyOptions("softmax", trials=8))
     assert _on_all_cpus(StudyOptions("softmax", trials=8, concurrency=4))
     assert not _on_all_cpus(StudyOptions("softmax", trials=3))
     assert not _on_all_cpus(StudyOptions("softmax", trials=8, concurrency=2))
     assert not _on_all_cpus(StudyOptions("softmax", trials=8, cpus_per_trial=2))
-    monkeypatch.setattr("search.connection.may_be_used", lambda: True)
+    monkeypatch.setattr("tunefleet.search.connection.may_be_used", lambda: True)
     assert not _on_all_cpus(StudyOptions("softmax", trials=8))
 
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from search.engine import JobScheduler
+from tunefleet.search.engine import JobScheduler
 
 
 class Jobs:
@@ -23,8 +23,8 @@ class Jobs:
 @pytest.fixture
 def kills(monkeypatch):
     counted = [5]  # of before the study
-    monkeypatch.setattr("search.engine.oom_kills", lambda: counted[0])
-    monkeypatch.setattr("search.engine._node_of", lambda trial: None)
+    monkeypatch.setattr("tunefleet.search.engine.oom_kills", lambda: counted[0])
+    monkeypatch.setattr("tunefleet.search.engine._node_of", lambda trial: None)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     return counted
 

@@ -5,8 +5,8 @@ import math
 import pandas as pd
 import pytest
 
-from search.journal import TrialRecord
-from search.lr_study import (
+from tunefleet.search.journal import TrialRecord
+from tunefleet.search.lr_study import (
     best_lr,
     curve_table,
     extend,
@@ -18,8 +18,8 @@ from search.lr_study import (
     parse,
     points,
 )
-from search.printing import rounded
-from search.study_file import read_study, write_study
+from tunefleet.search.printing import rounded
+from tunefleet.search.study_file import read_study, write_study
 
 
 def trial(lr, seed, values, status=None):

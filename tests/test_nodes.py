@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from analysis.load import load
-from search import nodes
-from search.bad_nodes import IN_A_ROW, BadNodes
-from search.journal import Journal
-from search.provenance import code_sha256, commit, versions
 from tests.object_store import object_store
 from tests.three_nodes import three_nodes
-from trainables.levers import Levers
+from tunefleet.analysis.load import load
+from tunefleet.search import nodes
+from tunefleet.search.bad_nodes import IN_A_ROW, BadNodes
+from tunefleet.search.journal import Journal
+from tunefleet.search.provenance import code_sha256, commit, versions
+from tunefleet.trainables.levers import Levers
 
 CPU = Levers("cpu", "fp32", True, 2**20)
 CUDA = Levers("cuda", "bf16", True, None)
@@ -112,7 +112,7 @@ BROKEN = """
 import sys
 
 if any("default_worker.py" in word for word in sys.orig_argv):
-    from trainables.training import TrainingRun
+    from tunefleet.trainables.training import TrainingRun
 
     def epoch(self):
         raise RuntimeError("CUDA driver initialization failed")
@@ -124,7 +124,7 @@ if any("default_worker.py" in word for word in sys.orig_argv):
 @pytest.mark.ray
 def test_node_that_fails_whatever_it_gets_gets_no_more(cluster, bucket, cli, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(BROKEN)
-    path = f"{tmp_path}:{Path(__file__).parents[1]}"
+    path = f"{tmp_path}:{Path(__file__).parents[1] / 'src'}"
     broken = cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": path})
     process = cli(
         *(*ASKED, "--study-dir", "broken", "--storage", f"{bucket}/all"),

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from tests.conftest import ROOT
-from trainables.config import TrainConfig
-from trainables.optimizers import make_optimizer
+from tunefleet.trainables.config import TrainConfig
+from tunefleet.trainables.optimizers import make_optimizer
 
 LR = 0.01
 KINDS = {
@@ -73,8 +73,8 @@ def test_goes_on_from_a_state(kind: str) -> None:
 def test_steps_without_the_compiler() -> None:
     """Importing it takes a second of every worker."""
     code = (
-        "import sys, torch; from trainables.config import TrainConfig\n"
-        "from trainables.optimizers import make_optimizer\n"
+        "import sys, torch; from tunefleet.trainables.config import TrainConfig\n"
+        "from tunefleet.trainables.optimizers import make_optimizer\n"
         "p = torch.ones(2, requires_grad=True); p.sum().backward()\n"
         "for kind in ('sgd', 'adam', 'adamw'):\n"
         "    o = make_optimizer(TrainConfig('softmax', lr=0.1, optimizer=kind), [p], 0.1)\n"

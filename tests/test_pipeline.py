@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from trainables import pipeline as pipeline_module
-from trainables.config import TrainConfig
-from trainables.data import ImageData, prepare
-from trainables.levers import Levers
-from trainables.pipeline import IMAGENET_MEAN, IMAGENET_STD, Pipeline, draw_crops
-from trainables.training import TrainingRun
+from tunefleet.trainables import pipeline as pipeline_module
+from tunefleet.trainables.config import TrainConfig
+from tunefleet.trainables.data import ImageData, prepare
+from tunefleet.trainables.levers import Levers
+from tunefleet.trainables.pipeline import IMAGENET_MEAN, IMAGENET_STD, Pipeline, draw_crops
+from tunefleet.trainables.training import TrainingRun
 
 MEAN, STD = (0.1, 0.5, 0.9), (0.2, 0.25, 0.3)
 FP32 = Levers("cpu", "fp32", channels_last=True, micro_batch_bytes=None)

@@ -14,11 +14,11 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
 from matplotlib.text import Text
 
-from analysis import plots, stats
-from analysis.compared import compare
-from analysis.load import load
-from analysis.report import figures
 from tests.made_study import EVIL, write_study
+from tunefleet.analysis import plots, stats
+from tunefleet.analysis.compared import compare
+from tunefleet.analysis.load import load
+from tunefleet.analysis.report import figures
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
 DASHBOARD = 8265
 # With groups of workers, for which there is a dashboard, too; lives until its stdin is closed
 START = """
-from search.connection import _token, connect
+from tunefleet.search.connection import _token, connect
 import ray
 connect(trial_slots=2)
 ray.get(ray.remote(lambda: 1).options(num_cpus=0).remote())

@@ -4,9 +4,9 @@ import shutil
 import pytest
 import torch
 
-from search.folders import default_folder
-from search.options import StudyOptions
-from search.preflight import (
+from tunefleet.search.folders import default_folder
+from tunefleet.search.options import StudyOptions
+from tunefleet.search.preflight import (
     Prepared,
     check_disk,
     checkpoint_bytes,
@@ -17,13 +17,13 @@ from search.preflight import (
     largest_peak,
     settle_image_size,
 )
-from search.printing import clock
-from search.resources import Machine, Resources, check_device, fit_memory, plan, settle
-from trainables.config import TrainConfig
-from trainables.data import prepare
-from trainables.gpu import CONTEXT_BYTES
-from trainables.levers import Levers, choose
-from trainables.training import TrainingRun
+from tunefleet.search.printing import clock
+from tunefleet.search.resources import Machine, Resources, check_device, fit_memory, plan, settle
+from tunefleet.trainables.config import TrainConfig
+from tunefleet.trainables.data import prepare
+from tunefleet.trainables.gpu import CONTEXT_BYTES
+from tunefleet.trainables.levers import Levers, choose
+from tunefleet.trainables.training import TrainingRun
 
 CPU = Levers("cpu", "fp32", True, 2**20)
 CUDA = Levers("cuda", "bf16", True, None)

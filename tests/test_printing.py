@@ -5,10 +5,10 @@ import io
 import pytest
 from rich.console import Console
 
-from search import collect, lr_study, mirror, run, wandb_sync
-from search.printing import phase, print_result
-from search.study_file import write_study
-from trainables import training
+from tunefleet.search import collect, lr_study, mirror, run, wandb_sync
+from tunefleet.search.printing import phase, print_result
+from tunefleet.search.study_file import write_study
+from tunefleet.trainables import training
 
 FINAL = {"mean": 0.5, "sd": 0.01, "interval95": [0.4, 0.6], "values": [0.5]}
 STUDY = {
@@ -74,7 +74,7 @@ def test_one_is_not_plural(tmp_path):
 
 def test_a_phase_is_one_line_without_markup(monkeypatch):
     screen, text = console()
-    monkeypatch.setattr("search.printing.PLAIN_SECONDS", -1)
+    monkeypatch.setattr("tunefleet.search.printing.PLAIN_SECONDS", -1)
     with phase(screen, "reading [red]a\nb") as progress:
         progress("decoding\n", 1, 2)
     assert text().startswith("reading [red]a\\nb: decoding\\n 1 of 2 images")

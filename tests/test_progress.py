@@ -5,12 +5,12 @@ import re
 import pytest
 from rich.console import Console
 
-from search.asha import Asha
-from search.jobs import Jobs
-from search.journal import Journal
-from search.options import StudyOptions
-from search.progress import PLAIN_SECONDS, Progress, counts, describe, line, table
-from search.suggest import make_sampler
+from tunefleet.search.asha import Asha
+from tunefleet.search.jobs import Jobs
+from tunefleet.search.journal import Journal
+from tunefleet.search.options import StudyOptions
+from tunefleet.search.progress import PLAIN_SECONDS, Progress, counts, describe, line, table
+from tunefleet.search.suggest import make_sampler
 
 
 @pytest.fixture

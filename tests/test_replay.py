@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.compared import EXPLAINED, MEASURES, as_text, compare
-from analysis.curves import Curves
-from analysis.replay import (
+from tunefleet.analysis.compared import EXPLAINED, MEASURES, as_text, compare
+from tunefleet.analysis.curves import Curves
+from tunefleet.analysis.replay import (
     REFERENCE,
     SCHEDULERS,
     default_schedulers,
@@ -20,8 +20,8 @@ from analysis.replay import (
     reports_of,
     scheduler_of,
 )
-from analysis.simulate import simulate
-from search.asha import least_epochs, rung_epochs
+from tunefleet.analysis.simulate import simulate
+from tunefleet.search.asha import least_epochs, rung_epochs
 
 NAN = math.nan
 A, B, C = (0.1, 0.5, 0.9), (0.3, 0.3, 0.3), (0.2, 0.6, 0.8)  # three epochs; eta 3: the only rung is 1

@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from analysis import plots
-from analysis.facts import PIXELS, facts, first_layer_images
-from analysis.load import load
-from analysis.report import main, write
 from tests.made_study import EVIL, remove_trials, write_study
+from tunefleet.analysis import plots
+from tunefleet.analysis.facts import PIXELS, facts, first_layer_images
+from tunefleet.analysis.load import load
+from tunefleet.analysis.report import main, write
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_command_line(folder, tmp_path, capsys):
     assert "holds no study" in capsys.readouterr().err
     (folder / "trials.csv").unlink()
     assert main([str(folder)]) == 2
-    assert "python -m search.collect" in capsys.readouterr().err
+    assert "tunefleet collect" in capsys.readouterr().err
 
 
 def test_several_studies_are_compared_in_one_page(folder, tmp_path):
@@ -118,7 +118,7 @@ def test_ctrl_c_is_code_3_without_a_traceback(folder, monkeypatch, capsys):
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("analysis.report.load", interrupt)
+    monkeypatch.setattr("tunefleet.analysis.report.load", interrupt)
     assert main([str(folder)]) == 3
     assert capsys.readouterr().err == "stopped\n"
 

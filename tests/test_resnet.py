@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision
 
-from models import build, load_weights, resnet
+from tunefleet.models import build, load_weights, resnet
 
 TINY_IMAGENET = Path(__file__).parents[2] / "shared/data/resnet18-tinyimagenet.pth"
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from analysis.results import COLUMNS, PUBLISHED, command, main, table
-from search.spaces import SPACES
 from tests.made_study import write_study
+from tunefleet.analysis.results import COLUMNS, PUBLISHED, command, main, table
+from tunefleet.search.spaces import SPACES
 
 STUDY = {
     "space": "convnet",

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from search.study_file import read_study, write_study
 from tests.compared import table
+from tunefleet.search.study_file import read_study, write_study
 
 pytestmark = pytest.mark.ray
 
@@ -94,7 +94,7 @@ def test_ctrl_c_stops_within_ten_seconds_and_says_how_to_go_on(cli, tmp_path):
     assert time.monotonic() - began < 10
     assert code == 3
     assert "Traceback" not in err
-    assert err.strip().splitlines()[-1].endswith("python search/run.py --resume study")
+    assert err.strip().splitlines()[-1].endswith("tunefleet resume study")
     assert json.loads((folder / "study.json").read_text())["status"] == "stopped"
     assert (folder / "trials.csv").exists()
     code, _, err = finish(cli("--resume", "study"))

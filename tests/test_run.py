@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from search import mirror, wandb_sync
-from search.options import StudyOptions
-from search.run import main
-from search.spaces import SPACES
-from search.study_file import write_study
+from tunefleet.search import mirror, wandb_sync
+from tunefleet.search.options import StudyOptions
+from tunefleet.search.run import main
+from tunefleet.search.spaces import SPACES
+from tunefleet.search.study_file import write_study
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def write_images(folder, classes=("cat", "dog"), count=6, color=40):
     ("arguments", "needles"),
     [
         (["--space", "resnet_cnv"], ["resnet_cnv is unknown", "did you mean resnet_conv?"]),
-        ([], ["give --space NAME"]),
+        ([], ["give a space"]),
         (["--space", "softmax", "--eta", 1], ["--eta=1", "at least 2"]),
         (["--space", "softmax", "--grace", 20, "--epochs", 9], ["--grace=20", "--epochs=9"]),
         (["--space", "softmax", "--grace", 0], ["--grace=0"]),
@@ -160,8 +160,8 @@ def studies(monkeypatch):
         write_study(folder, {"space": folder.name, "status": "done", "options": {}, "rungs": []})
         return 0
 
-    monkeypatch.setattr("search.run.start", start)
-    monkeypatch.setattr("search.run.resume", resume)
+    monkeypatch.setattr("tunefleet.search.run.start", start)
+    monkeypatch.setattr("tunefleet.search.run.resume", resume)
     return done, codes
 
 
@@ -183,7 +183,7 @@ def test_studies_of_all_spaces_are_resumed_as_one(run, tmp_path, studies):
 @pytest.fixture
 def ray_beside(monkeypatch):
     """Leaves Ray out of what follows torch's import, beside which it starts."""
-    monkeypatch.setattr("search.launch.connect_early", lambda options: None)
+    monkeypatch.setattr("tunefleet.search.launch.connect_early", lambda options: None)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,9 @@ def test_folder_of_another_study_is_left_alone(run, tmp_path):
     folder = tmp_path / "other"
     folder.mkdir()
     (folder / "study.json").write_text("{}")
-    assert_one_line_error(run("--space", "softmax", "--study-dir", folder), "another study", "--resume")
+    assert_one_line_error(
+        run("--space", "softmax", "--study-dir", folder), "another study", "tunefleet resume"
+    )
     assert (folder / "study.json").read_text() == "{}"
 
 

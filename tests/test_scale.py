@@ -13,7 +13,7 @@ PAGE = 15  # MiB
 # VmHWM and not ru_maxrss, which keeps through exec how large the process was that started this one
 MEASURE = """
 import pathlib, re, sys, time
-from analysis.report import main
+from tunefleet.analysis.report import main
 code = main(sys.argv[1:])
 peak = re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())
 print(time.process_time(), int(peak[1]) / 1024)

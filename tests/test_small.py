@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from models import small
+from tunefleet.models import small
 
 
 def relu_before_pool(head: nn.Sequential) -> nn.Sequential:

@@ -6,12 +6,12 @@ import re
 import pytest
 from ray.tune.search.sample import Categorical
 
-from models import ARCHITECTURES, build_args
-from search.asha import rung_epochs
-from search.options import StudyOptions
-from search.spaces import SPACES, described, find_space, fixed_values
-from search.suggest import grid_values
-from trainables.config import TrainConfig
+from tunefleet.models import ARCHITECTURES, build_args
+from tunefleet.search.asha import rung_epochs
+from tunefleet.search.options import StudyOptions
+from tunefleet.search.spaces import SPACES, described, find_space, fixed_values
+from tunefleet.search.suggest import grid_values
+from tunefleet.trainables.config import TrainConfig
 
 # DESIGN.md, "The thirteen architectures": weight_decay, momentum, batch_size, lr, hidden, kernel_size,
 # optimizer, accuracy; a dash there is None here

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.stats import (
+from tunefleet.analysis.stats import (
     RESAMPLES,
     best_so_far,
     bootstrap_means,

@@ -8,10 +8,10 @@ import time
 import pytest
 from rich.console import Console
 
-from search.connection import RayWatch, _children, _is_alive
-from search.launch import Script, _ray_beside_torch
-from search.options import StudyOptions
-from search.stopping import NOTHING_WRITTEN, Stops
+from tunefleet.search.connection import RayWatch, _children, _is_alive
+from tunefleet.search.launch import Script, _ray_beside_torch
+from tunefleet.search.options import StudyOptions
+from tunefleet.search.stopping import NOTHING_WRITTEN, Stops
 
 WAIT = 5.0  # seconds; far more than any stage takes
 
@@ -37,9 +37,11 @@ def test_a_command_that_is_not_disturbed_gives_its_code_and_its_error():
 
 def test_a_mistake_found_beside_ray_is_told_and_not_that_its_ray_then_ends(monkeypatch, capsys):
     up = []
-    monkeypatch.setattr("search.launch.connect_early", lambda options: up.append(True))
+    monkeypatch.setattr("tunefleet.search.launch.connect_early", lambda options: up.append(True))
     monkeypatch.setattr("ray.is_initialized", lambda: bool(up))
-    monkeypatch.setattr("search.launch.RayWatch", lambda: lambda: "" if up else "Ray's raylet has ended")
+    monkeypatch.setattr(
+        "tunefleet.search.launch.RayWatch", lambda: lambda: "" if up else "Ray's raylet has ended"
+    )
 
     def shutdown():
         up.clear()
@@ -153,7 +155,7 @@ def test_rays_processes_are_watched(monkeypatch):
 
 def test_a_cluster_that_is_silent_for_long_is_gone(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("search.connection.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("tunefleet.search.connection.time.monotonic", lambda: now[0])
     watch = RayWatch.__new__(RayWatch)
     watch.processes, watch.address = {}, "127.0.0.1:1"
     watch.looked_at = watch.reached_at = 0.0

@@ -12,19 +12,19 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from analysis.load import load
-from analysis.report import main as report
-from search.faults import cause_of, told
-from search.folders import check_storage
-from search.journal import Journal
-from search.mirror import Mirror, bring, main, storage_of
-from search.study_file import write_study
 from tests.object_store import faulty_store, object_store
 from tests.test_jobs import make_jobs
-from trainables.data import prepare
-from trainables.levers import choose
-from trainables.storage import Storage, StoreError, is_url
-from trainables.trial import JobRun, TrialContext
+from tunefleet.analysis.load import load
+from tunefleet.analysis.report import main as report
+from tunefleet.search.faults import cause_of, told
+from tunefleet.search.folders import check_storage
+from tunefleet.search.journal import Journal
+from tunefleet.search.mirror import Mirror, bring, main, storage_of
+from tunefleet.search.study_file import write_study
+from tunefleet.trainables.data import prepare
+from tunefleet.trainables.levers import choose
+from tunefleet.trainables.storage import Storage, StoreError, is_url
+from tunefleet.trainables.trial import JobRun, TrialContext
 
 JOB = {
     "trial_id": "0000",
@@ -113,7 +113,7 @@ def test_store_out_of_reach_is_told_at_the_end(storage, tmp_path, monkeypatch, c
         patch.setattr(Storage, "put", refuse)
         told = Mirror(tmp_path, storage).finish()
         assert "no route to host" in told
-        assert f"python -m search.mirror {tmp_path}" in told
+        assert f"tunefleet push {tmp_path}" in told
         assert main([str(tmp_path)]) == 1
         assert capsys.readouterr().err.startswith("error: ")
     assert main([str(tmp_path)]) == 0
@@ -276,7 +276,7 @@ def store():
 
 @pytest.fixture
 def hurried(monkeypatch):
-    monkeypatch.setattr("trainables.storage.WAIT_SECONDS", 0.05)
+    monkeypatch.setattr("tunefleet.trainables.storage.WAIT_SECONDS", 0.05)
 
 
 @pytest.mark.parametrize(
@@ -334,11 +334,11 @@ def test_store_that_stays_away_is_an_error_that_blames_no_trial(store, hurried, 
 
 
 def test_other_store_that_hangs_is_given_up(hurried, tmp_path, monkeypatch):
-    monkeypatch.setattr("trainables.storage.HANG_SECONDS", 0.2)
+    monkeypatch.setattr("tunefleet.trainables.storage.HANG_SECONDS", 0.2)
     released = threading.Event()
 
     hanging = SimpleNamespace(type_name="other", get_file_info=lambda path: released.wait(30))
-    monkeypatch.setattr("trainables.storage._open", lambda url: (hanging, "root"))
+    monkeypatch.setattr("tunefleet.trainables.storage._open", lambda url: (hanging, "root"))
     began = time.monotonic()
     with pytest.raises(StoreError, match="no answer within 0 s"):
         Storage("other://root", patience=0.5).get("a", tmp_path / "a")
@@ -397,7 +397,7 @@ def test_study_outlives_a_store_that_is_away_and_stops_with_three_where_it_stays
         "--storage",
         f"{store.url}/all",
     )
-    impatient = "import trainables.storage; trainables.storage.Storage.__init__.__defaults__ = (15.0,)"
+    impatient = "from tunefleet.trainables.storage import Storage; Storage.__init__.__defaults__ = (15.0,)"
     study = cli(*asked, before=impatient)
     journal = tmp_path / "s" / "reports.jsonl"
 
@@ -422,7 +422,7 @@ def test_study_outlives_a_store_that_is_away_and_stops_with_three_where_it_stays
     store.fault = ""
     assert study.returncode == 3, err
     assert "all/s cannot be used (Access Denied)" in err
-    assert err.strip().endswith("python search/run.py --resume s")  # the store lacks the last reports
+    assert err.strip().endswith("tunefleet resume s")  # the store lacks the last reports
     assert "transfers wait" in out
     assert "is not complete" in out
     events = Journal(journal).read()

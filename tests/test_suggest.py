@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ray import tune
 
-from search.suggest import SEARCHERS, grid_values, make_sampler, plain
+from tunefleet.search.suggest import SEARCHERS, grid_values, make_sampler, plain
 
 RANGES = {
     "lr": tune.loguniform(1e-4, 1e-1),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from analysis.text import (
+from tunefleet.analysis.text import (
     clock,
     decimals,
     listed,

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 from optuna.trial import TrialState
 
-from analysis import to_optuna
-from analysis.load import load
-from analysis.report import main
 from tests.made_study import write_study
+from tunefleet.analysis import to_optuna
+from tunefleet.analysis.load import load
+from tunefleet.analysis.report import main
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import sys
 
 import pytest
 
-from analysis.load import load
-from analysis.report import main
 from tests.made_study import write_study
+from tunefleet.analysis.load import load
+from tunefleet.analysis.report import main
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 from tensorboard.plugins.hparams import api_pb2, metadata  # noqa: E402
@@ -103,7 +103,7 @@ def test_a_failed_export_leaves_the_earlier_one_and_nothing_else(folder, monkeyp
         raise OSError(28, "No space left on device")
 
     before = sorted(folder.rglob("*"))
-    monkeypatch.setattr("analysis.to_tensorboard._scalars", fail)
+    monkeypatch.setattr("tunefleet.analysis.to_tensorboard._scalars", fail)
     assert main([str(folder), "--tensorboard"]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert sorted(folder.rglob("*")) == before

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models import ARCHITECTURES, build_args
-from trainables.config import TrainConfig
-from trainables.data import SPLITS, ImageData
-from trainables.levers import Levers
-from trainables.training import TrainingRun, lr_at
+from tunefleet.models import ARCHITECTURES, build_args
+from tunefleet.trainables.config import TrainConfig
+from tunefleet.trainables.data import SPLITS, ImageData
+from tunefleet.trainables.levers import Levers
+from tunefleet.trainables.training import TrainingRun, lr_at
 
 FP32 = Levers("cpu", "fp32", channels_last=True, micro_batch_bytes=8 * 2**20)
 CLASSES = 4
@@ -221,10 +221,12 @@ def test_a_frozen_backbone_is_in_eval_mode_while_its_head_trains(start):
 
 
 def test_accuracy_at_chance_is_diverged_once_the_architecture_should_have_left_it(start, monkeypatch):
-    monkeypatch.setattr("trainables.training.CHANCE_MARGIN", 6)  # as if there were a quarter of the images
+    monkeypatch.setattr(
+        "tunefleet.trainables.training.CHANCE_MARGIN", 6
+    )  # as if there were a quarter of the images
     small = start("convnet", leaves_chance_by=1, lr=1e-30)
     assert not small.epoch()["diverged"]  # so few that chance reaches half way to certainty
-    monkeypatch.setattr("trainables.training.CHANCE_MARGIN", 1)
+    monkeypatch.setattr("tunefleet.trainables.training.CHANCE_MARGIN", 1)
     stuck = start("convnet", leaves_chance_by=2, lr=1e-30)
     assert [stuck.epoch()["diverged"] for _ in range(3)] == [False, True, True]
     patient = start("convnet", lr=1e-30)
@@ -234,7 +236,7 @@ def test_accuracy_at_chance_is_diverged_once_the_architecture_should_have_left_i
 
 
 def test_a_refit_has_no_validation_figures_and_diverges_by_its_training_accuracy(start, monkeypatch):
-    monkeypatch.setattr("trainables.training.CHANCE_MARGIN", 2)
+    monkeypatch.setattr("tunefleet.trainables.training.CHANCE_MARGIN", 2)
     stuck = start("convnet", refit=True, leaves_chance_by=2, lr=1e-30)
     monkeypatch.setattr(stuck, "evaluate", lambda *_: pytest.fail("evaluated on images it trains on"))
     reports = [stuck.epoch(), stuck.epoch()]

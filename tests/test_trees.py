@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.images import pack, save_tree
-from trainables.data import load_split, prepare
+from tunefleet.trainables.data import load_split, prepare
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ import pandas as pd
 import pytest
 import torch
 
-from trainables.config import TrainConfig
-from trainables.data import prepare
-from trainables.gpu import BrokenGpuError
-from trainables.graph import CaptureError, CaptureMemoryError
-from trainables.levers import choose
-from trainables.trial import Trial, TrialContext
+from tunefleet.trainables.config import TrainConfig
+from tunefleet.trainables.data import prepare
+from tunefleet.trainables.gpu import BrokenGpuError
+from tunefleet.trainables.graph import CaptureError, CaptureMemoryError
+from tunefleet.trainables.levers import choose
+from tunefleet.trainables.trial import Trial, TrialContext
 
 
 @pytest.fixture
@@ -146,8 +146,8 @@ def on_gpu(trial, monkeypatch, usable):
     trial.context = dataclasses.replace(
         trial.context, levers=dataclasses.replace(trial.context.levers, device="cuda"), gpu_bytes=2 * 10**9
     )
-    monkeypatch.setattr("trainables.gpu.is_usable", lambda: usable)
-    monkeypatch.setattr("trainables.gpu.gpu_id", lambda: "GPU-1234")
+    monkeypatch.setattr("tunefleet.trainables.gpu.is_usable", lambda: usable)
+    monkeypatch.setattr("tunefleet.trainables.gpu.gpu_id", lambda: "GPU-1234")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1.5e9)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=8 * 10**9)
@@ -165,7 +165,7 @@ def test_out_of_memory_is_one_line_with_what_to_set(worker, monkeypatch):
     trial = worker(batch_size=512)
     on_gpu(trial, monkeypatch, usable=True)
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. If reserved but …")
-    monkeypatch.setattr("trainables.trial.JobRun", failing(error))
+    monkeypatch.setattr("tunefleet.trainables.trial.JobRun", failing(error))
     report = report_of(trial)
     assert (report["status"], report["gpu"]) == ("out_of_memory", "GPU-1234")
     assert report["error"] == (
@@ -179,7 +179,9 @@ def test_out_of_memory_is_one_line_with_what_to_set(worker, monkeypatch):
 def test_an_error_that_breaks_the_gpu_replaces_the_worker(worker, monkeypatch):
     trial = worker()
     on_gpu(trial, monkeypatch, usable=False)
-    monkeypatch.setattr("trainables.trial.JobRun", failing(RuntimeError("CUDA error: device-side assert")))
+    monkeypatch.setattr(
+        "tunefleet.trainables.trial.JobRun", failing(RuntimeError("CUDA error: device-side assert"))
+    )
     with pytest.raises(
         BrokenGpuError, match=r"^GPU-1234 cannot be used .* \(CUDA error: device-side assert\)"
     ):
@@ -189,14 +191,14 @@ def test_an_error_that_breaks_the_gpu_replaces_the_worker(worker, monkeypatch):
 def test_an_error_that_leaves_the_gpu_usable_is_the_trials(worker, monkeypatch):
     trial = worker()
     on_gpu(trial, monkeypatch, usable=True)
-    monkeypatch.setattr("trainables.trial.JobRun", failing(RuntimeError("shapes do not match")))
+    monkeypatch.setattr("tunefleet.trainables.trial.JobRun", failing(RuntimeError("shapes do not match")))
     assert report_of(trial)["status"] == "error"
 
 
 @pytest.mark.parametrize("kind", [CaptureError, CaptureMemoryError])
 def test_a_failed_capture_replaces_the_worker(worker, monkeypatch, kind):
     trial = worker()
-    monkeypatch.setattr("trainables.trial.JobRun", failing(kind("no")))
+    monkeypatch.setattr("tunefleet.trainables.trial.JobRun", failing(kind("no")))
     with pytest.raises(kind):
         trial.step()
 

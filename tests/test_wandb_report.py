@@ -12,9 +12,9 @@ from typing import ClassVar
 
 import pytest
 
-from analysis.load import load
-from analysis.wandb_report import build, main
 from tests.made_study import EVIL, write_study
+from tunefleet.analysis.load import load
+from tunefleet.analysis.wandb_report import build, main
 
 pytest.importorskip("wandb_workspaces.reports.v2")
 from wandb_workspaces.reports.v2 import interface, internal

@@ -17,17 +17,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from search.collect import EPOCH_COLUMNS, collect
-from search.journal import Journal
-from search.run import main, parse
-from search.study_file import read_study
-from search.study_file import write_study as write_study_json
-from search.wandb_options import WandbOptions, choose
-from search.wandb_runs import COLUMNS, State, legible, plan, standing
-from search.wandb_sender import reason
-from search.wandb_sidecar import Sidecar
 from tests.conftest import ROOT
 from tests.wandb_server import KEY, WandbServer
+from tunefleet.search.collect import EPOCH_COLUMNS, collect
+from tunefleet.search.journal import Journal
+from tunefleet.search.run import main, parse
+from tunefleet.search.study_file import read_study
+from tunefleet.search.study_file import write_study as write_study_json
+from tunefleet.search.wandb_options import WandbOptions, choose
+from tunefleet.search.wandb_runs import COLUMNS, State, legible, plan, standing
+from tunefleet.search.wandb_sender import reason
+from tunefleet.search.wandb_sidecar import Sidecar
 
 LONGEST_SECONDS = 15  # for a command to end, whatever the server does
 
@@ -122,18 +122,18 @@ def environment(server, tmp_path):
         "WANDB_ERROR_REPORTING": "false",
         "NETRC": str(tmp_path / "home" / "netrc"),
         "HOME": str(tmp_path / "home"),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(ROOT / "src"),
     }
 
 
 @pytest.fixture
 def sync(environment):
-    """Runs ``python -m search.wandb_sync …`` and returns exit code, stdout, stderr and seconds."""
+    """Runs ``tunefleet sync …`` and returns exit code, stdout, stderr and seconds."""
 
     def call(*arguments, **variables):
         began = time.monotonic()
         result = subprocess.run(
-            [sys.executable, "-m", "search.wandb_sync", *map(str, arguments)],
+            [sys.executable, "-m", "tunefleet.search.wandb_sync", *map(str, arguments)],
             env={name: value for name, value in (environment | variables).items() if value is not None},
             capture_output=True,
             text=True,
@@ -390,7 +390,9 @@ def test_figures_added_later_are_sent_and_rows_are_not_sent_again(server, sync, 
 def test_killed_sync_then_sync_again_brings_each_row_once(server, environment, sync, tmp_path):
     folder = write_study(tmp_path / "study")
     server.seconds = 0.05
-    process = subprocess.Popen([sys.executable, "-m", "search.wandb_sync", str(folder)], env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tunefleet.search.wandb_sync", str(folder)], env=environment
+    )
     while sum(run.rows_received for run in server.runs.values()) < 9:
         assert process.poll() is None
         time.sleep(0.02)
@@ -409,7 +411,7 @@ def test_following_outlives_the_servers_death_and_brings_each_row_once(server, e
         json.dumps(STUDY_JSON | {"status": "running", "wandb": {"mode": "online"}})
     )
     hurried = (
-        "import search.wandb_sender as s, search.wandb_sync as w; "
+        "import tunefleet.search.wandb_sender as s, tunefleet.search.wandb_sync as w; "
         "s.OPEN_RUNS, w.POLL_SECONDS, w.RETRY_SECONDS = 2, 0.1, 0.5"
     )
     process = subprocess.Popen(
@@ -478,7 +480,7 @@ def test_long_name_is_cut_to_what_wandb_takes():
 def test_working_directory_that_is_no_utf_8_stops_no_sync(server, environment, tmp_path):
     folder = write_study(tmp_path / "study")
     (here := tmp_path / "no \udcff UTF-8").mkdir()
-    command = [sys.executable, "-m", "search.wandb_sync", str(folder)]
+    command = [sys.executable, "-m", "tunefleet.search.wandb_sync", str(folder)]
     result = subprocess.run(command, env=environment, cwd=here, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
     assert_all_there(server, folder)
@@ -759,7 +761,7 @@ def test_server_that_dies_in_mid_study_leaves_the_study_whole(server, cli, ray_d
     assert json.loads((folder / "study.json").read_text())["status"] == "done"
     last = out.strip().splitlines()[-1]
     assert "runs are not synced (" in last
-    assert last.endswith("; to upload: python -m search.wandb_sync study")
+    assert last.endswith("; to upload: tunefleet sync study")
     assert sum(len(run.history) for run in server.runs.values()) >= 2
     logs = list(ray_dir.rglob("*.log"))
     assert logs
@@ -785,7 +787,7 @@ def test_ctrl_c_beside_a_hanging_server_stops_within_ten_seconds(server, cli, ra
     out, err = process.communicate(timeout=SECONDS)
     assert time.monotonic() - began < 10
     assert process.returncode == 3
-    assert err.strip().splitlines()[-1].endswith("python search/run.py --resume study")
+    assert err.strip().splitlines()[-1].endswith("tunefleet resume study")
     assert "runs are not synced (given up after 3 s)" in out
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models import winograd
+from tunefleet.models import winograd
 
 
 def tensors(images, channels, size, dtype=torch.double):

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from trainables.decoding import SourceError
-from trainables.host import cpu_count
-from trainables.image_files import Progress, printable
+from tunefleet.trainables.decoding import SourceError
+from tunefleet.trainables.host import cpu_count
+from tunefleet.trainables.image_files import Progress, printable
 
 BUILT_IN = ("cifar10", "digits")
 SPLIT_SEED = 0  # draws the validation images, and the test images of a source that has none; never varied
@@ -90,7 +90,10 @@ def prepare(
     Raises:
         ValueError: The source or `data_dir` cannot be used; one line that says what was given and what to do.
     """
-    from trainables.preparation import prepare_built_in, prepare_files  # here, since it imports this module
+    from tunefleet.trainables.preparation import (  # here, since it imports this module
+        prepare_built_in,
+        prepare_files,
+    )
 
     if image_size < 1:
         raise ValueError(f"image_size={image_size} is impossible; give the pixels per side, 1 or more")

@@ -21,8 +21,8 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchTrainer, get_device
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from trainables.group import Group
-from trainables.trial import JobRun, TrialContext, failure_report, set_up_worker
+from tunefleet.trainables.group import Group
+from tunefleet.trainables.trial import JobRun, TrialContext, failure_report, set_up_worker
 
 CONTROLLER_FAILURES = 3  # Ray's default is to try for ever
 

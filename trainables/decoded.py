@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from trainables.data import FORMAT_VERSION, SPLITS, ImageData, load_split
-from trainables.image_files import Progress
+from tunefleet.trainables.data import FORMAT_VERSION, SPLITS, ImageData, load_split
+from tunefleet.trainables.image_files import Progress
 
 STEP_BYTES = 1 << 18  # hashed and summed at a time, within the processor's cache
 

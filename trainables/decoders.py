@@ -14,8 +14,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from trainables import decoding
-from trainables.decoding import Decoder, Entry
+from tunefleet.trainables import decoding
+from tunefleet.trainables.decoding import Decoder, Entry
 
 Chunk = tuple[list[Entry], list[int], list[int]]  # arguments of Decoder.run
 

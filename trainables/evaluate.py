@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainables.data import load_split
-from trainables.training import TrainingRun
+from tunefleet.trainables.data import load_split
+from tunefleet.trainables.training import TrainingRun
 
 MISCLASSIFIED = 64  # images kept for people to look at: the mistakes made with most confidence
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models import ARCHITECTURES, Classifier, build
-from models.resnet import weights_signature
-from trainables.config import TrainConfig
-from trainables.data import ImageData
-from trainables.levers import Levers
-from trainables.pipeline import Pipeline
+from tunefleet.models import ARCHITECTURES, Classifier, build
+from tunefleet.models.resnet import weights_signature
+from tunefleet.trainables.config import TrainConfig
+from tunefleet.trainables.data import ImageData
+from tunefleet.trainables.levers import Levers
+from tunefleet.trainables.pipeline import Pipeline
 
 
 def extractor(

@@ -25,9 +25,9 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from trainables.decoding import HEAD_BYTES, Entry, SourceError, format_of, reason_to_skip
+from tunefleet.trainables.decoding import HEAD_BYTES, Entry, SourceError, format_of, reason_to_skip
 
-Progress = Callable[[str, int, int], None]  # phase, done, total: see trainables.data.prepare
+Progress = Callable[[str, int, int], None]  # phase, done, total: see tunefleet.trainables.data.prepare
 SUFFIXES = tuple(  # such a file is an image, or damaged; for other files the first bytes decide
     f".{name}"
     for name in "avif bmp gif jfif jp2 jpe jpeg jpg pbm pgm png ppm tif tiff webp".split()  # noqa: SIM905

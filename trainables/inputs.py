@@ -24,15 +24,15 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from models import ARCHITECTURES
-from trainables.config import TrainConfig
-from trainables.data import ImageData, expanded, load_split, split_sha256, split_validation
-from trainables.decoded import allocate
-from trainables.disk import is_full
-from trainables.features import backbone_sha256, extractor
-from trainables.image_files import Progress, printable
-from trainables.levers import Levers
-from trainables.pipeline import Pipeline
+from tunefleet.files import is_full
+from tunefleet.models import ARCHITECTURES
+from tunefleet.trainables.config import TrainConfig
+from tunefleet.trainables.data import ImageData, expanded, load_split, split_sha256, split_validation
+from tunefleet.trainables.decoded import allocate
+from tunefleet.trainables.features import backbone_sha256, extractor
+from tunefleet.trainables.image_files import Progress, printable
+from tunefleet.trainables.levers import Levers
+from tunefleet.trainables.pipeline import Pipeline
 
 FORMAT_VERSION = 2  # of the files under data_dir/prepared
 FLAT_HEADS = ("softmax", "twolayernn")  # read pixels in NCHW order

@@ -2,7 +2,7 @@
 
 Capabilities and never timings decide: a timing taken at start would choose differently from run to
 run, and the same seed would give another result. The choice stands in study.json and is kept on
-resume. ``python -m benchmarks.epoch`` shows on any machine whether it was right.
+resume. ``python -m tunefleet.benchmarks.epoch`` shows on any machine whether it was right.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainables import driver
-from trainables.config import PRECISIONS
+from tunefleet.trainables import driver
+from tunefleet.trainables.config import PRECISIONS
 
 DEVICES = ("auto", "cpu", "cuda")
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainables.config import TrainConfig
+from tunefleet.trainables.config import TrainConfig
 
 
 def make_optimizer(

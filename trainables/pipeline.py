@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models import ARCHITECTURES
-from trainables.config import TrainConfig
-from trainables.data import ImageData
-from trainables.levers import Levers
+from tunefleet.models import ARCHITECTURES
+from tunefleet.trainables.config import TrainConfig
+from tunefleet.trainables.data import ImageData
+from tunefleet.trainables.levers import Levers
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # what torchvision's weights were trained with
 IMAGENET_STD = (0.229, 0.224, 0.225)

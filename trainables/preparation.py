@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from trainables.data import FORMAT_VERSION, SPLITS, TEST_FRACTION, ImageData, split_validation
-from trainables.decoded import allocate, cached, describe, folder_of, keep, locked, partial_folder
-from trainables.decoders import Chunk, run_chunks
-from trainables.decoding import Decoder, SourceError, square
-from trainables.image_files import Progress, Source, printable
-from trainables.trees import Tree, read_tree
+from tunefleet.trainables.data import FORMAT_VERSION, SPLITS, TEST_FRACTION, ImageData, split_validation
+from tunefleet.trainables.decoded import allocate, cached, describe, folder_of, keep, locked, partial_folder
+from tunefleet.trainables.decoders import Chunk, run_chunks
+from tunefleet.trainables.decoding import Decoder, SourceError, square
+from tunefleet.trainables.image_files import Progress, Source, printable
+from tunefleet.trainables.trees import Tree, read_tree
 
 BUILT_IN_SIZE = 32  # pixels per side; CIFAR-10's own, and the digits' 8 leave nothing after three poolings
 CHUNK_IMAGES, CHUNK_BYTES = 128, 16 << 20  # at most, read and decoded by a process at a time
@@ -27,7 +27,7 @@ FILE_BYTES = 8 << 10  # that take as long as opening a file
 
 
 def prepare_files(path: Path, data_dir: Path, image_size: int, show: Progress, processes: int) -> ImageData:
-    """Prepare a folder or archive; see trainables.data.prepare.
+    """Prepare a folder or archive; see tunefleet.trainables.data.prepare.
 
     Raises:
         SourceError: It cannot be used.
@@ -175,7 +175,7 @@ def _lines(places: Iterable[str], values: Iterable[object]) -> bytes:
 
 
 def prepare_built_in(source: str, data_dir: Path, image_size: int, show: Progress) -> ImageData:
-    """Prepare a source of BUILT_IN; see trainables.data.prepare."""
+    """Prepare a source of BUILT_IN; see tunefleet.trainables.data.prepare."""
     image_size = min(image_size, BUILT_IN_SIZE)  # one folder for every larger size
     folder = folder_of(data_dir, source, image_size)
     if data := cached(folder, source):

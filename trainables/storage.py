@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 from pyarrow import fs
 
-from trainables.disk import is_full
+from tunefleet.files import is_full
 
 PATIENCE_SECONDS = 600.0  # for which an operation is tried again
 BRIEF_SECONDS = 5.0  # the same where a person waits for the answer

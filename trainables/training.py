@@ -2,7 +2,7 @@
 
 By hand, with the same code a trial uses; prints one line per epoch and writes nothing::
 
-    python -m trainables.training --space convnet --data digits --lr 0.03 --epochs 5
+    tunefleet train --space convnet --data digits --lr 0.03 --epochs 5
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainables.command_line import Parser
-from trainables.config import FIELD_TYPES, TrainConfig, check_integer
-from trainables.data import DATA_DIR, ImageData, prepare
-from trainables.features import build_model
-from trainables.graph import StepGraph
-from trainables.group import Group
-from trainables.host import cpu_count
-from trainables.inputs import Inputs, cached_features, load_inputs
-from trainables.levers import Levers, choose, has_convolution, micro_batch, use_exact_fp32
-from trainables.optimizers import make_optimizer
-from trainables.pipeline import Pipeline, augment, draw_crops
+from tunefleet.cli import Parser
+from tunefleet.trainables.config import FIELD_TYPES, TrainConfig, check_integer
+from tunefleet.trainables.data import DATA_DIR, ImageData, prepare
+from tunefleet.trainables.features import build_model
+from tunefleet.trainables.graph import StepGraph
+from tunefleet.trainables.group import Group
+from tunefleet.trainables.host import cpu_count
+from tunefleet.trainables.inputs import Inputs, cached_features, load_inputs
+from tunefleet.trainables.levers import Levers, choose, has_convolution, micro_batch, use_exact_fp32
+from tunefleet.trainables.optimizers import make_optimizer
+from tunefleet.trainables.pipeline import Pipeline, augment, draw_crops
 
 EVAL_BATCH_BYTES = 32 * 2**20  # inputs of one evaluation batch; activations are some 50 times that
 EVAL_BATCH_MAX = 256  # images through convolutions on a processor, whose caches hold no more
@@ -390,7 +390,7 @@ def lr_at(config: TrainConfig, epochs: float) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     """Trains one configuration by hand; every field of TrainConfig is a flag."""
-    parser = Parser(prog="python -m trainables.training", description=main.__doc__)
+    parser = Parser(prog="tunefleet train", description=main.__doc__)
     for field in dataclasses.fields(TrainConfig):
         flag = "--space" if field.name == "architecture" else f"--{field.name.replace('_', '-')}"
         required = field.name == "architecture"

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainables.decoding import Entry, SourceError
-from trainables.image_files import Listing, printable
+from tunefleet.trainables.decoding import Entry, SourceError
+from tunefleet.trainables.image_files import Listing, printable
 
 SPLITS = frozenset(("train", "test"))
 LAYOUT = (

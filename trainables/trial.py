@@ -21,16 +21,16 @@ import ray
 import torch
 from ray import tune
 
-from trainables import gpu
-from trainables.config import TrainConfig
-from trainables.data import ImageData
-from trainables.disk import is_full
-from trainables.evaluate import evaluate_test, result_files
-from trainables.graph import CaptureError
-from trainables.group import Group
-from trainables.levers import Levers
-from trainables.storage import Storage, StoreError
-from trainables.training import ALONE, DamagedCheckpointError, TrainingRun
+from tunefleet.files import is_full
+from tunefleet.trainables import gpu
+from tunefleet.trainables.config import TrainConfig
+from tunefleet.trainables.data import ImageData
+from tunefleet.trainables.evaluate import evaluate_test, result_files
+from tunefleet.trainables.graph import CaptureError
+from tunefleet.trainables.group import Group
+from tunefleet.trainables.levers import Levers
+from tunefleet.trainables.storage import Storage, StoreError
+from tunefleet.trainables.training import ALONE, DamagedCheckpointError, TrainingRun
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""The ways to run the same trials. Each file is one; ``python -m benchmarks.arms NAME TASK ROWS`` runs it."""
+"""The ways to run the same trials. Each file is one.
+
+``python -m tunefleet.benchmarks.arms NAME TASK ROWS`` runs it.
+"""
 
 ARMS = {  # name: module, and what it is
     "ours": ("ours", "tunefleet's engine, training code and pruning"),

@@ -9,11 +9,11 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks.arms import ARMS
-from benchmarks.task import Task
+from tunefleet.benchmarks.arms import ARMS
+from tunefleet.benchmarks.task import Task
 
 name, task, rows = sys.argv[1:]
-arm = importlib.import_module(f"benchmarks.arms.{ARMS[name][0]}")
+arm = importlib.import_module(f"tunefleet.benchmarks.arms.{ARMS[name][0]}")
 Path(rows).write_text(json.dumps(arm.run(Task.read(Path(task)))))
 if name == "ours":
     arm.leave(0)  # as search/run.py ends

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from joblib import Parallel, delayed
 
-from benchmarks.our_trial import OurTrial
-from benchmarks.task import Row, Task
-from trainables.data import ImageData
+from tunefleet.benchmarks.our_trial import OurTrial
+from tunefleet.benchmarks.task import Row, Task
+from tunefleet.trainables.data import ImageData
 
 
 def train(task: Task, data: ImageData | None, trial: int) -> list[Row]:

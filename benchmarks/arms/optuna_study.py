@@ -5,8 +5,8 @@ from __future__ import annotations
 import optuna
 import torch
 
-from benchmarks.our_trial import OurTrial
-from benchmarks.task import Row, Task
+from tunefleet.benchmarks.our_trial import OurTrial
+from tunefleet.benchmarks.task import Row, Task
 
 
 def pruner(task: Task) -> optuna.pruners.BasePruner:

@@ -6,17 +6,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.task import Row, Task
-from search.journal import Journal
-from search.launch import Script, start
-from search.launch import leave as leave
-from search.options import StudyOptions
+from tunefleet.benchmarks.task import Row, Task
+from tunefleet.search.journal import Journal
+from tunefleet.search.launch import Script, start
+from tunefleet.search.launch import leave as leave
+from tunefleet.search.options import StudyOptions
 
 
 def run(task: Task) -> list[Row]:
     """Runs all trials."""
     if task.no_op:
-        from benchmarks.no_op import take_part  # imports torch, which a study does while Ray starts
+        from tunefleet.benchmarks.no_op import take_part  # imports torch, which a study does while Ray starts
 
         take_part()
     first = task.configurations[0]

@@ -9,9 +9,9 @@ import torch
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
-from benchmarks.our_trial import OurTrial
-from benchmarks.task import Row, Task
-from trainables.data import ImageData
+from tunefleet.benchmarks.our_trial import OurTrial
+from tunefleet.benchmarks.task import Row, Task
+from tunefleet.trainables.data import ImageData
 
 
 class PlainTrial(tune.Trainable):

@@ -24,9 +24,9 @@ from torch import nn, optim
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 
-from benchmarks.obvious import obvious_network
-from benchmarks.task import Row, Task, no_op_accuracy, row
-from trainables.data import ImageData, load_split, split_validation
+from tunefleet.benchmarks.obvious import obvious_network
+from tunefleet.benchmarks.task import Row, Task, no_op_accuracy, row
+from tunefleet.trainables.data import ImageData, load_split, split_validation
 
 LOADER_WORKERS = {"cpu": 0, "cuda": 4}  # processes per DataLoader
 

@@ -101,7 +101,7 @@ class Lab:
         left_out = shutil.ignore_patterns(
             ".git", ".venv*", ".*_cache", "*.egg-info", "__pycache__", "studies"
         )
-        shutil.copytree(ROOT, self.checkout, ignore=left_out)
+        shutil.copytree(ROOT, self.checkout, ignore=left_out, symlinks=True)
         _run("ip", "netns", "add", self.space)
         for command in (
             "link set lo up",
@@ -200,7 +200,7 @@ class Lab:
             "HOME": str(self.laptop),
             "TMPDIR": str(self.laptop / "ray"),  # `ray up` caches what it asked a cloud before
             "RAY_AUTH_MODE": "token",
-            "PYTHONPATH": str(self.checkout),
+            "PYTHONPATH": str(self.checkout / "src"),
             "COLUMNS": "200",
             **options.pop("env", {}),
         }
@@ -246,7 +246,7 @@ class Lab:
             (binaries / command).write_text(f"#!/bin/sh\n{line.format(python=sys.executable)}\n")
             (binaries / command).chmod(0o755)
         (folder / "home/.bashrc").write_text(
-            f"export PYTHONPATH={folder}/home/tunefleet\n{self.bashrc}\n"  # pip install -e would do that
+            f"export PYTHONPATH={folder}/home/tunefleet/src\n{self.bashrc}\n"  # pip install -e would do that
         )
         (folder / "passwd").write_text(_users(folder / "home"))
         (folder / "hosts").write_text(f"127.0.0.1 localhost\n{address} {name}\n")

@@ -103,7 +103,7 @@ def check_kuberay(job: dict[str, Any], ray_version: str) -> None:
         ray_version: Of constraints.txt.
     """
     spec, cluster = job["spec"], job["spec"]["rayClusterSpec"]
-    assert spec["entrypoint"].startswith("python search/run.py --space "), spec["entrypoint"]
+    assert spec["entrypoint"].startswith("tunefleet search "), spec["entrypoint"]
     assert " --storage " in spec["entrypoint"], "the study would die with the pods"
     assert spec["backoffLimit"] == 0, "a second attempt begins a second study"
     assert spec["shutdownAfterJobFinishes"], "the cluster would stay and cost"

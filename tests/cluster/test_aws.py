@@ -148,8 +148,8 @@ def test_a_study_outlives_the_loss_of_a_spot_worker(cloud):
     storage = lab.shared / "studies"
     storage.mkdir()
     job = lab.start(
-        *("ray", "job", "submit", "--address", "http://127.0.0.1:8265", "--working-dir", ".", "--"),
-        *("python", "search/run.py", "--space", "softmax", "--data", "digits", "--storage", storage),
+        *("ray", "job", "submit", "--address", "http://127.0.0.1:8265", "--working-dir", "src", "--"),
+        *("python", "-m", "tunefleet", "search", "softmax", "--data", "digits", "--storage", storage),
         *("--trials", 12, "--epochs", 27, "--final-seeds", 1, "--pruner", "none"),
         *("--device", "cpu", "--gpus-per-trial", 1, "--cpus-per-trial", 2),  # one trial per worker
         env=AWS,

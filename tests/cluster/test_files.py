@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import tomllib
 
 import pytest
 import yaml
@@ -148,7 +147,7 @@ KUBERAY_REFUSES = [
     (f"{WORKER}/template/spec/tolerations/0/effect", "NoSchedul"),
 ]
 WE_REFUSE_OF_KUBERAY = [
-    ("spec/entrypoint", "python search/run.py --space resnet_conv"),
+    ("spec/entrypoint", "tunefleet search resnet_conv"),
     ("spec/backoffLimit", 2),
     ("spec/shutdownAfterJobFinishes", False),
     ("spec/activeDeadlineSeconds", GONE),
@@ -299,10 +298,10 @@ def slurm(tmp_path):
 
 
 def test_slurm_starts_one_ray_per_node_and_the_command_on_the_head(slurm):
-    process, asked, home = slurm("python", "search/run.py", "--space", "softmax")
+    process, asked, home = slurm("tunefleet", "search", "softmax")
     assert process.returncode == 0, process.stderr
     start, command = asked[: asked.index("--")], asked[asked.index("--") + 1 :]
-    assert command == ["env", "RAY_ADDRESS=10.1.2.3:24567", "python", "search/run.py", "--space", "softmax"]
+    assert command == ["env", "RAY_ADDRESS=10.1.2.3:24567", "tunefleet", "search", "softmax"]
     assert start[: start.index("ray")] == [
         "--nodes=3",
         "--ntasks=3",
@@ -323,7 +322,7 @@ def test_slurm_starts_one_ray_per_node_and_the_command_on_the_head(slurm):
 def test_slurm_without_a_command_says_how_it_is_used(slurm):
     process, asked, _ = slurm()
     assert process.returncode == 2
-    assert process.stderr.startswith("usage: sbatch cluster/slurm.sbatch python search/run.py")
+    assert process.stderr.startswith("usage: sbatch cluster/slurm.sbatch tunefleet search")
     assert not asked
 
 
@@ -335,12 +334,8 @@ def test_slurm_asks_for_whole_nodes_and_survives_the_loss_of_one():
 def test_the_image_has_all_packages_and_nothing_else():
     lines = (CLUSTER / "Dockerfile").read_text().splitlines()
     copied = [line.split()[1:-1] for line in lines if line.startswith("COPY")]
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    assert sorted(name for [*names] in copied[1:] for name in names) == sorted(
-        name
-        for name in packages
-        if "." not in name  # a package in another comes with it
-    )
+    links = [path.name for path in (ROOT / "src/tunefleet").iterdir() if path.is_symlink()]
+    assert sorted(name for [*names] in copied[1:] for name in names) == sorted([*links, "src"])
     assert all((ROOT / name).is_file() for name in copied[0])
     assert "RUN pip install --no-cache-dir -c constraints.txt -e '.[cluster]'" in lines
     assert lines[-1] == "USER ray"

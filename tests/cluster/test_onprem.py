@@ -35,8 +35,8 @@ def test_a_study_runs_on_two_workers_by_ssh():
 
         until(all_joined, 120, every=3)
         printed = lab.run(
-            *("ray", "job", "submit", "--address", SERVER, "--working-dir", ".", "--"),
-            *("python", "search/run.py", "--space", "softmax", "--data", "digits", "--storage", lab.shared),
+            *("ray", "job", "submit", "--address", SERVER, "--working-dir", "src", "--"),
+            *("python", "-m", "tunefleet", "search", "softmax", "--data", "digits", "--storage", lab.shared),
             *("--data-dir", OWN),
             *("--trials", 8, "--epochs", 9, "--final-seeds", 1, "--cpus-per-trial", cpus),  # one per worker
             timeout=180,

@@ -2,8 +2,8 @@
 
 import torch
 
-from search.launch import leave
-from search.run import main
+from tunefleet.search.launch import leave
+from tunefleet.search.run import main
 
 if __name__ == "__main__":
     code = main()

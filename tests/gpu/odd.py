@@ -3,11 +3,11 @@
 import torch
 from torch import nn
 
-from models import small
 from tests.gpu import ON_GPU
-from trainables.gpu import BrokenGpuError
-from trainables.graph import CaptureError
-from trainables.trial import Trial
+from tunefleet.models import small
+from tunefleet.trainables.gpu import BrokenGpuError
+from tunefleet.trainables.graph import CaptureError
+from tunefleet.trainables.trial import Trial
 
 VICTIM = "0001"
 TOO_WIDE = 60_000  # features: 0.7 GB of weights

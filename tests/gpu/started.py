@@ -9,9 +9,9 @@ import threading
 import time
 from pathlib import Path
 
-from search.journal import Journal
 from tests.conftest import ROOT
 from tests.gpu import DEVICE, ON_GPU
+from tunefleet.search.journal import Journal
 
 DATA = os.environ.get("GPU_TESTS_DATA", "digits")  # benchmarks/gpu.sh kill has real images
 SECONDS = 100 if ON_GPU else 400  # that a study may take; a rehearsal shares two cores

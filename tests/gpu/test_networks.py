@@ -8,14 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from models import ARCHITECTURES, build_args
 from tests.gpu import DEVICE, ON_GPU, on_device
 from tests.test_training import assert_same, without_times
-from trainables.config import TrainConfig
-from trainables.data import load_split, prepare
-from trainables.group import Group
-from trainables.levers import choose
-from trainables.training import TrainingRun
+from tunefleet.models import ARCHITECTURES, build_args
+from tunefleet.trainables.config import TrainConfig
+from tunefleet.trainables.data import load_split, prepare
+from tunefleet.trainables.group import Group
+from tunefleet.trainables.levers import choose
+from tunefleet.trainables.training import TrainingRun
 
 pytestmark = on_device
 

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from search import engine
-from search.options import StudyOptions
-from search.preflight import prepare as preflight
-from search.resources import Machine, Resources, settle
-from search.study import Study
-from search.study_file import read_study
 from tests.gpu import DEVICE, ON_GPU, on_device
 from tests.gpu.odd import TOO_WIDE, VICTIM, Asserting, Crowded, Synchronising
-from trainables.data import prepare
-from trainables.levers import choose
+from tunefleet.search import engine
+from tunefleet.search.options import StudyOptions
+from tunefleet.search.preflight import prepare as preflight
+from tunefleet.search.resources import Machine, Resources, settle
+from tunefleet.search.study import Study
+from tunefleet.search.study_file import read_study
+from tunefleet.trainables.data import prepare
+from tunefleet.trainables.levers import choose
 
 pytestmark = [on_device, pytest.mark.ray]
 
@@ -28,7 +28,7 @@ POINT = {"lr": 0.001, "weight_decay": 0.0, "batch_size": 64, "augment": "none", 
 def cluster():
     import ray
 
-    from search.connection import connect
+    from tunefleet.search.connection import connect
 
     os.environ.pop("RAY_ADDRESS", None)
     connect(device=DEVICE)

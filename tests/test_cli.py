@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from trainables.command_line import Parser, counted, exit_code, printable, shell
+from tunefleet.cli import Parser, counted, exit_code, printable, shell
 
 
 @pytest.mark.parametrize(

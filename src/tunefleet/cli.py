@@ -1,23 +1,32 @@
-"""How does a command answer a wrong argument? In one line, like every other error of ours.
-
-Imports nothing heavy: the process that feeds W&B beside a study needs it (search/wandb_sync.py), and
-analysis/, which shows names of users and prints commands as search/ does.
-"""
+"""One-line errors, exit codes, and text that is safe to print: what all commands share."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
+import os
 import shlex
 import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
-from trainables.disk import is_full
+from tunefleet.files import is_full
 
+INSTALL = "in the clone of tunefleet: pip install -c constraints.txt -e '.[reports]'"
 JOINERS = "\u200c\u200d"  # invisible, but part of how names are written in Persian, Hindi and emoji
 UNSAFE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode categories without a shape, or that move text
+
+
+NOTHING_WRITTEN = "stopped before the study began; nothing was written"
+
+
+def end_at_once(number: int, frame: Any) -> None:
+    """Handle a signal in the seconds in which a command imports its modules: a line, and exit code 3."""
+    print(NOTHING_WRITTEN, file=sys.stderr, flush=True)
+    os._exit(3)
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,29 +48,58 @@ class Parser(argparse.ArgumentParser):
 def exit_code(command: Callable[[], int]) -> int:
     """Run a command and return its exit code, after a line on stderr where it is not the command's own.
 
-    2 for a ValueError and for a path that the system refuses; 3 for a Ctrl-C and a full disk, after both of
-    which the command can be repeated or resumed.
+    0 where the reader of its output has left (``| head``); 2 for a ValueError and for what the system
+    refuses; 3 for a Ctrl-C and a full disk, after which the command can be repeated or resumed.
     """
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show ends no command
-        if isinstance(stream, io.TextIOWrapper):
+        if isinstance(stream, io.TextIOWrapper):  # None without a terminal
             stream.reconfigure(errors="backslashreplace")
     try:
-        return command()
+        code = command()
+        if sys.stdout:
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
+        return 0
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 3
     except ValueError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped before the study began; nothing was written", file=sys.stderr)
-        return 3
     except Exception as error:
+        said = printable(str(error))
         if is_full(error):
-            said = printable(str(error))
-            print(f"error: {said}; make room and run it again (a study: with --resume)", file=sys.stderr)
+            print(f"error: {said}; make room and run it again (a study: tunefleet resume)", file=sys.stderr)
             return 3
-        if isinstance(error, OSError) and error.filename:
-            print(f"error: {error.strerror}: {printable(str(error.filename))}", file=sys.stderr)
+        if isinstance(error, OSError):
+            said = f"{error.strerror}: {printable(str(error.filename))}" if error.filename else said
+            print(f"error: {said}", file=sys.stderr)
             return 2
         raise
+
+
+def path_argument(text: str) -> Path:
+    """Return the path that an argument names; a shell leaves the ~ of --out=~/reports as it is."""
+    if not text:
+        raise ValueError("no path")  # as of an unset variable; argparse names the flag
+    return Path(os.path.expanduser(text))  # noqa: PTH111  Path's raises RuntimeError for an unknown user
+
+
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Context manager: turn an OSError into one line that says what to do.
+
+    Raises:
+        ValueError: The system refused it.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{out} cannot be written to ({error}); give another folder: --out") from None
 
 
 def printable(value: Any) -> Any:

@@ -1,0 +1,1 @@
+"""Distributed hyperparameter search: Ray Tune, ASHA, honest test accuracy."""
