@@ -37,7 +37,6 @@ from tunefleet.cli import Parser, counted, exit_code, path_argument, printable, 
 from tunefleet.search.asha import Asha, least_epochs, rung_epochs
 from tunefleet.search.jobs import Jobs
 from tunefleet.search.journal import Journal, TrialRecord, winner
-from tunefleet.search.suggest import PointSampler
 
 MOST_ORDERS = 100_000  # all are in memory at once
 TOP = "top_"  # a scheduler's name with the number that goes on
@@ -107,7 +106,7 @@ class OfOurs:
         self, order: Sequence[int], rungs: tuple[int, ...], eta: int, epochs: int, *, pruner: str
     ) -> None:
         self._jobs = Jobs(
-            sampler=PointSampler([{"configuration": configuration} for configuration in order]),
+            suggest=lambda number, _: {"configuration": order[number]} if number < len(order) else None,
             asha=Asha(rungs, eta),
             pruner=pruner,
             trials=len(order),

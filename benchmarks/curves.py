@@ -29,9 +29,9 @@ from tunefleet.search.flags import add_options, parse_study, study_parser
 from tunefleet.search.launch import Script, resume, start
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.printing import shown
-from tunefleet.search.spaces import described, find_space
+from tunefleet.search.spaces import find_space
 from tunefleet.search.study_file import read_study, write_whole
-from tunefleet.search.suggest import RandomSampler
+from tunefleet.search.suggest import described, suggest
 from tunefleet.trainables.config import check_integer
 
 SEEDS = 2  # per configuration: what one seed's luck chose, the other judges
@@ -62,8 +62,7 @@ def points(space: str, fix: dict[str, Any] | None, count: int, seed: int, seeds:
     row = find_space(space, fix)
     if not row.ranges:
         raise ValueError("--fix leaves nothing to sample; leave a value out")
-    sampler = RandomSampler(row.ranges, dict(row.published), seed)
-    drawn = [sampler.suggest("") or {} for _ in range(count)]
+    drawn = [suggest("random", row.ranges, row.published, seed, k, []) or {} for k in range(count)]
     return [point | {"seed": seed + k} for point in drawn for k in range(seeds)]
 
 

@@ -1,6 +1,7 @@
 """Which trials are the arms timed on? Families, and their committed configurations.
 
-``python -m tunefleet.benchmarks.families`` draws configurations.json anew; a test holds the two together.
+configurations.json has each architecture's published best and random points of its space, as they were drawn
+once: results of another year are of the same trials.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from tunefleet.search.spaces import find_space, fixed_values
-from tunefleet.search.suggest import RandomSampler
 from tunefleet.trainables.config import TrainConfig
 
 FILE = Path(__file__).with_name("configurations.json")
@@ -73,23 +73,3 @@ def published(architecture: str, *, epochs: int, weights: str, seed: int = 0) ->
     """Returns the published best of an architecture, without what only one arm has."""
     fixed = fixed_values(architecture, epochs=epochs, image_size=32, weights=weights, seed=seed, fix=FIX)
     return TrainConfig.from_dict(fixed | dict(find_space(architecture, FIX).published))
-
-
-def draw(architecture: str) -> list[dict[str, Any]]:
-    """Returns the published best and random points of the space."""
-    space = find_space(architecture, FIX)
-    sampler = RandomSampler(space.ranges, dict(space.published), seed=0)
-    return [sampler.suggest(f"{trial:04d}") or {} for trial in range(DRAWN)]
-
-
-def main() -> None:
-    """Writes configurations.json."""
-    names = dict.fromkeys(family.architecture for family in FAMILIES.values())
-    rows = {
-        name: "[\n  " + ",\n  ".join(json.dumps(config) for config in draw(name)) + "\n ]" for name in names
-    }
-    FILE.write_text("{\n " + ",\n ".join(f'"{name}": {text}' for name, text in rows.items()) + "\n}\n")
-
-
-if __name__ == "__main__":
-    main()

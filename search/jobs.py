@@ -8,7 +8,7 @@ and nothing else: Tune's PAUSE, whose trials count as live, block suggestions an
 2.60), is not used, and search/engine.py runs each job as a Tune trial of its own.
 
 All state follows from the journal. ``replay`` feeds an old journal through the same code, so a
-resumed study stands where the killed one stood: rungs, searcher and random state included.
+resumed study has the same rungs and the same running trials as the killed one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from tunefleet.files import is_full
 from tunefleet.search.asha import Asha
 from tunefleet.search.journal import FINAL, Journal, TrialRecord, finite, winner
-from tunefleet.search.suggest import Sampler
+from tunefleet.search.suggest import Observation
 
 ALIKE = 3  # trials: where the first ones all fail in the same way, the next ones would, too
 
@@ -43,7 +43,8 @@ class Jobs:
     """The state of one study.
 
     Args:
-        sampler: Where new trials' hyperparameters come from.
+        suggest: Returns a new trial's sampled hyperparameters, given its number and what was observed of all
+            earlier ones; None where there are no more.
         asha: The rungs.
         pruner: promote, stop or none.
         trials: How many trials the search may start.
@@ -58,7 +59,7 @@ class Jobs:
     def __init__(
         self,
         *,
-        sampler: Sampler,
+        suggest: Callable[[int, list[Observation]], dict[str, Any] | None],
         asha: Asha,
         pruner: str,
         trials: int,
@@ -69,7 +70,7 @@ class Jobs:
         seconds: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.sampler, self.asha, self.pruner = sampler, asha, pruner
+        self.suggest, self.asha, self.pruner = suggest, asha, pruner
         self.max_trials, self.fixed, self.final_seeds = trials, fixed, final_seeds
         self.journal, self.clock = journal, clock
         self.max_failures = max_failures
@@ -173,11 +174,7 @@ class Jobs:
             self.eager.add(trial_id)
 
     def replay(self, events: list[dict[str, Any]]) -> None:
-        """Goes through an old journal's events as if they happened now, without writing them again.
-
-        Raises:
-            ValueError: The searcher suggests other trials than it did: the code or a library changed.
-        """
+        """Go through an old journal's events as if they happened now, without writing them again."""
         for event in events:
             trial_id = event["trial_id"]
             if event.get("epoch") == 0:
@@ -198,11 +195,6 @@ class Jobs:
         if trial_id.startswith(FINAL):
             self.search_is_over = True
             self.running = {running for running in self.running if self.trials[running].is_final}
-        elif (again := self._suggest(trial_id)) != config:
-            raise ValueError(
-                f"trial {trial_id} was {config} and would now be {again}: the code or a library differs "
-                "from when the study began; go back to the versions in study.json"
-            )
         self._add(trial_id, config)
         self.running.add(trial_id)
 
@@ -211,10 +203,10 @@ class Jobs:
             return None
         promotable = self.pruner == "promote" and self.asha.promotable(self._settled())
         if not promotable and len(self.searched) < self.max_trials:
-            trial_id = f"{len(self.searched):04d}"
-            config = self._suggest(trial_id)
-            if config is not None:
-                return self._start(trial_id, config)
+            number = len(self.searched)
+            sampled = self.suggest(number, [_observed(trial) for trial in self.searched])
+            if sampled is not None:
+                return self._start(f"{number:04d}", self.fixed | sampled)
             self.max_trials = len(self.searched)  # a grid is exhausted
             promotable = self.pruner == "promote" and self.asha.promotable(self._settled())
         if not promotable:
@@ -240,10 +232,6 @@ class Jobs:
         self.finished = not self.running
         return None
 
-    def _suggest(self, trial_id: str) -> dict[str, Any] | None:
-        sampled = self.sampler.suggest(trial_id)
-        return None if sampled is None else self.fixed | sampled
-
     def _start(self, trial_id: str, config: dict[str, Any]) -> Job:
         self.journal.append({"trial_id": trial_id, "epoch": 0, "config": config})
         self._add(trial_id, config)
@@ -262,7 +250,7 @@ class Jobs:
         return Job(trial_id, trial.config, trial.epoch, trial.is_final, eager)
 
     def _apply(self, trial: TrialRecord, report: dict[str, Any]) -> bool:
-        """Updates rungs and searcher by a report; returns whether the trial goes on now."""
+        """Update the rungs by a report; return whether the trial continues now."""
         trial.take(report)
         value = report.get("val_accuracy")
         if not trial.is_final and value is not None and (not self.best_yet or value > self.best_yet[0]):
@@ -271,13 +259,9 @@ class Jobs:
             return trial.status is None
         if trial.status not in (None, "done"):
             self.asha.record_failure(trial.trial_id, trial.epoch)
-            self.sampler.observe(trial.trial_id, 0.0)
             return False
         self.asha.record(trial.trial_id, trial.epoch, trial.val_accuracy)
-        if trial.status is None and self._goes_on(trial):
-            return True
-        self.sampler.observe(trial.trial_id, trial.val_accuracy or 0.0)
-        return False
+        return trial.status is None and self._goes_on(trial)
 
     def _goes_on(self, trial: TrialRecord) -> bool:
         if trial.epoch not in self.asha.rungs:
@@ -315,3 +299,7 @@ class Jobs:
 
     def _time_is_up(self) -> bool:
         return self.deadline is not None and self.clock() >= self.deadline
+
+
+def _observed(trial: TrialRecord) -> Observation:
+    return Observation(trial.config, trial.val_accuracy, failed=trial.status not in (None, "done"))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tunefleet.search.asha import PRUNERS, rung_epochs
 from tunefleet.search.spaces import SMALLEST_SIZE, find_space, fixed_values
-from tunefleet.search.suggest import SEARCHERS, PointSampler, Sampler, make_sampler
+from tunefleet.search.suggest import SEARCHERS, Observation, suggest
 from tunefleet.trainables.config import TrainConfig, check_integer, check_name, check_number
 from tunefleet.trainables.data import DATA_DIR, expanded
 
@@ -149,14 +150,13 @@ class StudyOptions:
             fix=self.fix,
         )
 
-    def sampler(self) -> Sampler:
-        """Returns where the study's trials come from, at its beginning."""
-        if self.points:
-            return PointSampler(self.points)
+    def suggest(self, number: int, observations: Sequence[Observation]) -> dict[str, Any] | None:
+        """Return what is sampled of trial ``number``, given all earlier ones; None: there are no more."""
         space = find_space(self.space, self.fix)
-        if not space.ranges:  # all is fixed: one trial
-            return PointSampler([{}])
-        return make_sampler(self.searcher, space.ranges, dict(space.published), self.seed)
+        points = self.points if space.ranges or self.points else [{}]  # all is fixed: one trial
+        if points:
+            return points[number] if number < len(points) else None
+        return suggest(self.searcher, space.ranges, space.published, self.seed, number, observations)
 
 
 RESUMABLE = (

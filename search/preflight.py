@@ -24,7 +24,7 @@ from tunefleet.search.options import StudyOptions
 from tunefleet.search.printing import clock, print_text, shown
 from tunefleet.search.resources import Machine, Resources
 from tunefleet.search.spaces import default_image_size, find_space
-from tunefleet.search.suggest import RandomSampler
+from tunefleet.search.suggest import suggest
 from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import BUILT_IN, ImageData
 from tunefleet.trainables.gpu import free_memory, is_out_of_memory
@@ -35,7 +35,7 @@ from tunefleet.trainables.inputs import kind_of, load_inputs, sample_inputs, spl
 from tunefleet.trainables.levers import Levers
 from tunefleet.trainables.training import TrainingRun
 
-SAMPLED_CONFIGS = 200  # whose checkpoints' mean is forecast
+SAMPLED_CONFIGS = 1000  # whose checkpoints' mean is forecast
 MEASURED_STEPS = {"cpu": 10, "cuda": 100}  # optimizer steps that forecast an epoch
 PEAK_BATCHES = 2 * WARM_UP_STEPS + 5  # halves of a batch: some steps are captured, and one is short
 SIZES = (128, 64, 32)  # pixels a side that a GPU's memory decides between
@@ -235,9 +235,10 @@ def _sizes(
 def checkpoint_sizes(options: StudyOptions, data: ImageData) -> tuple[int, int]:
     """Returns the bytes of a checkpoint of this study: the mean over sampled configs, and the largest."""
     ranges = {} if options.points else find_space(options.space, options.fix).ranges
-    sampler = RandomSampler(ranges, None, seed=0)
     base = example(options).to_dict()
-    sampled = options.points or [sampler.suggest(str(k)) or {} for k in range(SAMPLED_CONFIGS)]
+    sampled = options.points or [
+        suggest("random", ranges, None, 0, k, []) or {} for k in range(SAMPLED_CONFIGS)
+    ]
     sizes = [checkpoint_bytes(TrainConfig.from_dict(base | values), data) for values in sampled]
     return round(sum(sizes) / len(sizes)), max(*sizes, checkpoint_bytes(largest(options), data))
 

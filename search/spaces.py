@@ -29,9 +29,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ray import tune
-from ray.tune.search.sample import Categorical, Domain, Float, Integer
+from ray.tune.search.sample import Domain
 
 from tunefleet.models import ARCHITECTURES
+from tunefleet.search.suggest import check_ranges
 from tunefleet.trainables.config import TrainConfig, check_name
 
 SMALLEST_SIZE = 32  # pixels a side; CIFAR-10's own
@@ -52,6 +53,9 @@ class Space:
     image_size: int = SMALLEST_SIZE  # default with trained weights, on GPUs
     cpu_image_size: int = SMALLEST_SIZE  # likewise on CPUs
     leaves_chance_by: int | None = 10  # epochs; an accuracy at chance from then on is a divergence
+
+    def __post_init__(self) -> None:
+        check_ranges(self.ranges)
 
 
 LR = tune.loguniform(1e-4, 1e-1)
@@ -259,18 +263,6 @@ def default_image_size(name: str, weights: str, device: str) -> int:
     if ARCHITECTURES[name].cut is None or weights == "none":
         return SMALLEST_SIZE
     return SPACES[name].image_size if device == "cuda" else SPACES[name].cpu_image_size
-
-
-def described(ranges: Mapping[str, Domain]) -> dict[str, Any]:
-    """Returns ranges as study.json keeps them: ``{"values"}`` or ``{"low", "high", "log"}`` by name."""
-    plain: dict[str, Any] = {}
-    for name, domain in ranges.items():
-        if isinstance(domain, Categorical):
-            plain[name] = {"values": list(domain.categories)}
-        elif isinstance(domain, Float | Integer):
-            log = "log" in type(domain.get_sampler()).__name__.lower()
-            plain[name] = {"low": domain.lower, "high": domain.upper, "log": log}
-    return plain
 
 
 def fixed_values(

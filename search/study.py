@@ -31,8 +31,9 @@ from tunefleet.search.mirror import storage_of
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.preflight import Prepared
 from tunefleet.search.provenance import commit, machine_name, versions
-from tunefleet.search.spaces import described, find_space
+from tunefleet.search.spaces import find_space
 from tunefleet.search.study_file import lock_of, read_events, read_study, write_study
+from tunefleet.search.suggest import described
 from tunefleet.trainables.data import ImageData
 from tunefleet.trainables.levers import Levers
 from tunefleet.trainables.storage import Storage
@@ -109,7 +110,7 @@ class Study:
         if torn := journal.mend():
             print(f"{journal.file.name}: dropped its last line, of which only {torn} bytes had been written")
         jobs = Jobs(
-            sampler=options.sampler(),
+            suggest=options.suggest,
             asha=Asha(options.rungs, options.eta),
             pruner=options.pruner,
             trials=options.trials,

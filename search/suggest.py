@@ -1,143 +1,242 @@
-"""Which hyperparameters are tried next? The published best first, then TPE, random or a grid.
+"""Suggest hyperparameters: a pure function of the seed, the trial's number and what was observed.
 
-A sampler is told a trial's value each time the trial pauses, not only at its end, or TPE would see
-no observation until the study is over (Ray 2.60 tells searchers only of completed trials).
+Nothing is remembered between two suggestions, so a resumed study draws nothing again, and another version of
+a library changes later trials only.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from typing import Any, Protocol
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUniform
-
-from tunefleet.trainables.config import check_name
+from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUniform, Quantized, Uniform
 
 SEARCHERS = ("tpe", "random", "grid")
 STARTUP_TRIALS = 10  # drawn at random before TPE models anything; hyperopt's 20 is most of a small study
-GRID_POINTS = 4  # per continuous range, ends included
+GRID_POINTS = 4  # per range of numbers, ends included
+WORST = math.inf  # the loss of a failed trial; hyperopt minimises
 
 Ranges = Mapping[str, Domain]
 
 
-class Sampler(Protocol):
-    """Where new trials come from."""
+@dataclass(frozen=True)
+class Observation:
+    """What is known of an earlier trial."""
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """Returns a value for each range; None: there are no more."""
-
-    def observe(self, trial_id: str, value: float) -> None:
-        """Takes in a trial's val_accuracy; a later value replaces an earlier one."""
+    config: Mapping[str, Any]
+    value: float | None = None  # higher is better; None: not yet known
+    failed: bool = False  # worse than any value
 
 
-def make_sampler(searcher: str, ranges: Ranges, first: dict[str, Any] | None, seed: int) -> Sampler:
-    """Builds the sampler of a study.
+def suggest(
+    searcher: str,
+    ranges: Ranges,
+    first: Mapping[str, Any] | None,
+    seed: int,
+    number: int,
+    observations: Sequence[Observation],
+) -> dict[str, Any] | None:
+    """Return a value for each range, as Python numbers and strings; None: a grid is exhausted.
 
     Args:
         searcher: tpe, random or grid.
         ranges: What is searched, by hyperparameter.
-        first: The point to try first, a value for each range; None: there is none.
-        seed: Of the sampling, and of nothing else.
+        first: The point of trial 0, a value for each range; None: there is none.
+        seed: Of the study's suggestions.
+        number: The trial's, from 0.
+        observations: All earlier trials, in the order of their numbers.
+    """
+    if first is not None and number == 0:
+        return dict(first)
+    if searcher == "grid":
+        return next(itertools.islice(_grid(ranges, first, seed), number, None), None)
+    entropy = np.random.SeedSequence((seed, number))
+    if searcher == "random" or number < STARTUP_TRIALS or not ranges:
+        rng = np.random.default_rng(entropy)
+        return {name: _draw(domain, rng) for name, domain in ranges.items()}
+    return _tpe(ranges, number, observations, int(entropy.generate_state(1)[0]))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A range of numbers, both ends included."""
+
+    low: float
+    high: float
+    log: bool
+    step: float | None  # between allowed values, which are its multiples; None: all floats
+    integer: bool
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Return between which floats to draw, so that rounding leaves the ends as likely as the others."""
+        half = (self.step or 0) / 2
+        return self.low - half, self.high + half
+
+    def value(self, x: float) -> float | int:
+        """Return the allowed value nearest to ``x``."""
+        if self.step:
+            x = float(f"{round(x / self.step) * self.step:.12g}")
+        x = min(max(float(x), self.low), self.high)
+        return round(x) if self.integer else x
+
+
+def interval(domain: Domain) -> Interval:
+    """Return what a range of Ray Tune, other than a choice, allows.
 
     Raises:
-        ValueError: The searcher is unknown.
+        ValueError: A kind of range that cannot be searched.
     """
-    check_name("--searcher", searcher, SEARCHERS)
-    if searcher == "tpe" and ranges:
-        return TPESampler(ranges, first, seed)
-    if searcher == "random":
-        return RandomSampler(ranges, first, seed)
-    return GridSampler(ranges, first, seed)
+    sampler, step = domain.get_sampler(), None
+    if isinstance(sampler, Quantized):
+        sampler, step = sampler.get_sampler(), sampler.q
+    bounded = isinstance(domain, Float | Integer) and math.isfinite(domain.upper - domain.lower)
+    if not bounded or not isinstance(sampler, Uniform | LogUniform):
+        raise ValueError("it has no bounds, or depends on other values")
+    assert isinstance(domain, Float | Integer)
+    low, high, integer = domain.lower, domain.upper, isinstance(domain, Integer)
+    if integer and step in (None, 1):  # Ray's integer ranges exclude their end, unless they are quantised
+        high, step = high - 1, 1
+    if step:
+        low, high = _multiple(low, step, math.ceil), _multiple(high, step, math.floor)
+    if low > high:
+        raise ValueError("it has no value")
+    return Interval(low, high, isinstance(sampler, LogUniform), step, integer)
 
 
-class TPESampler:
-    """Tree-structured Parzen estimator (Bergstra et al. 2011) by hyperopt, through Ray's HyperOptSearch."""
-
-    def __init__(self, ranges: Ranges, first: dict[str, Any] | None, seed: int) -> None:
-        from ray.tune.search.hyperopt import HyperOptSearch  # a second or two, which others need not wait for
-
-        self._search = HyperOptSearch(
-            space=HyperOptSearch.convert_search_space(dict(ranges)),
-            metric="val_accuracy",
-            mode="max",
-            points_to_evaluate=None if first is None else [dict(first)],
-            n_initial_points=STARTUP_TRIALS,
-            random_state_seed=seed,
-        )
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """Returns the next point."""
-        return self._search.suggest(trial_id)
-
-    def observe(self, trial_id: str, value: float) -> None:
-        """Updates the trial's observation in place."""
-        # on_trial_complete would do the same and forget the trial, whose value may still rise
-        self._search._process_result(trial_id, {"val_accuracy": value})
+def _multiple(bound: float, step: float, towards: Any) -> float:
+    nearest = round(bound / step)
+    return float(step * (nearest if math.isclose(bound / step, nearest) else towards(bound / step)))
 
 
-class RandomSampler:
-    """Independent draws from each range."""
-
-    def __init__(self, ranges: Ranges, first: dict[str, Any] | None, seed: int) -> None:
-        self._ranges, self._first = ranges, first
-        self._random = np.random.default_rng(seed)
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """Returns the next point."""
-        if self._first is not None:
-            first, self._first = self._first, None
-            return dict(first)
-        return {
-            name: plain(domain.sample(random_state=self._random)) for name, domain in self._ranges.items()
-        }
-
-    def observe(self, trial_id: str, value: float) -> None:
-        """Learns nothing."""
+def check_ranges(ranges: Mapping[str, Any]) -> None:
+    """Raise ValueError where something is no range that every searcher can draw from."""
+    for name, domain in ranges.items():
+        try:
+            if not isinstance(domain, Domain):
+                raise ValueError("it is no range")
+            if not isinstance(domain, Categorical):
+                interval(domain)
+        except ValueError as error:
+            raise ValueError(
+                f"the range of {name} cannot be searched ({error}); give tune.choice, uniform, loguniform, "
+                "randint or lograndint, or a quantised one of these (quniform, qrandint, …)"
+            ) from None
 
 
-class PointSampler:
-    """Given points, in their order; a study of them can be resumed with more at the end."""
-
-    def __init__(self, points: list[dict[str, Any]]) -> None:
-        self._points = iter(points)
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """Returns the next point; None when all are out."""
-        return next(self._points, None)
-
-    def observe(self, trial_id: str, value: float) -> None:
-        """Learns nothing."""
-
-
-class GridSampler(PointSampler):
-    """Every combination once, in an order shuffled by the seed, so that its beginning is a fair sample."""
-
-    def __init__(self, ranges: Ranges, first: dict[str, Any] | None, seed: int) -> None:
-        points = [
-            dict(zip(ranges, values, strict=True))
-            for values in itertools.product(*(grid_values(domain) for domain in ranges.values()))
-        ]
-        np.random.default_rng(seed).shuffle(points)
-        if first is not None:
-            points = [dict(first), *(point for point in points if point != first)]
-        super().__init__(points)
+def described(ranges: Ranges) -> dict[str, Any]:
+    """Return ranges as study.json has them: ``{"values"}``, or ``{"low", "high", "log"[, "step"]}``."""
+    plain: dict[str, Any] = {}
+    for name, domain in ranges.items():
+        if isinstance(domain, Categorical):
+            plain[name] = {"values": list(domain.categories)}
+            continue
+        found = interval(domain)
+        low, high = (int(end) if found.integer else end for end in (found.low, found.high))
+        plain[name] = {"low": low, "high": high, "log": found.log}
+        if found.step and (found.step != 1 or not found.integer):
+            plain[name]["step"] = found.step
+    return plain
 
 
 def grid_values(domain: Domain) -> list[Any]:
-    """Returns a grid's values of one range: all of a choice, GRID_POINTS of a continuous one."""
+    """Return a grid's values of one range: all of a choice, GRID_POINTS of numbers, evenly spaced."""
     if isinstance(domain, Categorical):
         return list(domain.categories)
-    assert isinstance(domain, Float | Integer), domain
-    upper = domain.upper - isinstance(domain, Integer)  # Ray's integer ranges exclude their end
-    spaced = np.geomspace if isinstance(domain.get_sampler(), LogUniform) else np.linspace
-    values = spaced(domain.lower, upper, GRID_POINTS)
-    if isinstance(domain, Integer):
-        return sorted({round(value) for value in values})
-    return [float(value) for value in values]
+    found = interval(domain)
+    spaced = np.geomspace if found.log else np.linspace
+    values = spaced(found.low, found.high, GRID_POINTS)
+    return sorted({found.value(value) for value in values})
 
 
-def plain(value: Any) -> Any:
-    """Returns a Python value for a numpy one, as JSON and TrainConfig want it."""
-    return value.item() if isinstance(value, np.generic) else value
+def _grid(ranges: Ranges, first: Mapping[str, Any] | None, seed: int) -> Iterable[dict[str, Any]]:
+    """Return every combination once, shuffled by the seed, so that its beginning is a fair sample."""
+    points = [
+        dict(zip(ranges, values, strict=True))
+        for values in itertools.product(*(grid_values(domain) for domain in ranges.values()))
+    ]
+    np.random.default_rng(seed).shuffle(points)
+    if first is None:
+        return points
+    return [dict(first), *(point for point in points if point != first)]
+
+
+def _draw(domain: Domain, rng: np.random.Generator) -> Any:
+    if isinstance(domain, Categorical):
+        return domain.categories[int(rng.integers(len(domain.categories)))]
+    found = interval(domain)
+    low, high = found.bounds
+    if found.log:
+        return found.value(math.exp(rng.uniform(math.log(low), math.log(high))))
+    return found.value(rng.uniform(low, high))
+
+
+def _tpe(ranges: Ranges, number: int, observations: Sequence[Observation], draw_seed: int) -> dict[str, Any]:
+    """Tree-structured Parzen estimator (Bergstra et al. 2011), by hyperopt."""
+    import hyperopt  # a second, which the other searchers need not wait for
+    from hyperopt import hp, tpe
+
+    space: dict[str, Any] = {}
+    for name, domain in ranges.items():
+        if isinstance(domain, Categorical):
+            space[name] = hp.choice(name, list(domain.categories))
+            continue
+        found = interval(domain)
+        low, high = found.bounds
+        space[name] = (
+            hp.loguniform(name, math.log(low), math.log(high)) if found.log else hp.uniform(name, low, high)
+        )
+    trials = hyperopt.Trials()
+    trials.insert_trial_docs([_document(ranges, k, seen) for k, seen in enumerate(observations)])
+    trials.refresh()
+    (new,) = tpe.suggest(
+        [number],
+        hyperopt.Domain(lambda config: 0, space),
+        trials,
+        draw_seed,
+        n_startup_jobs=0,
+        verbose=False,
+    )
+    drawn = {name: values[0] for name, values in new["misc"]["vals"].items()}
+    return {
+        name: domain.categories[int(drawn[name])]
+        if isinstance(domain, Categorical)
+        else interval(domain).value(float(drawn[name]))
+        for name, domain in ranges.items()
+    }
+
+
+def _document(ranges: Ranges, number: int, seen: Observation) -> dict[str, Any]:
+    """Return an observation as hyperopt keeps it; without a loss it counts as running.
+
+    A value that its range does not allow is left out, as hyperopt does with a parameter that depends on
+    another.
+    """
+    values: dict[str, list[Any]] = {}
+    for name, domain in ranges.items():
+        value = seen.config.get(name)
+        if isinstance(domain, Categorical):
+            value = domain.categories.index(value) if value in domain.categories else None
+        values[name] = [] if value is None else [value]
+    loss = WORST if seen.failed else None if seen.value is None else -seen.value
+    return {
+        "tid": number,
+        "state": 2 if loss is not None else 1,  # hyperopt's JOB_STATE_DONE, JOB_STATE_RUNNING
+        "spec": None,
+        "result": {"status": "ok", "loss": loss} if loss is not None else {"status": "new"},
+        "misc": {
+            "tid": number,
+            "cmd": None,
+            "idxs": {name: [number] * len(value) for name, value in values.items()},
+            "vals": values,
+        },
+        "exp_key": None,
+        "owner": None,
+        "version": 0,
+        "book_time": None,
+        "refresh_time": None,
+    }

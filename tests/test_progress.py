@@ -1,3 +1,4 @@
+import functools
 import io
 import math
 import re
@@ -10,7 +11,7 @@ from tunefleet.search.jobs import Jobs
 from tunefleet.search.journal import Journal
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.progress import PLAIN_SECONDS, Progress, counts, describe, line, table
-from tunefleet.search.suggest import make_sampler
+from tunefleet.search.suggest import suggest
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def jobs(tmp_path):
 
     ranges = {"lr": tune.loguniform(1e-4, 1e-1)}
     jobs = Jobs(
-        sampler=make_sampler("random", ranges, {"lr": 0.01}, 0),
+        suggest=functools.partial(suggest, "random", ranges, {"lr": 0.01}, 0),
         asha=Asha((1, 3), 3),
         pruner="promote",
         trials=9,

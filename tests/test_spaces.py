@@ -9,8 +9,8 @@ from ray.tune.search.sample import Categorical
 from tunefleet.models import ARCHITECTURES, build_args
 from tunefleet.search.asha import rung_epochs
 from tunefleet.search.options import StudyOptions
-from tunefleet.search.spaces import SPACES, described, find_space, fixed_values
-from tunefleet.search.suggest import grid_values
+from tunefleet.search.spaces import SPACES, find_space, fixed_values
+from tunefleet.search.suggest import described, grid_values
 from tunefleet.trainables.config import TrainConfig
 
 # DESIGN.md, "The thirteen architectures": weight_decay, momentum, batch_size, lr, hidden, kernel_size,
@@ -135,15 +135,14 @@ def test_fixed_values_are_sampled_no_more():
     options = StudyOptions("convnet", image_size=32, fix={"hidden": 20, "label_smoothing": 0.1})
     assert options.fixed_values()["hidden"] == 20
     assert options.fixed_values()["label_smoothing"] == 0.1
-    sampler = options.sampler()
-    sampled = [sampler.suggest(f"{k:04d}") for k in range(8)]
+    sampled = [options.suggest(k, []) for k in range(8)]
     assert all(set(values) == set(SPACES["convnet"].ranges) - {"hidden"} for values in sampled)
     assert sampled[0] == {k: v for k, v in SPACES["convnet"].published.items() if k != "hidden"}
 
 
 def test_a_space_that_is_fixed_altogether_has_one_trial():
-    sampler = StudyOptions("softmax", fix=dict(SPACES["softmax"].published)).sampler()
-    assert [sampler.suggest("0000"), sampler.suggest("0001")] == [{}, None]
+    options = StudyOptions("softmax", fix=dict(SPACES["softmax"].published))
+    assert [options.suggest(0, []), options.suggest(1, [])] == [{}, None]
 
 
 @pytest.mark.parametrize(
