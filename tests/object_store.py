@@ -4,6 +4,7 @@ import logging
 import os
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
@@ -88,7 +89,9 @@ def faulty_store() -> Iterator[Store]:
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
+    reset = urllib.request.Request(f"{variables['AWS_ENDPOINT_URL']}/moto-api/reset", method="POST")
     with mock.patch.dict(os.environ, variables):
+        urllib.request.urlopen(reset).close()  # moto keeps what an earlier store of this process held
         boto3.client("s3").create_bucket(Bucket=BUCKET)
         yield store
     store.fault = ""
