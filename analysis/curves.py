@@ -1,28 +1,15 @@
-"""What would each trial have reached, had nobody stopped it? The curves of a study without pruner.
-
-They come from such a study's folder, or from the table that benchmarks/curves.py writes of one:
-COLUMNS, a row per configuration, seed and epoch. An epoch at which a trial diverged or failed has no
-val_accuracy and is its last.
-"""
+"""Learning curves of a study without pruner: what each trial reached, had nobody stopped it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
-from tunefleet.analysis.load import UNREADABLE, Study, check_table, load
-from tunefleet.analysis.text import reason
-from tunefleet.cli import printable, shell
+from tunefleet.analysis.load import load
+from tunefleet.cli import shell
+from tunefleet.journal import FAILED, LOST, TrialRecord
 
-COLUMNS = {
-    **dict.fromkeys(("configuration", "seed", "epoch"), int),
-    **dict.fromkeys(("val_accuracy", "val_loss", "epoch_seconds"), float),
-}
-LOST = ("diverged", "error", "out_of_memory")  # statuses of trials that ended before their time
 HOW = "record one: tunefleet search SPACE --pruner none, or python -m tunefleet.benchmarks.curves"
 
 
@@ -38,94 +25,53 @@ class Curves:
 
 
 def read(place: str) -> Curves:
-    """Reads the curves of a table (.csv), or of a study by its folder or URL.
+    """Read the curves of a study, by its folder or URL.
+
+    Trials that differ in their seed alone are one configuration; a configuration that was drawn twice is two.
+    Configurations are in the order of their first trial.
 
     Raises:
         ValueError: There are none that can be replayed.
     """
-    if not place.endswith(".csv"):
-        study = load(place)
-        return curves_of(study.name, table_of(study))
-    file = Path(place)
-    try:
-        table = pd.read_csv(file, low_memory=False)
-        check_table(table, COLUMNS)
-    except UNREADABLE as error:
-        raise ValueError(f"{place} is no table of curves ({reason(error)}); {HOW}") from None
-    return curves_of(str(printable(file.stem)), table)
-
-
-def table_of(study: Study) -> pd.DataFrame:
-    """Returns a study's curves, a row per epoch that was trained, with COLUMNS.
-
-    Configurations are numbered from 0 in the order of their first trial; trials that differ in their
-    seed alone are one configuration.
-
-    Raises:
-        ValueError: The study has a pruner, or is not done.
-    """
+    study = load(place)
     if (pruner := study.facts["options"]["pruner"]) != "none":
-        raise ValueError(
-            f"{study.folder} was pruned (--pruner {pruner}), so its curves end early; "
-            "record one that is not: --pruner none"
-        )
-    if study.facts["status"] != "done":
-        resume = shell("tunefleet", "resume", study.folder)
-        raise ValueError(f"{study.folder} is not done; resume it: {resume}")
-    trials = study.trials
-    if trials.empty or "seed" not in trials:
-        raise ValueError(f"{study.folder} has no trial; {HOW}")
-    hyperparameters = list(trials.columns[list(trials.columns).index("node") + 1 :])
-    again = trials.groupby(hyperparameters, dropna=False).cumcount()  # a choice may be drawn twice
-    others = [trials[name] for name in hyperparameters if name != "seed"]
-    configuration = trials.groupby([*others, again], dropna=False, sort=False).ngroup()
-    of_trial = pd.DataFrame(
-        {
-            "trial_id": trials.trial_id,
-            "configuration": configuration,
-            "seed": trials.seed,
-            "status": trials.status,
-            "last": trials.epochs,
-        }
-    )
-    rows = study.epochs.merge(of_trial, on="trial_id")
-    diverged = (rows.status == "diverged") & (rows.epoch == rows["last"])
-    rows.loc[diverged, ["val_accuracy", "val_loss"]] = np.nan
-    failed = of_trial[of_trial.status.isin(LOST) & (of_trial.status != "diverged")]
-    unreported = failed.assign(epoch=failed["last"] + 1, epoch_seconds=0.0)  # how long it took is not known
-    table = pd.concat([rows, unreported], ignore_index=True)[list(COLUMNS)]
-    return table.sort_values(["configuration", "seed", "epoch"], ignore_index=True)
-
-
-def curves_of(name: str, table: pd.DataFrame) -> Curves:
-    """Returns a table's curves as arrays.
-
-    Raises:
-        ValueError: A curve is missing or ends before its time, or none sees the last epoch.
-    """
-    if table.empty:
-        raise ValueError(f"{name} has no curves; {HOW}")
-    seeds, epochs = sorted(table.seed.unique()), int(table.epoch.max())
-    configurations = sorted(table.configuration.unique())
-    found = dict(list(table.groupby(["configuration", "seed"])))
-    for configuration, seed in product(configurations, seeds):
-        curve = found.get((configuration, seed), table.head(0)).sort_values("epoch")
-        seen, ends = len(curve), curve.val_accuracy.isna().to_numpy()
-        if curve.epoch.tolist() != list(range(1, seen + 1)) or ends[:-1].any():
-            raise ValueError(f"{name}: configuration {configuration}, seed {seed} lacks an epoch; {HOW}")
-        if seen < epochs and not ends[-1:].any():
-            raise ValueError(
-                f"{name}: configuration {configuration}, seed {seed} has {seen} of {epochs} epochs and did "
-                f"not diverge; {HOW}"
-            )
-        if not (curve.epoch_seconds >= 0).all():
-            raise ValueError(f"{name}: configuration {configuration}, seed {seed} lacks seconds; {HOW}")
-    shape = (len(seeds), len(configurations), epochs)
+        raise ValueError(f"{place} was pruned (--pruner {pruner}), so its curves end early; {HOW}")
+    if study.status != "done":
+        raise ValueError(f"{place} is not done; resume it: {shell('tunefleet', 'resume', place)}")
+    if not any(trial.reports for trial in study.searched):
+        raise ValueError(f"{place} has no trial; {HOW}")
+    found: dict[tuple[object, ...], dict[int, TrialRecord]] = {}
+    for trial in study.searched:
+        config = dict(trial.config)
+        seed, again = config.pop("seed", 0), 0
+        while seed in found.setdefault((*sorted(config.items()), again), {}):
+            again += 1
+        found[*sorted(config.items()), again][seed] = trial
+    seeds = sorted({seed for trials in found.values() for seed in trials})
+    shape = (len(seeds), len(found), max(trial.epoch for trial in study.searched))
     accuracy, loss, seconds = np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape, np.nan)
-    for (configuration, seed), curve in found.items():
-        at = seeds.index(seed), configurations.index(configuration), slice(len(curve))
-        curve = curve.sort_values("epoch")
-        accuracy[at], loss[at], seconds[at] = curve.val_accuracy, curve.val_loss, curve.epoch_seconds
+    for n, trials in enumerate(found.values()):
+        for s, seed in enumerate(seeds):
+            _check(study.name, n, seed, trials.get(seed), shape[2])
+            trial = trials[seed]
+            for epoch, report in trial.reports.items():
+                at = s, n, epoch - 1
+                seconds[at] = report["epoch_seconds"]
+                if trial.status != "diverged" or epoch < trial.epoch:
+                    accuracy[at], loss[at] = report["val_accuracy"], report.get("val_loss") or np.nan
+            if trial.status in FAILED:
+                seconds[s, n, trial.epoch] = 0.0  # how long the epoch took in which it failed is not known
     if np.isnan(accuracy[:, :, -1]).all(axis=1).any():
-        raise ValueError(f"{name}: every configuration diverged, so there is no best one")
-    return Curves(name, tuple(int(seed) for seed in seeds), accuracy, loss, seconds)
+        raise ValueError(f"{study.name}: every configuration diverged, so there is no best one")
+    return Curves(study.name, tuple(seeds), accuracy, loss, seconds)
+
+
+def _check(name: str, configuration: int, seed: int, trial: TrialRecord | None, epochs: int) -> None:
+    """Raise ValueError where a curve is missing, or ends before its time though its trial was not lost."""
+    which = f"{name}: configuration {configuration}, seed {seed}"
+    if trial is None or sorted(trial.reports) != list(range(1, trial.epoch + 1)):
+        raise ValueError(f"{which} lacks an epoch; {HOW}")
+    if trial.epoch < epochs and trial.status not in LOST:
+        raise ValueError(f"{which} has {trial.epoch} of {epochs} epochs and did not diverge; {HOW}")
+    if not all((report.get("epoch_seconds") or -1) >= 0 for report in trial.reports.values()):
+        raise ValueError(f"{which} lacks seconds; {HOW}")

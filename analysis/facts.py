@@ -1,4 +1,4 @@
-"""What does a report say in words, tables and images? Study tables in, plain values out."""
+"""What does a report say in words, tables and images? A study's tables in, plain values out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pandas.api.types import is_bool_dtype, is_numeric_dtype
 from PIL import Image
 
 from tunefleet.analysis import results, stats
-from tunefleet.analysis.load import Study
+from tunefleet.analysis.load import StudyResults
 from tunefleet.analysis.text import clock, listed, number, percent, spread_digits, words
 from tunefleet.cli import counted, printable, shell
 
@@ -32,7 +32,7 @@ PIXELS = 200  # of an image's longer side: two for each of the page's, since scr
 FIRST_ROWS = 200  # of the trials' table: what is seen at once, and all that is seen without JavaScript
 
 
-def facts(study: Study) -> dict[str, Any]:
+def facts(study: StudyResults) -> dict[str, Any]:
     """Returns what the page says in words, tables and images."""
     told, best = study.facts, study.facts.get("best")
     config = best["config"] if best else {}
@@ -65,7 +65,7 @@ def facts(study: Study) -> dict[str, Any]:
     }
 
 
-def comparison(studies: list[Study]) -> dict[str, Any]:
+def comparison(studies: list[StudyResults]) -> dict[str, Any]:
     """Returns what the page of several studies says: a table for each group of architectures."""
     searches = [study for study in studies if study.lr_curve is None]
     groups: dict[str, list[list[str]]] = {name: [] for name in GROUPS}
@@ -117,7 +117,7 @@ def _group(space: str) -> str:
     return updatable if space.endswith(("_updatable", "_finetune")) else frozen
 
 
-def cards(study: Study) -> list[tuple[str, str]]:
+def cards(study: StudyResults) -> list[tuple[str, str]]:
     """Returns the numbers at a report's top: what each is, and its value."""
     shown, told = [], study.facts
     best, final, test = told.get("best"), told.get("final"), study.test_accuracy
@@ -146,7 +146,7 @@ def cards(study: Study) -> list[tuple[str, str]]:
     return shown
 
 
-def _edges(study: Study) -> list[tuple[str, str, str]]:
+def _edges(study: StudyResults) -> list[tuple[str, str, str]]:
     table = stats.comparable(study)
     rows = []
     for name, described in study.facts.get("ranges", {}).items():
@@ -157,7 +157,7 @@ def _edges(study: Study) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _trials(study: Study) -> dict[str, Any]:
+def _trials(study: StudyResults) -> dict[str, Any]:
     """Returns the table of all trials; hyperparameters that all of them share are said in one line."""
     table = study.trials
     outcome = list(table.columns).index("node")
@@ -180,7 +180,7 @@ def _trials(study: Study) -> dict[str, Any]:
     }
 
 
-def _mistakes(study: Study) -> list[tuple[str, str, str, str]]:
+def _mistakes(study: StudyResults) -> list[tuple[str, str, str, str]]:
     if study.misclassified is None or study.predictions is None:
         return []
     index, images = study.misclassified

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, Formatter, LogLocator, MaxNLocator
 
 from tunefleet.analysis import stats
-from tunefleet.analysis.load import Study
+from tunefleet.analysis.load import StudyResults
 from tunefleet.analysis.text import decimals, number
 from tunefleet.cli import counted, printable
 
@@ -112,7 +112,7 @@ def _drawn_by(family: str, character: str) -> bool:
     return font_manager.get_font(file).get_char_index(ord(character)) != 0
 
 
-def winner_curves(study: Study) -> Figure:
+def winner_curves(study: StudyResults) -> Figure:
     """Draws loss and accuracy of the winner's trial, and of its seeds on their training images."""
     figure, (loss, accuracy) = _axes(1, 2)
     best = study.epochs[study.epochs.trial_id == study.facts["best"]["trial_id"]]
@@ -131,7 +131,7 @@ def winner_curves(study: Study) -> Figure:
     return figure
 
 
-def all_curves(study: Study) -> Figure:
+def all_curves(study: StudyResults) -> Figure:
     """Draws val_accuracy of every trial; pruned, finished and diverged ones differ."""
     figure, axes = _axes()
     kinds = study.trials.set_index("trial_id").status.map(_kind)
@@ -170,7 +170,7 @@ def all_curves(study: Study) -> Figure:
     return figure
 
 
-def best_so_far(study: Study) -> Figure:
+def best_so_far(study: StudyResults) -> Figure:
     """Draws the best val_accuracy against epochs spent and against seconds."""
     figure, (by_epochs, by_seconds) = _axes(1, 2, sharey=True)
     table = stats.best_so_far(study.epochs)
@@ -193,7 +193,7 @@ def best_so_far(study: Study) -> Figure:
     return figure
 
 
-def rung_survival(study: Study) -> Figure:
+def rung_survival(study: StudyResults) -> Figure:
     """Draws how many trials reached each rung."""
     figure, axes = _axes(height=2.8)
     rungs = study.facts["rungs"]
@@ -208,7 +208,7 @@ def rung_survival(study: Study) -> Figure:
     return figure
 
 
-def hyperparameters(study: Study) -> Figure | None:
+def hyperparameters(study: StudyResults) -> Figure | None:
     """Draws each hyperparameter against val_accuracy at the first rung; None where none was sampled."""
     table, names = stats.comparable(study), study.hyperparameters
     if not names or table.empty:
@@ -226,7 +226,7 @@ def hyperparameters(study: Study) -> Figure | None:
     return figure
 
 
-def parallel_coordinates(study: Study) -> Figure | None:
+def parallel_coordinates(study: StudyResults) -> Figure | None:
     """Draw each trial as a line through hyperparameters to val_accuracy; the best quarter in colour.
 
     Many hyperparameters are split into rows of at most ACROSS, each of which ends at val_accuracy.
@@ -273,7 +273,7 @@ def _reached(values: np.ndarray) -> tuple[np.ndarray, Ticks]:
     return (values - low) / (high - low), list(zip((0.0, 1.0), ends, strict=True))
 
 
-def importance(study: Study) -> Figure | None:
+def importance(study: StudyResults) -> Figure | None:
     """Draws how much of the variance of val_accuracy each hyperparameter explains."""
     found = stats.importance(stats.comparable(study), study.facts.get("ranges", {}))
     if found is None:
@@ -288,7 +288,7 @@ def importance(study: Study) -> Figure | None:
     return figure
 
 
-def confusion(study: Study) -> Figure | None:
+def confusion(study: StudyResults) -> Figure | None:
     """Draw the winner's confusion matrix of the test images; None without predictions.
 
     With more than NUMBERED classes, counts are left out; with more than NAMED, class numbers replace names;
@@ -324,7 +324,7 @@ def confusion(study: Study) -> Figure | None:
     return figure
 
 
-def confused_pairs(study: Study) -> Figure | None:
+def confused_pairs(study: StudyResults) -> Figure | None:
     """Draw the most frequent confusions, where a matrix has too many classes to show their counts."""
     if study.predictions is None or len(study.classes) <= NUMBERED:
         return None
@@ -345,7 +345,7 @@ def confused_pairs(study: Study) -> Figure | None:
     return figure
 
 
-def class_accuracy(study: Study) -> Figure | None:
+def class_accuracy(study: StudyResults) -> Figure | None:
     """Draw the accuracy of each class, with its interval; None without predictions.
 
     With more than NAMED classes, show the distribution and the WORST least accurate ones.
@@ -377,7 +377,7 @@ def class_accuracy(study: Study) -> Figure | None:
     return figure
 
 
-def lr_curves(studies: list[Study]) -> Figure | None:
+def lr_curves(studies: list[StudyResults]) -> Figure | None:
     """Draws val_accuracy against lr of every learning-rate study; diverged values are crosses below."""
     studies = [study for study in studies if study.lr_curve is not None]
     if not studies:
@@ -399,7 +399,7 @@ def lr_curves(studies: list[Study]) -> Figure | None:
     return figure
 
 
-def accuracy_against_seconds(studies: list[Study]) -> Figure | None:
+def accuracy_against_seconds(studies: list[StudyResults]) -> Figure | None:
     """Draw each study's test accuracy against its time.
 
     Of many studies, only those on the front are named: no other is both faster and better.
@@ -589,5 +589,5 @@ def _shorts(names: list[str], most: int = 18) -> list[str]:
     ]
 
 
-def _label(study: Study) -> str:
+def _label(study: StudyResults) -> str:
     return _short(f"{study.facts['space']}, {study.facts['data']['name']}", 48)

@@ -34,9 +34,9 @@ from tunefleet.analysis.compared import EXPLAINED, MEASURES, REFERENCE, as_text,
 from tunefleet.analysis.curves import Curves, read
 from tunefleet.analysis.simulate import Halving, Report, Scheduler, simulate
 from tunefleet.cli import Parser, counted, exit_code, path_argument, printable, writing
+from tunefleet.journal import Journal, TrialRecord, winner
 from tunefleet.search.asha import Asha, least_epochs, rung_epochs
 from tunefleet.search.jobs import Jobs
-from tunefleet.search.journal import Journal, TrialRecord, winner
 
 MOST_ORDERS = 100_000  # all are in memory at once
 TOP = "top_"  # a scheduler's name with the number that goes on

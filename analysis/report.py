@@ -35,7 +35,7 @@ from matplotlib.figure import Figure
 
 from tunefleet.analysis import plots, to_optuna, to_tensorboard
 from tunefleet.analysis.facts import comparison, facts
-from tunefleet.analysis.load import Study, load
+from tunefleet.analysis.load import StudyResults, load
 from tunefleet.analysis.text import clock
 from tunefleet.cli import Parser, counted, exit_code, path_argument, printable, writing
 
@@ -85,9 +85,9 @@ EMPTY: dict[str, Any] = {  # what a page may leave out
 }
 
 
-def figures(study: Study) -> dict[str, Figure]:
+def figures(study: StudyResults) -> dict[str, Figure]:
     """Returns every figure that the study has the data for, by name."""
-    drawers: dict[str, Callable[[Study], Figure | None]] = {
+    drawers: dict[str, Callable[[StudyResults], Figure | None]] = {
         "all_curves": plots.all_curves,
         "best_so_far": plots.best_so_far,
         "rung_survival": plots.rung_survival,
@@ -107,7 +107,7 @@ def figures(study: Study) -> dict[str, Figure]:
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def write(studies: list[Study], out: Path) -> Path:
+def write(studies: list[StudyResults], out: Path) -> Path:
     """Write report.html and figures/ of one study, or of several compared; return the page's path.
 
     Raises:
@@ -212,7 +212,9 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-def _each(studies: list[Study], out: Path | None, write_one: Callable[[Study, Path], Path]) -> list[Path]:
+def _each(
+    studies: list[StudyResults], out: Path | None, write_one: Callable[[StudyResults, Path], Path]
+) -> list[Path]:
     """Calls a writer for each study: into its folder, or out, or a folder of out where there are several."""
     if out is None:
         return [write_one(study, study.folder) for study in studies]

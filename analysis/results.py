@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tunefleet.analysis.load import read_facts
+from tunefleet.analysis.load import load
 from tunefleet.analysis.text import number, percent, spread_digits, words
 from tunefleet.cli import Parser, exit_code, path_argument, shell
 
@@ -104,7 +104,8 @@ def table(studies: list[dict[str, Any]]) -> str:
 
 def command(study: dict[str, Any]) -> str:
     """Returns the command that makes a study, without its folder."""
-    kept, given = ["python"], iter(words(study["command"]))
+    first, *rest = words(study["command"])
+    kept, given = [first] if first in ("tunefleet", "python") else ["python", first], iter(rest)
     for word in given:
         if word == "--study-dir":
             next(given, None)
@@ -118,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="tunefleet results", description=__doc__.split("\n")[0])
     parser.add_argument("study", nargs="+", type=path_argument, help="a study's folder; each becomes a row")
     options = parser.parse_args(arguments)
-    return exit_code(lambda: _print([read_facts(study, str(study)) for study in options.study]))
+    return exit_code(lambda: _print([load(study).facts for study in options.study]))
 
 
 def _print(studies: list[dict[str, Any]]) -> int:

@@ -12,7 +12,7 @@ import optuna
 import pandas as pd
 from scipy import stats
 
-from tunefleet.analysis.load import Study
+from tunefleet.analysis.load import StudyResults
 
 EDGE = 0.1  # of a range's width, at either end: a best value there asks for a wider range
 TOP = 0.25  # of the trials: those that a boundary share and a preferred value speak of
@@ -58,7 +58,7 @@ def rung_survival(trials: pd.DataFrame, rungs: list[int], epochs: int) -> pd.Dat
     return pd.DataFrame(rows, columns=["epoch", "reached", "went_on"])
 
 
-def comparable(study: Study) -> pd.DataFrame:
+def comparable(study: StudyResults) -> pd.DataFrame:
     """Returns each trial's hyperparameters and its val_accuracy at the first rung.
 
     The last val_accuracy of a pruned trial and of a finished one are of different epochs; at the first

@@ -12,7 +12,7 @@ import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
 from tunefleet.analysis import stats
-from tunefleet.analysis.load import Study
+from tunefleet.analysis.load import StudyResults
 from tunefleet.analysis.text import listed, reason, words
 from tunefleet.cli import shell
 
@@ -26,7 +26,7 @@ STATES = {
 }
 
 
-def write(study: Study, url: str) -> bool:
+def write(study: StudyResults, url: str) -> bool:
     """Adds a study to a database, under its folder's name; returns whether it was not there already.
 
     Args:
@@ -97,7 +97,7 @@ def _open(url: str) -> Any:
         raise ValueError(f"--optuna={shown(url)} is of another version of optuna: {reason(error)}") from None
 
 
-def frozen_trials(study: Study) -> list[FrozenTrial]:
+def frozen_trials(study: StudyResults) -> list[FrozenTrial]:
     """Returns every trial as Optuna keeps one; trial 0007 is number 7.
 
     Raises:
@@ -135,7 +135,7 @@ def frozen_trials(study: Study) -> list[FrozenTrial]:
     return trials
 
 
-def _distribution(study: Study, name: str) -> Any:
+def _distribution(study: StudyResults, name: str) -> Any:
     """Returns a range; of a study that names none, what its trials have of it."""
     described = study.facts.get("ranges", {}).get(name)
     if described:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from tunefleet.analysis.load import Study
+from tunefleet.analysis.load import StudyResults
 from tunefleet.cli import INSTALL
 
 METRICS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "epoch_seconds")
@@ -18,7 +18,7 @@ GOING_ON = ("running", "paused")
 EVENTS = "events.out.tfevents."  # a name that TensorBoard looks for begins so
 
 
-def write(study: Study, out: Path) -> Path:
+def write(study: StudyResults, out: Path) -> Path:
     """Writes ``out/tensorboard``, whole or not at all; returns it.
 
     A run per trial, and one per fresh seed of the winner, holds METRICS by epoch, at the time of each
@@ -44,7 +44,7 @@ def write(study: Study, out: Path) -> Path:
     return folder
 
 
-def _write_runs(study: Study, folder: Path) -> None:
+def _write_runs(study: StudyResults, folder: Path) -> None:
     from tensorboard.plugins.hparams import summary_v2
 
     reports = pd.concat([study.epochs, study.finals])
@@ -124,7 +124,7 @@ def _event(at: float, **content: Any) -> Any:
     return Event(wall_time=at, **content)
 
 
-def _domain(study: Study, name: str) -> Any:
+def _domain(study: StudyResults, name: str) -> Any:
     """Returns a range as the plugin knows it; of older and learning-rate studies, the values seen."""
     from tensorboard.plugins.hparams import summary_v2
 

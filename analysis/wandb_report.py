@@ -25,7 +25,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from tunefleet.analysis.facts import cards, plain
-from tunefleet.analysis.load import Study, load
+from tunefleet.analysis.load import StudyResults, load
 from tunefleet.analysis.text import reason
 from tunefleet.cli import INSTALL, Parser, exit_code, path_argument, printable, writing
 
@@ -48,7 +48,9 @@ RETRIES = {  # wandb asks a server that does not answer for minutes otherwise (0
 }
 
 
-def build(studies: list[Study], *, entity: str, project: str, groups: list[str], linked: bool) -> wr.Report:
+def build(
+    studies: list[StudyResults], *, entity: str, project: str, groups: list[str], linked: bool
+) -> wr.Report:
     """Returns the report, a section per study.
 
     Args:
@@ -86,7 +88,7 @@ def _library() -> Any:
     return wr
 
 
-def _section(wr: Any, study: Study, group: str, place: dict[str, str]) -> list[Any]:
+def _section(wr: Any, study: StudyResults, group: str, place: dict[str, str]) -> list[Any]:
     def runs(job_type: str, name: str) -> Any:
         # as text with repr(): a list of expressions forgets to quote a quote (wandb-workspaces 0.4)
         chosen = f"Metric('Group') == {group!r} and Metric('JobType') == {job_type!r}"
@@ -109,7 +111,7 @@ def _section(wr: Any, study: Study, group: str, place: dict[str, str]) -> list[A
     return [*blocks, wr.H3("Figures"), wr.PanelGrid(runsets=[runs("study", "the study")], panels=[media])]
 
 
-def headline(wr: Any, study: Study) -> list[Any]:
+def headline(wr: Any, study: StudyResults) -> list[Any]:
     """Returns the study's numbers as paragraphs, those of the HTML report."""
     best = study.facts.get("best")
     blocks = [wr.UnorderedList(items=[f"{value}: {name}" for name, value in cards(study)])]
@@ -120,7 +122,7 @@ def headline(wr: Any, study: Study) -> list[Any]:
     return blocks
 
 
-def _of_trials(wr: Any, study: Study) -> list[Any]:
+def _of_trials(wr: Any, study: StudyResults) -> list[Any]:
     ranges = study.facts.get("ranges", {})
     columns = [
         wr.ParallelCoordinatesPlotColumn(wr.Config(name), log=bool(ranges.get(name, {}).get("log")))
@@ -151,11 +153,11 @@ def _place(wr: Any, x: int, y: int, w: int = 12, h: int = 8) -> Any:
     return wr.Layout(x=x, y=y, w=w, h=h)  # of a grid 24 wide
 
 
-def _name(study: Study) -> str:
+def _name(study: StudyResults) -> str:
     return f"{study.facts['space']} on {study.facts['data']['name']}"
 
 
-def save(studies: list[Study], *, entity: str, project: str, groups: list[str]) -> str:
+def save(studies: list[StudyResults], *, entity: str, project: str, groups: list[str]) -> str:
     """Uploads the report and returns its address.
 
     Raises:

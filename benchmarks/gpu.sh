@@ -103,7 +103,18 @@ P
 }
 
 is_done() { # folder: whether its study is finished
-    grep -qs '"status": "done"' "$1/study.json"
+    grep -qs '"status": "done"' "$1/result.json"
+}
+
+at_edge() { # folder: whether the best lr of its learning-rate study lies at the grid's edge
+    "$PYTHON" - "$1" <<'P'
+import pathlib, sys
+from tunefleet.search.lr_study import extension
+try:
+    extension(pathlib.Path(sys.argv[1]))
+except ValueError:
+    sys.exit(1)
+P
 }
 
 rows() { # space: searches it, unless that is done
@@ -127,7 +138,7 @@ lr() { # space: its learning-rate study, or an extension of that
     local study=$WORK/lr/$1 began=$SECONDS code=0
     local begin=(--space "$1" --data "$DATA" --weights "$WEIGHTS" --device "$DEVICE" --study-dir "$study")
     if is_done "$study"; then
-        if ! grep -qs '"at_edge": true' "$study/study.json"; then say "lr: $1 is there"; return; fi
+        if ! at_edge "$study"; then say "lr: $1 is there"; return; fi
         begin=(--extend "$study")
     elif [ -e "$study/study.json" ]; then
         begin=(--resume "$study")

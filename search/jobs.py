@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunefleet.files import is_full
+from tunefleet.journal import FINAL, Journal, TrialRecord, finite, winner
 from tunefleet.search.asha import Asha
-from tunefleet.search.journal import FINAL, Journal, TrialRecord, finite, winner
 from tunefleet.search.suggest import Observation
 
 ALIKE = 3  # trials: where the first ones all fail in the same way, the next ones would, too
@@ -176,6 +176,8 @@ class Jobs:
     def replay(self, events: list[dict[str, Any]]) -> None:
         """Go through an old journal's events as if they happened now, without writing them again."""
         for event in events:
+            if "run" in event:
+                continue
             trial_id = event["trial_id"]
             if event.get("epoch") == 0:
                 self._start_again(trial_id, event["config"])

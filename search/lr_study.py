@@ -24,9 +24,7 @@ if __name__ == "__main__":  # from a clone: its own folder would make stats, dat
     script("lr-study")
 
 import argparse
-import functools
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +34,15 @@ from rich.console import Console
 from rich.table import Table
 
 from tunefleet.cli import exit_code, shell
-from tunefleet.search.final import summarise
+from tunefleet.files import write_whole
+from tunefleet.journal import TrialRecord
+from tunefleet.search.display import print_text, rounded, shown
 from tunefleet.search.flags import add_options, add_storage, parse_study, study_parser
-from tunefleet.search.journal import TrialRecord, records
-from tunefleet.search.launch import Script, resume, start
 from tunefleet.search.options import StudyOptions
-from tunefleet.search.printing import print_text, rounded, shown
+from tunefleet.search.running import Session, resume, start
 from tunefleet.search.spaces import find_space
-from tunefleet.search.study_file import lock_of, read_events, read_study, write_study
 from tunefleet.search.wandb_options import add_wandb_flags
+from tunefleet.study import Study, over_seeds
 from tunefleet.trainables.config import check_integer, check_number
 
 GRID = 12  # values
@@ -75,14 +73,14 @@ def extended(lrs: list[float], best: float) -> list[float]:
     lrs = sorted(lrs)
     if best not in (lrs[0], lrs[-1]):
         raise ValueError(
-            f"the best lr {best:.10g} stands inside {lrs[0]:.10g} to {lrs[-1]:.10g}; nothing to extend"
+            f"the best lr {best:.10g} lies inside {lrs[0]:.10g} to {lrs[-1]:.10g}; nothing to extend"
         )
     ratio = (lrs[-1] / lrs[0]) ** (1 / (len(lrs) - 1)) if len(lrs) > 1 else 10 ** (DECADES / (GRID - 1))
     step = ratio if best == lrs[-1] else 1 / ratio
     return [float(f"{best * step**k:.3g}") for k in range(1, EXTENSION + 1)]
 
 
-def points(config: dict[str, Any], lrs: list[float], seeds: list[int]) -> list[dict[str, Any]]:
+def points_of(config: dict[str, Any], lrs: list[float], seeds: list[int]) -> list[dict[str, Any]]:
     """Returns a point per (seed, lr), all lrs of one seed before the next seed.
 
     The lrs nearest to the config's own come first: were they given in rising order, the first to
@@ -112,7 +110,7 @@ def lr_curve(trials: list[TrialRecord], chance: float) -> pd.DataFrame:
         able = [t for t in of_lr if t.status in (None, "done") and t.val_accuracy is not None]
         furthest = max((t.epoch for t in able), default=0)
         values = [t.val_accuracy for t in able if t.epoch == furthest and t.val_accuracy is not None]
-        summary = summarise(values) if values else {"mean": None, "sd": None, "interval95": None}
+        summary = over_seeds(values) if values else {"mean": None, "sd": None, "interval95": None}
         diverged = sum(t.status == "diverged" for t in of_lr)
         done = sum(t.status == "done" for t in of_lr)
         mean = summary["mean"]
@@ -136,31 +134,27 @@ def best_lr(curve: pd.DataFrame) -> float | None:
 
 
 def finish(folder: Path, console: Console) -> int:
-    """Writes lr_curve.csv and its best into study.json, prints the curve; returns the exit code."""
-    study = read_study(folder)
-    trials = list(records(read_events(folder, study)).values())
-    classes = len(study["data"]["classes"])
-    validation = study["validation_count"]
-    chance = 1 / classes + 3 * math.sqrt((1 - 1 / classes) / classes / validation)
-    curve = lr_curve(trials, chance)
-    temporary = folder / "lr_curve.csv.tmp"
-    curve.to_csv(temporary, index=False, lineterminator="\n")
-    temporary.replace(folder / "lr_curve.csv")
+    """Write lr_curve.csv and print the curve; return the exit code."""
+    curve = curve_of(Study(folder))
     best = best_lr(curve)
-    at_edge = best is not None and best in (curve.lr.min(), curve.lr.max())
-    lock = lock_of(folder)
-    write_study(folder, read_study(folder) | {"lr_study": {"best_lr": best, "at_edge": at_edge}})
-    lock.release()
+    write_whole(folder / "lr_curve.csv", curve.to_csv(index=False, lineterminator="\n").encode())
     console.print(curve_table(curve, best))
     if best is None:
         print_text(console, "no lr was trained to the end")
         return 1
     print_text(console, f"best lr {best:.10g} -> {shown(folder / 'lr_curve.csv')}")
-    if at_edge:
+    if best in (curve.lr.min(), curve.lr.max()):
         command = shell("tunefleet", "lr-study", "--extend", shown(folder))
-        text = " the best lr stands at the grid's edge; the true best may lie beyond it. "
-        print_text(console, f"{text}To see: {command}", "warning:", "yellow")
+        text = " the best lr is at the grid's edge; the true best may be beyond it. "
+        print_text(console, f"{text}To look there: {command}", "warning:", "yellow")
     return 0
+
+
+def curve_of(study: Study) -> pd.DataFrame:
+    """Return ``lr_curve`` of a learning-rate study."""
+    classes = len(study.asked["data"]["classes"])
+    chance = 1 / classes + 3 * math.sqrt((1 - 1 / classes) / classes / study.asked["validation_count"])
+    return lr_curve(list(study.records.values()), chance)
 
 
 def curve_table(curve: pd.DataFrame, best: float | None) -> Table:
@@ -185,10 +179,10 @@ def configuration(space: str, source: Path | None) -> tuple[dict[str, Any], dict
     row = find_space(space)
     if source is None:
         return {**(row.fixed or {}), **row.published}, {}
-    study = read_study(source)
+    study = Study(source).facts
     if study["space"] != space:
         raise ValueError(f"--from={source} is a study of {study['space']}; give --space {study['space']}")
-    if not study.get("best"):
+    if not study["best"]:
         raise ValueError(f"--from={source} has no best trial yet; run or resume it first")
     config = {
         name: study["best"]["config"][name]
@@ -233,7 +227,7 @@ def new_options(do: argparse.Namespace, given: dict[str, Any]) -> StudyOptions:
     seed = given.get("seed", 0)
     return StudyOptions(
         space=do.space,
-        points=points(config, lrs, list(range(seed, seed + do.seeds))),
+        points=points_of(config, lrs, list(range(seed, seed + do.seeds))),
         pruner="promote",
         eta=2,
         grace=math.ceil(epochs / 2),  # the only rung: its double is not below the epochs
@@ -242,56 +236,40 @@ def new_options(do: argparse.Namespace, given: dict[str, Any]) -> StudyOptions:
     )
 
 
-def extend(folder: Path, go_on: Callable[[], int]) -> int:
-    """Adds points beyond the edge to a finished study's options and opens it again; returns the exit code.
-
-    Args:
-        folder: The study's.
-        go_on: Resumes it; where that is refused before anything was written, the study is done as before.
+def extension(folder: Path) -> list[dict[str, Any]]:
+    """Return the points of a finished study and further ones beyond the edge at which its best lies.
 
     Raises:
-        ValueError: No finished learning-rate study, its best stands inside the grid, or it cannot go on.
+        ValueError: It is no finished learning-rate study, or its best lies inside the grid.
     """
-    study = read_study(folder)
-    found, old = study.get("lr_study"), study["options"].get("points")
-    if study["status"] != "done" or not old or not found or found["best_lr"] is None:
+    study = Study(folder)
+    points = study.asked["options"].get("points")
+    best = best_lr(curve_of(study)) if study.status == "done" and points else None
+    if best is None:
         raise ValueError(
-            f"{folder} is no finished learning-rate study; give one, or {shell(*RESUME, folder)}"
+            f"{folder} is no finished learning-rate study; give one, or: {shell(*RESUME, folder)}"
         )
-    lrs = extended(sorted({point["lr"] for point in old}), found["best_lr"])
-    seeds = sorted({point["seed"] for point in old})
-    options = study["options"] | {"points": old + points(old[0], lrs, seeds), "trials": None}
-    widened = study | {"options": options, "status": "stopped"}
-
-    def write(content: dict[str, Any]) -> None:
-        lock = lock_of(folder)
-        write_study(folder, content)
-        lock.release()
-
-    write(widened)
-    try:
-        return go_on()
-    except ValueError:
-        if read_study(folder) == widened:  # nothing of it has begun
-            write(study)
-        raise
+    lrs = extended(sorted({point["lr"] for point in points}), best)
+    return [*points, *points_of(points[0], lrs, sorted({point["seed"] for point in points}))]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     do, given = parse(arguments)
-    script = Script(Console(), RESUME, finish)
-    return script.stops.run(lambda: exit_code(lambda: carry_out(do, given, script)))
+    session = Session(Console(), RESUME, finish)
+    return session.stops.run(lambda: exit_code(lambda: run(do, given, session)))
 
 
-def carry_out(do: argparse.Namespace, given: dict[str, Any], script: Script) -> int:
-    """Does what was asked for; returns the exit code.
+def run(do: argparse.Namespace, given: dict[str, Any], session: Session) -> int:
+    """Run what was asked for; return the exit code.
 
     Raises:
-        ValueError: It cannot be done.
+        ValueError: It cannot run as asked.
     """
-    if do.extend or do.resume:
-        go_on = functools.partial(resume, do.extend or do.resume, given, script, wandb=do.wandb)
-        return extend(do.extend, go_on) if do.extend else go_on()
+    if do.extend:
+        changes = given | {"points": extension(do.extend), "trials": None}
+        return resume(do.extend, changes, session, wandb=do.wandb, extend=True)
+    if do.resume:
+        return resume(do.resume, given, session, wandb=do.wandb)
     options = new_options(do, given)
-    return start(options, do.study_dir, script, dry_run=do.dry_run, wandb=do.wandb, storage=do.storage)
+    return start(options, do.study_dir, session, dry_run=do.dry_run, wandb=do.wandb, storage=do.storage)

@@ -21,10 +21,10 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from tunefleet.cli import Parser, exit_code, printable, shell
-from tunefleet.search.journal import Journal
+from tunefleet.journal import Journal
 from tunefleet.search.lease import NAME as LEASE
 from tunefleet.search.lease import Lease, check_lease
-from tunefleet.search.study_file import lock_of, parse_study, read_study
+from tunefleet.study import ASKED, lock_study, parse, read_study
 from tunefleet.trainables.storage import BRIEF_SECONDS, Storage, StoreError, url_under, within
 
 PERIOD_SECONDS = 5.0  # between looks at the folder
@@ -210,7 +210,7 @@ def bring(url: str) -> Path:
         content = storage.read("study.json")
         if content is None:
             raise ValueError(f"{url} holds no study: there is no study.json in it")
-        parse_study(content, f"{storage.url}/study.json")
+        parse(content, f"{storage.url}/study.json", ASKED)
         if ahead(storage, folder) >= 0:
             for name in names:
                 storage.get(name, folder / name)
@@ -243,7 +243,7 @@ def main(arguments: list[str] | None = None) -> int:
         storage = storage_of(read_study(folder)["options"].get("storage"), folder)
         if storage is None:
             raise ValueError(f"{folder} has no storage; it was begun without --storage URL")
-        mirror, lock = Mirror(folder, replace(storage, patience=BRIEF_SECONDS)), lock_of(folder)
+        mirror, lock = Mirror(folder, replace(storage, patience=BRIEF_SECONDS)), lock_study(folder)
         try:
             with mirror.running():
                 left = mirror.finish(BRIEF_SECONDS)

@@ -20,8 +20,8 @@ from tunefleet.cli import counted
 from tunefleet.models import ARCHITECTURES, build
 from tunefleet.models.resnet import output_shape
 from tunefleet.search.asha import expected_epochs
+from tunefleet.search.display import clock, print_text, shown
 from tunefleet.search.options import StudyOptions
-from tunefleet.search.printing import clock, print_text, shown
 from tunefleet.search.resources import Machine, Resources
 from tunefleet.search.spaces import default_image_size, find_space
 from tunefleet.search.suggest import suggest

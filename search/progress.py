@@ -15,11 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from tunefleet.cli import counted, printable
+from tunefleet.journal import TrialRecord
 from tunefleet.search.asha import expected_epochs
+from tunefleet.search.display import PLAIN_SECONDS, TERMINAL_SECONDS, clock, print_text
 from tunefleet.search.jobs import Jobs
-from tunefleet.search.journal import TrialRecord
 from tunefleet.search.options import StudyOptions
-from tunefleet.search.printing import PLAIN_SECONDS, TERMINAL_SECONDS, clock, print_text
 
 SHOWN = ("lr", "weight_decay", "momentum", "batch_size", "hidden", "kernel_size", "schedule", "augment")
 

@@ -8,11 +8,12 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
 
-from tunefleet.cli import counted
+from tunefleet.cli import counted, shell
 from tunefleet.trainables.host import cpu_count
 
 PACKAGES = ("torch", "torchvision", "ray", "hyperopt", "numpy")  # a result may depend on these
@@ -23,6 +24,13 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES} | {
         "python": platform.python_version()
     }
+
+
+def command_line() -> str:
+    """Return the command of this process, as it can be pasted."""
+    program = Path(sys.argv[0]).name
+    ours = program in ("tunefleet", "__main__.py")
+    return shell("tunefleet", *sys.argv[1:]) if ours else shell("python", *sys.argv)
 
 
 def commit() -> str | None:

@@ -1,4 +1,4 @@
-"""Searches one architecture's hyperparameters, retrains the winner and says how good it is.
+"""Search one architecture's hyperparameters, retrain the winner and test it.
 
 ::
 
@@ -23,7 +23,6 @@ if __name__ == "__main__":  # from a clone: its own folder would make stats, dat
 
 import argparse
 import dataclasses
-import functools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -31,15 +30,15 @@ from typing import Any
 from rich.console import Console
 
 from tunefleet.cli import Parser, exit_code, printable, shell
+from tunefleet.files import write_whole
+from tunefleet.search.display import list_spaces, shown
 from tunefleet.search.flags import HELP, add_options, add_storage, parse_study, study_parser
-from tunefleet.search.folders import check_free, default_folder
-from tunefleet.search.launch import Script, resume, start
 from tunefleet.search.options import RESUMABLE, StudyOptions
-from tunefleet.search.printing import list_spaces, shown
+from tunefleet.search.running import Session, check_free, default_folder, resume, start
 from tunefleet.search.spaces import SPACES
 from tunefleet.search.stopping import say_nothing_written
-from tunefleet.search.study_file import read_study, write_whole
 from tunefleet.search.wandb_options import WandbOptions, add_wandb_flags
+from tunefleet.study import read_files
 from tunefleet.trainables.config import check_name
 from tunefleet.trainables.storage import is_url
 
@@ -47,11 +46,11 @@ ALL = "all.json"  # in a folder of the studies of all spaces: what was asked of 
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Returns what to do, and the study's options that were given."""
+    """Return what to run, and the study's options that were given."""
     what = "architecture to search, or all; --list-spaces shows them"
     parser = study_parser("tunefleet search", __doc__.split("\n")[0], what)
     parser.add_argument("name", nargs="?", metavar="SPACE", help="the same as --space SPACE")
-    parser.add_argument("--list-spaces", action="store_true", help="print the spaces and end")
+    parser.add_argument("--list-spaces", action="store_true", help="print the spaces and exit")
     add_storage(parser)
     add_options(parser, HELP)
     add_wandb_flags(parser)
@@ -63,40 +62,31 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, An
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
+    """Run the command line of ``tunefleet search``; return the exit code."""
     do, options = parse(arguments)
-    script = Script(Console())
-    return script.stops.run(lambda: exit_code(lambda: carry_out(do, options, script)))
+    session = Session(Console())
+    return session.stops.run(lambda: exit_code(lambda: search(do, options, session)))
 
 
-def resume_main(arguments: list[str]) -> int:
+def resume_main(arguments: list[str] | None = None) -> int:
     """Run the command line of ``tunefleet resume``; return the exit code."""
     parser = Parser(prog="tunefleet resume", description="Continue a stopped or killed study.")
-    parser.add_argument("resume", metavar="STUDY", help="its folder or URL")
+    parser.add_argument("study", help="its folder or URL")
     add_options(parser, RESUMABLE)
     add_wandb_flags(parser)
     do, options = parse_study(parser, arguments)
-    script = Script(Console())
-    run = functools.partial(resume_any, do.resume, options, script, do.wandb)
-    return script.stops.run(lambda: exit_code(run))
+    session = Session(Console())
+    return session.stops.run(lambda: exit_code(lambda: resume_any(do.study, options, session, do.wandb)))
 
 
-def resume_any(place: str, options: dict[str, Any], script: Script, wandb: Mapping[str, Any]) -> int:
-    """Continue one study, or those of all spaces in a folder; return the exit code."""
-    if not is_url(place) and (file := Path(place, ALL)).is_file():
-        asked = read_asked(file)
-        return run_all(file.parent, asked, options, script, wandb=asked["wandb"] | wandb)
-    return resume(place, options, script, wandb=wandb)
-
-
-def carry_out(do: argparse.Namespace, options: dict[str, Any], script: Script) -> int:
-    """Does what was asked for; returns the exit code.
+def search(do: argparse.Namespace, options: dict[str, Any], session: Session) -> int:
+    """Run what was asked for; return the exit code.
 
     Raises:
-        ValueError: It cannot be done.
+        ValueError: It cannot run as asked.
     """
     if do.list_spaces:
-        return list_spaces(script.console)
+        return list_spaces(session.console)
     if do.resume:
         if do.space or do.study_dir or do.storage:
             raise ValueError(
@@ -105,41 +95,48 @@ def carry_out(do: argparse.Namespace, options: dict[str, Any], script: Script) -
             )
         if do.dry_run:
             raise ValueError("--dry-run forecasts a new study; leave --resume out")
-        return resume_any(do.resume, options, script, do.wandb)
+        return resume_any(do.resume, options, session, do.wandb)
     if not do.space:
         raise ValueError(f"give a space; spaces: {', '.join(SPACES)}, or all")
     check_name("--space", do.space, [*SPACES, "all"])
     if do.space != "all":
-        return start(
-            StudyOptions(space=do.space, **options),
-            do.study_dir,
-            script,
-            dry_run=do.dry_run,
-            wandb=do.wandb,
-            storage=do.storage,
-        )
+        asked = StudyOptions(space=do.space, **options)
+        how = {"dry_run": do.dry_run, "wandb": do.wandb, "storage": do.storage}
+        return start(asked, do.study_dir, session, **how)
     folder = do.study_dir or default_folder("all", options.get("data", StudyOptions.data))
     check_free(folder)
     given = {name: value for name, value in do.wandb.items() if name != "key"}
-    asked = {"options": options, "storage": do.storage, "wandb": given}
+    of_all = {"options": options, "storage": do.storage, "wandb": given}
     if not do.dry_run:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / ALL, (json.dumps(asked, indent=2) + "\n").encode())
-    return run_all(folder, asked, {}, script, dry_run=do.dry_run, wandb=do.wandb)
+        write_whole(folder / ALL, (json.dumps(of_all, indent=2) + "\n").encode())
+    return run_all(folder, of_all, {}, session, dry_run=do.dry_run, wandb=do.wandb)
 
 
-def read_asked(file: Path) -> dict[str, Any]:
-    """Returns what was asked of the studies of all spaces.
+def resume_any(place: str, changes: dict[str, Any], session: Session, wandb: Mapping[str, Any]) -> int:
+    """Continue one study, or those of all spaces in a folder; return the exit code.
+
+    Raises:
+        ValueError: It cannot continue as asked.
+    """
+    if is_url(place) or not (file := Path(place, ALL)).is_file():
+        return resume(place, changes, session, wandb=wandb)
+    of_all = read_all(file)
+    return run_all(file.parent, of_all, changes, session, wandb=of_all["wandb"] | wandb)
+
+
+def read_all(file: Path) -> dict[str, Any]:
+    """Return what was asked of the studies of all spaces.
 
     Raises:
         ValueError: The file cannot be read, or is damaged.
     """
     try:
-        asked: dict[str, Any] = json.loads(file.read_bytes())
-        WandbOptions(**asked["wandb"] | {"mode": "off"})
+        of_all: dict[str, Any] = json.loads(file.read_bytes())
+        WandbOptions(**of_all["wandb"] | {"mode": "off"})
         names = {field.name for field in dataclasses.fields(StudyOptions)} - {"space"}
-        if asked["options"].keys() <= names and isinstance(asked["storage"], str | None):
-            return asked
+        if of_all["options"].keys() <= names and isinstance(of_all["storage"], str | None):
+            return of_all
     except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
         pass
     raise ValueError(f"{file} is damaged; restore it, or resume the studies beside it one by one")
@@ -147,45 +144,44 @@ def read_asked(file: Path) -> dict[str, Any]:
 
 def run_all(
     folder: Path,
-    asked: dict[str, Any],
+    of_all: dict[str, Any],
     changes: dict[str, Any],
-    script: Script,
+    session: Session,
     *,
     dry_run: bool = False,
     wandb: Mapping[str, Any],
 ) -> int:
-    """Runs the studies of all spaces in one folder, the finished ones apart; returns the exit code.
+    """Run the unfinished studies of all spaces in one folder; return the exit code.
 
     Args:
         folder: Of the studies, one for each space.
-        asked: The content of its ALL file.
+        of_all: The content of its ALL file.
         changes: Options that were given when it was resumed.
-        script: What has been started.
+        session: The command.
         dry_run: Forecast the studies and write nothing.
         wandb: The fields of WandbOptions that were given.
     """
-    script = dataclasses.replace(script, place=folder)
+    session = dataclasses.replace(session, place=folder)
 
-    def nothing_yet(reason: str) -> int:
+    def stop_between(reason: str) -> int:
         code = say_nothing_written(reason)
-        resume_by = shell(*script.resume, shown(folder))
-        print(f"To resume the other studies: {resume_by}", file=sys.stderr)
+        print(f"To resume the other studies: {shell(*session.resume, shown(folder))}", file=sys.stderr)
         return code
 
     if not dry_run:
-        script.stops.nothing_yet = nothing_yet
-    codes = [0]
+        session.stops.nothing_yet = stop_between
+    codes, storage = [0], of_all["storage"]
     for space in SPACES:
-        study, storage = folder / space, asked["storage"]
+        study = folder / space
         try:
             if (study / "study.json").exists():
-                done = read_study(study)["status"] == "done"
-                codes.append(0 if done else resume(study, changes, script, wandb=wandb))
+                done = read_files(study)[1]["status"] == "done"
+                codes.append(0 if done else resume(study, changes, session, wandb=wandb))
             else:
-                options = StudyOptions(space=space, **(asked["options"] | changes))
+                options = StudyOptions(space=space, **(of_all["options"] | changes))
                 place = f"{storage.rstrip('/')}/{folder.name}" if storage and is_url(storage) else None
-                codes.append(start(options, study, script, dry_run=dry_run, wandb=wandb, storage=place))
-        except ValueError as error:  # one space's trouble is not the next one's
+                codes.append(start(options, study, session, dry_run=dry_run, wandb=wandb, storage=place))
+        except ValueError as error:  # the other spaces' studies can still run
             print(f"error: {space}: {printable(str(error))}", file=sys.stderr)
             codes.append(2)
         if codes[-1] == 3:

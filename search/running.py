@@ -1,162 +1,265 @@
-"""What happens between Ray's start and a study's end? Checks, trials, and what is told of it.
+"""Run a study: check what was asked, prepare, train the trials, test the winner. One road for all studies.
 
-Started by search/launch.py; imports torch, which that one does not.
+``start`` and ``resume`` differ in where the options come from; what follows is the same for a search, a
+learning-rate study and recorded curves, new or resumed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
-from collections.abc import Callable
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 from rich.console import Console
 
-from tunefleet.cli import counted, printable, shell
-from tunefleet.search import preflight
-from tunefleet.search.bad_nodes import named
+from tunefleet.cli import shell
 from tunefleet.search.connection import RayWatch, connect
-from tunefleet.search.engine import run_jobs
-from tunefleet.search.launch import Script, read_images
-from tunefleet.search.mirror import Mirror
-from tunefleet.search.nodes import check_nodes
-from tunefleet.search.options import StudyOptions
-from tunefleet.search.printing import phase, print_text, shown
-from tunefleet.search.progress import Progress
-from tunefleet.search.resources import (
-    Machine,
-    Resources,
-    check_device,
-    fit_memory,
-    look_at_device,
-    machine,
-    plan,
-    settle,
-)
-from tunefleet.search.study import Study
+from tunefleet.search.display import phase, print_result, print_text
+from tunefleet.search.lease import NAME as LEASE
+from tunefleet.search.local_ray import is_local
+from tunefleet.search.mirror import bring
+from tunefleet.search.options import RESUMABLE, StudyOptions, flag
+from tunefleet.search.stopping import Stops
 from tunefleet.search.wandb_options import WandbOptions
-from tunefleet.search.wandb_sidecar import END_SECONDS, STOP_SECONDS, Sidecar
-from tunefleet.trainables.data import ImageData
+from tunefleet.search.wandb_options import choose as choose_wandb
+from tunefleet.study import Study, lock_study
+from tunefleet.trainables.data import BUILT_IN, ImageData, check_sha256, expanded, prepare
 from tunefleet.trainables.driver import hidden_by_environment
-from tunefleet.trainables.levers import Levers
-from tunefleet.trainables.storage import StoreError
+from tunefleet.trainables.storage import BRIEF_SECONDS, Storage, is_url, reason, url_under
 
 T = TypeVar("T")
 
 
-def begin(
+@dataclass(frozen=True)
+class Session:
+    """A command at work: what its studies print to, and what a signal does.
+
+    Attributes:
+        resume: The words of the command that continues a study.
+        finish: Prints the results of a finished study; returns the exit code.
+        place: What is resumed instead of the study itself, such as a folder of several.
+    """
+
+    console: Console
+    resume: tuple[str, ...] = ("tunefleet", "resume")
+    finish: Callable[[Path, Console], int] = print_result
+    place: Path | None = None
+    stops: Stops = field(default_factory=Stops)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One study that is to run.
+
+    Attributes:
+        folder: The study's; new, or as it was left.
+        wandb: What is uploaded to W&B.
+        shared: The place that all nodes of a cluster must see; None: none was given.
+        earlier: The study as it was left; None: it is new.
+        changes: Options that were given when it was resumed.
+    """
+
+    options: StudyOptions
+    folder: Path
+    wandb: WandbOptions
+    shared: str | None
+    dry_run: bool = False
+    earlier: Study | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def start(
     options: StudyOptions,
-    folder: Path,
-    data: ImageData | None,
-    script: Script,
+    folder: Path | None,
+    session: Session,
     *,
-    shared: str | None,
-    dry_run: bool,
-    wandb: WandbOptions,
+    dry_run: bool = False,
+    wandb: Mapping[str, Any] | None = None,
+    storage: str | None = None,
 ) -> int:
-    """Runs a new study, or forecasts it; returns the exit code.
+    """Run a new study; return the exit code.
 
     Args:
         options: What was asked for.
-        folder: The study's, free.
-        data: The decoded images; None: they are to be read once their size is settled.
-        script: What has been started.
-        shared: The place that all nodes of a cluster must see; None: none was given.
+        folder: The study's, new or empty; None: one under studies/.
+        session: The command.
         dry_run: Forecast the study and write nothing.
-        wandb: What is sent to W&B.
+        wandb: The fields of WandbOptions that were given.
+        storage: Where studies are kept: a folder, or an object store's URL, in which case the study's
+            folder here is a copy. None: under studies/, or in ``folder``.
 
     Raises:
-        ValueError: Something stands against it; nothing was written.
+        ValueError: The study cannot run as asked; nothing was written.
     """
-    there, console = machine(options.device), script.console
-    with phase(console, "looking at the device"):
-        levers, there = look_at_device(options, there)
-    if levers.device == "cpu" and options.device == "auto" and hidden_by_environment():
-        print_standing("CUDA_VISIBLE_DEVICES hides every GPU: training on CPUs", console)
-    options = settle(preflight.settle_image_size(options, levers, there), levers, there)
-    resources = plan(options, levers, there)
-    data = data or read_images(options, console)
-    if there.nodes:
-        check_nodes(options, shared, data, levers, console)
-    prepared, resources = look_before(options, data, levers, there, resources, console, dry_run=dry_run)
-    if not options.storage:
-        preflight.check_disk(folder, *preflight.disk_needed(options, resources, prepared))
-    if dry_run:
-        return preflight.print_forecast(options, folder, resources, data, levers, prepared, console)
-    start_ray(resources, levers.device, console)
-    study = Study(folder.resolve(), options, data, levers)
-    with script.stops.held(functools.partial(tell_stopped, study.place, script)):
-        Study.create(folder, options, data, levers, prepared)
-    return carry_out(study, resources, script, Sidecar(study.folder, wandb))
+    shared = storage or (str(folder.absolute().parent) if folder else None)
+    if storage and is_url(storage):
+        options = dataclasses.replace(options, storage=storage)
+    elif storage and folder:
+        raise ValueError(f"--storage={storage} is a folder, and so is --study-dir={folder}; give one of them")
+    under = Path("studies") if options.storage or not storage else expanded("--storage", storage)
+    folder = expanded("--study-dir", folder) if folder else default_folder(options.space, options.data, under)
+    check_free(folder)
+    check_storage(options.storage, folder.name)
+    return run(Request(_absolute(options), folder, choose_wandb(wandb or {}), shared, dry_run), session)
 
 
-def look_before(
-    options: StudyOptions,
-    data: ImageData,
-    levers: Levers,
-    there: Machine,
-    resources: Resources,
-    console: Console,
+def resume(
+    place: Path | str,
+    changes: Mapping[str, Any],
+    session: Session,
     *,
-    dry_run: bool = False,
-) -> tuple[preflight.Prepared, Resources]:
-    """Prepares what trials read, where they will run; returns what it found, and what GPUs have room for."""
-    threads = resources.threads if dry_run else None
-    elsewhere = bool(there.nodes) or levers.device == "cuda"
-    if elsewhere:
-        start_ray(resources, levers.device, console)
-    with phase(console, "timing a sample" if dry_run else "preparing inputs") as progress:
-        if elsewhere:  # in a process whose end gives the GPU's memory back
-            prepared = on_a_node(resources, preflight.prepare)(options, data, levers, threads)
-        else:
-            prepared = preflight.prepare(options, data, levers, threads, progress)
-    resources, line = fit_memory(resources, prepared.peak_bytes, prepared.gpu_bytes)
-    print_standing(line, console)
-    return prepared, resources
-
-
-def go_on(study: Study, script: Script, wandb: WandbOptions, *, moved: bool = False) -> int:
-    """Goes on with a study; returns the exit code.
+    wandb: Mapping[str, Any] | None = None,
+    extend: bool = False,
+) -> int:
+    """Continue a study; return the exit code.
 
     Args:
-        study: What is known of it; its data as they lie now.
-        script: What has been started.
-        wandb: What is sent to W&B.
-        moved: Whether the device was given anew.
+        place: The study's folder, or its URL.
+        changes: New values of options that change no result.
+        session: The command.
+        wandb: The fields of WandbOptions that were given; the others stay as they were.
+        extend: The study is done, and the changes add to it.
 
     Raises:
-        ValueError: It cannot go on on this machine.
+        ValueError: There is no study, it is done, or it cannot continue as asked.
     """
-    options, console = study.options, script.console
-    there = machine(options.device if moved else study.levers.device)
-    if moved:
-        before = study.levers
-        study.levers, there = look_at_device(options, there)
-        if study.levers != before:
-            print_standing(
-                f"trained on {before.device} {before.precision} so far, continues on {study.levers.device} "
-                f"{study.levers.precision}: numbers may differ from those of one device",
+    folder = Path(os.path.realpath(bring(str(place)) if is_url(place) else place))
+    study = Study(folder)
+    fixed = [flag(name) for name in changes if name not in RESUMABLE]
+    if fixed and not extend:
+        allowed = ", ".join(flag(name) for name in RESUMABLE)
+        raise ValueError(f"{', '.join(fixed)} cannot change when a study is resumed; what can: {allowed}")
+    if study.status == "done" and not extend:
+        raise ValueError(f"{folder} is done; there is nothing to resume")
+    lock_study(folder).release()  # before anything slow: another process may be running it
+    try:
+        options = _absolute(StudyOptions(**(study.asked["options"] | changes)))
+    except TypeError as error:
+        raise ValueError(f"{folder / 'study.json'} has options of another version ({error})") from None
+    shared = options.storage or str(folder.parent)
+    uploads = choose_wandb(wandb or {}, study.asked.get("wandb"))
+    return run(Request(options, folder, uploads, shared, False, study, changes), session)
+
+
+def run(request: Request, session: Session) -> int:
+    """Run a study; return the exit code.
+
+    Raises:
+        ValueError: The study cannot run as asked; of a new one nothing was written.
+    """
+    session.stops.change(session.stops.nothing_yet)  # an earlier study of this command had another answer
+    ours = not ray.is_initialized()
+    try:
+        if not is_local():
+            _start_ray(session, 0, request.options.device)
+        return _checked(request, session)
+    except ValueError:
+        if ours and ray.is_initialized():  # a user's mistake leaves no Ray behind
+            session.stops.change(session.stops.nothing_yet)  # nobody watches a Ray that is to end
+            ray.shutdown()
+        raise
+
+
+def _checked(request: Request, session: Session) -> int:
+    """Look at the device, the data and the nodes, prepare the inputs, and run the study."""
+    with phase(session.console, "importing torch"):
+        from tunefleet.search import execution, preflight, resources
+        from tunefleet.search.nodes import check_nodes
+
+    console, earlier = session.console, request.earlier
+    with phase(console, "looking at the device"):
+        options, levers, machine = _device(request, console)
+    data = _read_images(options, console)
+    if earlier:
+        version = earlier.asked.get("data", {}).get("format_version", 1)  # of how images are decoded
+        check_sha256(data, options.data, earlier.asked["data_sha256"], version)
+    share = resources.plan(options, levers, machine)
+    if machine.nodes:
+        check_nodes(options, request.shared, data, levers, console)
+    on_a_node = bool(machine.nodes) or levers.device == "cuda"
+    if on_a_node or not request.dry_run:
+        _start_ray(session, share.slots if share.workers > 1 else 0, levers.device)
+    text = "timing a sample" if request.dry_run else "preparing inputs"
+    with phase(console, text) as progress:
+        threads = share.threads if request.dry_run else None
+        if on_a_node:  # in a process whose end gives the GPU's memory back
+            prepared = _on_a_node(share.of_worker, preflight.prepare)(options, data, levers, threads)
+        else:
+            prepared = preflight.prepare(options, data, levers, threads, progress)
+    share, line = resources.fit_memory(share, prepared.peak_bytes, prepared.gpu_bytes)
+    _say(line, console)
+    if not earlier and not options.storage:
+        preflight.check_disk(request.folder, *preflight.disk_needed(options, share, prepared))
+    if request.dry_run:
+        return preflight.print_forecast(options, request.folder, share, data, levers, prepared, console)
+    ready = execution.Ready(options, request.folder.resolve(), data, levers, share)
+    if earlier is None:
+        with session.stops.held(functools.partial(execution.tell_stopped, ready.place, session)):
+            check_free(request.folder)
+            execution.create(ready, prepared)
+    return execution.run(ready, session, request.wandb, request.changes)
+
+
+def _device(request: Request, console: Console) -> tuple[StudyOptions, Any, Any]:
+    """Return the options with what depends on the device, the device settings and the machine."""
+    from tunefleet.search import preflight, resources
+    from tunefleet.trainables.levers import Levers
+
+    options, earlier = request.options, request.earlier
+    before = Levers(**earlier.asked["levers"]) if earlier else None
+    if before and "device" not in request.changes:
+        machine = resources.machine(before.device)
+        resources.check_device(before, machine)
+        return options, before, machine
+    levers, machine = resources.look_at_device(options, resources.machine(options.device))
+    if before:
+        if levers != before:
+            _say(
+                f"trained on {before.device} {before.precision} so far, continues on {levers.device} "
+                f"{levers.precision}: numbers may differ from those of one device",
                 console,
             )
-    check_device(study.levers, there)
-    resources = plan(options, study.levers, there)
-    if there.nodes:
-        check_nodes(options, options.storage or str(study.folder.parent), study.data, study.levers, console)
-    _, resources = look_before(options, study.data, study.levers, there, resources, console)
-    start_ray(resources, study.levers.device, console)
-    return carry_out(study, resources, script, Sidecar(study.folder, wandb))
+        return options, levers, machine
+    if levers.device == "cpu" and options.device == "auto" and hidden_by_environment():
+        _say("CUDA_VISIBLE_DEVICES hides every GPU: training on CPUs", console)
+    options = preflight.settle_image_size(options, levers, machine)
+    return resources.settle(options, levers, machine), levers, machine
 
 
-def on_a_node(resources: Resources, function: Callable[..., T]) -> Callable[..., T]:
-    """Returns a function that runs where trials will: in a process of its own, on a node of the cluster.
+def _read_images(options: StudyOptions, console: Console) -> ImageData:
+    """Return a study's images, decoded now unless they are already.
+
+    Raises:
+        ValueError: They cannot be read.
+    """
+    assert options.image_size is not None
+    with phase(console, f"reading {options.data}") as progress:
+        data = prepare(options.data, Path(options.data_dir), options.image_size, progress)
+    for note in data.notes:
+        print_text(console, note)
+    return data
+
+
+def _start_ray(session: Session, trial_slots: int, device: str) -> None:
+    """Start or join Ray, before a study's folder is written: a failure leaves nothing behind."""
+    with phase(session.console, "starting Ray"):
+        connect(trial_slots, device=device)
+    session.stops.change(session.stops.nothing_yet, RayWatch())
+
+
+def _on_a_node(share: Mapping[str, float], function: Callable[..., T]) -> Callable[..., T]:
+    """Return a function that runs where trials will: in a process of its own, on a node of the cluster.
 
     The driver's node may have no GPU, and few CPUs to compute features with. Ray ends the process of a task
     that had a GPU (2.60), which gives its memory back.
     """
-    share = resources.of_worker
     task = ray.remote(function).options(num_cpus=share["CPU"], num_gpus=share.get("GPU", 0))
 
     def call(*arguments: Any) -> T:
@@ -170,81 +273,64 @@ def on_a_node(resources: Resources, function: Callable[..., T]) -> Callable[...,
     return call
 
 
-def start_ray(resources: Resources, device: str, console: Console) -> None:
-    """Starts or joins Ray, before a study's folder is there: a failure leaves nothing behind."""
-    with phase(console, "starting Ray"):
-        connect(resources.slots if resources.workers > 1 else 0, device=device)
-
-
-def carry_out(study: Study, resources: Resources, script: Script, sidecar: Sidecar) -> int:
-    """Runs a study to its end, or until it is stopped, and prints what came of it."""
-    options, console = study.options, script.console
-    trials, epochs = counted(options.trials or 0, "trial"), counted(options.epochs or 0, "epoch")
-    print_text(
-        console,
-        f" on {study.data.name}: {trials} of up to {epochs}, {resources.slots} at once, "
-        f"{study.levers.device} {study.levers.precision} -> {shown(study.place)}",
-        options.space,
-    )
-    mirror = Mirror(study.folder, study.storage, functools.partial(print_standing, console=console))
-    with mirror.running(), study.running(dataclasses.asdict(resources)):
-        jobs = study.jobs()
-        sidecar.start()
-        with Progress(jobs, options, resources.slots, console, mirror.trouble) as progress:
-
-            def stop(reason: str) -> int:
-                jobs.journal.close()
-                progress.close()
-                return end_early(study, script, mirror, sidecar, reason)
-
-            ray_watch = RayWatch()
-            script.stops.change(stop, lambda: mirror.lost or ray_watch())
-            run_jobs(
-                jobs,
-                study.context(resources.threads, resources.gpu_bytes),
-                resources=resources,
-                on_step=progress.update,
-            )
-        script.stops.change(lambda reason: None)  # what is left takes seconds, and is worth them
-        try:
-            if not jobs.gave_up:
-                with mirror.paused():
-                    study.tidy(jobs)
-        except StoreError as error:
-            jobs.gave_up = str(error)
-        if jobs.gave_up:
-            return end_early(study, script, mirror, sidecar, jobs.gave_up)
-    code = script.finish(study.folder, console)
-    if jobs.avoided:
-        print_standing(f"nodes that failed trials in a row and got no more: {named(jobs.avoided)}", console)
-    script.stops.change(sidecar.give_up)
-    print_standing(sidecar.end(END_SECONDS), console)
-    left = mirror.finish()
-    print_standing(left, console)
-    return code or int(bool(left))
-
-
-def end_early(study: Study, script: Script, mirror: Mirror, sidecar: Sidecar, reason: str) -> int:
-    """Leaves a study so that it can be resumed, and says how; returns the exit code."""
-    study.end("stopped")
-    left = mirror.finish(STOP_SECONDS)
-    tell_stopped(study.folder if left and not mirror.lost else study.place, script, reason)
-    print_standing(sidecar.end(STOP_SECONDS), script.console)
-    print_standing(left, script.console)
-    return 3
-
-
-def tell_stopped(place: Path | str, script: Script, reason: str) -> int:
-    """Prints that a study has stopped and how to resume it from a place; returns the exit code."""
-    resume_by = shell(*script.resume, shown(script.place or place))
-    if reason:
-        print(f"error: {printable(reason)}; fix the cause, then resume with: {resume_by}", file=sys.stderr)
-    else:
-        print(f"\nstopped; nothing is lost. To resume: {resume_by}", file=sys.stderr)
-    return 3
-
-
-def print_standing(line: str, console: Console) -> None:
-    """Prints how a study stands with W&B, where there is anything to say."""
+def _say(line: str, console: Console) -> None:
     if line:
         print_text(console, line)
+
+
+def _absolute(options: StudyOptions) -> StudyOptions:
+    """Return options whose paths are absolute: a node, or a resume, may have another working directory."""
+    paths: dict[str, Any] = {"data_dir": str(expanded("--data-dir", options.data_dir).absolute())}
+    if options.data not in BUILT_IN and (data := expanded("--data", options.data)).exists():
+        paths["data"] = str(data.absolute())
+    if (weights := expanded("--weights", options.weights)).is_file():
+        paths["weights"] = str(weights.absolute())
+    return dataclasses.replace(options, **paths)
+
+
+def check_free(folder: Path) -> None:
+    """Raise ValueError where a new study's folder holds something already, or cannot be made."""
+    try:
+        if (folder / "study.json").exists():
+            raise ValueError(
+                f"--study-dir={folder} holds another study; give a new folder, or: "
+                f"{shell('tunefleet', 'resume', folder)}"
+            )
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"--study-dir={folder} is no empty folder; give a new one")
+        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        with tempfile.TemporaryDirectory(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(f"--study-dir={folder} cannot be made ({error.strerror}); give another") from error
+
+
+def check_storage(url: str | None, name: str) -> None:
+    """Raise ValueError where an object store cannot be written and read, or holds such a study."""
+    if url is None:
+        return
+    storage = Storage(url_under(url, name), patience=BRIEF_SECONDS)
+    try:
+        if set(storage.names()) - {LEASE}:
+            raise ValueError(
+                f"{storage.url} holds another study; give another --study-dir name, or: "
+                f"{shell('tunefleet', 'resume', storage.url)}"
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            (probe := Path(folder) / "probe").write_bytes(b"")
+            storage.put(probe, "probe")
+        storage.remove("probe")
+    except OSError as error:
+        why = reason(error.__cause__ or error)
+        raise ValueError(
+            f"--storage={url} cannot be used ({why}); check bucket, credentials and AWS_ENDPOINT_URL"
+        ) from error
+
+
+def default_folder(space: str, data: str, under: Path = Path("studies")) -> Path:
+    """Return a new folder's name: space, data and time."""
+    name = f"{space}-{Path(data).name.split('.')[0]}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder, again = under / name, 2
+    while folder.exists():
+        folder, again = under / f"{name}-{again}", again + 1
+    return folder

@@ -9,17 +9,37 @@ all. For the same reason the main thread watches what the study cannot do withou
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from tunefleet.cli import NOTHING_WRITTEN, end_at_once
 
 TICK_SECONDS = 0.05  # between looks; Ray (2.60) puts a handler of its own in place when it starts
+AFTERMATH_SECONDS = 1.5  # in which a signal, or the end of Ray's processes, explains an exception
+SHUTDOWN_SECONDS = 4.0  # for Ray to end its processes; it takes 1
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process; Python's own end, which takes the modules of torch and Ray apart, costs 1.5 s.
+
+    A Ray whose processes are gone may not answer; what is left of it ends with this process.
+    """
+    import ray
+
+    shutdown = threading.Thread(target=ray.shutdown, daemon=True)
+    shutdown.start()
+    shutdown.join(SHUTDOWN_SECONDS)
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 class _Runner:
@@ -83,15 +103,26 @@ class Stops:
         with self._listening() as listen:
             runner.start(work)
             while not ended:
-                listen()
                 runner.done.wait(TICK_SECONDS)
-                reason = self.watch()
-                if (self._signalled or reason) and (code := self._answer(reason)) is not None:
+                if (code := self._look(listen)) is not None:
                     return code
+            if isinstance(ended[0], Exception) and not isinstance(ended[0], ValueError):
+                # Ray's calls may fail before this process gets the signal that ended Ray
+                until = time.monotonic() + AFTERMATH_SECONDS
+                while time.monotonic() < until:
+                    time.sleep(TICK_SECONDS)
+                    if (code := self._look(listen)) is not None:
+                        return code
         _idle.append(runner)
         if isinstance(ended[0], BaseException):
             raise ended[0]
         return ended[0]
+
+    def _look(self, listen: Callable[[], None]) -> int | None:
+        """Answer what has come; return the exit code, None where the command runs on."""
+        listen()
+        reason = self.watch()
+        return self._answer(reason) if self._signalled or reason else None
 
     def change(self, stop: Callable[[str], int | None], watch: Callable[[], str] = str) -> None:
         """Have another answer from now on; called by the command.

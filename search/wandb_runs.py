@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunefleet.files import is_full
-from tunefleet.search.journal import TrialRecord, records, status_of
-from tunefleet.search.study_file import read_events, read_study, write_whole
+from tunefleet.files import is_full, write_whole
+from tunefleet.journal import TrialRecord
 from tunefleet.search.wandb_options import LONGEST_NAME, WandbOptions, base_url
+from tunefleet.study import Study
 
 STUDY = "study"  # the key of the study's own run, beside trial ids
 COLUMNS = (  # of a row, those of epochs.parquet
@@ -64,18 +64,15 @@ def plan(folder: Path) -> list[Planned]:
     Raises:
         ValueError: The folder holds no study, or its journal is damaged.
     """
-    study = read_study(folder)
-    trials = records(read_events(folder, study))
-    searched = study
-    if any(trial.is_final for trial in trials.values()):  # the search is over: what is paused was pruned
-        searched = study | {"status": "done"}
-    stem = run_stem(study)
-    runs = [
-        _of_trial(trial, status_of(trial, study if trial.is_final else searched), stem)
-        for trial in trials.values()
-    ]
-    if study["status"] != "running":
-        runs.append(_of_study(folder, study, stem))
+    study = Study(folder)
+    status, trials = study.status, study.records.values()
+    stem = run_stem(study.facts)
+    runs = [_of_trial(trial, study.status_of(trial), stem) for trial in trials if trial.is_final]
+    if runs:  # the search is over: what is paused was pruned
+        study.status = "done"
+    runs = [_of_trial(trial, study.status_of(trial), stem) for trial in trials if not trial.is_final] + runs
+    if status != "running":
+        runs.append(_of_study(folder, study.facts, stem))
     return runs
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from tunefleet.files import says_full
-from tunefleet.search.study_file import read_study
 from tunefleet.search.wandb_options import WandbOptions
 from tunefleet.search.wandb_runs import NO_ROOM, STUDY, Planned, State, legible
+from tunefleet.study import read_study
 
 ANSWER_SECONDS = 4  # that one request may take
 STEP_SECONDS = 5.0  # to open, fill or close a run, a question, or letting go, all its requests together

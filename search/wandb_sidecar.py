@@ -17,8 +17,7 @@ import time
 from pathlib import Path
 
 from tunefleet.cli import shell
-from tunefleet.search.printing import shown
-from tunefleet.search.study_file import read_study, write_study
+from tunefleet.search.display import shown
 from tunefleet.search.wandb_options import WandbOptions
 from tunefleet.search.wandb_runs import standing, tidy
 
@@ -41,8 +40,7 @@ class Sidecar:
         self.given_up = False
 
     def start(self) -> None:
-        """Begins to feed W&B; study.json remembers where to, without the key."""
-        write_study(self.folder, read_study(self.folder) | {"wandb": self.options.remembered()})
+        """Begin to feed W&B."""
         if self.options.mode == "off":
             return
         root = Path(__file__).parents[2]

@@ -31,10 +31,10 @@ from filelock import FileLock, Timeout
 
 from tunefleet.cli import Parser, exit_code, printable
 from tunefleet.files import is_full
-from tunefleet.search.study_file import read_study
 from tunefleet.search.wandb_options import WandbOptions, add_wandb_flags, choose, take_flags
 from tunefleet.search.wandb_runs import NO_ROOM, Planned, State, legible, plan, standing, tidy
 from tunefleet.search.wandb_sender import Sender, Trouble
+from tunefleet.study import read_study
 
 NICENESS = 10  # beside a study: trials come first
 POLL_SECONDS = 2.0  # between looks at the journal

@@ -1,9 +1,9 @@
 """What two studies that did the same have in common, for tests: everything but times and places."""
 
-import json
 from pathlib import Path
 
-from tunefleet.search.journal import Journal
+from tunefleet.journal import Journal
+from tunefleet.study import Study
 
 MEASURED = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_accuracy", "lr", "status")
 
@@ -24,5 +24,5 @@ def measured(study: Path) -> dict[tuple[str, int], list]:
 
 def result(study: Path) -> tuple:
     """Returns a study's status, its winner and its finals."""
-    content = json.loads((study / "study.json").read_text())
+    content = Study(study).facts
     return content["status"], content["best"], content["final"]

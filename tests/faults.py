@@ -32,7 +32,7 @@ import tunefleet.search  # noqa: F401  before anything imports Ray
 from tests.cluster.lab import Lab, why_not
 from tests.compared import measured, result, table
 from tests.three_nodes import three_nodes
-from tunefleet.search.journal import Journal, records
+from tunefleet.journal import Journal, records
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 300  # the longest that a study may take, or one of its steps

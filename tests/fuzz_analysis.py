@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from tests.fuzz import Command
-from tests.made_study import remove_trials, write_study
+from tests.made_study import edit_events, remove_trials, write_study
 from tunefleet.analysis import replay, report, results, wandb_report
 
 NAMES = (
@@ -35,7 +35,7 @@ VALUES: tuple[Any, ...] = (
     *(None, True, -1, 0, 1, 7, 10**30, 1.5, -0.0, 1e308, float("nan"), "", "x", "\udcff\n", "9" * 300),
     *([], [None], {}, {"low": 1, "high": 0, "log": True}, [[]], "[red]", "0008", "../../x"),
 )
-FILES = ("study.json", "trials.csv", "epochs.parquet", "lr_curve.csv")
+FILES = ("study.json", "result.json", "reports.jsonl", "lr_curve.csv")
 BEST = ("best/predictions.parquet", "best/misclassified.npz", "best/first_layer.npy")
 
 
@@ -50,22 +50,13 @@ def make_study(rng: random.Random, folder: Path) -> None:
     kind = rng.choice(["done", "done", "no trial", "new", "zero", "lr"])
     if kind in ("no trial", "new"):
         remove_trials(folder)
-    facts = json.loads((folder / "study.json").read_text())
-    if kind == "new":  # killed before it was collected
-        facts = {key: facts[key] for key in facts if key not in ("trials", "statuses", "best", "final")}
-        (folder / "trials.csv").unlink()
-        (folder / "epochs.parquet").unlink()
+    if kind == "new":  # killed before it had a result
+        (folder / "result.json").unlink()
     if kind == "zero":
-        for file, read, write in (
-            ("trials.csv", lambda file: pd.read_csv(file, dtype={"trial_id": "str"}), "to_csv"),
-            ("epochs.parquet", pd.read_parquet, "to_parquet"),
-        ):
-            table = read(folder / file)
-            getattr(table.assign(val_accuracy=0.0), write)(folder / file, index=False)
+        edit_events(folder, lambda event: event | ({"val_accuracy": 0.0} if event["epoch"] else {}))
     if kind == "lr":
         curve = {"lr": [0.01, 0.1], "seeds": 3, "mean": [0.5, None], "low": [0.4, None], "high": [0.6, None]}
         pd.DataFrame(curve).assign(verdict=["done", "diverged"]).to_csv(folder / "lr_curve.csv", index=False)
-    (folder / "study.json").write_text(json.dumps(facts))
 
 
 def damage(rng: random.Random, folder: Path) -> str:
@@ -85,7 +76,7 @@ def damage(rng: random.Random, folder: Path) -> str:
         file.mkdir()
     elif kind == "other":
         with contextlib.suppress(OSError):
-            file.write_bytes((folder / rng.choice(["study.json", "epochs.parquet"])).read_bytes())
+            file.write_bytes((folder / rng.choice(["study.json", "reports.jsonl"])).read_bytes())
     elif kind == "value":
         with contextlib.suppress(Exception):  # of a file that is damaged already
             kind += f" {change_value(rng, file)}"

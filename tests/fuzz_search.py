@@ -30,7 +30,7 @@ from tunefleet.search import collect, lr_study, mirror, run, wandb_sync
 from tunefleet.search.flags import HELP
 from tunefleet.search.options import StudyOptions, flag
 from tunefleet.search.spaces import SPACES
-from tunefleet.search.study_file import write_study
+from tunefleet.study import Study, write_result, write_study
 from tunefleet.trainables import training
 from tunefleet.trainables.config import FIELD_TYPES
 from tunefleet.trainables.data import prepare
@@ -208,10 +208,8 @@ def make_study(rng: random.Random, folder: Path) -> tuple[Path, str]:
         [None] * 8 + ["nosuch://a/b", "s3://", "s3://no-bucket/x", "file:///proc/x", "\udcff"]
     )
     status = rng.choice(["done", "stopped", "running"])
-    facts = STUDY_JSON | {"options": options, "status": status, "seconds": 60.0, "commit": "0123456789ab"}
-    facts |= {"validation_count": 100, "data_sha256": "0" * 64, "split_sha256": "0" * 64, "levers": {}}
+    facts = STUDY_JSON | {"options": options, "data_sha256": "0" * 64, "split_sha256": "0" * 64, "levers": {}}
     if rng.random() < 0.4:
-        facts["lr_study"] = {"best_lr": rng.choice([0.1, 0.2, 0.4, None]), "at_edge": True}
         points = [{"lr": lr, "seed": 0} for lr in (0.1, 0.2, 0.4)]
         facts["options"]["points"] = rng.choice([points, points, points, None, []])
     if rng.random() < 0.4:
@@ -222,6 +220,13 @@ def make_study(rng: random.Random, folder: Path) -> tuple[Path, str]:
         key = rng.choice(list(at))
         at[key] = rng.choice(VALUES)
         done += f", {key} = {str(at[key])[:20]!a}"
+    if rng.random() < 0.5:  # a folder of the first edition
+        facts |= {"status": status, "seconds": 60.0}
+        (made / "result.json").unlink()
+    elif status == "running":
+        (made / "result.json").unlink()
+    else:
+        write_result(Study(made), status, 60.0)
     with contextlib.suppress(ValueError):
         write_study(made, facts)
     for _ in range(rng.choice([0, 0, 1, 1, 2])):
@@ -239,7 +244,15 @@ def make_study(rng: random.Random, folder: Path) -> tuple[Path, str]:
 def damage(rng: random.Random, made: Path) -> str:
     """Damage a file of a study; return what was done."""
     name = rng.choice(
-        ["study.json", "study.json", "reports.jsonl", "reports.jsonl", "trials.csv", ".lock", ".collect.lock"]
+        [
+            "study.json",
+            "result.json",
+            "reports.jsonl",
+            "reports.jsonl",
+            "trials.csv",
+            ".lock",
+            ".collect.lock",
+        ]
     )
     name = rng.choice([name, name, name, "wandb", "epochs.parquet", "epochs.parquet.tmp", "study.json.tmp"])
     file = made / name

@@ -1,11 +1,15 @@
 """A study folder as search/ writes one, made up: with hostile names, and as many trials as are asked for."""
 
+import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+
+from tunefleet.study import Study, write_result
 
 EVIL = '<script>alert("x")</script> & ünï $a_b$'
 SPREAD = {  # sampled hyperparameters, as study.json describes them
@@ -38,60 +42,77 @@ def write_study(
 ) -> Path:
     """Writes a study of which each rung lets every eta-th trial go on; trial 5 diverged at its first epoch.
 
-    Trial k's val_accuracy rises with k and with the epoch; trial 8 is the winner, as study.json says. Of
+    Trial k's val_accuracy rises with k and with the epoch; of 12, trial 8 is the winner. Of
     more than two classes, each has eight test images, of which the last two are taken for its neighbours.
     """
     rng = np.random.default_rng(0)
     (folder / "best").mkdir(parents=True)
     horizons = [*rungs, epochs]
-    reports, rows = [], []
+    events: list[dict[str, Any]] = []
     for k in range(trials):
         reached = sum(k % eta**rung == 0 for rung in range(1, len(horizons)))
         last = horizons[reached]
-        accuracy = [0.3 + 0.24 * k / trials + 0.05 * 4 / epochs * epoch for epoch in range(1, last + 1)]
-        reports += [report(f"{k:04d}", n, 10.0 * k + n, value) for n, value in enumerate(accuracy, 1)]
-        status = "diverged" if k == 5 else "done" if last == epochs else "pruned"
-        if status == "diverged":
-            reports[-1]["val_accuracy"] = accuracy[-1] = None
-        sampled = [_sample(rng, described) for described in ranges.values()]
-        rows.append(
-            [
-                *(f"{k:04d}", status, last, min(reached + 1, len(rungs)), accuracy[-1], accuracy[-1]),
-                *(1.0 * last, "vm", *sampled, *FIXED.values()),
-            ]
-        )
-    for seed in (1, 2):
-        reports += [report(f"final-{seed}", n, 1e6 + n, None) for n in range(1, epochs + 1)]
-    pd.DataFrame(reports).astype({"trial_id": "string"}).to_parquet(folder / "epochs.parquet")
-    columns = ["trial_id", "status", "epochs", "rung", "val_accuracy", "best_val_accuracy", "seconds", "node"]
-    table = pd.DataFrame(rows, columns=[*columns, *ranges, *FIXED])
-    table.to_csv(folder / "trials.csv", index=False)
+        sampled = {name: _sample(rng, described) for name, described in ranges.items()}
+        events.append({"trial_id": f"{k:04d}", "epoch": 0, "config": sampled | FIXED | {"epochs": epochs}})
+        for epoch in range(1, last + 1):
+            accuracy = 0.3 + 0.24 * k / trials + 0.05 * 4 / epochs * epoch
+            events.append(report(f"{k:04d}", epoch, 10.0 * k + epoch, accuracy) | {"node": "vm"})
+        if k == 5:
+            events[-1] |= {"status": "diverged", "val_accuracy": None}
+        elif last == epochs:
+            events[-1]["status"] = "done"
+    for seed, accuracy in ((1, 0.6456), (2, 0.6630)):  # mean 0.6543, sd 0.0123
+        of_seed = FIXED | {"epochs": epochs, "seed": seed}
+        events.append({"trial_id": f"final-{seed}", "epoch": 0, "config": of_seed})
+        events += [report(f"final-{seed}", n, 1e6 + n, None) for n in range(1, epochs + 1)]
+        events[-1] |= {"status": "done", "test_accuracy": accuracy}
     _write_best(folder / "best", rng, len(classes), pixels)
-    facts = _facts(epochs, rungs) | {
-        "ranges": ranges,
-        "data": {"name": EVIL, "classes": classes},
-        "trials": trials,
-        "statuses": table.status.value_counts().to_dict(),
-        "epochs_spent": int(table.epochs.sum()),
-        "epochs_unpruned": trials * epochs,
-    }
-    (folder / "study.json").write_text(json.dumps(facts))
+    content = asked(
+        options={"epochs": epochs, "pruner": "promote" if rungs else "none"},
+        rungs=rungs,
+        ranges=ranges,
+        data={"name": EVIL, "classes": classes},
+    )
+    (folder / "study.json").write_text(json.dumps(content))
+    write_events(folder, events)
     return folder
 
 
+def write_events(folder: Path, events: list[dict[str, Any]], status: str = "done") -> None:
+    """Writes a study's journal, in the old form, and its result.json."""
+    (folder / "result.json").unlink(missing_ok=True)
+    (folder / "reports.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    write_result(Study(folder), status, 75.0)
+
+
+def with_changes(study: Any, **attributes: Any) -> Any:
+    """Returns a copy of a loaded study with other attributes."""
+    other = copy.copy(study)
+    other.__dict__.update(attributes)
+    return other
+
+
+def edit_events(folder: Path, edit: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
+    """Has other events in a study's journal; those of which nothing is left are dropped."""
+    lines = (folder / "reports.jsonl").read_text().splitlines()
+    write_events(folder, [event for line in lines if (event := edit(json.loads(line)))])
+
+
+def change(folder: Path, **asked: Any) -> None:
+    """Has other values in study.json."""
+    file = folder / "study.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | asked))
+
+
 def remove_trials(folder: Path, status: str = "stopped") -> None:
-    """Make a study one without a trial, as search/collect.py writes one."""
-    none = {"trials": 0, "statuses": {}, "epochs_spent": 0, "epochs_unpruned": 0, "best": None, "final": None}
-    facts = json.loads((folder / "study.json").read_text()) | none | {"status": status}
-    (folder / "study.json").write_text(json.dumps(facts))
+    """Makes a study one without a trial."""
     for file in (folder / "best").iterdir():
         file.unlink()
-    pd.read_parquet(folder / "epochs.parquet").head(0).to_parquet(folder / "epochs.parquet")
-    (folder / "trials.csv").write_text("\n")
+    write_events(folder, [], status)
 
 
 def report(trial_id: str, epoch: int, at: float, accuracy: float | None) -> dict[str, Any]:
-    """Returns a row of epochs.parquet."""
+    """Returns a report of an epoch."""
     return {
         "trial_id": trial_id,
         "epoch": epoch,
@@ -107,7 +128,7 @@ def report(trial_id: str, epoch: int, at: float, accuracy: float | None) -> dict
 
 def _sample(rng: np.random.Generator, described: dict[str, Any]) -> Any:
     if "values" in described:
-        return rng.choice(described["values"])
+        return described["values"][int(rng.integers(len(described["values"])))]
     low, high = described["low"], described["high"]
     return 10 ** rng.uniform(np.log10(low), np.log10(high)) if described["log"] else rng.uniform(low, high)
 
@@ -125,31 +146,20 @@ def _write_best(best: Path, rng: np.random.Generator, classes: int, pixels: int)
     np.save(best / "first_layer.npy", rng.normal(size=(5, 3, 3, 3)))
 
 
-def _facts(epochs: int, rungs: tuple[int, ...]) -> dict[str, Any]:
+def asked(**other: Any) -> dict[str, Any]:
+    """Returns what a study.json holds."""
     return {
         "space": "convnet",
-        "status": "done",
-        "options": {"epochs": epochs, "pruner": "promote" if rungs else "none"},
-        "rungs": list(rungs),
-        "seconds": 75.0,
+        "options": {"epochs": 4, "pruner": "promote"},
+        "rungs": [1],
+        "data": {"name": "digits", "classes": ["cat", "dog"]},
         "machine": "2 CPUs",
         "commit": "0123456789ab",
         "versions": {"torch": "2.15.0"},
+        "levers": {"device": "cpu", "precision": "fp32", "channels_last": True, "micro_batch_bytes": None},
         "seed": 0,
         "data_sha256": "d" * 64,
         "split_sha256": "5" * 64,
         "validation_count": 100,
         "command": "search/run.py",
-        "best": {"trial_id": "0008", "val_accuracy": 0.66, "config": {"lr": 0.0123456, "schedule": "cosine"}},
-        "final": {
-            "seeds": [1, 2],
-            "diverged": [],
-            "failed": [],
-            "test_accuracy": {
-                "mean": 0.6543,
-                "sd": 0.0123,
-                "interval95": [0.54, 0.76],
-                "values": [0.64, 0.67],
-            },
-        },
-    }
+    } | other

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -27,6 +26,7 @@ from pathlib import Path
 import psutil
 
 from tests.conftest import ROOT
+from tunefleet.study import Study
 
 STUDY = ("--space", "softmax", "--data", "digits", "--trials", "8", "--epochs", "9", "--concurrency", "1")
 STUDY = (*STUDY, "--final-seeds", "1", "--wandb", "off", "--study-dir", "study")
@@ -39,7 +39,7 @@ def command(*arguments: str, data_dir: Path) -> list[str]:
 
 
 def outcome(folder: Path) -> object:
-    study = json.loads((folder / "study" / "study.json").read_text())
+    study = Study(folder / "study").facts
     return study["status"], study["best"]["trial_id"], study["final"]["test_accuracy"]["values"]
 
 
@@ -91,6 +91,8 @@ def main() -> int:
                 wrong += not right
                 line = said.strip().rpartition("\n")[2][-60:]
                 print(f"{way:8}{after:6.1f} s{code:4}{seconds:7.1f} s  {right}  {line}", flush=True)
+                if not right:
+                    print(said, flush=True)
     print(f"{3 * times} stops, {wrong} not as they have to be")
     return wrong
 

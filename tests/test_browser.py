@@ -1,14 +1,12 @@
 """A report in a real browser: it sorts, filters, prints, fits, fetches nothing, runs no name as a script."""
 
-import csv
-import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from tests.made_study import EVIL, write_study
+from tests.made_study import EVIL, change, edit_events, write_study
 from tests.screenshots import chromium
 from tunefleet.analysis.load import load
 from tunefleet.analysis.report import write
@@ -45,15 +43,15 @@ def study(tmp_path_factory):
         rungs=(1, 3, 9),
         eta=3,
     )
-    with (folder / "trials.csv").open() as stream:
-        header, *rows = csv.reader(stream)
-    rows[1][header.index("node")] = "</script><script>alert(2)</script>"
-    rows[2][header.index("weights")] = IMAGE
-    with (folder / "trials.csv").open("w", newline="") as stream:
-        csv.writer(stream).writerows([header, *rows])
-    facts = json.loads((folder / "study.json").read_text())
-    facts |= {"command": f"search/run.py --data {IMAGE}", "machine": EVIL, "space": f"convnet{IMAGE}"}
-    (folder / "study.json").write_text(json.dumps(facts))
+    odd = {"0001": {"node": "</script><script>alert(2)</script>"}, "0002": {"weights": IMAGE}}
+
+    def edit(event):
+        if event["trial_id"] == "0002" and event["epoch"] == 0:
+            event["config"] |= odd["0002"]
+        return event | (odd["0001"] if event["trial_id"] == "0001" and event["epoch"] else {})
+
+    edit_events(folder, edit)
+    change(folder, command=f"search/run.py --data {IMAGE}", machine=EVIL, space=f"convnet{IMAGE}")
     return folder
 
 

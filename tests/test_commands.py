@@ -5,12 +5,11 @@ import subprocess
 
 import pytest
 
-from tests.test_wandb_sync import write_study
+from tests.test_wandb_sync import STUDY_JSON, write_study
 from tunefleet.search.collect import main as collect
 from tunefleet.search.mirror import main as mirror
-from tunefleet.search.study_file import read_study
-from tunefleet.search.study_file import write_study as write_study_json
 from tunefleet.search.wandb_sync import main as wandb_sync
+from tunefleet.study import write_study as write_study_json
 
 COMMANDS = {"collect": collect, "mirror": mirror, "wandb_sync": wandb_sync}
 
@@ -126,9 +125,8 @@ def read_only(tmp_path):
 
 def test_read_only_study_is_one_line(command, tmp_path, read_only):
     make_study(folder := tmp_path / "study")
-    study = read_study(folder)
-    options = study["options"] | {"storage": "s3://bucket/prefix"}
-    write_study_json(folder, study | {"options": options})
+    options = STUDY_JSON["options"] | {"storage": "s3://bucket/prefix"}
+    write_study_json(folder, STUDY_JSON | {"options": options})
     for lock in folder.glob(".*lock"):
         lock.unlink()
     read_only(folder)

@@ -13,24 +13,18 @@ from tests.test_wandb_sync import STUDY_JSON
 from tests.test_wandb_sync import write_study as write_trials
 from tunefleet.analysis.load import load
 from tunefleet.analysis.results import main as results
-from tunefleet.search import launch
-from tunefleet.search.collect import collect
+from tunefleet.journal import Journal
+from tunefleet.search import running
 from tunefleet.search.collect import main as collect_command
-from tunefleet.search.journal import Journal
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.run import main as run
-from tunefleet.search.study_file import read_events, read_study, write_study
 from tunefleet.search.wandb_runs import plan
+from tunefleet.study import Study, read_study, write_study, write_tables
 
 TRIES = 120  # damages of each file in each state of a study
 
 
-FACTS = STUDY_JSON | {  # of study.json, as a study begins
-    "options": dataclasses.asdict(StudyOptions(space="softmax", epochs=9)),
-    "seconds": 60.0,
-    "commit": "0123456789ab",
-    "validation_count": 100,
-}
+ASKED = STUDY_JSON | {"options": dataclasses.asdict(StudyOptions("softmax", epochs=9, pruner="promote"))}
 
 
 class AcceptedError(Exception):
@@ -115,9 +109,11 @@ DAMAGES = (
 def study(request, tmp_path_factory):
     """A study of four trials and a seed of the winner; killed while it ran it has no result yet."""
     folder = write_trials(tmp_path_factory.mktemp(request.param) / "study")
-    write_study(folder, FACTS | {"status": request.param})
-    if request.param != "running":
-        collect(folder)
+    write_study(folder, ASKED)
+    if request.param == "running":
+        (folder / "result.json").unlink()
+    else:
+        write_tables(folder, status=request.param, seconds=60.0)
     return folder
 
 
@@ -128,7 +124,7 @@ def readers(monkeypatch, capsys):
     def accepted(*arguments, **options):
         raise AcceptedError
 
-    monkeypatch.setattr(launch, "choose_wandb", accepted)
+    monkeypatch.setattr(running, "run", accepted)
 
     def call(name, folder):
         def plan_runs():
@@ -185,11 +181,11 @@ def assert_one_line(code, err, what):
 
 def test_damaged_journal_is_refused_by_every_reader_in_one_line(study, readers, tmp_path):
     whole = Journal(study / "reports.jsonl").read()
-    state = json.loads((study / "study.json").read_text())["status"]
+    state = Study(study).status
     for damage, folder in damaged(study, "reports.jsonl", tmp_path):
         before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
         try:
-            read = read_events(folder, read_study(folder))
+            read = Study(folder).events
         except ValueError:
             for reader in ("collect", "resume", "wandb_sync"):
                 if (state, reader) != ("done", "resume"):  # there is nothing to resume
@@ -204,17 +200,18 @@ def test_damaged_journal_is_refused_by_every_reader_in_one_line(study, readers, 
             assert readers("collect", folder) == (0, "")
 
 
-def test_damaged_study_json_is_refused_by_every_reader_in_one_line(study, readers, tmp_path):
-    whole = read_study(study)
-    for damage, folder in damaged(study, "study.json", tmp_path):
-        try:
-            read = read_study(folder)
-        except ValueError:
-            for reader in ("collect", "resume", "results", "report", "wandb_sync"):
-                code, err = readers(reader, folder)
-                assert_one_line(code, err, (damage, reader))
-        else:  # the last line end, or a letter in the checksum's own name
-            assert whole.items() <= read.items(), damage
+def test_damaged_json_is_refused_by_every_reader_in_one_line(study, readers, tmp_path):
+    for name in ("study.json", "result.json") if (study / "result.json").exists() else ("study.json",):
+        whole = read_study(study)
+        for damage, folder in damaged(study, name, tmp_path / name):
+            try:
+                read = read_study(folder)
+            except ValueError:
+                for reader in ("collect", "resume", "results", "report", "wandb_sync"):
+                    code, err = readers(reader, folder)
+                    assert_one_line(code, err, (damage, reader))
+            else:  # the last line end, or a letter in the checksum's own name
+                assert whole.items() <= read.items(), damage
 
 
 @pytest.mark.parametrize("study", ["stopped", "running"], indirect=True)
@@ -242,33 +239,33 @@ def test_finished_study_is_never_cut(tmp_path, readers, capsys):
 
 def old_form(folder):
     """Writes a study's files as the first edition did."""
-    events = Journal(folder / "reports.jsonl").read()
-    (folder / "reports.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    study = read_study(folder)
-    study.pop("events", None)
-    (folder / "study.json").write_text(json.dumps(study, indent=2) + "\n")
-    return events
+    study = Study(folder)
+    (folder / "reports.jsonl").write_text("".join(json.dumps(event) + "\n" for event in study.events))
+    content = {name: value for name, value in study.facts.items() if name != "events"}
+    (folder / "study.json").write_text(json.dumps(content, indent=2) + "\n")
+    (folder / "result.json").unlink()
+    return study.events
 
 
 def test_old_study_is_read_as_it_is_and_continued_in_its_form(tmp_path):
     folder = write_trials(tmp_path / "study", status="stopped")
+    before = Study(folder).facts
     events = old_form(folder)
+    assert Study(folder).facts == before
     journal = Journal(folder / "reports.jsonl")
-    assert read_events(folder, read_study(folder)) == events
+    assert Study(folder).events == events
     journal.append({"trial_id": "0001", "promoted_from": 1})
     Journal(journal.file).append({"trial_id": "0001", "status": "error", "error": "lost"})
     last = lines_of(journal.file.read_bytes())[-2:]
     assert last[0] == b'{"trial_id": "0001", "promoted_from": 1}\n'
     assert json.loads(last[1]) == {"trial_id": "0001", "status": "error", "error": "lost"}
     assert len(journal.read()) == len(events) + 2
-    assert collect(folder)["statuses"]["error"] == 2
+    assert write_tables(folder, status="stopped", seconds=9.0).facts["statuses"]["error"] == 2
 
 
 @pytest.mark.parametrize("state", ["done", "stopped"])
 def test_damaged_old_journal_is_never_a_traceback_and_never_less(readers, tmp_path, state):
-    folder = write_trials(tmp_path / state / "study")
-    write_study(folder, FACTS | {"status": state})
-    collect(folder)
+    folder = write_trials(tmp_path / state / "study", status=state)
     old_form(folder)
     before = read_study(folder)
     for damage, copy in damaged(folder, "reports.jsonl", tmp_path):
@@ -276,9 +273,9 @@ def test_damaged_old_journal_is_never_a_traceback_and_never_less(readers, tmp_pa
             code, err = readers(reader, copy)
             if code:
                 assert_one_line(code, err, (damage, reader))
-        if state == "done":
-            after = read_study(copy)
-            assert all(after[key] >= before[key] for key in ("trials", "epochs_spent")), damage
+            elif state == "done":
+                after = read_study(copy)
+                assert all(after[key] >= before[key] for key in ("trials", "epochs_spent")), damage
 
 
 @pytest.mark.parametrize("study", ["running"], indirect=True)
@@ -291,10 +288,10 @@ def test_torn_last_line_is_left_out_and_said(study, readers, tmp_path, capsys):
     assert readers("resume", folder) == (0, "")
 
 
-@pytest.mark.parametrize("name", ["study.json", "reports.jsonl"])
+@pytest.mark.parametrize("name", ["study.json", "result.json", "reports.jsonl"])
 def test_json_nested_without_end_is_one_line(name, tmp_path):
     """Python's own answer is a RecursionError."""
     write_trials(folder := tmp_path / "study")
     (folder / name).write_bytes(b"[" * 100_000 + b"\n")
     with pytest.raises(ValueError, match=name):
-        read_events(folder, read_study(folder))
+        Study(folder)

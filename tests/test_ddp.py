@@ -9,14 +9,13 @@ from dataclasses import dataclass
 import psutil
 import pytest
 
+from tests.studies import digits_study
+from tunefleet.journal import Journal, records
 from tunefleet.search.connection import connect
 from tunefleet.search.engine import run_jobs
-from tunefleet.search.journal import Journal, records
 from tunefleet.search.options import StudyOptions
-from tunefleet.search.preflight import prepare as preflight
-from tunefleet.search.resources import Machine, Resources, settle
-from tunefleet.search.study import Study
-from tunefleet.search.study_file import read_study
+from tunefleet.search.resources import Resources
+from tunefleet.study import read_study
 from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import prepare
 from tunefleet.trainables.levers import choose
@@ -56,19 +55,10 @@ def study(tmp_path, data_dir):
             final_seeds=0,
             **options,
         )
-        levers, data = choose("cpu", "fp32"), prepare("digits", data_dir)
-        options = settle(options, levers, Machine(2))
-        prepared = preflight(options, data, levers)
-        study = Study.create(tmp_path / "study", options, data, levers, prepared)
-        with study.running({}):
-            jobs = study.jobs()
-            run_jobs(
-                jobs,
-                study.context(threads=1),
-                resources=Resources(slots, 1.0, 0.0, WORKERS),
-                on_step=lambda: on_step(jobs),
-            )
-        return study.folder
+        resources = Resources(slots, 1.0, 0.0, WORKERS)
+        with digits_study(tmp_path / "study", options, resources) as (jobs, context):
+            run_jobs(jobs, context, resources=resources, on_step=lambda: on_step(jobs))
+        return tmp_path / "study"
 
     return run
 

@@ -7,25 +7,21 @@ import os
 import signal
 import threading
 from collections import Counter
-from pathlib import Path
 
 import psutil
 import pytest
 from ray.tune.experiment import Trial as TuneTrial
 
 from tests.compared import measured, table
+from tests.studies import digits_study
+from tunefleet.journal import Journal, records
 from tunefleet.search.asha import PRUNERS
 from tunefleet.search.collect import collect
 from tunefleet.search.engine import run_jobs
-from tunefleet.search.journal import Journal, records
 from tunefleet.search.options import StudyOptions
-from tunefleet.search.preflight import prepare as preflight
-from tunefleet.search.resources import Machine, Resources, settle
-from tunefleet.search.study import Study
-from tunefleet.search.study_file import read_study
+from tunefleet.search.resources import Resources
 from tunefleet.search.suggest import SEARCHERS
-from tunefleet.trainables.data import prepare
-from tunefleet.trainables.levers import choose
+from tunefleet.study import read_study
 
 pytestmark = pytest.mark.ray
 
@@ -52,20 +48,9 @@ def study(tmp_path, data_dir):
         options = StudyOptions(
             space="softmax", data="digits", image_size=32, data_dir=str(data_dir), **options
         )
-        data = prepare("digits", Path(data_dir))
-        levers = choose("cpu", "fp32")
-        options = settle(options, levers, Machine(SLOTS))
-        prepared = preflight(options, data, levers)
-        made = Study.create(tmp_path / name, options, data, levers, prepared)
-        with made.running({}):
-            jobs = made.jobs()
-            run_jobs(
-                jobs,
-                made.context(threads=1),
-                resources=Resources(slots, 1.0, 0.0),
-                on_step=on_step,
-            )
-        return made.folder, jobs
+        with digits_study(tmp_path / name, options, Resources(slots, 1.0, 0.0)) as (jobs, context):
+            run_jobs(jobs, context, resources=Resources(slots, 1.0, 0.0), on_step=on_step)
+        return tmp_path / name, jobs
 
     return run
 
@@ -182,4 +167,4 @@ def test_workers_and_memory_stay_flat_over_sixty_four_trials(study):
     for pid in pids:
         settled = sizes[pid][len(sizes[pid]) // 2 :]
         assert max(settled) - min(settled) < 0.1 * max(settled), (min(settled), max(settled))
-    assert collect(folder)["busy_fraction"] > 0
+    assert collect(folder, None)["busy_fraction"] > 0

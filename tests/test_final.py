@@ -2,8 +2,9 @@ import pytest
 import torch
 from scipy import stats
 
-from tunefleet.search.final import final_results, keep_best, summarise
-from tunefleet.search.journal import TrialRecord
+from tunefleet.journal import TrialRecord
+from tunefleet.search.execution import keep_best
+from tunefleet.study import final_results, over_seeds
 
 
 def final(k, accuracy, status="done"):
@@ -13,7 +14,7 @@ def final(k, accuracy, status="done"):
 
 
 def test_summary_is_student_s_interval_of_the_mean():
-    summary = summarise([0.70, 0.72, 0.77])
+    summary = over_seeds([0.70, 0.72, 0.77])
     assert summary["mean"] == pytest.approx(0.73)
     assert summary["sd"] == pytest.approx(0.036056, abs=1e-6)
     expected = stats.t.interval(0.95, 2, loc=0.73, scale=0.036056 / 3**0.5)
@@ -21,11 +22,11 @@ def test_summary_is_student_s_interval_of_the_mean():
 
 
 def test_one_seed_has_no_spread():
-    assert summarise([0.7]) == {"values": [0.7], "mean": 0.7, "sd": None, "interval95": None}
+    assert over_seeds([0.7]) == {"values": [0.7], "mean": 0.7, "sd": None, "interval95": None}
 
 
 def test_interval_stays_between_zero_and_one():
-    low, high = summarise([0.9, 1.0])["interval95"]
+    low, high = over_seeds([0.9, 1.0])["interval95"]
     assert 0 <= low < high == 1.0
 
 
@@ -36,18 +37,18 @@ def test_a_diverged_seed_counts_and_a_failed_one_is_named():
         "c": TrialRecord("final-3", {"seed": 3}, status="error"),
         "d": TrialRecord("final-4", {"seed": 4}),  # still running
     }
-    results = final_results(trials)
+    results = final_results(trials.values())
     assert (results["seeds"], results["diverged"], results["failed"]) == ([1, 2], [2], [3])
     assert results["test_accuracy"]["mean"] == pytest.approx(0.3)
 
 
 def test_study_whose_seeds_all_fail_has_no_accuracy():
-    results = final_results({"a": TrialRecord("final-1", {"seed": 1}, status="error")})
+    results = final_results([TrialRecord("final-1", {"seed": 1}, status="error")])
     assert (results["failed"], results["test_accuracy"]) == ([1], None)
 
 
 def test_study_without_an_ended_seed_has_no_final():
-    assert final_results({"a": TrialRecord("final-1", {"seed": 1})}) is None
+    assert final_results([TrialRecord("final-1", {"seed": 1})]) is None
 
 
 def test_best_folder_keeps_the_first_seed_and_may_be_filled_twice(tmp_path):

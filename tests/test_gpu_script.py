@@ -27,20 +27,23 @@ with open(os.environ["CALLS"], "a") as calls:
 for name, size in (("checkpoint.pt", 10), ("predictions.parquet", 10), ("first_layer.npy", 2 * 10**6)):
     (study / "best" / name).write_bytes(bytes(size))
 space = study.name
-asked = dict.fromkeys(("command", "data_sha256", "split_sha256"), "search/run.py") | {"commit": None}
-asked |= {"space": space, "status": "running", "seed": 0, "validation_count": 1, "seconds": 1.0, "rungs": []}
-asked |= {"data": {"name": "d", "classes": ["a"]}, "options": {"epochs": 1, "pruner": "none"}, "versions": {}}
-found = {"trials": 1, "epochs_spent": 1, "epochs_unpruned": 1, "statuses": {}, "best": None, "final": None}
-content = asked | found
-(study / "study.json").write_text(json.dumps(content))
+from tests.made_study import asked, write_events
+points = [{"lr": lr, "seed": 0} for lr in (0.1, 0.2, 0.4)]
+options = {"epochs": 1, "pruner": "none", "points": points}
+(study / "study.json").write_text(json.dumps(asked(space=space, options=options)))
+def events(best):
+    for k, point in enumerate(points):
+        value = 0.95 if k == best else 0.9
+        yield {"trial_id": f"000{k}", "epoch": 0, "config": point}
+        yield {"trial_id": f"000{k}", "epoch": 1, "val_accuracy": value, "status": "done"}
+write_events(study, [], "running")
 if space in os.environ.get("SLOW", "").split():
     try:
         time.sleep(60)
     except KeyboardInterrupt:
         sys.exit(3)
-edge = "--extend" not in words
 (study / "lr_curve.csv").write_text("lr\\n")
-(study / "study.json").write_text(json.dumps(content | {"status": "done", "lr_study": {"at_edge": edge}}))
+write_events(study, list(events(1 if "--extend" in words else 2)))
 print("test_accuracy 0.5")
 """
 
@@ -66,7 +69,7 @@ def script(tmp_path):
             env=os.environ
             | {name: str(tmp_path / place) for name, place in places.items()}
             | {"PYTHON": str(python), "CALLS": str(calls), "DEVICE": "cpu", "STOP_SECONDS": "1", "LANES": "2"}
-            | {"DATA": "digits", "WEIGHTS": "none"}
+            | {"DATA": "digits", "WEIGHTS": "none", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
             | variables,
             capture_output=True,
             text=True,
@@ -80,20 +83,20 @@ def script(tmp_path):
 def studies_in(archive):
     with tarfile.open(archive) as tar:
         return {
-            name: tar.extractfile(name).read() for name in tar.getnames() if name.endswith("study.json")
+            name: tar.extractfile(name).read() for name in tar.getnames() if name.endswith("result.json")
         }, {name.rpartition("/")[2] for name in tar.getnames()}
 
 
 def test_rows_stop_at_their_bound_and_the_next_run_skips_what_is_there_and_resumes(script, tmp_path):
     began = time.monotonic()
-    done, calls = script("rows", BOUND="5", ROWS="softmax convnet twolayernn", SLOW="convnet")
-    assert time.monotonic() - began < 15
+    done, calls = script("rows", BOUND="12", ROWS="softmax convnet twolayernn", SLOW="convnet")
+    assert time.monotonic() - began < 30
     assert done.returncode == 1, done.stderr
     assert len(calls) == 3
     studies, names = studies_in(tmp_path / "out" / "studies.tar.xz")
     statuses = {name.split("/")[1]: json.loads(text)["status"] for name, text in studies.items()}
     assert statuses == {"softmax": "done", "twolayernn": "done", "convnet": "running"}
-    assert names == {"study.json", "lr_curve.csv"}
+    assert names == {"study.json", "result.json", "reports.jsonl", "lr_curve.csv"}
     assert studies_in(tmp_path / "out" / "best.tar.xz")[1] == {"predictions.parquet"}
     assert "rows: convnet ended with 3" in (tmp_path / "out" / "log.txt").read_text()
     done, calls = script("rows", out="next", results="out", ROWS="softmax convnet twolayernn")

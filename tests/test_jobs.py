@@ -9,9 +9,9 @@ import random
 import pytest
 from ray import tune
 
+from tunefleet.journal import Journal, records, winner
 from tunefleet.search.asha import PRUNERS, Asha, least_epochs, rung_epochs
 from tunefleet.search.jobs import Jobs
-from tunefleet.search.journal import Journal, records, winner
 from tunefleet.search.suggest import SEARCHERS, suggest
 
 EPOCHS, ETA, TRIALS, FINAL_SEEDS = 9, 3, 12, 2

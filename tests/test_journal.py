@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 
-from tunefleet.search.journal import Journal, TrialRecord, finite, records, winner
+from tunefleet.journal import Journal, TrialRecord, finite, records, winner
 
 EVENTS = [
     {"trial_id": "0000", "epoch": 0, "config": {"lr": 0.1}},

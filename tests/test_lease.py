@@ -9,13 +9,14 @@ import time
 
 import pytest
 
+from tests.made_study import asked
 from tests.object_store import faulty_store
+from tunefleet.journal import Journal
 from tunefleet.search import lease as module
-from tunefleet.search.journal import Journal
 from tunefleet.search.lease import NAME, Lease, check_lease, read_lease
 from tunefleet.search.mirror import Mirror
 from tunefleet.search.mirror import main as mirror_command
-from tunefleet.search.study_file import write_study
+from tunefleet.study import write_study
 from tunefleet.trainables.storage import Storage
 
 
@@ -257,8 +258,8 @@ def test_mirror_by_hand_does_not_replace_what_another_driver_has_continued(stora
     place = storage.url.rpartition("/")[0]
     for name, events in (("other", 3), ("study", 2)):
         write_journal(tmp_path / name, events)
-    study = {"space": "softmax", "status": "stopped", "options": {"storage": place}, "rungs": []}
-    write_study(tmp_path / "study", study)
+    options = {"epochs": 4, "pruner": "promote", "storage": place}
+    write_study(tmp_path / "study", asked(options=options))
     storage.put(tmp_path / "other" / "reports.jsonl", "reports.jsonl")
     assert mirror_command([str(tmp_path / "study")]) == 2
     assert "knows more of the study" in capsys.readouterr().err

@@ -1,25 +1,27 @@
+import dataclasses
 import itertools
-import json
 import math
 
 import pandas as pd
 import pytest
 
-from tunefleet.search.journal import TrialRecord
+from tests.made_study import asked, write_events
+from tunefleet.journal import TrialRecord
+from tunefleet.search.display import rounded
 from tunefleet.search.lr_study import (
     best_lr,
     curve_table,
-    extend,
     extended,
+    extension,
     lr_curve,
     lr_grid,
     main,
     new_options,
     parse,
-    points,
+    points_of,
 )
-from tunefleet.search.printing import rounded
-from tunefleet.search.study_file import read_study, write_study
+from tunefleet.search.options import StudyOptions
+from tunefleet.study import Study, write_study
 
 
 def trial(lr, seed, values, status=None):
@@ -44,7 +46,7 @@ def test_grid_spans_four_decades_around_the_middle():
 
 
 def test_points_are_every_lr_of_a_seed_nearest_first_then_the_next_seed():
-    made = points({"lr": 0.1, "seed": 9, "hidden": 5}, [0.001, 0.01, 0.1, 10.0], [0, 1])
+    made = points_of({"lr": 0.1, "seed": 9, "hidden": 5}, [0.001, 0.01, 0.1, 10.0], [0, 1])
     assert [point["lr"] for point in made[:4]] == [0.1, 0.01, 0.001, 10.0]
     assert [point["seed"] for point in made] == [0] * 4 + [1] * 4
     assert {point["hidden"] for point in made} == {5}
@@ -90,7 +92,7 @@ def test_best_is_none_where_nothing_saw_all_epochs():
 def test_extension_goes_beyond_the_edge_in_the_grids_ratio():
     assert extended([0.01, 0.1, 1.0], 1.0) == pytest.approx([10, 100, 1000])
     assert extended([0.01, 0.1, 1.0], 0.01) == pytest.approx([0.001, 0.0001, 0.00001])
-    with pytest.raises(ValueError, match="stands inside"):
+    with pytest.raises(ValueError, match="lies inside"):
         extended([0.01, 0.1, 1.0], 0.1)
 
 
@@ -104,16 +106,21 @@ def test_everything_but_lr_is_the_published_best():
     assert options.final_seeds == 0
 
 
-def test_configuration_and_data_come_from_a_study(tmp_path):
+def make_study(folder, status="done", **options):
+    """A study of softmax whose only trial has lr 0.02."""
     best = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.5, "batch_size": 64, "schedule": "cosine"}
-    study = {
-        "space": "softmax",
-        "status": "done",
-        "rungs": [],
-        "best": {"config": best | {"architecture": "softmax"}},
-        "options": {"data": "digits", "image_size": 32, "weights": "none"},
-    }
-    (tmp_path / "study.json").write_text(json.dumps(study))
+    shared = {"data": "digits", "image_size": 32, "weights": "none", "epochs": 1, "pruner": "promote"}
+    write_study(folder, asked(space="softmax", rungs=[], options=shared | options))
+    events = [
+        {"trial_id": "0000", "epoch": 0, "config": best | {"architecture": "softmax", "seed": 0}},
+        {"trial_id": "0000", "epoch": 1, "val_accuracy": 0.9, "status": "done"},
+    ]
+    write_events(folder, events, status)
+    return best
+
+
+def test_configuration_and_data_come_from_a_study(tmp_path):
+    best = make_study(tmp_path)
     options = options_of("--space", "softmax", "--from", tmp_path)
     assert options.data == "digits"
     assert options.points[0] == best | {"seed": 0, "lr": pytest.approx(0.02, rel=0.6)}
@@ -143,26 +150,29 @@ def test_bad_input_is_one_line_and_writes_nothing(arguments, needle, tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unfinished_study_is_not_extended(tmp_path):
-    study = {"space": "softmax", "status": "stopped", "options": {}, "rungs": []}
-    (tmp_path / "study.json").write_text(json.dumps(study))
+@pytest.mark.parametrize(
+    ("status", "points"), [("stopped", [{"lr": 0.02, "seed": 0}]), ("done", None), ("done", [])]
+)
+def test_what_is_no_finished_learning_rate_study_is_not_extended(tmp_path, status, points):
+    make_study(tmp_path, status, points=points)
     with pytest.raises(ValueError, match="no finished learning-rate study"):
-        extend(tmp_path, lambda: 0)
+        extension(tmp_path)
 
 
-def test_a_study_that_cannot_go_on_is_not_extended(tmp_path):
-    points = [{"lr": lr, "seed": 0} for lr in (0.1, 0.2)]
-    study = {"space": "softmax", "status": "done", "options": {"points": points}, "rungs": []}
-    write_study(tmp_path, study | {"lr_study": {"best_lr": 0.2, "at_edge": True}})
-    before = (tmp_path / "study.json").read_bytes()
+def test_extension_adds_points_beyond_the_edge_for_every_seed(tmp_path):
+    make_study(tmp_path, points=[{"lr": 0.02, "seed": 0}])
+    points = extension(tmp_path)
+    assert points[0] == {"lr": 0.02, "seed": 0}
+    assert [point["seed"] for point in points] == [0] * 4
 
-    def refuse():
-        assert len(read_study(tmp_path)["options"]["points"]) == 5
-        raise ValueError("other images")
 
-    with pytest.raises(ValueError, match="other images"):
-        extend(tmp_path, refuse)
-    assert (tmp_path / "study.json").read_bytes() == before
+def test_a_study_that_cannot_continue_is_left_as_it_was(tmp_path, capsys):
+    options = dataclasses.asdict(StudyOptions("softmax", data="nowhere", image_size=32, pruner="promote"))
+    make_study(tmp_path, **options | {"points": [{"lr": 0.02, "seed": 0}], "trials": 1})
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert main(["--extend", str(tmp_path)]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if "lock" not in file.name} == before
 
 
 @pytest.mark.ray
@@ -186,4 +196,4 @@ def test_study_at_the_edge_warns_and_extends(data_dir, tmp_path, monkeypatch, ca
         ray.shutdown()
     curve = (tmp_path / "s" / "lr_curve.csv").read_text().splitlines()
     assert [float(row.split(",")[0]) for row in curve[1:]] == [1e-7, 1e-5, 1e-3, 0.1, 10.0, 1000.0]
-    assert json.loads((tmp_path / "s" / "study.json").read_text())["lr_study"]["best_lr"] >= 1e-3
+    assert len(Study(tmp_path / "s").asked["options"]["points"]) == 12

@@ -9,9 +9,9 @@ import pytest
 from tests.object_store import object_store
 from tests.three_nodes import three_nodes
 from tunefleet.analysis.load import load
+from tunefleet.journal import Journal
 from tunefleet.search import nodes
 from tunefleet.search.bad_nodes import IN_A_ROW, BadNodes
-from tunefleet.search.journal import Journal
 from tunefleet.search.provenance import code_sha256, commit, versions
 from tunefleet.trainables.levers import Levers
 

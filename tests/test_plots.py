@@ -2,7 +2,6 @@
 
 import io
 import warnings
-from dataclasses import replace
 from itertools import pairwise, product
 
 import matplotlib as mpl
@@ -14,7 +13,7 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
 from matplotlib.text import Text
 
-from tests.made_study import EVIL, write_study
+from tests.made_study import EVIL, edit_events, with_changes, write_study
 from tunefleet.analysis import plots, stats
 from tunefleet.analysis.compared import compare
 from tunefleet.analysis.load import load
@@ -112,7 +111,7 @@ def test_diverged_lr_is_a_cross_below_the_curve(study):
             "verdict": ["done", "best", "diverged"],
         }
     )
-    axes = plots.lr_curves([replace(study, lr_curve=curve)]).axes[0]
+    axes = plots.lr_curves([with_changes(study, lr_curve=curve)]).axes[0]
     assert points(axes) == [[(0.01, 0.5), (0.1, 0.6)], [(1.0, 0.5)]]
     assert axes.lines[1].get_marker() == "x"
     assert axes.get_xscale() == "log"
@@ -173,17 +172,18 @@ def labelled(axis):
 )
 def test_every_percent_label_is_the_value_of_its_tick(tmp_path, low, high):
     folder = write_study(tmp_path / "made")
-    epochs = pd.read_parquet(folder / "epochs.parquet")
-    values = np.random.default_rng(0).uniform(low, high, (len(epochs), 2))
-    table = epochs.assign(
-        train_accuracy=values[:, 0], val_accuracy=np.where(epochs.val_accuracy.isna(), np.nan, values[:, 1])
-    )
-    table.to_parquet(folder / "epochs.parquet")
+    rng = np.random.default_rng(0)
+
+    def edit(event):
+        drawn = {name: rng.uniform(low, high) for name in ("train_accuracy", "val_accuracy")}
+        return event | {name: value for name, value in drawn.items() if event.get(name) is not None}
+
+    edit_events(folder, edit)
     study = load(folder)
     curve = pd.DataFrame({"lr": [0.01, 0.1], "seeds": 3, "mean": [low, high], "low": low, "high": high})
     for figure in (
         *figures(study).values(),
-        plots.lr_curves([replace(study, lr_curve=curve.assign(verdict="done"))]),
+        plots.lr_curves([with_changes(study, lr_curve=curve.assign(verdict="done"))]),
     ):
         for axes in (axes for axes in drawn(figure).axes if axes.get_visible()):
             for axis in (axes.xaxis, axes.yaxis):
@@ -195,7 +195,7 @@ def test_every_percent_label_is_the_value_of_its_tick(tmp_path, low, high):
 
 def test_the_ends_of_parallel_coordinates_differ_where_their_values_do(study):
     epochs = study.epochs.assign(val_accuracy=[0.97021 + 0.00001 * k for k in range(len(study.epochs))])
-    axes = plots.parallel_coordinates(replace(study, epochs=epochs)).axes[0]
+    axes = plots.parallel_coordinates(with_changes(study, epochs=epochs)).axes[0]
     ends = [text.get_text() for text in axes.texts if text.get_text().endswith("%")]
     assert len(set(ends)) == len(ends) == 2
 
@@ -210,7 +210,7 @@ def test_one_epoch_has_whole_ticks_and_its_points_are_seen(tmp_path):
 
 @pytest.mark.parametrize("seconds", [(300, 310), (0.0, 5), (40, 90_000), (5e5, 2e6)])
 def test_seconds_have_ticks_with_their_own_values(study, seconds):
-    studies = [replace(study, facts=study.facts | {"seconds": s}) for s in seconds]
+    studies = [with_changes(study, facts=study.facts | {"seconds": s}) for s in seconds]
     found = labelled(drawn(plots.accuracy_against_seconds(studies)).axes[0].xaxis)
     assert len(found) >= 2
     assert all(float(label.replace(",", "")) == pytest.approx(place) for place, label in found)
@@ -219,7 +219,7 @@ def test_seconds_have_ticks_with_their_own_values(study, seconds):
 def test_of_many_studies_those_are_named_than_which_none_is_faster_and_better(study):
     final = study.facts["final"]
     studies = [
-        replace(
+        with_changes(
             study,
             facts=study.facts
             | {"space": f"s{k}", "seconds": 100.0 * (k + 1)}
@@ -234,7 +234,7 @@ def test_of_many_studies_those_are_named_than_which_none_is_faster_and_better(st
 
 def test_no_two_of_25_learning_rate_studies_look_alike(study):
     curve = pd.DataFrame({"lr": [0.01, 0.1], "seeds": 1, "mean": 0.5, "low": np.nan, "high": np.nan})
-    studies = [replace(study, lr_curve=curve.assign(verdict="done"))] * 25
+    studies = [with_changes(study, lr_curve=curve.assign(verdict="done"))] * 25
     figure = drawn(plots.lr_curves(studies))
     lines = [line for line in figure.axes[0].lines if len(line.get_xdata())]
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == 25
@@ -384,17 +384,15 @@ def test_best_so_far_is_a_few_steps_of_many_reports(tmp_path):
 
 def test_millions_of_epochs_are_read_at_their_ticks(study):
     epochs = pd.concat([study.epochs] * 10_000, ignore_index=True)
-    axes = drawn(plots.best_so_far(replace(study, epochs=epochs))).axes[0]
+    axes = drawn(plots.best_so_far(with_changes(study, epochs=epochs))).axes[0]
     assert axes.xaxis.get_offset_text().get_text() == ""
     assert {label[-1] for place, label in labelled(axes.xaxis) if place} == {"k"}
 
 
 def test_val_accuracies_of_exactly_0_are_drawn(tmp_path):
     folder = write_study(tmp_path / "made")
-    for file, read, write in (("epochs.parquet", pd.read_parquet, "to_parquet"),):
-        getattr(read(folder / file).assign(val_accuracy=0.0), write)(folder / file)
+    edit_events(folder, lambda event: event | ({"val_accuracy": 0.0} if event["epoch"] else {}))
     study = load(folder)
-    study = replace(study, trials=study.trials.assign(val_accuracy=0.0, best_val_accuracy=0.0))
     assert len(stats.comparable(study)) == 12
     assert [line.get_ydata().tolist() for line in plots.best_so_far(study).axes[0].lines[:1]] == [[0.0] * 21]
     for figure in figures(study).values():

@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 
-from tunefleet.search.folders import default_folder
+from tunefleet.search.display import clock
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.preflight import (
     Prepared,
@@ -17,8 +17,8 @@ from tunefleet.search.preflight import (
     largest_peak,
     settle_image_size,
 )
-from tunefleet.search.printing import clock
 from tunefleet.search.resources import Machine, Resources, check_device, fit_memory, plan, settle
+from tunefleet.search.running import default_folder
 from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import prepare
 from tunefleet.trainables.gpu import CONTEXT_BYTES

@@ -5,31 +5,28 @@ import io
 import pytest
 from rich.console import Console
 
+from tests.made_study import asked, edit_events, write_events
 from tunefleet.search import collect, lr_study, mirror, run, wandb_sync
-from tunefleet.search.printing import phase, print_result
-from tunefleet.search.study_file import write_study
+from tunefleet.search.display import phase, print_result
+from tunefleet.study import write_study
 from tunefleet.trainables import training
 
-FINAL = {"mean": 0.5, "sd": 0.01, "interval95": [0.4, 0.6], "values": [0.5]}
-STUDY = {
-    "space": "softmax",
-    "status": "done",
-    "rungs": [],
-    "options": {},
-    "statuses": {"error": 1},
-    "trials": 1,
-    "epochs_spent": 1,
-    "epochs_unpruned": 1,
-    "seconds": 5,
-    "busy_fraction": 1.0,
-    "best": {
-        "trial_id": "0000",
-        "val_accuracy": 0.5,
-        "config": {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.9, "batch_size": 64, "schedule": "cosine"},
-    },
-    "final": {"seeds": [1], "diverged": [], "failed": [], "test_accuracy": FINAL},
-    "lost_workers": {},
-}
+CONFIG = {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.9, "batch_size": 64, "schedule": "cosine"}
+
+
+def make_study(folder):
+    """A study of which one trial is done and one failed, and a seed that reached 0.5."""
+    write_study(folder, asked(space="softmax", rungs=[], options={"epochs": 1, "pruner": "none"}))
+    seeds = [{"trial_id": f"final-{k}", "epoch": 0, "config": CONFIG | {"seed": k}} for k in (1, 2)]
+    events = [
+        {"trial_id": "0000", "epoch": 0, "config": CONFIG},
+        {"trial_id": "0000", "epoch": 1, "val_accuracy": 0.5, "status": "done"},
+        *seeds,
+        {"trial_id": "final-1", "epoch": 1, "test_accuracy": 0.49, "status": "done"},
+        {"trial_id": "final-2", "epoch": 1, "test_accuracy": 0.51, "status": "done"},
+    ]
+    write_events(folder, events)
+    return folder
 
 
 def console(encoding="utf-8"):
@@ -47,25 +44,30 @@ def console(encoding="utf-8"):
 def test_a_folder_is_printed_as_it_is_called(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / name
-    folder.mkdir(parents=True)
-    write_study(folder, STUDY)
+    make_study(folder)
+    edit_events(
+        folder,
+        lambda event: (
+            event | ({"status": "error"} if event["trial_id"] == "final-2" and event["epoch"] else {})
+        ),
+    )
     screen, text = console()
     print_result(folder, screen)
     shown = name.replace("\n", "\\n")
     assert f"-> {shown}\n" in text()
-    assert f"stand in {shown}/reports.jsonl\n" in text()
+    assert f"are in {shown}/reports.jsonl\n" in text()
 
 
 @pytest.mark.parametrize(("encoding", "sign"), [("ascii", "+-"), ("latin-1", "\xb1"), ("utf-8", "\xb1")])
 def test_a_result_is_printed_in_every_encoding(encoding, sign, tmp_path):
-    write_study(tmp_path, STUDY)
     screen, text = console(encoding)
-    print_result(tmp_path, screen)
-    assert f"0.5000 {sign} 0.0100 sd" in text()
+    print_result(make_study(tmp_path), screen)
+    assert f"0.5000 {sign} 0.0141 sd" in text()
 
 
 def test_one_is_not_plural(tmp_path):
-    write_study(tmp_path, STUDY)
+    make_study(tmp_path)
+    edit_events(tmp_path, lambda event: None if event["trial_id"] == "final-2" else event)
     screen, text = console()
     print_result(tmp_path, screen)
     assert "1 fresh seed\n" in text()
@@ -74,7 +76,7 @@ def test_one_is_not_plural(tmp_path):
 
 def test_a_phase_is_one_line_without_markup(monkeypatch):
     screen, text = console()
-    monkeypatch.setattr("tunefleet.search.printing.PLAIN_SECONDS", -1)
+    monkeypatch.setattr("tunefleet.search.display.PLAIN_SECONDS", -1)
     with phase(screen, "reading [red]a\nb") as progress:
         progress("decoding\n", 1, 2)
     assert text().startswith("reading [red]a\\nb: decoding\\n 1 of 2 images")

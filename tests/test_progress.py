@@ -6,9 +6,9 @@ import re
 import pytest
 from rich.console import Console
 
+from tunefleet.journal import Journal
 from tunefleet.search.asha import Asha
 from tunefleet.search.jobs import Jobs
-from tunefleet.search.journal import Journal
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.progress import PLAIN_SECONDS, Progress, counts, describe, line, table
 from tunefleet.search.suggest import suggest

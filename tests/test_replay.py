@@ -4,9 +4,9 @@ import json
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 
+from tests.made_study import asked, write_events
 from tunefleet.analysis.compared import EXPLAINED, MEASURES, as_text, compare
 from tunefleet.analysis.curves import Curves
 from tunefleet.analysis.replay import (
@@ -22,6 +22,7 @@ from tunefleet.analysis.replay import (
 )
 from tunefleet.analysis.simulate import simulate
 from tunefleet.search.asha import least_epochs, rung_epochs
+from tunefleet.study import write_study
 
 NAN = math.nan
 A, B, C = (0.1, 0.5, 0.9), (0.3, 0.3, 0.3), (0.2, 0.6, 0.8)  # three epochs; eta 3: the only rung is 1
@@ -237,22 +238,27 @@ def test_text_fits_80_columns():
     assert text.splitlines()[1].startswith("ray_asha  172800  1.00 1.00..1.00 3600000")
 
 
-def write_table(file, seeds=2):
-    rows = [
-        (configuration, seed, epoch, value, 1 - value, 0.5)
-        for seed in range(seeds)
-        for configuration, curve in enumerate([A, B, C])
-        for epoch, value in enumerate(curve, start=1)
-    ]
-    columns = ["configuration", "seed", "epoch", "val_accuracy", "val_loss", "epoch_seconds"]
-    pd.DataFrame(rows, columns=columns).to_csv(file, index=False)
-    return str(file)
+def write_curves(folder, seeds=2):
+    """Writes a study without pruner of configurations A, B and C; returns its place."""
+    write_study(folder, asked(rungs=[], options={"epochs": 3, "pruner": "none"}))
+    events = []
+    for seed in range(seeds):
+        for configuration, curve in enumerate([A, B, C]):
+            trial_id = f"{len(events) // 4:04d}"
+            config = {"lr": configuration, "seed": seed}
+            events.append({"trial_id": trial_id, "epoch": 0, "config": config})
+            for epoch, value in enumerate(curve, start=1):
+                report = {"val_accuracy": value, "val_loss": 1.0, "epoch_seconds": 0.5}
+                events.append({"trial_id": trial_id, "epoch": epoch, **report})
+            events[-1]["status"] = "done"
+    write_events(folder, events)
+    return str(folder)
 
 
 def test_command_prints_a_table_per_number_of_workers_and_writes_figure_and_json(tmp_path, capsys):
     out = tmp_path / "out"
     few = ["--orders", "5", "--workers", "1", "2", "--out", str(out)]
-    assert main([write_table(tmp_path / "three.csv", seeds=1), *few, "--schedulers", "halving"]) == 0
+    assert main([write_curves(tmp_path / "three", seeds=1), *few, "--schedulers", "halving"]) == 0
     text = capsys.readouterr().out
     assert "three: 3 configurations, 3 epochs, 1 seed, 2 workers, 5 orders" in text
     assert text.count("halving ") == text.count("ray_asha ") == 2
@@ -271,7 +277,7 @@ def test_command_prints_a_table_per_number_of_workers_and_writes_figure_and_json
 
 
 def test_same_seed_gives_the_same_results(tmp_path, capsys):
-    place = write_table(tmp_path / "three.csv")
+    place = write_curves(tmp_path / "three")
     for out in ("a", "b"):
         assert main([place, "--orders", "4", "--workers", "2", "--out", str(tmp_path / out)]) == 0
     assert (tmp_path / "a" / "replay.json").read_text() == (tmp_path / "b" / "replay.json").read_text()
@@ -289,7 +295,7 @@ def test_same_seed_gives_the_same_results(tmp_path, capsys):
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(arguments, needle, tmp_path, capsys):
-    place = write_table(tmp_path / "three.csv")
+    place = write_curves(tmp_path / "three")
     assert main([place, "--out", str(tmp_path / "out"), *arguments]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")
@@ -299,10 +305,11 @@ def test_bad_input_is_one_line_and_writes_nothing(arguments, needle, tmp_path, c
 
 
 def test_out_that_is_a_file_is_refused_before_anything_is_replayed(tmp_path, capsys):
-    place = write_table(tmp_path / "three.csv")
-    assert main([place, "--out", place]) == 2
+    place = write_curves(tmp_path / "three")
+    (tmp_path / "file").write_text("mine")
+    assert main([place, "--out", str(tmp_path / "file")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {place} cannot be written to")
+    assert error.startswith(f"error: {tmp_path / 'file'} cannot be written to")
     assert error.count("\n") == 1
 
 

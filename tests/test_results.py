@@ -1,10 +1,8 @@
 """RESULTS.md's table says what the studies found, and nothing of what was not run."""
 
-import json
-
 import pytest
 
-from tests.made_study import write_study
+from tests.made_study import change, write_study
 from tunefleet.analysis.results import COLUMNS, PUBLISHED, command, main, table
 from tunefleet.search.spaces import SPACES
 
@@ -110,13 +108,12 @@ def test_the_command_is_the_studys_without_its_folder():
 
 
 def test_command_line(tmp_path, capsys):
-    whole = json.loads((write_study(tmp_path / "made") / "study.json").read_text()) | STUDY
-    (tmp_path / "study.json").write_text(json.dumps(whole))
-    assert main([str(tmp_path)]) == 0
-    assert "61.23" in capsys.readouterr().out
-    (tmp_path / "study.json").write_text(json.dumps(whole | {"options": whole["options"] | {"points": [{}]}}))
-    assert main([str(tmp_path)]) == 0
-    assert "61.23" not in capsys.readouterr().out  # a learning-rate study
+    folder = write_study(tmp_path / "made")
+    assert main([str(folder)]) == 0
+    assert "65.43" in capsys.readouterr().out
+    change(folder, options={"epochs": 4, "pruner": "promote", "points": [{}]})
+    assert main([str(folder)]) == 0
+    assert "65.43" not in capsys.readouterr().out  # a learning-rate study
     assert main([str(tmp_path / "nothing")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
     with pytest.raises(SystemExit) as exit_info:
@@ -126,8 +123,6 @@ def test_command_line(tmp_path, capsys):
 
 def test_a_study_made_outside_a_checkout_has_no_commit_and_a_row(tmp_path, capsys):
     folder = write_study(tmp_path / "study")
-    facts = json.loads((folder / "study.json").read_text())
-    facts.pop("crc", None)
-    (folder / "study.json").write_text(json.dumps(facts | {"commit": None}))
+    change(folder, commit=None)
     assert main([str(folder)]) == 0
     assert "|  |\n" in capsys.readouterr().out

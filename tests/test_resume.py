@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.compared import table
-from tunefleet.search.study_file import read_study, write_study
+from tunefleet.study import Study, read_study, write_study
 
 pytestmark = pytest.mark.ray
 
@@ -64,7 +64,7 @@ def test_study_prints_its_result_and_nothing_of_rays(undisturbed):
 
 def test_study_folder_holds_what_the_readme_says(undisturbed):
     folder, _ = undisturbed
-    study = json.loads((folder / "study.json").read_text())
+    study = json.loads((folder / "result.json").read_text())
     assert study["status"] == "done"
     assert study["trials"] == 12
     assert study["epochs_spent"] == sum(int(row[2]) for row in table(folder)[1:])
@@ -73,7 +73,9 @@ def test_study_folder_holds_what_the_readme_says(undisturbed):
     assert 0 < study["busy_fraction"] <= 1
     names = {path.name for path in folder.iterdir()}
     locks = {".lock", ".collect.lock"}
-    assert names == locks | {"best", "epochs.parquet", "reports.jsonl", "study.json", "trials.csv"}
+    assert names == locks | {
+        *("best", "epochs.parquet", "reports.jsonl", "result.json", "study.json", "trials.csv"),
+    }
     best = {path.name for path in (folder / "best").iterdir()}
     assert best == {
         "checkpoint.pt",
@@ -95,7 +97,7 @@ def test_ctrl_c_stops_within_ten_seconds_and_says_how_to_go_on(cli, tmp_path):
     assert code == 3
     assert "Traceback" not in err
     assert err.strip().splitlines()[-1].endswith("tunefleet resume study")
-    assert json.loads((folder / "study.json").read_text())["status"] == "stopped"
+    assert read_study(folder)["status"] == "stopped"
     assert (folder / "trials.csv").exists()
     code, _, err = finish(cli("--resume", "study"))
     assert code == 0, err
@@ -108,10 +110,9 @@ def test_a_study_continues_on_another_device_and_keeps_that_it_did(cli, tmp_path
     wait_for_lines(folder, 40, process)
     process.send_signal(signal.SIGINT)
     finish(process)
-    study = read_study(folder)
-    study["levers"] |= {"device": "cuda", "micro_batch_bytes": None, "cuda_graph": True}  # as if on a GPU
-    study["options"]["device"] = "cuda"
-    write_study(folder, study)
+    asked = Study(folder).asked
+    asked["levers"] |= {"device": "cuda", "micro_batch_bytes": None, "cuda_graph": True}  # as if on a GPU
+    write_study(folder, asked | {"options": asked["options"] | {"device": "cuda"}})
     code, _, err = finish(cli("--resume", "study"))
     assert code == 2
     assert "trains on cuda, and there is no GPU" in err
@@ -119,9 +120,10 @@ def test_a_study_continues_on_another_device_and_keeps_that_it_did(cli, tmp_path
     code, out, err = finish(cli("--resume", "study", "--device", "cpu"))
     assert code == 0, err
     assert "trained on cuda fp32 so far, continues on cpu fp32: numbers may differ" in " ".join(out.split())
-    study = read_study(folder)
-    assert study["levers"]["device"] == "cpu"
-    assert study["earlier_levers"][0]["levers"]["device"] == "cuda"
+    study = Study(folder)
+    assert study.asked["levers"]["device"] == "cpu"
+    assert [run.get("levers", {}).get("device") for run in study.runs] == [None, "cpu"]
+    assert json.loads((folder / "study.json").read_text())["levers"]["device"] == "cuda"
 
 
 def test_the_images_may_be_elsewhere_when_a_study_is_resumed_from_elsewhere(cli, tmp_path, data_dir):
@@ -153,4 +155,4 @@ def test_two_drivers_of_one_study_are_refused(cli, tmp_path):
     first.send_signal(signal.SIGTERM)
     code, _, err = finish(first)
     assert code == 3, err
-    assert "--resume study" in err
+    assert "tunefleet resume study" in err

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 import tarfile
 import time
@@ -11,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.made_study import asked
 from tunefleet.search import mirror, wandb_sync
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.run import main
 from tunefleet.search.spaces import SPACES
-from tunefleet.search.study_file import write_study
+from tunefleet.study import write_study
 
 
 @pytest.fixture
@@ -152,12 +154,12 @@ def studies(monkeypatch):
         done.append(("start", options.space, str(script.place)))
         folder.mkdir(parents=True, exist_ok=True)
         status = "stopped" if codes.get(options.space) == 3 else "done"
-        write_study(folder, {"space": options.space, "status": status, "options": {}, "rungs": []})
+        write_study(folder, asked(space=options.space, status=status))
         return codes.get(options.space, 0)
 
     def resume(folder, changes, script, **others):
         done.append(("resume", folder.name, str(script.place)))
-        write_study(folder, {"space": folder.name, "status": "done", "options": {}, "rungs": []})
+        write_study(folder, asked(space=folder.name, status="done"))
         return 0
 
     monkeypatch.setattr("tunefleet.search.run.start", start)
@@ -182,8 +184,8 @@ def test_studies_of_all_spaces_are_resumed_as_one(run, tmp_path, studies):
 
 @pytest.fixture
 def ray_beside(monkeypatch):
-    """Leaves Ray out of what follows torch's import, beside which it starts."""
-    monkeypatch.setattr("tunefleet.search.launch.connect_early", lambda options: None)
+    """Leaves out Ray, which starts before the inputs are prepared."""
+    monkeypatch.setattr("tunefleet.search.running._start_ray", lambda *arguments: None)
 
 
 @pytest.mark.parametrize(
@@ -261,14 +263,12 @@ def test_folder_with_files_is_left_alone(run, tmp_path):
 
 
 def test_finished_study_is_not_resumed(run, tmp_path):
-    (tmp_path / "study.json").write_text('{"space": "softmax", "status": "done", "options": {}, "rungs": []}')
+    (tmp_path / "study.json").write_text(json.dumps(asked(space="softmax", status="done")))
     assert_one_line_error(run("--resume", tmp_path, data=None), "is done")
 
 
 def test_resume_refuses_what_would_change_results(run, tmp_path):
-    (tmp_path / "study.json").write_text(
-        '{"space": "softmax", "status": "stopped", "options": {}, "rungs": []}'
-    )
+    (tmp_path / "study.json").write_text(json.dumps(asked(space="softmax", status="stopped")))
     assert_one_line_error(run("--resume", tmp_path, "--eta", 4, data=None), "--eta cannot change")
 
 

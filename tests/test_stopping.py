@@ -9,9 +9,10 @@ import pytest
 from rich.console import Console
 
 from tunefleet.search.connection import RayWatch, _children, _is_alive
-from tunefleet.search.launch import Script, _ray_beside_torch
 from tunefleet.search.options import StudyOptions
-from tunefleet.search.stopping import NOTHING_WRITTEN, Stops
+from tunefleet.search.running import Request, Session, run
+from tunefleet.search.stopping import NOTHING_WRITTEN, Stops, say_nothing_written
+from tunefleet.search.wandb_options import WandbOptions
 
 WAIT = 5.0  # seconds; far more than any stage takes
 
@@ -35,27 +36,40 @@ def test_a_command_that_is_not_disturbed_gives_its_code_and_its_error():
         Stops().run(lambda: int("mine"))
 
 
-def test_a_mistake_found_beside_ray_is_told_and_not_that_its_ray_then_ends(monkeypatch, capsys):
+def raise_connection_error():
+    raise ConnectionError("raylet")
+
+
+def test_an_exception_just_before_a_signal_is_answered_as_the_signal(capsys):
+    def fail():
+        send(after=0.5)  # Ray's calls fail at once where its processes were signalled first
+        raise ConnectionError("raylet")
+
+    assert Stops().run(fail) == 3
+    assert capsys.readouterr().err == NOTHING_WRITTEN + "\n"
+    with pytest.raises(ConnectionError, match="raylet"):
+        Stops().run(raise_connection_error)
+
+
+def test_a_mistake_found_beside_ray_is_told_and_not_that_its_ray_then_ends(monkeypatch, capsys, tmp_path):
     up = []
-    monkeypatch.setattr("tunefleet.search.launch.connect_early", lambda options: up.append(True))
     monkeypatch.setattr("ray.is_initialized", lambda: bool(up))
-    monkeypatch.setattr(
-        "tunefleet.search.launch.RayWatch", lambda: lambda: "" if up else "Ray's raylet has ended"
-    )
+    session = Session(Console())
 
     def shutdown():
         up.clear()
         time.sleep(0.3)
 
+    def mistaken(request, session):
+        up.append(True)
+        session.stops.change(say_nothing_written, lambda: "" if up else "Ray's raylet has ended")
+        raise ValueError("mine")
+
     monkeypatch.setattr("ray.shutdown", shutdown)
-    script = Script(Console())
-
-    def command():
-        with _ray_beside_torch(StudyOptions(space="softmax"), script):
-            raise ValueError("mine")
-
+    monkeypatch.setattr("tunefleet.search.running._checked", mistaken)
+    request = Request(StudyOptions(space="softmax"), tmp_path, WandbOptions(mode="off"), None)
     with pytest.raises(ValueError, match="mine"):
-        script.stops.run(command)
+        session.stops.run(lambda: run(request, session))
     assert capsys.readouterr().err == ""
 
 

@@ -12,15 +12,16 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
+from tests.made_study import asked
 from tests.object_store import faulty_store, object_store
 from tests.test_jobs import make_jobs
 from tunefleet.analysis.load import load
 from tunefleet.analysis.report import main as report
+from tunefleet.journal import Journal
 from tunefleet.search.faults import cause_of, told
-from tunefleet.search.folders import check_storage
-from tunefleet.search.journal import Journal
 from tunefleet.search.mirror import Mirror, bring, main, storage_of
-from tunefleet.search.study_file import write_study
+from tunefleet.search.running import check_storage
+from tunefleet.study import write_study
 from tunefleet.trainables.data import prepare
 from tunefleet.trainables.levers import choose
 from tunefleet.trainables.storage import Storage, StoreError, is_url
@@ -47,7 +48,7 @@ def storage(bucket, request):
     return Storage(f"{bucket}/{request.node.name.partition('[')[0]}/study")
 
 
-STUDY = {"space": "softmax", "status": "stopped", "options": {}, "rungs": []}
+STUDY = asked(space="softmax", status="stopped")
 
 
 def write(folder, files):
@@ -103,8 +104,8 @@ def test_mirror_puts_what_changed_and_only_that(storage, tmp_path, monkeypatch):
 
 
 def test_store_out_of_reach_is_told_at_the_end(storage, tmp_path, monkeypatch, capsys):
-    options = {"storage": storage.url.rpartition("/")[0]}
-    write_study(tmp_path, {"space": "softmax", "status": "done", "options": options, "rungs": []})
+    options = {"epochs": 4, "pruner": "promote", "storage": storage.url.rpartition("/")[0]}
+    write_study(tmp_path, asked(options=options))
 
     def refuse(*arguments):
         raise OSError("no route to host")

@@ -1,6 +1,5 @@
 """What optuna loads back is the study: numbers, states, values, ranges, and no trial twice."""
 
-import json
 import sqlite3
 from contextlib import closing
 
@@ -9,7 +8,7 @@ import pandas as pd
 import pytest
 from optuna.trial import TrialState
 
-from tests.made_study import write_study
+from tests.made_study import change, edit_events, write_study
 from tunefleet.analysis import to_optuna
 from tunefleet.analysis.load import load
 from tunefleet.analysis.report import main
@@ -63,8 +62,7 @@ def test_another_study_of_that_name_is_left_alone(folder, url, capsys):
 
 
 def test_study_without_ranges_gets_those_of_its_values(folder, url):
-    told = json.loads((folder / "study.json").read_text()) | {"ranges": {}}
-    (folder / "study.json").write_text(json.dumps(told))
+    change(folder, ranges={})
     assert main([str(folder), "--optuna", url]) == 0
     trials = load(folder).trials
     lr = optuna.load_study(study_name="a study", storage=url).trials[0].distributions["lr"]
@@ -80,11 +78,7 @@ def test_bad_url_is_one_line(folder, bad, capsys):
 
 
 def test_missing_trial_is_an_error_and_shifts_no_number(folder, url, capsys):
-    pd.read_csv(folder / "trials.csv", dtype=str).drop(3).to_csv(folder / "trials.csv", index=False)
-    epochs = pd.read_parquet(folder / "epochs.parquet")
-    epochs[epochs.trial_id != "0003"].to_parquet(folder / "epochs.parquet")
-    told = json.loads((folder / "study.json").read_text()) | {"trials": 11}
-    (folder / "study.json").write_text(json.dumps(told))
+    edit_events(folder, lambda event: None if event["trial_id"] == "0003" else event)
     assert main([str(folder), "--optuna", url]) == 2
     assert "lacks trial 0003" in capsys.readouterr().err
 

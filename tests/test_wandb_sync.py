@@ -18,16 +18,16 @@ import pandas as pd
 import pytest
 
 from tests.conftest import ROOT
+from tests.made_study import asked
 from tests.wandb_server import KEY, WandbServer
-from tunefleet.search.collect import EPOCH_COLUMNS, collect
-from tunefleet.search.journal import Journal
+from tunefleet.journal import Journal
 from tunefleet.search.run import main, parse
-from tunefleet.search.study_file import read_study
-from tunefleet.search.study_file import write_study as write_study_json
 from tunefleet.search.wandb_options import WandbOptions, choose
 from tunefleet.search.wandb_runs import COLUMNS, State, legible, plan, standing
 from tunefleet.search.wandb_sender import reason
 from tunefleet.search.wandb_sidecar import Sidecar
+from tunefleet.study import REPORTED, read_study, write_tables
+from tunefleet.study import write_study as write_study_json
 
 LONGEST_SECONDS = 15  # for a command to end, whatever the server does
 
@@ -50,18 +50,14 @@ def report(trial_id, epoch, value, **more):
     }
 
 
-STUDY_JSON = {
-    "space": "softmax",
-    "status": "done",
-    "rungs": [1, 3],
-    "options": {"epochs": 9, "points": None},
-    "ranges": {"lr": {"low": 1e-4, "high": 0.1, "log": True}, "batch_size": {"values": [64, 128]}},
-    "data": {"classes": ["nought", "one"]},
-    "seed": 0,
-    "started_at": 1.7e9,
-    "machine": "2 CPUs",
-    "command": "search/run.py",
-}
+STUDY_JSON = asked(
+    space="softmax",
+    rungs=[1, 3],
+    options={"epochs": 9, "pruner": "promote", "points": None},
+    ranges={"lr": {"low": 1e-4, "high": 0.1, "log": True}, "batch_size": {"values": [64, 128]}},
+    data={"name": "digits", "classes": ["nought", "one"]},
+    started_at=1.7e9,
+)
 
 
 def write_study(folder, status="done"):
@@ -80,8 +76,8 @@ def write_study(folder, status="done"):
     journal.append({"trial_id": "0003", "status": "error", "error": "lost"})
     journal.append({"trial_id": "final-1", "epoch": 0, "config": {"epochs": 9, "seed": 1}})
     journal.append(report("final-1", 1, None, status="done", test_accuracy=0.75))
-    (folder / "study.json").write_text(json.dumps(STUDY_JSON | {"status": status}))
-    collect(folder)
+    (folder / "study.json").write_text(json.dumps(STUDY_JSON))
+    write_tables(folder, status=status, seconds=9.0)
     return folder
 
 
@@ -221,7 +217,7 @@ def offline_rows(folder):
 
 
 def test_rows_have_the_columns_of_epochs_parquet():
-    assert ["trial_id", *COLUMNS] == list(EPOCH_COLUMNS)
+    assert ["trial_id", *COLUMNS] == list(REPORTED)
 
 
 def test_sync_brings_rows_config_group_and_summary(server, sync, tmp_path):
@@ -423,8 +419,7 @@ def test_following_outlives_the_servers_death_and_brings_each_row_once(server, e
         Journal(folder / "reports.jsonl").append(event)
         time.sleep(0.4)
         server.fault = "dead" if 8 <= number < 11 else "ok"
-    (folder / "study.json").write_text((whole / "study.json").read_text())
-    collect(folder)
+    write_tables(folder, status="done", seconds=9.0)
     process.stdin.close()
     assert process.wait(LONGEST_SECONDS) == 0
     assert_all_there(server, folder, once=False)  # a row whose answer was lost is sent again, in its place

@@ -7,10 +7,10 @@ from pathlib import Path
 from rich.console import Console
 
 from tunefleet.benchmarks.task import Row, Task
-from tunefleet.search.journal import Journal
-from tunefleet.search.launch import Script, start
-from tunefleet.search.launch import leave as leave
+from tunefleet.journal import Journal
 from tunefleet.search.options import StudyOptions
+from tunefleet.search.running import Session, start
+from tunefleet.search.stopping import leave as leave
 
 
 def run(task: Task) -> list[Row]:
@@ -34,7 +34,7 @@ def run(task: Task) -> list[Row]:
         precision=task.precision,
     )
     folder = Path(task.folder, "study")
-    code = start(options, folder, Script(Console()), wandb={"mode": "off"})
+    code = start(options, folder, Session(Console()), wandb={"mode": "off"})
     assert code == 0, code
     events = Journal(folder / "reports.jsonl").read()
     return [

@@ -59,7 +59,7 @@ def script(*arguments: str) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     if "ray" in sys.modules:
-        from tunefleet.search.launch import leave
+        from tunefleet.search.stopping import leave
 
         leave(code)
     if "tunefleet.search.wandb_sync" in sys.modules:

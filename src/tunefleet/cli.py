@@ -73,7 +73,7 @@ def exit_code(command: Callable[[], int]) -> int:
         if is_full(error):
             print(f"error: {said}; make room and run it again (a study: tunefleet resume)", file=sys.stderr)
             return 3
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno is not None:  # no ConnectionError of Ray's
             said = f"{error.strerror}: {printable(str(error.filename))}" if error.filename else said
             print(f"error: {said}", file=sys.stderr)
             return 2

@@ -48,7 +48,7 @@ def test_a_study_runs_on_two_workers_by_ssh():
         assert len(trials) == 8
         assert {trial["status"] for trial in trials} <= {"done", "pruned", "diverged"}
         assert {trial["node"] for trial in trials} == {f"node-{ip.replace('.', '-')}" for ip in WORKERS}
-        assert json.loads((study / "study.json").read_text())["status"] == "done"
+        assert json.loads((study / "result.json").read_text())["status"] == "done"
         for address in WORKERS:  # the head decoded them, and its /run is not theirs
             assert "data.json" in lab.ssh(address, f"ls {OWN}/decoded/*"), "no images were sent"
         for address in (HEAD, *WORKERS):

@@ -2,8 +2,8 @@
 
 import torch
 
-from tunefleet.search.launch import leave
 from tunefleet.search.run import main
+from tunefleet.search.stopping import leave
 
 if __name__ == "__main__":
     code = main()

@@ -1,6 +1,5 @@
 """Studies as a user starts them, in processes of their own, several at a time."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,7 +10,8 @@ from pathlib import Path
 
 from tests.conftest import ROOT
 from tests.gpu import DEVICE, ON_GPU
-from tunefleet.search.journal import Journal
+from tunefleet.journal import Journal
+from tunefleet.study import read_study
 
 DATA = os.environ.get("GPU_TESTS_DATA", "digits")  # benchmarks/gpu.sh kill has real images
 SECONDS = 100 if ON_GPU else 400  # that a study may take; a rehearsal shares two cores
@@ -102,8 +102,8 @@ class Started:
         return Journal(self.study / "reports.jsonl").read()
 
     def content(self) -> dict:
-        """Returns study.json."""
-        return json.loads((self.study / "study.json").read_text())
+        """Returns all that is known of the study but its trials."""
+        return read_study(self.study)
 
     def end(self) -> None:
         """Ends the study if it still runs."""

@@ -7,7 +7,7 @@ import pytest
 from tests.compared import measured, result, table
 from tests.gpu import ON_GPU, on_device, only_on_gpu
 from tests.gpu.started import KILLED_AFTER, uuid
-from tunefleet.search.journal import records
+from tunefleet.journal import records
 
 pytestmark = [on_device, pytest.mark.ray]
 

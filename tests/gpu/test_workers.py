@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from tunefleet.search.study import Study
 
 from tests.gpu import DEVICE, ON_GPU, on_device
 from tests.gpu.odd import TOO_WIDE, VICTIM, Asserting, Crowded, Synchronising
@@ -12,8 +13,7 @@ from tunefleet.search import engine
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.preflight import prepare as preflight
 from tunefleet.search.resources import Machine, Resources, settle
-from tunefleet.search.study import Study
-from tunefleet.search.study_file import read_study
+from tunefleet.study import read_study
 from tunefleet.trainables.data import prepare
 from tunefleet.trainables.levers import choose
 

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.text import Text
 
 from tunefleet.cli import counted, printable
+from tunefleet.journal import FAILED
 from tunefleet.models import ARCHITECTURES
 from tunefleet.search.spaces import SPACES
-from tunefleet.search.study_file import read_study
+from tunefleet.study import Study
 from tunefleet.trainables.storage import is_url
 
 TERMINAL_SECONDS = 0.5  # between refreshes
@@ -22,17 +23,17 @@ PLAIN_SECONDS = 5.0  # between lines in a log file
 
 
 def print_result(folder: Path, console: Console) -> int:
-    """Prints what a finished study found; returns the exit code."""
-    study = read_study(folder)
+    """Print the results of a finished study; return the exit code."""
+    study = Study(folder).facts
     best, final = study["best"], study["final"]
-    failed = {status: n for status, n in study["statuses"].items() if status in ("error", "out_of_memory")}
+    failed = {status: n for status, n in study["statuses"].items() if status in FAILED}
 
     def print_line(text: str, head: str = "") -> None:
         print_text(console, text, head)
 
     print_line("")
     if best is None:
-        print_line(f" left chance: {_counts(study['statuses'])}", "no trial")
+        print_line(f" beat chance ({_counts(study['statuses'])})", "no trial")
         return 1
     print_line(f" {rounded(best['val_accuracy'])}, trial {best['trial_id']}:", "best val_accuracy")
     for name in {**SPACES[study["space"]].ranges, **(study["options"].get("fix") or {})}:
@@ -55,9 +56,9 @@ def print_result(folder: Path, console: Console) -> int:
         f"busy {study['busy_fraction'] or 0:.2f} -> {shown(folder)}"
     )
     if lost := study["lost_workers"]:
-        print_line(f"lost workers, whose trials went on with others: {_counts(lost)}")
+        print_line(f"lost workers, whose trials continued on others: {_counts(lost)}")
     if failed:
-        print_line(f"failed: {failed}; the errors stand in {shown(folder / 'reports.jsonl')}")
+        print_line(f"failed: {failed}; the errors are in {shown(folder / 'reports.jsonl')}")
     return 1 if failed else 0
 
 

@@ -1,7 +1,8 @@
-"""What happened in a study? One JSON line per event, appended as it happens: reports.jsonl.
+"""reports.jsonl: what happened in a study, one JSON line per event, appended before anything acts on it.
 
-Five kinds of line, told apart by their keys, in the order in which the study saw them:
+Six kinds of line, told apart by their keys, in the order in which the study saw them:
 
+- a process begins to run the study: ``{"run": {…}}``, what differs from study.json and from earlier runs
 - a trial starts: ``{"trial_id", "epoch": 0, "config"}``
 - a report: ``{"trial_id", "epoch": n, "val_accuracy", …}``, its last one with a ``"status"``
 - a paused trial continues: ``{"trial_id", "promoted_from": rung}``
@@ -32,7 +33,9 @@ from typing import Any
 from tunefleet.cli import shell
 
 FINAL = "final-"  # trial ids of the winner's retrained seeds begin so
-STATUSES = ("done", "diverged", "out_of_memory", "error")  # with which a trial ends
+FAILED = ("error", "out_of_memory")  # statuses that are no result of the configuration
+LOST = ("diverged", *FAILED)  # of trials that ended before their time
+STATUSES = ("done", *LOST)  # with which a trial ends
 NUMBERS = (  # of a report; null where not finite or not measured
     *("train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_accuracy"),
     *("lr", "epoch_seconds", "finished_at"),
@@ -42,6 +45,10 @@ CRC = b', "crc": "'
 
 class ClosedError(Exception):
     """An event came after the study was stopped."""
+
+
+class DamagedError(ValueError):
+    """A journal is not as it was written."""
 
 
 class Journal:
@@ -79,14 +86,14 @@ class Journal:
         self._last += self._last >= 0
 
     def close(self) -> None:
-        """Let nothing be appended any more: what happens after a study was stopped is no part of it."""
+        """Refuse all further events: what happens after a study was stopped is not part of it."""
         self._closed = True
 
     def read(self) -> list[dict[str, Any]]:
         """Return all events; a last line cut off by a kill or a full disk is left out.
 
         Raises:
-            ValueError: A line is damaged, lost, repeated or moved; the error names it.
+            DamagedError: A line is damaged, lost, repeated or moved; the error names it.
         """
         return self._read()[0]
 
@@ -101,16 +108,16 @@ class Journal:
                 event = _opened(line, number) if numbered else _parsed(line)
                 _check(event, started)
             except (ValueError, RecursionError) as error:
-                raise ValueError(
+                raise DamagedError(
                     f"{self.file} line {number} is damaged ({error}); {self._remedy(number - 1)}"
                 ) from None
             events.append(event)
         return events, len(lines) if numbered else -1
 
     def check_holds(self, events: list[dict[str, Any]], count: int) -> None:
-        """Raise ValueError where fewer events were read than the study is known to have had."""
+        """Raise DamagedError where fewer events were read than the study is known to have had."""
         if len(events) < count:
-            raise ValueError(
+            raise DamagedError(
                 f"{self.file} ends after line {len(events)} of {count}; {self._remedy(len(events))}"
             )
 
@@ -147,7 +154,7 @@ class Journal:
         except FileNotFoundError:
             return [b""]
         except OSError as error:
-            raise ValueError(f"{self.file} cannot be read ({error})") from None
+            raise ValueError(f"{self.file} cannot be read ({error}); restore it from a copy") from None
 
 
 def _line(event: dict[str, Any], last: int) -> bytes:
@@ -182,6 +189,10 @@ def _parsed(line: bytes) -> dict[str, Any]:
 
 def _check(event: dict[str, Any], started: set[str]) -> None:
     """Raise ValueError for an event that no study writes after the trials started so far."""
+    if "run" in event:
+        if event.keys() != {"run"} or not isinstance(event["run"], dict):
+            raise ValueError("it is no run of a study")
+        return
     trial_id, epoch, status = event.get("trial_id"), event.get("epoch"), event.get("status")
     if not isinstance(trial_id, str) or not re.fullmatch(r"[\w-]+", trial_id):
         raise ValueError("it names no trial")
@@ -222,7 +233,7 @@ def _is_number(event: dict[str, Any], name: str) -> bool:
 
 
 def finite(value: Any) -> Any:
-    """Returns None for a float that is not finite, else the value."""
+    """Return None for a float that is not finite, else the value."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -238,17 +249,17 @@ class TrialRecord:
 
     @property
     def epoch(self) -> int:
-        """Returns the number of epochs reported."""
+        """Return the number of epochs reported."""
         return max(self.reports, default=0)
 
     @property
     def val_accuracy(self) -> float | None:
-        """Returns the last report's value; None before any, and where it was not finite."""
+        """Return the last report's value; None before any, and where it was not finite."""
         return self.reports[self.epoch].get("val_accuracy") if self.reports else None
 
     @property
     def is_final(self) -> bool:
-        """Returns whether this is a seed of the retrained winner and no trial of the search."""
+        """Return whether this is a seed of the retrained winner and no trial of the search."""
         return self.trial_id.startswith(FINAL)
 
     def take(self, event: dict[str, Any]) -> None:
@@ -260,9 +271,11 @@ class TrialRecord:
 
 
 def records(events: list[dict[str, Any]]) -> dict[str, TrialRecord]:
-    """Returns all trials of a study by id, in the order in which they started."""
+    """Return all trials of a study by id, in the order in which they started."""
     trials: dict[str, TrialRecord] = {}
     for event in events:
+        if "run" in event:
+            continue
         if event.get("epoch") == 0:
             trials.setdefault(event["trial_id"], TrialRecord(event["trial_id"], event["config"]))
         else:
@@ -270,17 +283,8 @@ def records(events: list[dict[str, Any]]) -> dict[str, TrialRecord]:
     return trials
 
 
-def status_of(trial: TrialRecord, study: dict[str, Any]) -> str:
-    """Returns done, pruned, diverged, out_of_memory or error; running or paused in an unfinished study."""
-    if trial.status:
-        return trial.status
-    if study["status"] == "done":
-        return "pruned"
-    return "paused" if trial.epoch in study["rungs"] else "running"
-
-
 def winner(trials: dict[str, TrialRecord]) -> TrialRecord | None:
-    """Returns the trial with the highest val_accuracy at its last report.
+    """Return the trial with the highest val_accuracy at its last report.
 
     Of equals, frequent on few validation images, the one with the lowest val_loss wins, then the
     earliest. Diverged and failed trials cannot win. None where no trial is left.

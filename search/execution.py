@@ -1,0 +1,331 @@
+"""Execute a study that is ready: write its folder, run its trials, stop or finish it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import shutil
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tunefleet.cli import counted, printable, shell
+from tunefleet.files import is_full
+from tunefleet.journal import TrialRecord
+from tunefleet.search.asha import Asha
+from tunefleet.search.bad_nodes import named
+from tunefleet.search.connection import RayWatch
+from tunefleet.search.display import print_text, shown
+from tunefleet.search.engine import run_jobs
+from tunefleet.search.jobs import Jobs
+from tunefleet.search.mirror import Mirror, storage_of
+from tunefleet.search.options import StudyOptions
+from tunefleet.search.preflight import Prepared
+from tunefleet.search.progress import Progress
+from tunefleet.search.provenance import command_line, commit, machine_name, versions
+from tunefleet.search.resources import Resources
+from tunefleet.search.running import Session
+from tunefleet.search.spaces import find_space
+from tunefleet.search.suggest import described
+from tunefleet.search.wandb_options import WandbOptions
+from tunefleet.search.wandb_sidecar import END_SECONDS, STOP_SECONDS, Sidecar
+from tunefleet.study import Study, lock_study, write_result, write_study, write_tables
+from tunefleet.trainables.data import ImageData
+from tunefleet.trainables.levers import Levers
+from tunefleet.trainables.storage import Storage, StoreError
+from tunefleet.trainables.trial import TrialContext, checkpoint_name
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A study whose trials can start."""
+
+    options: StudyOptions
+    folder: Path  # absolute
+    data: ImageData
+    levers: Levers
+    resources: Resources
+
+    @property
+    def storage(self) -> Storage | None:
+        """Return the object store that holds the study; None: its folder does."""
+        return storage_of(self.options.storage, self.folder)
+
+    @property
+    def place(self) -> Path | str:
+        """Return what names the study on a command line: its folder, or its URL."""
+        return self.storage.url if self.storage else self.folder
+
+
+def create(ready: Ready, prepared: Prepared) -> None:
+    """Make a new study's folder and write its study.json."""
+    options = ready.options
+    write_study(
+        ready.folder,
+        {
+            "space": options.space,
+            "options": dataclasses.asdict(options),
+            "rungs": list(options.rungs),
+            "ranges": {} if options.points else described(find_space(options.space, options.fix).ranges),
+            "data": dataclasses.asdict(ready.data),
+            "data_sha256": ready.data.sha256,
+            "split_sha256": prepared.split_sha256,
+            "train_count": prepared.train_count,
+            "validation_count": prepared.validation_count,
+            "levers": ready.levers.to_dict(),
+            "seed": options.seed,
+            "commit": commit(),
+            "versions": versions(),
+            "machine": machine_name(),
+            "command": command_line(),
+            "started_at": time.time(),
+        },
+    )
+
+
+class OpenStudy:
+    """A study that this process runs: it holds the lock until ``end``.
+
+    Args:
+        folder: The study's.
+
+    Raises:
+        ValueError: Another process runs it, or its folder is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._lock, self._ending = lock_study(folder), threading.Lock()
+        try:
+            self.study = Study(folder)
+        except ValueError:
+            self._lock.release()
+            raise
+        self._began = time.time()
+        if torn := self.study.journal.mend():
+            print(f"reports.jsonl: dropped its last line, of which only {torn} bytes had been written")
+
+    def begin(self, run: Mapping[str, Any]) -> None:
+        """Record what differs in this run, and that the study is running."""
+        self.study.journal.append({"run": {"at": self._began, **run}})
+        write_result(self.study, "running", self.study.seconds)
+
+    def end(self, status: str) -> None:
+        """Write the study's tables, status and seconds, and release its lock; only the first call does."""
+        with self._ending:
+            if not self._lock.is_locked:
+                return
+            try:
+                seconds = round(self.study.seconds + time.time() - self._began, 3)
+                write_tables(self.study.folder, status=status, seconds=seconds)
+            except OSError as error:
+                if not is_full(error) or status == "done":
+                    raise  # else result.json still says running, as after a kill, and a resume counts on
+            finally:
+                self._lock.release()
+
+
+def run(ready: Ready, session: Session, wandb: WandbOptions, changes: Mapping[str, Any]) -> int:
+    """Run a study to its end, or until it is stopped, and print its results; return the exit code.
+
+    Args:
+        ready: The study.
+        session: The command.
+        wandb: What is uploaded to W&B.
+        changes: Options that were given when it was resumed.
+    """
+    options, console = ready.options, session.console
+    trials, epochs = counted(options.trials or 0, "trial"), counted(options.epochs or 0, "epoch")
+    print_text(
+        console,
+        f" on {ready.data.name}: {trials} of up to {epochs}, {ready.resources.slots} at once, "
+        f"{ready.levers.device} {ready.levers.precision} -> {shown(ready.place)}",
+        options.space,
+    )
+    sidecar = Sidecar(ready.folder, wandb)
+    mirror = Mirror(ready.folder, ready.storage, functools.partial(print_text, console))
+    with mirror.running(), open_study(ready, wandb, changes) as study:
+        scheduler = scheduler_of(ready, study.study)
+        sidecar.start()
+        with Progress(scheduler, options, ready.resources.slots, console, mirror.trouble) as progress:
+
+            def stop(reason: str) -> int:
+                scheduler.journal.close()
+                progress.close()
+                return _end_early(ready, study, session, mirror, sidecar, reason)
+
+            ray_watch = RayWatch()
+            session.stops.change(stop, lambda: mirror.lost or ray_watch())
+            run_jobs(scheduler, context_of(ready), resources=ready.resources, on_step=progress.update)
+        session.stops.change(lambda reason: None)  # what is left takes seconds, and is worth them
+        try:
+            if not scheduler.gave_up:
+                with mirror.paused():
+                    _tidy(ready, scheduler.trials)
+        except StoreError as error:
+            scheduler.gave_up = str(error)
+        if scheduler.gave_up:
+            return _end_early(ready, study, session, mirror, sidecar, scheduler.gave_up)
+    code = session.finish(ready.folder, console)
+    if scheduler.avoided:
+        print_text(console, f"nodes excluded after repeated failures: {named(scheduler.avoided)}")
+    session.stops.change(sidecar.give_up)
+    _say(sidecar.end(END_SECONDS), console)
+    left = mirror.finish()
+    _say(left, console)
+    return code or int(bool(left))
+
+
+@contextlib.contextmanager
+def open_study(ready: Ready, wandb: WandbOptions, changes: Mapping[str, Any]) -> Iterator[OpenStudy]:
+    """Context manager: run the study, and end it however the body ends."""
+    study = OpenStudy(ready.folder)
+    status = "stopped"
+    try:
+        options = dataclasses.asdict(ready.options)
+        run = {
+            "options": {name: options[name] for name in changes},
+            "resources": dataclasses.asdict(ready.resources),
+            "wandb": wandb.remembered(),
+        }
+        if ready.levers.to_dict() != study.study.asked["levers"]:  # resumed on another device
+            run["levers"] = ready.levers.to_dict()
+        study.begin(run)
+        yield study
+        status = "done"
+    finally:
+        study.end(status)
+
+
+def scheduler_of(ready: Ready, study: Study) -> Jobs:
+    """Return the study's decisions as of the end of its journal; drop checkpoints of no trial."""
+    options = ready.options
+    assert options.trials is not None
+    assert options.pruner is not None
+    scheduler = Jobs(
+        suggest=options.suggest,
+        asha=Asha(options.rungs, options.eta),
+        pruner=options.pruner,
+        trials=options.trials,
+        fixed=options.fixed_values(),
+        final_seeds=options.final_seeds,
+        journal=study.journal,
+        max_failures=options.max_failures,
+        seconds=options.time_budget,
+    )
+    try:
+        scheduler.replay(study.events)
+    except (KeyError, TypeError) as error:  # a journal of the old form has no checksums
+        raise ValueError(f"{study.journal.file} does not fit study.json ({error!r}); restore both") from error
+    for file in (ready.folder / "checkpoints").glob("*.pt"):
+        if file.stem not in scheduler.trials:  # its start is lost, and another trial will have its number
+            file.unlink()
+    if storage := ready.storage:
+        for name in storage.names("checkpoints"):
+            if Path(name).stem not in scheduler.trials:
+                storage.remove(name)
+    return scheduler
+
+
+def context_of(ready: Ready) -> TrialContext:
+    """Return what the study's trials share."""
+    for name in ("checkpoints", "best"):
+        (ready.folder / name).mkdir(exist_ok=True)
+    return TrialContext(
+        data=ready.data,
+        levers=ready.levers,
+        data_dir=Path(ready.options.data_dir),
+        study_dir=ready.folder,
+        threads=ready.resources.threads,
+        leaves_chance_by=find_space(ready.options.space).leaves_chance_by,
+        storage=ready.storage,
+        gpu_bytes=ready.resources.gpu_bytes,
+    )
+
+
+def _tidy(ready: Ready, trials: Mapping[str, TrialRecord]) -> None:
+    """Keep the winner's results and drop what only a resume would need."""
+    if storage := ready.storage:
+        seeds = [checkpoint_name(trial.trial_id) for trial in trials.values() if trial.is_final]
+        for name in (*seeds, *storage.names("best")):
+            storage.get(name, ready.folder / name)
+        for folder in ("best", "checkpoints", "ray"):
+            for name in storage.names(folder):
+                storage.remove(name)
+    keep_best(ready.folder, trials)
+    for name in ("checkpoints", "ray"):
+        shutil.rmtree(ready.folder / name, ignore_errors=True)
+
+
+def keep_best(folder: Path, trials: Mapping[str, TrialRecord]) -> None:
+    """Fill best/ from the first finished seed.
+
+    config.json, checkpoint.pt, predictions.parquet, misclassified.npz and first_layer.npy: the
+    first layer's weights ``(out, in, k, k)`` or ``(out, in)``, of the head
+    where the backbone is frozen, whose own first layer was not trained.
+    """
+    done = [trial for trial in trials.values() if trial.is_final and trial.status == "done"]
+    if not done:
+        return
+    best = folder / "best"
+    (best / "config.json").write_text(json.dumps(done[0].config, indent=2) + "\n")
+    checkpoint = folder / checkpoint_name(done[0].trial_id)
+    if checkpoint.exists() and (network := _network_of(checkpoint)):
+        first = next(tensor for tensor in network.values() if tensor.dim() >= 2)
+        np.save(best / "first_layer.npy", first.float().numpy())
+        checkpoint.replace(best / "checkpoint.pt")
+    for name in ("predictions.parquet", "misclassified.npz"):
+        file = best / name
+        of_seed = file.with_stem(f"{file.stem}-{done[0].trial_id}")
+        if of_seed.exists():
+            of_seed.replace(file)
+        for others in best.glob(f"{file.stem}-*{file.suffix}"):
+            others.unlink()
+
+
+def _network_of(checkpoint: Path) -> dict[str, Any] | None:
+    """Return a checkpoint's network; None, and a line that says so, where the file is damaged."""
+    with contextlib.suppress(zipfile.BadZipFile, EOFError):
+        with zipfile.ZipFile(checkpoint) as archive:  # torch.load checks no sum (2.15)
+            whole = archive.testzip() is None
+        if whole:
+            network: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)["network"]
+            return network
+    print(f"best/ has no checkpoint: {checkpoint.name} is damaged; test accuracies and predictions are whole")
+    return None
+
+
+def _end_early(
+    ready: Ready, study: OpenStudy, session: Session, mirror: Mirror, sidecar: Sidecar, reason: str
+) -> int:
+    """Leave a study so that it can be resumed, and print how; return the exit code."""
+    study.end("stopped")
+    left = mirror.finish(STOP_SECONDS)
+    tell_stopped(ready.folder if left and not mirror.lost else ready.place, session, reason)
+    _say(sidecar.end(STOP_SECONDS), session.console)
+    _say(left, session.console)
+    return 3
+
+
+def tell_stopped(place: Path | str, session: Session, reason: str) -> int:
+    """Print that a study has stopped and how to resume it from a place; return the exit code."""
+    resume_by = shell(*session.resume, shown(session.place or place))
+    if reason:
+        print(f"error: {printable(reason)}; fix the cause, then resume with: {resume_by}", file=sys.stderr)
+    else:
+        print(f"\nstopped; nothing is lost. To resume: {resume_by}", file=sys.stderr)
+    return 3
+
+
+def _say(line: str, console: Any) -> None:
+    if line:
+        print_text(console, line)

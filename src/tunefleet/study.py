@@ -1,0 +1,424 @@
+"""A study's folder, seen from Python: what was asked, what happened, what came of it.
+
+study.json holds what was asked at the start and is written once; what is asked later is an event of the
+journal. result.json holds status and results for people and other programs, written by the process that holds
+the study's lock; only its status, seconds and count of events are read here, since everything else follows
+from the journal. Folders of the first edition, whose study.json holds all of it, are read alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import math
+import operator
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from tunefleet.files import write_whole
+from tunefleet.journal import Journal, TrialRecord, finite, records, winner
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CRC = ',\n  "crc": "'  # the last entry of a JSON file: the CRC-32 of what precedes it; older files have none
+STANDING: dict[str, Any] = {"status": str, "seconds": float}  # result.json; and the count of events
+TABLE_SECONDS = 30.0  # that another process may take to write the same tables
+ASKED: dict[str, Any] = {  # study.json; a tuple (None, x) is what may be null
+    **dict.fromkeys(("space", "command", "data_sha256", "split_sha256"), str),
+    "commit": (None, str),  # outside a checkout it is not known
+    **dict.fromkeys(("seed", "validation_count"), int),
+    "rungs": [int],
+    "data": {"name": str, "classes": [str]},
+    "options": {"epochs": int, "pruner": str},
+    "versions": {},
+    "levers": {},
+}
+KINDS = {str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
+RESULTS = (  # what the first edition kept in study.json, too
+    *("status", "seconds", "events", "trials", "statuses", "epochs_spent", "epochs_unpruned"),
+    *("lost_workers", "busy_fraction", "best", "final", "lr_study"),
+)
+REACHED = (  # columns of trials.csv; then come the hyperparameters
+    *("trial_id", "status", "epochs", "rung", "val_accuracy", "best_val_accuracy", "seconds", "node"),
+)
+REPORTED = {  # columns of epochs.parquet
+    "trial_id": "string",
+    "epoch": "int64",
+    **dict.fromkeys(("train_loss", "train_accuracy", "val_loss", "val_accuracy"), "float64"),
+    **dict.fromkeys(("lr", "epoch_seconds", "finished_at"), "float64"),
+}
+
+
+class RunningError(ValueError):
+    """Another process runs the study."""
+
+
+class Study:
+    """One study, finished or not, as its files were when it was read.
+
+    Raises:
+        ValueError: The folder holds no study, or a damaged one.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.journal = Journal(self.folder / "reports.jsonl")
+        content, result = read_files(self.folder)
+        self.events = self.journal.read()
+        self.journal.check_holds(self.events, result.get("events", 0))
+        self.runs = [event["run"] for event in self.events if "run" in event]
+        self.asked = _asked(content, self.runs)
+        self.status: str = result["status"]
+        self.seconds: float = result["seconds"]  # of all runs
+        self.records: dict[str, TrialRecord] = records(self.events)
+        self.searched = [trial for trial in self.records.values() if not trial.is_final]
+        if self.status == "done" and any(map(operator.lt, _extent(self.facts), _extent(result))):
+            raise ValueError(
+                f"{self.journal.file} holds less than the finished study had; restore the file from a copy"
+            )
+
+    @property
+    def winner(self) -> TrialRecord | None:
+        """Return the best trial; None where none has succeeded."""
+        return winner(self.records)
+
+    @functools.cached_property
+    def facts(self) -> dict[str, Any]:
+        """Return all that is known of the study but its trials: what was asked, and its results."""
+        best = self.winner
+        lost = Counter(event["lost"] for event in self.events if "lost" in event)
+        return self.asked | {
+            "status": self.status,
+            "seconds": self.seconds,
+            "trials": len(self.searched),
+            "statuses": dict(Counter(map(self.status_of, self.searched)).most_common()),
+            "epochs_spent": sum(trial.epoch for trial in self.searched),
+            "epochs_unpruned": len(self.searched) * self.asked["options"]["epochs"],
+            "lost_workers": dict(lost),  # by cause
+            "busy_fraction": busy_fraction(self.records.values()),
+            "best": best
+            and {"trial_id": best.trial_id, "config": best.config, "val_accuracy": best.val_accuracy},
+            "final": final_results(self.records.values()),
+            "events": len(self.events),
+        }
+
+    def status_of(self, trial: TrialRecord) -> str:
+        """Return done, pruned, diverged, out_of_memory or error; running or paused in an unfinished study."""
+        if trial.status:
+            return trial.status
+        if self.status == "done":
+            return "pruned"
+        return "paused" if trial.epoch in self.asked["rungs"] else "running"
+
+    @functools.cached_property
+    def trials(self) -> pd.DataFrame:
+        """Return a row per trial of the search: what it reached, then every hyperparameter."""
+        import pandas as pd
+
+        rows = [
+            {
+                "trial_id": trial.trial_id,
+                "status": self.status_of(trial),
+                "epochs": trial.epoch,
+                "rung": sum(rung <= trial.epoch for rung in self.asked["rungs"]),  # rungs reached
+                "val_accuracy": trial.val_accuracy,
+                "best_val_accuracy": max(_known(trial, "val_accuracy"), default=None),
+                "seconds": round(sum(_known(trial, "epoch_seconds")), 3),
+                "node": trial.reports[trial.epoch].get("node") if trial.reports else None,
+                **{name: value for name, value in trial.config.items() if name != "epochs"},  # the horizon
+            }
+            for trial in self.searched
+        ]
+        return pd.DataFrame(rows, columns=None if rows else [*REACHED, *self.asked.get("ranges", {})])
+
+    @functools.cached_property
+    def epochs(self) -> pd.DataFrame:
+        """Return a row per report of the search."""
+        return _reports(trial for trial in self.records.values() if not trial.is_final)
+
+    @functools.cached_property
+    def finals(self) -> pd.DataFrame:
+        """Return a row per report of the winner's seeds."""
+        return _reports(trial for trial in self.records.values() if trial.is_final)
+
+
+def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a study's study.json and result.json say, without its journal.
+
+    The second is what the first edition kept in study.json, and has status and seconds in any case.
+
+    Raises:
+        ValueError: There is no study, or a file is damaged.
+    """
+    content, result = _read(folder / "study.json"), _read(folder / "result.json")
+    if content is None:
+        raise ValueError(f"{folder} holds no study: there is no study.json in it")
+    asked = parse(content, str(folder / "study.json"), ASKED)
+    standing = asked if result is None else parse(result, str(folder / "result.json"), {})
+    standing = {"status": "running", "seconds": 0.0} | standing
+    _check(standing, STANDING, str(folder / ("study.json" if result is None else "result.json")))
+    return asked, standing
+
+
+def read_study(folder: Path) -> dict[str, Any]:
+    """Return all that is known of a study but its trials.
+
+    Raises:
+        ValueError: As ``Study``.
+    """
+    return Study(folder).facts
+
+
+def write_study(folder: Path, asked: dict[str, Any]) -> None:
+    """Write a new study's study.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "study.json", asked)
+
+
+def write_result(study: Study, status: str, seconds: float) -> None:
+    """Write result.json; for the process that holds the study's lock.
+
+    Args:
+        study: As it was read.
+        status: running, stopped or done, from now on.
+        seconds: Of all runs so far.
+    """
+    study.status, study.seconds = status, seconds
+    study.__dict__.pop("facts", None)  # they follow from these
+    _write(study.folder / "result.json", {k: v for k, v in study.facts.items() if k not in study.asked})
+
+
+def cut(folder: Path, count: int) -> None:
+    """Keep only the first events of a damaged journal; for the process that holds the study's lock.
+
+    Raises:
+        ValueError: The study is done, or one of these lines is damaged.
+    """
+    _, result = read_files(folder)
+    if result["status"] == "done":
+        raise ValueError(f"{folder} is done; its results in result.json and trials.csv stay as they are")
+    Journal(folder / "reports.jsonl").keep(count)
+    _write(folder / "result.json", {name: result[name] for name in STANDING} | {"events": count})
+
+
+def write_tables(folder: Path, **standing: Any) -> Study:
+    """Write trials.csv and epochs.parquet, and result.json where a status is given; return the study.
+
+    Args:
+        folder: The study's.
+        standing: ``status`` and ``seconds`` as for ``write_result``, where this process holds the lock.
+
+    Raises:
+        ValueError: As ``Study``.
+    """
+    with _alone(folder):
+        study = Study(folder)
+        if standing:
+            write_result(study, **standing)
+        write_whole(folder / "trials.csv", study.trials.to_csv(index=False, lineterminator="\n").encode())
+        parquet = io.BytesIO()  # pyarrow opens no path that is not UTF-8
+        _reports(study.records.values()).to_parquet(parquet, index=False)
+        write_whole(folder / "epochs.parquet", parquet.getvalue())
+    return study
+
+
+def lock_study(folder: Path) -> FileLock:
+    """Return a study's lock, held; the system frees it when the process dies.
+
+    Raises:
+        RunningError: Another process holds it.
+        ValueError: The folder cannot be locked.
+    """
+    held = FileLock(folder / ".lock", thread_local=False)  # released by whichever thread ends the study
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        raise RunningError(f"another process is running {folder}; wait for it or stop it") from None
+    except (OSError, NotImplementedError) as error:
+        raise ValueError(f"{folder} cannot be locked ({error}); give a folder on another disk") from None
+    return held
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Context manager: no other process writes the tables meanwhile, from an older journal."""
+    tables = FileLock(folder / ".collect.lock")
+    with contextlib.suppress(Timeout):  # the other one was stopped; a study's end does not wait for it
+        tables.acquire(timeout=TABLE_SECONDS)
+    try:
+        yield
+    finally:
+        tables.release()
+
+
+def _asked(content: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return study.json with what later runs changed, without the results that old ones hold."""
+    old = (
+        "status",
+        "seconds",
+        "events",
+        "trials",
+        "statuses",
+        "epochs_spent",
+        "epochs_unpruned",
+        "lost_workers",
+    )
+    asked = {
+        k: v for k, v in content.items() if k not in (*old, "busy_fraction", "best", "final", "lr_study")
+    }
+    for run in runs:
+        new = {key: value for key, value in run.items() if key != "at"}
+        asked |= new | {"options": asked["options"] | run.get("options", {})}
+    return asked
+
+
+def _extent(facts: dict[str, Any]) -> tuple[int, int, int]:
+    """Return how much a study tells of: trials, their epochs, and seeds of the winner that ended."""
+    final = facts.get("final") or {"seeds": [], "failed": []}
+    seeds = len(final["seeds"]) + len(final.get("failed", []))
+    return facts.get("trials", 0), facts.get("epochs_spent", 0), seeds
+
+
+def final_results(trials: Iterable[TrialRecord]) -> dict[str, Any] | None:
+    """Return what the winner's fresh seeds gave; None where none has ended.
+
+    A diverged seed is tested like the others, and its accuracy counts: a mean without it would
+    flatter. ``failed`` are the seeds that ended by an error, which say nothing of the winner.
+    """
+    ended = [trial for trial in trials if trial.is_final and trial.status]
+    if not ended:
+        return None
+    tested = [trial for trial in ended if trial.status in ("done", "diverged")]
+    accuracies = [trial.reports[trial.epoch]["test_accuracy"] for trial in tested]
+    return {
+        "seeds": [trial.config["seed"] for trial in tested],
+        "diverged": [trial.config["seed"] for trial in tested if trial.status == "diverged"],
+        "failed": [trial.config["seed"] for trial in ended if trial not in tested],
+        "test_accuracy": over_seeds(accuracies) if tested else None,
+    }
+
+
+def over_seeds(values: list[float]) -> dict[str, Any]:
+    """Return mean, standard deviation and Student's 95 % interval of the mean over seeds.
+
+    Args:
+        values: One accuracy per seed, fractions 0..1.
+
+    Returns:
+        ``values``, ``mean``, ``sd`` (n - 1 in the denominator) and ``interval95``; the last two are
+        None for fewer than two seeds. The interval speaks of the seeds, not of other images.
+    """
+    n, mean = len(values), math.fsum(values) / len(values)
+    if n < 2:
+        return {"values": values, "mean": mean, "sd": None, "interval95": None}
+    from scipy.special import stdtrit  # half a second, which a study without seeds need not wait for
+
+    sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+    half = float(stdtrit(n - 1, 0.975)) * sd / math.sqrt(n)
+    interval = [max(0.0, mean - half), min(1.0, mean + half)]
+    return {"values": values, "mean": mean, "sd": sd, "interval95": interval}
+
+
+def busy_fraction(trials: Iterable[TrialRecord]) -> float | None:
+    """Return seconds inside epochs ÷ worker seconds between each worker's first and last of them."""
+    workers: dict[Any, list[tuple[float, float]]] = {}
+    for report in (report for trial in trials for report in trial.reports.values()):
+        seconds, end = report.get("epoch_seconds"), report.get("finished_at")
+        if seconds is not None and end is not None:
+            workers.setdefault((report.get("node"), report.get("pid")), []).append((end - seconds, end))
+    busy = sum(end - start for spans in workers.values() for start, end in spans)
+    present = sum(
+        max(end for _, end in spans) - min(start for start, _ in spans) for spans in workers.values()
+    )
+    return round(busy / present, 4) if present else None
+
+
+def _reports(trials: Iterable[TrialRecord]) -> pd.DataFrame:
+    import pandas as pd
+
+    rows = [
+        {"trial_id": trial.trial_id, **trial.reports[epoch]}
+        for trial in trials
+        for epoch in sorted(trial.reports)
+    ]
+    return pd.DataFrame(rows, columns=list(REPORTED)).astype(REPORTED)
+
+
+def _known(trial: TrialRecord, name: str) -> list[float]:
+    values = (report.get(name) for report in trial.reports.values())
+    return [value for value in values if value is not None]
+
+
+def _read(file: Path) -> bytes | None:
+    try:
+        return file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error}); restore it from a copy") from None
+
+
+def parse(content: bytes, place: str, shape: dict[str, Any]) -> dict[str, Any]:
+    """Return what a JSON file of a study holds, without its checksum.
+
+    Args:
+        content: The file's.
+        place: Where it is, for the error.
+        shape: What it has to hold, such as ASKED.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    try:
+        text = content.decode()
+        found: dict[str, Any] = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} cannot be read ({error}); restore it from a copy") from None
+    crc = _crc(text.rpartition(CRC)[0])
+    if not isinstance(found, dict) or found.pop("crc", crc) != crc:
+        raise ValueError(f"{place} is damaged; restore it from a copy")
+    _check(found, shape, place)
+    return found
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    text = json.dumps({key: finite(value) for key, value in content.items()}, indent=2).removesuffix("\n}")
+    write_whole(file, f'{text}{CRC}{_crc(text)}"\n}}\n'.encode())
+
+
+def _crc(content: str) -> str:
+    return f"{zlib.crc32(content.encode()):08x}"
+
+
+def _check(found: Any, shape: Any, place: str) -> None:
+    """Raise ValueError where a file does not hold what it has to."""
+    try:
+        _check_value(found, shape, "it")
+    except ValueError as error:
+        raise ValueError(f"{place} is damaged ({error}); restore it from a copy") from None
+
+
+def _check_value(value: Any, shape: Any, name: str) -> None:
+    if isinstance(shape, tuple):
+        return None if value is None else _check_value(value, shape[1], name)
+    kind: Any = dict if isinstance(shape, dict) else list if isinstance(shape, list) else shape
+    fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+    if not fits:
+        raise ValueError(f"{name} is {str(value)[:40]!r}, and has to be {KINDS[kind]}")
+    if isinstance(shape, dict):
+        for key, of in shape.items():
+            if key not in value:
+                raise ValueError(f"{name} lacks {key}")
+            _check_value(value[key], of, key)
+    elif isinstance(shape, list):
+        for item in value:
+            _check_value(item, shape[0], name)
+    return None

@@ -1,0 +1,29 @@
+"""A study at work in the test's own process, on the Ray that the test has connected to."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tunefleet.search.execution import Ready, context_of, create, open_study, scheduler_of
+from tunefleet.search.jobs import Jobs
+from tunefleet.search.options import StudyOptions
+from tunefleet.search.preflight import prepare as preflight
+from tunefleet.search.resources import Machine, Resources, settle
+from tunefleet.search.wandb_options import WandbOptions
+from tunefleet.trainables.data import prepare
+from tunefleet.trainables.levers import choose
+from tunefleet.trainables.trial import TrialContext
+
+
+@contextmanager
+def digits_study(
+    folder: Path, options: StudyOptions, resources: Resources
+) -> Iterator[tuple[Jobs, TrialContext]]:
+    """Creates a study of digits, or opens it again, and ends it however the body ends."""
+    levers, data = choose("cpu", "fp32"), prepare("digits", Path(options.data_dir))
+    options = settle(options, levers, Machine(resources.slots))
+    ready = Ready(options, folder, data, levers, resources)
+    if not (folder / "study.json").exists():
+        create(ready, preflight(options, data, levers))
+    with open_study(ready, WandbOptions(mode="off"), {}) as study:
+        yield scheduler_of(ready, study.study), context_of(ready)
