@@ -102,7 +102,7 @@ class Asha:
         and while more may come no more than ``n // eta`` ever do: in the paper each newcomer to the best
         adds a promotion, which spends a quarter more epochs on the same best trial. Where a rung is
         settled its best ``n // eta`` go on, whoever else went before: that makes up for those who were
-        among the best only of the first to arrive (NOTES.md).
+        among the best only of the first to arrive (docs/decisions.md).
 
         Args:
             settled: To the rungs up to this epoch nothing is added any more. From these at least one

@@ -13,7 +13,7 @@ can place lr, tell two or three values of a choice apart, and no more. So
   which have the room to memorise the images;
 - every trial has a cosine schedule, and random crops where it convolves over pixels; mirrored or not
   is searched. Both pay at the end only: at every rung before it they are behind or no better
-  (NOTES.md), so early pruning cannot judge them. Two linear layers, which crops may hurt, search them;
+  (docs/decisions.md), so early pruning cannot judge them. Two linear layers, which crops may hurt, search them;
 - widths are searched only below what a trial can afford: twice the width is four times the epoch;
 - image_size is a flag of the study (``--image-size``), not a range: an epoch takes (size / 32)² as
   long, so ASHA would compare epochs that cost 1 with epochs that cost 16. ImageNet weights saw 224
@@ -131,7 +131,7 @@ SPACES: dict[str, Space] = {
     ),
     # 3·hidden channels, whose number is most of the time; one layer sees no more than its kernel, so 7;
     # momentum is the published one, since without it nothing gets going in these epochs; without warm-up
-    # the best lr stand where some seeds diverge (NOTES.md)
+    # the best lr stand where some seeds diverge (docs/decisions.md)
     "convnet": Space(
         {
             "lr": tune.loguniform(1e-3, 3e-2),

@@ -5,7 +5,7 @@ checkpoint with each report, Tune's defaults, one worker process per trial, ASHA
 factor of 2. Changed: our thirteen networks and hyperparameters; our split of the images, from the decoded
 copy that ours reads, too, in place of torchvision's CIFAR10, which holds the same arrays; one CPU per trial,
 so that two run at once on two cores; and no worker processes of the DataLoader on a CPU, where they only
-compete (0 against 2: NOTES.md).
+compete (0 against 2: docs/log).
 """
 
 from __future__ import annotations
