@@ -25,7 +25,7 @@ a..b: 95 % bootstrap interval over orders of arrival, on these very curves."""
 
 
 def compare(found: np.ndarray, names: Sequence[str], generator: np.random.Generator) -> pd.DataFrame:
-    """Returns a row per scheduler: what its searches took and found, and how that compares with REFERENCE.
+    """Return a row per scheduler: what its searches took and found, and how that compares with REFERENCE.
 
     Args:
         found: ``(M, S, orders, 4)``, MEASURES of each search, by scheduler, seed and order of arrival.
@@ -57,7 +57,7 @@ def compare(found: np.ndarray, names: Sequence[str], generator: np.random.Genera
 
 
 def as_text(table: pd.DataFrame) -> str:
-    """Returns a comparison as text that fits 80 columns; regrets in points of percent."""
+    """Return a comparison as text that fits 80 columns; regrets in points of percent."""
     lines = [
         f"{'':9}{'epochs':>7}{'ratio':>6}{'':11}{'seconds':>8}{'regret':>7}{'above':>13}{'other':>6}{'above':>13}"
     ]
@@ -73,7 +73,7 @@ def as_text(table: pd.DataFrame) -> str:
 
 
 def write(table: pd.DataFrame, asked: dict[str, Any], out: Path) -> list[Path]:
-    """Writes replay.png and replay.json; returns their paths.
+    """Write replay.png and replay.json; return their paths.
 
     Args:
         table: Comparisons with the further columns family and workers.

@@ -33,7 +33,7 @@ FIRST_ROWS = 200  # of the trials' table: what is seen at once, and all that is 
 
 
 def facts(study: StudyResults) -> dict[str, Any]:
-    """Returns what the page says in words, tables and images."""
+    """Return what the page says in words, tables and images."""
     told, best = study.facts, study.facts.get("best")
     config = best["config"] if best else {}
     return {
@@ -66,7 +66,7 @@ def facts(study: StudyResults) -> dict[str, Any]:
 
 
 def comparison(studies: list[StudyResults]) -> dict[str, Any]:
-    """Returns what the page of several studies says: a table for each group of architectures."""
+    """Return what the page of several studies says: a table for each group of architectures."""
     searches = [study for study in studies if study.lr_curve is None]
     groups: dict[str, list[list[str]]] = {name: [] for name in GROUPS}
     for study in searches:
@@ -81,14 +81,14 @@ def comparison(studies: list[StudyResults]) -> dict[str, Any]:
 
 
 def _filled(rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    """Returns the heads and cells of the comparison's columns that have a value in any row."""
+    """Return the heads and cells of the comparison's columns that have a value in any row."""
     heads = ["architecture", "images", *results.COLUMNS[1:]]
     kept = [k for k in range(len(heads)) if any(row[k] for row in rows)]
     return [heads[k] for k in kept], [[row[k] for k in kept] for row in rows]
 
 
 def first_layer_images(weights: np.ndarray | None) -> list[str]:
-    """Returns filters as images, for layers that see pixels; none for others.
+    """Return filters as images, for layers that see pixels; none for others.
 
     Args:
         weights: ``(out, 3, k, k)``, or ``(out, 3·H·H)`` of a layer that sees the flattened image.
@@ -118,7 +118,7 @@ def _group(space: str) -> str:
 
 
 def cards(study: StudyResults) -> list[tuple[str, str]]:
-    """Returns the numbers at a report's top: what each is, and its value."""
+    """Return the numbers at a report's top: what each is, and its value."""
     shown, told = [], study.facts
     best, final, test = told.get("best"), told.get("final"), study.test_accuracy
     if final and test:
@@ -158,7 +158,7 @@ def _edges(study: StudyResults) -> list[tuple[str, str, str]]:
 
 
 def _trials(study: StudyResults) -> dict[str, Any]:
-    """Returns the table of all trials; hyperparameters that all of them share are said in one line."""
+    """Return the table of all trials; hyperparameters that all of them share are said in one line."""
     table = study.trials
     outcome = list(table.columns).index("node")
     shared = [

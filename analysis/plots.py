@@ -113,7 +113,7 @@ def _drawn_by(family: str, character: str) -> bool:
 
 
 def winner_curves(study: StudyResults) -> Figure:
-    """Draws loss and accuracy of the winner's trial, and of its seeds on their training images."""
+    """Draw loss and accuracy of the winner's trial, and of its seeds on their training images."""
     figure, (loss, accuracy) = _axes(1, 2)
     best = study.epochs[study.epochs.trial_id == study.facts["best"]["trial_id"]]
     for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
@@ -132,7 +132,7 @@ def winner_curves(study: StudyResults) -> Figure:
 
 
 def all_curves(study: StudyResults) -> Figure:
-    """Draws val_accuracy of every trial; pruned, finished and diverged ones differ."""
+    """Draw val_accuracy of every trial; pruned, finished and diverged ones differ."""
     figure, axes = _axes()
     kinds = study.trials.set_index("trial_id").status.map(_kind)
     rows = study.epochs.dropna(subset="val_accuracy").sort_values(["trial_id", "epoch"], kind="stable")
@@ -171,7 +171,7 @@ def all_curves(study: StudyResults) -> Figure:
 
 
 def best_so_far(study: StudyResults) -> Figure:
-    """Draws the best val_accuracy against epochs spent and against seconds."""
+    """Draw the best val_accuracy against epochs spent and against seconds."""
     figure, (by_epochs, by_seconds) = _axes(1, 2, sharey=True)
     table = stats.best_so_far(study.epochs)
     for axes, x, label in (
@@ -194,7 +194,7 @@ def best_so_far(study: StudyResults) -> Figure:
 
 
 def rung_survival(study: StudyResults) -> Figure:
-    """Draws how many trials reached each rung."""
+    """Draw how many trials reached each rung."""
     figure, axes = _axes(height=2.8)
     rungs = study.facts["rungs"]
     table = stats.rung_survival(study.trials, rungs, study.facts["options"]["epochs"])
@@ -209,7 +209,7 @@ def rung_survival(study: StudyResults) -> Figure:
 
 
 def hyperparameters(study: StudyResults) -> Figure | None:
-    """Draws each hyperparameter against val_accuracy at the first rung; None where none was sampled."""
+    """Draw each hyperparameter against val_accuracy at the first rung; None where none was sampled."""
     table, names = stats.comparable(study), study.hyperparameters
     if not names or table.empty:
         return None
@@ -274,7 +274,7 @@ def _reached(values: np.ndarray) -> tuple[np.ndarray, Ticks]:
 
 
 def importance(study: StudyResults) -> Figure | None:
-    """Draws how much of the variance of val_accuracy each hyperparameter explains."""
+    """Draw how much of the variance of val_accuracy each hyperparameter explains."""
     found = stats.importance(stats.comparable(study), study.facts.get("ranges", {}))
     if found is None:
         return None
@@ -378,7 +378,7 @@ def class_accuracy(study: StudyResults) -> Figure | None:
 
 
 def lr_curves(studies: list[StudyResults]) -> Figure | None:
-    """Draws val_accuracy against lr of every learning-rate study; diverged values are crosses below."""
+    """Draw val_accuracy against lr of every learning-rate study; diverged values are crosses below."""
     studies = [study for study in studies if study.lr_curve is not None]
     if not studies:
         return None
@@ -423,7 +423,7 @@ def accuracy_against_seconds(studies: list[StudyResults]) -> Figure | None:
 
 
 def schedulers(table: pd.DataFrame) -> Figure:
-    """Draws regret against epochs spent of schedulers that searched the same curves.
+    """Draw regret against epochs spent of schedulers that searched the same curves.
 
     Args:
         table: Of analysis/compared.py: a row per family, workers and scheduler.
@@ -542,7 +542,7 @@ def _against(axes: Axes, table: pd.DataFrame, name: str, described: Range, good:
 
 
 def _choices(values: pd.Series, described: Range) -> list[Any]:
-    """Returns a list's choices; none of a continuous range."""
+    """Return a list's choices; none of a continuous range."""
     if described is None:
         return sorted(values.astype(str).unique())
     return described.get("values", [])
@@ -555,7 +555,7 @@ def _indices(choices: list[Any], values: pd.Series) -> np.ndarray:
 
 
 def _places(values: pd.Series, described: Range) -> tuple[np.ndarray, Ticks]:
-    """Returns each value's height on its axis, 0 to 1, and the axis' ticks as (height, text)."""
+    """Return each value's height on its axis, 0 to 1, and the axis' ticks as (height, text)."""
     if choices := _choices(values, described):
         step = 1 / max(len(choices) - 1, 1)
         shown = range(0, len(choices), math.ceil(len(choices) / CHOICES))

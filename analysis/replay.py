@@ -61,7 +61,7 @@ class OfRay:
         self._waiting = deque(order)
 
     def next(self) -> int | None:
-        """Returns the next in the order: Ray's ASHA chooses only who stops."""
+        """Return the next in the order: Ray's ASHA chooses only who stops."""
         if not self._waiting:
             return None
         configuration = self._waiting.popleft()
@@ -69,7 +69,7 @@ class OfRay:
         return configuration
 
     def report(self, configuration: int, report: Report) -> bool:
-        """Returns what Ray answers."""
+        """Return what Ray answers."""
         trial = _trial(configuration)
         if report["val_accuracy"] is None:  # a trial that says done passes on_trial_result by
             report = report | {"val_accuracy": math.nan}  # Ray raises TypeError for None
@@ -96,7 +96,7 @@ class NoJournal(Journal):
         super().__init__(Path("none"))
 
     def append(self, event: dict[str, Any]) -> None:
-        """Writes nothing."""
+        """Write nothing."""
 
 
 class OfOurs:
@@ -118,12 +118,12 @@ class OfOurs:
         self._trial_ids = {configuration: f"{number:04d}" for number, configuration in enumerate(order)}
 
     def next(self) -> int | None:
-        """Returns whose job is next."""
+        """Return whose job is next."""
         job = self._jobs.next_job()
         return None if job is None else job.config["configuration"]
 
     def report(self, configuration: int, report: Report) -> bool:
-        """Returns what the study answers."""
+        """Return what the study answers."""
         return self._jobs.report(self._trial_ids[configuration], report)
 
 
@@ -148,7 +148,7 @@ SCHEDULERS: dict[str, Make] = {
 
 
 def scheduler_of(name: str) -> Make:
-    """Returns what makes a scheduler: a row of SCHEDULERS, or ``top_K``: the first rung alone.
+    """Return what makes a scheduler: a row of SCHEDULERS, or ``top_K``: the first rung alone.
 
     Raises:
         ValueError: The name is unknown.
@@ -162,7 +162,7 @@ def scheduler_of(name: str) -> Make:
 
 
 def default_schedulers(count: int, rungs: tuple[int, ...], eta: int, epochs: int) -> list[str]:
-    """Returns the names to compare: all rows of SCHEDULERS and three ``top_K``.
+    """Return the names to compare: all rows of SCHEDULERS and three ``top_K``.
 
     K is 3, the most that spend no more epochs than halving, and what halving has left at its third rung.
     """
@@ -175,7 +175,7 @@ def default_schedulers(count: int, rungs: tuple[int, ...], eta: int, epochs: int
 
 
 def pick(seen: np.ndarray, reports: list[list[Report]], order: Sequence[int]) -> int | None:
-    """Returns the configuration that a study would call its best (search/journal.py); None: all diverged.
+    """Return the configuration that a study would call its best (search/journal.py); None: all diverged.
 
     Args:
         seen: Epochs that each configuration saw, ``(N,)``.
@@ -193,7 +193,7 @@ def pick(seen: np.ndarray, reports: list[list[Report]], order: Sequence[int]) ->
 
 
 def reports_of(curves: Curves, seed: int) -> tuple[list[list[Report]], list[list[float]]]:
-    """Returns the reports of each configuration with the seed of this index, and their seconds."""
+    """Return the reports of each configuration with the seed of this index, and their seconds."""
     reports, seconds = [], []
     for accuracy, loss, durations in zip(
         curves.accuracy[seed], curves.loss[seed], curves.seconds[seed], strict=True
@@ -211,7 +211,7 @@ def reports_of(curves: Curves, seed: int) -> tuple[list[list[Report]], list[list
 
 
 def regrets(curves: Curves, seed: int, picked: int | None) -> tuple[float, float]:
-    """Returns how much val_accuracy a choice costs: at the last epoch, the best one's less the picked one's.
+    """Return how much val_accuracy a choice costs: at the last epoch, the best one's less the picked one's.
 
     Args:
         curves: What all would have reached; who diverged has reached 0, as searchers are told.
@@ -231,7 +231,7 @@ def regrets(curves: Curves, seed: int, picked: int | None) -> tuple[float, float
 def replay(
     curves: Curves, names: Sequence[str], orders: np.ndarray, *, workers: int, grace: int, eta: int
 ) -> np.ndarray:
-    """Lets schedulers search the same curves in the same orders.
+    """Let schedulers search the same curves in the same orders.
 
     Args:
         curves: Of N configurations, S seeds, R epochs.
@@ -266,7 +266,7 @@ def replay(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     parser = Parser(prog="python -m tunefleet.analysis.replay", description=__doc__.split("\n")[0])
     parser.add_argument(
         "curves", nargs="+", help="a study without pruner (folder or URL), or a table of benchmarks/curves.py"
@@ -292,7 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def carry_out(do: argparse.Namespace) -> int:
-    """Replays, prints and writes what was asked for; returns the exit code.
+    """Replay, prints and writes what was asked for; return the exit code.
 
     Raises:
         ValueError: It cannot be done.

@@ -86,7 +86,7 @@ EMPTY: dict[str, Any] = {  # what a page may leave out
 
 
 def figures(study: StudyResults) -> dict[str, Figure]:
-    """Returns every figure that the study has the data for, by name."""
+    """Return every figure that the study has the data for, by name."""
     drawers: dict[str, Callable[[StudyResults], Figure | None]] = {
         "all_curves": plots.all_curves,
         "best_so_far": plots.best_so_far,
@@ -153,13 +153,13 @@ def _write(told: dict[str, Any], drawn: dict[str, Figure], out: Path) -> Path:
 
 
 def _themed(svg: str) -> Markup:
-    """Returns an SVG file's drawing with the page's colours in place of the marker colours."""
+    """Return an SVG file's drawing with the page's colours in place of the marker colours."""
     drawing = svg[svg.index("<svg") :]
     return Markup(drawing.replace(plots.INK, "currentColor").replace(plots.GRID, "var(--rule)"))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     parser = Parser(prog="tunefleet report", description=__doc__.split("\n")[0])
     parser.add_argument("study", nargs="+", help="a study's folder or URL; several are compared")
     parser.add_argument(
@@ -215,7 +215,7 @@ def _report(options: argparse.Namespace) -> int:
 def _each(
     studies: list[StudyResults], out: Path | None, write_one: Callable[[StudyResults, Path], Path]
 ) -> list[Path]:
-    """Calls a writer for each study: into its folder, or out, or a folder of out where there are several."""
+    """Call a writer for each study: into its folder, or out, or a folder of out where there are several."""
     if out is None:
         return [write_one(study, study.folder) for study in studies]
     if len(studies) == 1:

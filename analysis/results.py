@@ -60,7 +60,7 @@ COLUMNS = (
 
 
 def row(study: dict[str, Any]) -> list[str]:
-    """Returns the cells of one study, in the order of COLUMNS."""
+    """Return the cells of one study, in the order of COLUMNS."""
     final, best, options = study["final"], study["best"], study["options"]
     accuracy = "no seed was tested"
     if final and final["test_accuracy"]:
@@ -90,7 +90,7 @@ def row(study: dict[str, Any]) -> list[str]:
 
 
 def table(studies: list[dict[str, Any]]) -> str:
-    """Returns the Markdown table: a row per study in PUBLISHED's order, "not run" where there is none.
+    """Return the Markdown table: a row per study in PUBLISHED's order, "not run" where there is none.
 
     Studies of other spaces stand at the end.
     """
@@ -103,7 +103,7 @@ def table(studies: list[dict[str, Any]]) -> str:
 
 
 def command(study: dict[str, Any]) -> str:
-    """Returns the command that makes a study, without its folder."""
+    """Return the command that makes a study, without its folder."""
     first, *rest = words(study["command"])
     kept, given = [first] if first in ("tunefleet", "python") else ["python", first], iter(rest)
     for word in given:
@@ -115,7 +115,7 @@ def command(study: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the table of the studies named on the command line, and their commands."""
+    """Print the table of the studies named on the command line, and their commands."""
     parser = Parser(prog="tunefleet results", description=__doc__.split("\n")[0])
     parser.add_argument("study", nargs="+", type=path_argument, help="a study's folder; each becomes a row")
     options = parser.parse_args(arguments)

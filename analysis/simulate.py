@@ -17,16 +17,16 @@ class Scheduler(Protocol):
     """Decides which of N configurations, numbered from 0, is trained next, and for how long."""
 
     def next(self) -> int | None:
-        """Returns the configuration that a free worker trains, from where it stands; None: none now."""
+        """Return the configuration that a free worker trains, from where it stands; None: none now."""
 
     def report(self, configuration: int, report: Report) -> bool:
-        """Takes in the report of an epoch; returns whether the worker goes on with it."""
+        """Take in the report of an epoch; return whether the worker goes on with it."""
 
 
 def simulate(
     scheduler: Scheduler, reports: list[list[Report]], seconds: list[list[float]], workers: int
 ) -> tuple[np.ndarray, float]:
-    """Runs a search with workers that do nothing but take their time.
+    """Run a search with workers that do nothing but take their time.
 
     Args:
         scheduler: A new one.
@@ -78,7 +78,7 @@ class Halving:
         self._at_work, self._values = 0, dict[int, float]()  # values at the next rung
 
     def next(self) -> int | None:
-        """Returns who is next at this rung; None where a worker has to wait for others."""
+        """Return who is next at this rung; None where a worker has to wait for others."""
         if not self._waiting and not self._at_work and self._rest:
             keep = self._rest.popleft()[1]
             best = sorted(self._values, key=lambda k: (-self._values[k], self._arrived[k]))
@@ -90,7 +90,7 @@ class Halving:
         return self._waiting.popleft()
 
     def report(self, configuration: int, report: Report) -> bool:
-        """Returns whether the next rung is still ahead."""
+        """Return whether the next rung is still ahead."""
         if "status" not in report:
             if not self._rest or report["epoch"] < self._rest[0][0]:
                 return True

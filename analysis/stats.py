@@ -24,7 +24,7 @@ RESAMPLES = 10_000  # of a bootstrap: the ends of an interval then differ by a h
 
 
 def best_so_far(epochs: pd.DataFrame) -> pd.DataFrame:
-    """Returns what the search had found when.
+    """Return what the search had found when.
 
     Args:
         epochs: One row per report: trial_id, epoch, val_accuracy, epoch_seconds, finished_at.
@@ -46,7 +46,7 @@ def best_so_far(epochs: pd.DataFrame) -> pd.DataFrame:
 
 
 def rung_survival(trials: pd.DataFrame, rungs: list[int], epochs: int) -> pd.DataFrame:
-    """Returns how many trials reached each rung, and how many saw an epoch beyond it.
+    """Return how many trials reached each rung, and how many saw an epoch beyond it.
 
     Args:
         trials: With a column epochs, the last one reported.
@@ -59,7 +59,7 @@ def rung_survival(trials: pd.DataFrame, rungs: list[int], epochs: int) -> pd.Dat
 
 
 def comparable(study: StudyResults) -> pd.DataFrame:
-    """Returns each trial's hyperparameters and its val_accuracy at the first rung.
+    """Return each trial's hyperparameters and its val_accuracy at the first rung.
 
     The last val_accuracy of a pruned trial and of a finished one are of different epochs; at the first
     rung (the last epoch, where there are no rungs) every trial that did not fail before has a value.
@@ -71,7 +71,7 @@ def comparable(study: StudyResults) -> pd.DataFrame:
 
 
 def boundary_share(values: pd.Series, low: float, high: float, *, log: bool) -> dict[str, float]:
-    """Returns which fractions of the values lie within EDGE of a range's low and of its high end."""
+    """Return which fractions of the values lie within EDGE of a range's low and of its high end."""
     if log:
         values, low, high = np.log(values), math.log(low), math.log(high)
     place = (values - low) / (high - low)
@@ -79,13 +79,13 @@ def boundary_share(values: pd.Series, low: float, high: float, *, log: bool) -> 
 
 
 def top(table: pd.DataFrame) -> pd.DataFrame:
-    """Returns the TOP share of the trials by val_accuracy, at least one."""
+    """Return the TOP share of the trials by val_accuracy, at least one."""
     count = max(1, round(TOP * len(table)))
     return table.sort_values("val_accuracy", ascending=False, kind="stable").head(count)
 
 
 def importance(table: pd.DataFrame, ranges: dict[str, Any]) -> pd.DataFrame | None:
-    """Returns how much of the variance of val_accuracy each hyperparameter explains.
+    """Return how much of the variance of val_accuracy each hyperparameter explains.
 
     fANOVA (Hutter et al. 2014) as optuna has it, on bootstrap samples of the trials.
 
@@ -117,7 +117,7 @@ def importance(table: pd.DataFrame, ranges: dict[str, Any]) -> pd.DataFrame | No
 
 
 def choice_index(choices: Sequence[Any], value: Any) -> int:
-    """Returns which of a range's choices a value from a CSV file is: 0 is also 0.0, "False" also False.
+    """Return which of a range's choices a value from a CSV file is: 0 is also 0.0, "False" also False.
 
     Raises:
         ValueError: It is none of them.
@@ -129,7 +129,7 @@ def choice_index(choices: Sequence[Any], value: Any) -> int:
 
 
 def confusion(predictions: pd.DataFrame, classes: int) -> np.ndarray:
-    """Returns counts ``(classes, classes)``: true label by row, predicted label by column."""
+    """Return counts ``(classes, classes)``: true label by row, predicted label by column."""
     counts = np.zeros((classes, classes), dtype=np.int64)
     np.add.at(counts, (predictions.label.to_numpy(), predictions.predicted.to_numpy()), 1)
     return counts
@@ -153,7 +153,7 @@ def largest_of_blocks(matrix: np.ndarray, most: int) -> np.ndarray:
 
 
 def class_accuracy(counts: np.ndarray) -> pd.DataFrame:
-    """Returns a row per class of a confusion matrix: images, accuracy, and Wilson's 95 % interval."""
+    """Return a row per class of a confusion matrix: images, accuracy, and Wilson's 95 % interval."""
     images, right = counts.sum(1), counts.diagonal()
     rows = []
     for n, k in zip(images.tolist(), right.tolist(), strict=True):
@@ -166,7 +166,7 @@ def class_accuracy(counts: np.ndarray) -> pd.DataFrame:
 
 
 def bootstrap_means(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Returns the means of bootstrap samples (Efron 1979), from which any function of them has an interval.
+    """Return the means of bootstrap samples (Efron 1979), from which any function of them has an interval.
 
     Args:
         values: ``(n, k)``, k measures of the same n cases, which are drawn together: a difference or a
@@ -182,13 +182,13 @@ def bootstrap_means(values: np.ndarray, generator: np.random.Generator) -> np.nd
 
 
 def interval95(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the 2.5th and the 97.5th percentile of each column of ``(samples, k)``."""
+    """Return the 2.5th and the 97.5th percentile of each column of ``(samples, k)``."""
     low, high = np.percentile(samples, (2.5, 97.5), axis=0)
     return low, high
 
 
 def distribution(described: dict[str, Any]) -> Any:
-    """Returns a range of study.json as Optuna writes it."""
+    """Return a range of study.json as Optuna writes it."""
     if "values" in described:
         return optuna.distributions.CategoricalDistribution(described["values"])
     return optuna.distributions.FloatDistribution(described["low"], described["high"], log=described["log"])
@@ -200,7 +200,7 @@ def _trial(row: dict[Any, Any], distributions: dict[str, Any]) -> Any:
 
 
 def param(value: Any, distribution: Any) -> Any:
-    """Returns a cell of trials.csv as the value of its distribution."""
+    """Return a cell of trials.csv as the value of its distribution."""
     if isinstance(distribution, optuna.distributions.CategoricalDistribution):
         return distribution.choices[choice_index(distribution.choices, value)]
     return float(value)

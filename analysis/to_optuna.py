@@ -27,7 +27,7 @@ STATES = {
 
 
 def write(study: StudyResults, url: str) -> bool:
-    """Adds a study to a database, under its folder's name; returns whether it was not there already.
+    """Add a study to a database, under its folder's name; return whether it was not there already.
 
     Args:
         study: Its trials get the numbers, values, states and ranges that they have here.
@@ -98,7 +98,7 @@ def _open(url: str) -> Any:
 
 
 def frozen_trials(study: StudyResults) -> list[FrozenTrial]:
-    """Returns every trial as Optuna keeps one; trial 0007 is number 7.
+    """Return every trial as Optuna keeps one; trial 0007 is number 7.
 
     Raises:
         ValueError: Trials are missing from trials.csv, so that numbers would not be theirs.
@@ -136,7 +136,7 @@ def frozen_trials(study: StudyResults) -> list[FrozenTrial]:
 
 
 def _distribution(study: StudyResults, name: str) -> Any:
-    """Returns a range; of a study that names none, what its trials have of it."""
+    """Return a range; of a study that names none, what its trials have of it."""
     described = study.facts.get("ranges", {}).get(name)
     if described:
         return stats.distribution(described)
@@ -147,7 +147,7 @@ def _distribution(study: StudyResults, name: str) -> Any:
 
 
 def _content(trials: list[FrozenTrial]) -> list[tuple[Any, ...]]:
-    """Returns what makes two exports the same study; not every database keeps times to the microsecond."""
+    """Return what makes two exports the same study; not every database keeps times to the microsecond."""
     return [(t.state, t.values, t.params, t.intermediate_values, t.user_attrs) for t in trials]
 
 

@@ -19,7 +19,7 @@ EVENTS = "events.out.tfevents."  # a name that TensorBoard looks for begins so
 
 
 def write(study: StudyResults, out: Path) -> Path:
-    """Writes ``out/tensorboard``, whole or not at all; returns it.
+    """Write ``out/tensorboard``, whole or not at all; return it.
 
     A run per trial, and one per fresh seed of the winner, holds METRICS by epoch, at the time of each
     report. The hyperparameters are those that were sampled, with their ranges.
@@ -71,7 +71,7 @@ def _write_runs(study: StudyResults, folder: Path) -> None:
 
 
 def check_ours(folder: Path) -> None:
-    """Raises ValueError where a folder that is to be replaced holds anything but event files."""
+    """Raise ValueError where a folder that is to be replaced holds anything but event files."""
     others = [file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(EVENTS)]
     if others or (folder.exists() and not folder.is_dir()):
         raise ValueError(
@@ -101,7 +101,7 @@ def _scalars(rows: pd.DataFrame) -> list[Any]:
 
 
 def _end(status: str, at: float) -> list[Any]:
-    """Returns the plugin's record that a trial ended; it knows success and failure, and pruned is no failure.
+    """Return the plugin's record that a trial ended; it knows success and failure, and pruned is no failure.
 
     tensorboard 2.21 makes that record in ``hparams.summary`` alone, which imports TensorFlow.
     """
@@ -125,7 +125,7 @@ def _event(at: float, **content: Any) -> Any:
 
 
 def _domain(study: StudyResults, name: str) -> Any:
-    """Returns a range as the plugin knows it; of older and learning-rate studies, the values seen."""
+    """Return a range as the plugin knows it; of older and learning-rate studies, the values seen."""
     from tensorboard.plugins.hparams import summary_v2
 
     described = study.facts.get("ranges", {}).get(name)
@@ -141,7 +141,7 @@ def _domain(study: StudyResults, name: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Returns a cell as the plugin takes it: a bool, number or text; None where it is empty."""
+    """Return a cell as the plugin takes it: a bool, number or text; None where it is empty."""
     if pd.isna(value):
         return None
     return value.item() if hasattr(value, "item") else value

@@ -51,7 +51,7 @@ RETRIES = {  # wandb asks a server that does not answer for minutes otherwise (0
 def build(
     studies: list[StudyResults], *, entity: str, project: str, groups: list[str], linked: bool
 ) -> wr.Report:
-    """Returns the report, a section per study.
+    """Return the report, a section per study.
 
     Args:
         studies: Finished or not.
@@ -112,7 +112,7 @@ def _section(wr: Any, study: StudyResults, group: str, place: dict[str, str]) ->
 
 
 def headline(wr: Any, study: StudyResults) -> list[Any]:
-    """Returns the study's numbers as paragraphs, those of the HTML report."""
+    """Return the study's numbers as paragraphs, those of the HTML report."""
     best = study.facts.get("best")
     blocks = [wr.UnorderedList(items=[f"{value}: {name}" for name, value in cards(study)])]
     if best:
@@ -158,7 +158,7 @@ def _name(study: StudyResults) -> str:
 
 
 def save(studies: list[StudyResults], *, entity: str, project: str, groups: list[str]) -> str:
-    """Uploads the report and returns its address.
+    """Upload the report and returns its address.
 
     Raises:
         ValueError: No key, no such project, or a server that does not answer.
@@ -180,7 +180,7 @@ def save(studies: list[StudyResults], *, entity: str, project: str, groups: list
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     parser = Parser(prog="tunefleet wandb-report", description=__doc__.split("\n")[0])
     parser.add_argument("study", nargs="+", help="a study's folder or URL; each becomes a section")
     parser.add_argument("--project", help=f"W&B's (default: WANDB_PROJECT, else {PROJECT})")

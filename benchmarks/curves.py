@@ -17,11 +17,10 @@ from rich.console import Console
 
 import tunefleet.search  # noqa: F401  sets Ray's environment before anything imports Ray
 from tunefleet.cli import exit_code
-from tunefleet.search.flags import add_options, parse_study, study_parser
-from tunefleet.search.options import StudyOptions
-from tunefleet.search.running import Session, resume, start
+from tunefleet.search.options import StudyOptions, add_options, parse_study, study_parser
+from tunefleet.search.running import resume, start
+from tunefleet.search.session import Session, leave
 from tunefleet.search.spaces import find_space
-from tunefleet.search.stopping import leave
 from tunefleet.search.suggest import suggest
 from tunefleet.trainables.config import check_integer
 
@@ -33,7 +32,7 @@ OPTIONS = (
 
 
 def points(space: str, fix: dict[str, Any] | None, count: int, seed: int, seeds: int) -> list[dict[str, Any]]:
-    """Returns the configurations of a study, each with all seeds before the next one.
+    """Return the configurations of a study, each with all seeds before the next one.
 
     Args:
         space: Whose ranges are sampled; its published best comes first.
@@ -53,7 +52,7 @@ def points(space: str, fix: dict[str, Any] | None, count: int, seed: int, seeds:
 
 
 def new_options(do: argparse.Namespace, given: dict[str, Any]) -> StudyOptions:
-    """Returns the options of a new study.
+    """Return the options of a new study.
 
     Raises:
         ValueError: A value is impossible.

@@ -52,7 +52,7 @@ FAMILIES = {
 
 
 def configurations(family: Family, weights: str, repetition: int = 0) -> list[dict[str, Any]]:
-    """Returns the fields of TrainConfig of each trial of a family.
+    """Return the fields of TrainConfig of each trial of a family.
 
     Args:
         family: Which trials; more than the committed list has begin it again.
@@ -70,6 +70,6 @@ def configurations(family: Family, weights: str, repetition: int = 0) -> list[di
 
 
 def published(architecture: str, *, epochs: int, weights: str, seed: int = 0) -> TrainConfig:
-    """Returns the published best of an architecture, without what only one arm has."""
+    """Return the published best of an architecture, without what only one arm has."""
     fixed = fixed_values(architecture, epochs=epochs, image_size=32, weights=weights, seed=seed, fix=FIX)
     return TrainConfig.from_dict(fixed | dict(find_space(architecture, FIX).published))

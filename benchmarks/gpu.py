@@ -59,7 +59,7 @@ class Case:
     image_size: int | None = None
 
     def config(self, weights: str, device: str) -> TrainConfig:
-        """Returns the trial, with the augmentation of its space."""
+        """Return the trial, with the augmentation of its space."""
         weights = weights if ARCHITECTURES[self.space].cut else "none"
         size = self.image_size or default_image_size(self.space, weights, device)
         config = example(StudyOptions(self.space, weights=weights, image_size=size))
@@ -73,7 +73,7 @@ CASES = [Case(space) for space in SPACES] + [
 
 
 def timed_run(case: Case, data: ImageData, levers: Levers, data_dir: Path, weights: str) -> TrainingRun:
-    """Returns a run on a sample of inputs, which are kept nowhere; an epoch of it has some steps."""
+    """Return a run on a sample of inputs, which are kept nowhere; an epoch of it has some steps."""
     config, frozen = case.config(weights, levers.device), ARCHITECTURES[case.space].frozen
     steps = STEPS["small" if ARCHITECTURES[case.space].cut is None or frozen else "ResNet"][levers.cuda_graph]
     inputs, _ = sample_inputs(config, data, levers, data_dir, steps * config.batch_size)
@@ -83,7 +83,7 @@ def timed_run(case: Case, data: ImageData, levers: Levers, data_dir: Path, weigh
 
 
 def images_per_second(run: TrainingRun) -> float:
-    """Returns the speed of whole epochs without evaluation, the copies at their beginning included."""
+    """Return the speed of whole epochs without evaluation, the copies at their beginning included."""
     seconds = []
     for _ in range(REPEATS + 1):
         began = time.perf_counter()
@@ -93,7 +93,7 @@ def images_per_second(run: TrainingRun) -> float:
 
 
 def peak_flops(levers: Levers) -> float:
-    """Returns FLOP/s of a square matrix product in the number type of the levers."""
+    """Return FLOP/s of a square matrix product in the number type of the levers."""
     side = MATRIX_SIDE[torch.device(levers.device).type]
     a, b = (torch.rand(side, side, device=levers.device).to(levers.dtype) for _ in range(2))
     seconds = []
@@ -105,7 +105,7 @@ def peak_flops(levers: Levers) -> float:
 
 
 def flops_per_image(run: TrainingRun) -> float:
-    """Returns FLOPs of a forward and backward pass, 2 a multiply-add, as torch counts them."""
+    """Return FLOPs of a forward and backward pass, 2 a multiply-add, as torch counts them."""
     count = min(FLOP_IMAGES, len(run.inputs.train_y))
     x, y = run.to_network(run.inputs.train_x[:count]), run.inputs.train_y[:count]
     with FlopCounterMode(display=False) as counter:
@@ -117,7 +117,7 @@ def flops_per_image(run: TrainingRun) -> float:
 def epoch_lines(
     data: ImageData, levers: Levers, data_dir: Path, weights: str, cases: list[Case]
 ) -> Iterator[str]:
-    """Yields a line per case: images/s eager and captured, their ratio, and the share of the peak."""
+    """Yield a line per case: images/s eager and captured, their ratio, and the share of the peak."""
     peak = peak_flops(levers)
     yield f"{torch.backends.cpu.get_cpu_capability() if levers.device == 'cpu' else _gpu()}"
     yield (
@@ -178,7 +178,7 @@ def share(
 def share_lines(
     data: ImageData, levers: Levers, data_dir: Path, weights: str, spaces: list[str]
 ) -> Iterator[str]:
-    """Yields a line per small space: images/s of 1, 2 and 4 trials at once on one device, all together."""
+    """Yield a line per small space: images/s of 1, 2 and 4 trials at once on one device, all together."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(max(AT_ONCE), timeout=WAIT_SECONDS)
     speeds = context.Array("d", len(spaces) * len(AT_ONCE) * max(AT_ONCE))
@@ -204,7 +204,7 @@ def share_lines(
 
 
 def decode_lines(source: str, data_dir: Path, *, unpack: bool) -> Iterator[str]:
-    """Yields the seconds in which all images are decoded, into an empty folder.
+    """Yield the seconds in which all images are decoded, into an empty folder.
 
     Args:
         source: Of the images.
@@ -243,7 +243,7 @@ def _lines(what: str, options: Namespace) -> Iterator[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints what was asked for, line by line."""
+    """Print what was asked for, line by line."""
     parser = Parser(prog="python -m tunefleet.benchmarks.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("what", nargs="+", choices=("decode", "epoch", "share", "decode-folder"))
     parser.add_argument("--data", default="cifar10", help="cifar10, digits, or a folder or archive of images")

@@ -24,7 +24,7 @@ PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
 @contextlib.contextmanager
 def adopting_orphans() -> Iterator[None]:
-    """Makes orphans of an arm children of this process, which can then wait for their end (Linux).
+    """Make orphans of an arm children of this process, which can then wait for their end (Linux).
 
     Not for longer: a Ray worker takes its raylet for dead only once init has adopted it (Ray 2.60).
     """
@@ -48,24 +48,24 @@ class Measured:
 
     @property
     def best(self) -> float:
-        """Returns the highest val_accuracy of a trial's last report, a fraction."""
+        """Return the highest val_accuracy of a trial's last report, a fraction."""
         last = {row["trial"]: row["val_accuracy"] or 0.0 for row in self.rows}
         return max(last.values())
 
     @property
     def first_and_last(self) -> tuple[float, float]:
-        """Returns when the first report came, and the last: before and after lies what an engine costs."""
+        """Return when the first report came, and the last: before and after lies what an engine costs."""
         times = [row["finished_at"] for row in self.rows]
         return min(times), max(times)
 
     def seconds_until(self, accuracy: float) -> float | None:
-        """Returns when a report first reached an accuracy; None: never."""
+        """Return when a report first reached an accuracy; None: never."""
         found = [row["finished_at"] for row in self.rows if (row["val_accuracy"] or 0.0) >= accuracy]
         return min(found, default=None)
 
 
 def measure(task: Task, before: dict[str, float]) -> Measured:
-    """Runs an arm in a process of its own and waits until all that it started is gone.
+    """Run an arm in a process of its own and waits until all that it started is gone.
 
     Args:
         task: What it shall run.
@@ -96,7 +96,7 @@ def measure(task: Task, before: dict[str, float]) -> Measured:
 
 
 def environment(arm: str) -> dict[str, str]:
-    """Returns a shell's variables, without those of Ray and Tune that ``search`` has set for itself.
+    """Return a shell's variables, without those of Ray and Tune that ``search`` has set for itself.
 
     Those of the allocator go with our training code, to whichever arm runs it; the tutorial has its own.
     """
@@ -110,7 +110,7 @@ def _cpu_seconds() -> float:
 
 
 def _reap() -> None:
-    """Waits for all children, those that were orphaned to us included."""
+    """Wait for all children, those that were orphaned to us included."""
     until = time.monotonic() + LEFT_SECONDS
     while time.monotonic() < until:
         try:
@@ -122,7 +122,7 @@ def _reap() -> None:
 
 
 def check_same_work(task: Task, rows: list[Row]) -> None:
-    """Raises RuntimeError unless an arm trained every trial, to its end where nobody prunes."""
+    """Raise RuntimeError unless an arm trained every trial, to its end where nobody prunes."""
     epochs: dict[int, int] = {}
     for row in rows:
         epochs[row["trial"]] = max(row["epoch"], epochs.get(row["trial"], 0))

@@ -14,12 +14,12 @@ class NoOpTrial(Trial):
     """A trial that trains nothing."""
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Starts the next job."""
+        """Start the next job."""
         self.job, self.epoch = new_config, new_config["reported"]
         return True
 
     def step(self) -> dict[str, Any]:
-        """Reports an epoch, after no time."""
+        """Report an epoch, after no time."""
         self.epoch += 1
         trial = int(self.job["trial_id"])
         report = row(trial, self.epoch, no_op_accuracy(trial, self.epoch))

@@ -25,13 +25,13 @@ class Frozen(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the network's output."""
+        """Return the network's output."""
         out: Tensor = self.network(x)
         return out
 
 
 def obvious_network(config: TrainConfig, classes: int) -> nn.Module:
-    """Builds Conv → ReLU → MaxPool networks for images ``(N, 3, 32, 32)``; they return logits.
+    """Build Conv → ReLU → MaxPool networks for images ``(N, 3, 32, 32)``; they return logits.
 
     Parameters stand in the order of ours, so that weights can be copied over.
 

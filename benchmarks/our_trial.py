@@ -22,7 +22,7 @@ class OurTrial:
             self.run = TrainingRun(task.config(trial), data, levers, Path(task.data_dir))
 
     def epoch(self) -> Row:
-        """Trains and evaluates an epoch, or only says so."""
+        """Train and evaluates an epoch, or only says so."""
         self.epochs_done += 1
         if self.run is None:
             return row(self.trial, self.epochs_done, no_op_accuracy(self.trial, self.epochs_done))

@@ -15,7 +15,7 @@ SECONDS = 2.0  # for which each is repeated
 
 
 def probe() -> dict[str, float]:
-    """Returns GFLOP/s of a matrix product and GB/s of reading memory, on one thread of the CPU."""
+    """Return GFLOP/s of a matrix product and GB/s of reading memory, on one thread of the CPU."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -30,13 +30,13 @@ def probe() -> dict[str, float]:
 
 
 def _median_seconds(work: Callable[[], object]) -> float:
-    """Returns the median seconds of a call."""
+    """Return the median seconds of a call."""
     _calls(work, WARM_UP)
     return statistics.median(_calls(work, SECONDS))
 
 
 def _calls(work: Callable[[], object], for_seconds: float) -> list[float]:
-    """Returns the seconds of each of three calls, or of as many more as fit."""
+    """Return the seconds of each of three calls, or of as many more as fit."""
     seconds: list[float] = []
     until = time.perf_counter() + for_seconds
     while time.perf_counter() < until or len(seconds) < 3:
@@ -47,6 +47,6 @@ def _calls(work: Callable[[], object], for_seconds: float) -> list[float]:
 
 
 def spread(values: list[float]) -> float:
-    """Returns by which fraction of their median values differ at most."""
+    """Return by which fraction of their median values differ at most."""
     middle = sorted(values)[len(values) // 2]
     return (max(values) - min(values)) / middle

@@ -45,7 +45,7 @@ STEADY = 0.15  # by which fraction probes may vary before a ratio says nothing
 
 
 def subset(data_name: str, data_dir: Path, images: int | None) -> str:
-    """Returns a folder of some training images, of each class as many, for all arms to read.
+    """Return a folder of some training images, of each class as many, for all arms to read.
 
     Args:
         data_name: As ``--data`` takes it.
@@ -69,26 +69,26 @@ def subset(data_name: str, data_dir: Path, images: int | None) -> str:
 
 
 def absolute(name: str) -> str:
-    """Returns a path that means the same in every process, and what is no path as it is."""
+    """Return a path that means the same in every process, and what is no path as it is."""
     return str(Path(name).absolute()) if Path(name).exists() else name
 
 
 def _parts(of_class: np.ndarray, count: int) -> list[tuple[str, np.ndarray]]:
-    """Returns what becomes train/, and a test/ that nothing reads but that a data set must have."""
+    """Return what becomes train/, and a test/ that nothing reads but that a data set must have."""
     if len(of_class) <= count:
         raise ValueError(f"a class has {len(of_class)} images, too few for {count} of each; give more --data")
     return [("train", of_class[:count]), ("test", of_class[count : count + 1])]
 
 
 def interval95(ratios: list[float]) -> tuple[float, float]:
-    """Returns the bootstrap's 95 % interval of the median of ratios ``(n,)``."""
+    """Return the bootstrap's 95 % interval of the median of ratios ``(n,)``."""
     drawn = np.random.default_rng(0).choice(ratios, size=(stats.RESAMPLES, len(ratios)))
     low, high = stats.interval95(np.median(drawn, axis=1))
     return float(low), float(high)
 
 
 def ratios(measured: dict[str, list[Measured]], arm: str, target: float | None) -> list[float]:
-    """Returns, per steady repetition, how many times as long an arm took as ours.
+    """Return, per steady repetition, how many times as long an arm took as ours.
 
     Args:
         measured: Runs of each arm, by repetition.
@@ -103,20 +103,20 @@ def ratios(measured: dict[str, list[Measured]], arm: str, target: float | None) 
 
 
 def _pairs(measured: dict[str, list[Measured]], arm: str) -> list[tuple[Measured, Measured]]:
-    """Returns an arm's runs, each with ours of its repetition; none of ours, or without ours."""
+    """Return an arm's runs, each with ours of its repetition; none of ours, or without ours."""
     if arm == "ours" or "ours" not in measured:
         return []
     return list(zip(measured[arm], measured["ours"], strict=True))
 
 
 def variation(*runs: Measured) -> tuple[float, str]:
-    """Returns by which fraction the machine's speed varied beside some runs, and in what it did most."""
+    """Return by which fraction the machine's speed varied beside some runs, and in what it did most."""
     probes = [probed for run in runs for probed in run.probes]
     return max((spread([probed[name] for probed in probes]), name) for name in probes[0])
 
 
 def seconds_of(run: Measured, target: float | None) -> float:
-    """Returns the seconds of a run that count; infinity where it never reached the target."""
+    """Return the seconds of a run that count; infinity where it never reached the target."""
     if target is None:
         return run.seconds
     found = run.seconds_until(target)
@@ -124,14 +124,14 @@ def seconds_of(run: Measured, target: float | None) -> float:
 
 
 def target_of(family: Family, measured: dict[str, list[Measured]]) -> float | None:
-    """Returns the val_accuracy that ends the race, the lowest best of the tutorial's runs; None: no race."""
+    """Return the val_accuracy that ends the race, the lowest best of the tutorial's runs; None: no race."""
     if not family.pruning or "tutorial" not in measured:
         return None
     return min(run.best for run in measured["tutorial"])
 
 
 def print_table(family: Family, measured: dict[str, list[Measured]]) -> None:
-    """Prints a row per arm, 80 columns wide, and which repetitions were left out of the ratios."""
+    """Print a row per arm, 80 columns wide, and which repetitions were left out of the ratios."""
     target = target_of(family, measured)
     if target is not None:
         print(f"seconds until val_accuracy {target:.4f}, the tutorial's best")
@@ -168,7 +168,7 @@ def unsteady(measured: dict[str, list[Measured]]) -> list[str]:
 def result(
     family: Family, options: argparse.Namespace, measured: dict[str, list[Measured]]
 ) -> dict[str, Any]:
-    """Returns what is kept of a benchmark; of unsteady repetitions no ratios."""
+    """Return what is kept of a benchmark; of unsteady repetitions no ratios."""
     target = target_of(family, measured)
     return {
         "family": options.family,
@@ -208,7 +208,7 @@ def result(
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Returns the checked options.
+    """Return the checked options.
 
     Raises:
         ValueError: One is impossible.
@@ -239,7 +239,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def compare(options: argparse.Namespace) -> int:
-    """Runs the arms in turn, prints the table and writes the result."""
+    """Run the arms in turn, prints the table and writes the result."""
     given = {name: value for name in ("trials", "epochs", "images") if (value := getattr(options, name))}
     family = dataclasses.replace(FAMILIES[options.family], **given)
     data = subset(options.data, options.data_dir, family.images)
@@ -292,7 +292,7 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compares arms; returns the exit code."""
+    """Compare arms; return the exit code."""
     return exit_code(lambda: compare(parse(arguments)))
 
 

@@ -43,13 +43,13 @@ class Scaled:
     folder_mib: float
 
     def row(self) -> tuple[float, ...]:
-        """Returns the numbers of a line of the table, in the order of COLUMNS."""
+        """Return the numbers of a line of the table, in the order of COLUMNS."""
         pairs = ((begin, end, end / begin) for begin, end in (self.ms_per_trial, self.driver_mib))
         return (*itertools.chain(*pairs), self.folder_mib)
 
 
 def run(trials: int, data: str, data_dir: Path) -> Scaled:
-    """Runs a study of trials that only report.
+    """Run a study of trials that only report.
 
     Raises:
         RuntimeError: It failed; the end of what it printed.
@@ -83,7 +83,7 @@ def run(trials: int, data: str, data_dir: Path) -> Scaled:
 
 
 def _memory(process: psutil.Popen, journal: Path) -> Iterable[float]:
-    """Yields MiB of a process now and then, from the time when its study has settled."""
+    """Yield MiB of a process now and then, from the time when its study has settled."""
     while True:
         try:
             process.wait(SAMPLE_SECONDS)
@@ -97,7 +97,7 @@ def _memory(process: psutil.Popen, journal: Path) -> Iterable[float]:
 
 
 def ms_per_trial(rows: list[Row]) -> tuple[float, float]:
-    """Returns milliseconds between trials' first reports, of WINDOW trials after SETTLED, and of the last."""
+    """Return milliseconds between trials' first reports, of WINDOW trials after SETTLED, and of the last."""
     times = sorted(row["finished_at"] for row in rows if row["epoch"] == 1)
     first = times[SETTLED + WINDOW] - times[SETTLED]
     return 1000 * first / WINDOW, 1000 * (times[-1] - times[-1 - WINDOW]) / WINDOW
@@ -108,7 +108,7 @@ def _line(name: str, numbers: Iterable[float]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints what a long study took."""
+    """Print what a long study took."""
     parser = Parser(prog="python -m tunefleet.benchmarks.scale", description=__doc__.split("\n")[0])
     parser.add_argument("--trials", type=int, default=2000, help="of the study (%(default)s)")
     parser.add_argument("--data", default="digits", help="which trials would train on (%(default)s)")

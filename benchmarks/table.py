@@ -20,7 +20,7 @@ PEERS = tuple(arm for arm in ARMS if arm != "ours")
 
 
 def work(found: dict[str, Any]) -> str:
-    """Returns what a result's arms were given to do."""
+    """Return what a result's arms were given to do."""
     images = f"{found['images']:,} images" if found["images"] else "all images"
     ends = "no-op" if found["no_op"] else f"{found['epochs']} × {images}"
     if found["pruning"]:
@@ -29,7 +29,7 @@ def work(found: dict[str, Any]) -> str:
 
 
 def row(found: dict[str, Any]) -> list[str]:
-    """Returns the cells of one result: work, number type, seconds of ours, and others' time over ours."""
+    """Return the cells of one result: work, number type, seconds of ours, and others' time over ours."""
     seconds = [run["seconds_counted"] for run in found["arms"]["ours"]]
     cells = [
         work(found),
@@ -47,7 +47,7 @@ def row(found: dict[str, Any]) -> list[str]:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """Returns a row per result, by number type and family; peers that no result has are left out."""
+    """Return a row per result, by number type and family; peers that no result has are left out."""
     found = sorted(found, key=lambda one: (one["precision"], work(one)))
     peers = [any(peer in one["arms"] for one in found) for peer in PEERS]
     kept = [True, True, True, *peers]
@@ -59,7 +59,7 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def read(file: str) -> dict[str, Any]:
-    """Returns a result.
+    """Return a result.
 
     Raises:
         ValueError: The file holds none.
@@ -75,7 +75,7 @@ def read(file: str) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the table; returns the exit code."""
+    """Print the table; return the exit code."""
     parser = Parser(prog="python -m tunefleet.benchmarks.table", description=__doc__.split("\n")[0])
     parser.add_argument("files", nargs="+", metavar="FILE", help="that tunefleet.benchmarks.run wrote")
     files = parser.parse_args(arguments).files

@@ -47,27 +47,27 @@ class Task:
 
     @classmethod
     def read(cls, file: Path) -> Task:
-        """Reads what ``write`` wrote."""
+        """Read what ``write`` wrote."""
         return cls(**json.loads(file.read_text()))
 
     def write(self, file: Path) -> None:
-        """Writes the task for a process to read."""
+        """Write the task for a process to read."""
         file.write_text(json.dumps(dataclasses.asdict(self)))
 
     def config(self, trial: int) -> TrainConfig:
-        """Returns a trial's configuration."""
+        """Return a trial's configuration."""
         return TrainConfig.from_dict(self.configurations[trial])
 
     def images(self) -> ImageData:
-        """Returns the decoded images."""
+        """Return the decoded images."""
         return prepare(self.data, Path(self.data_dir))
 
 
 def no_op_accuracy(trial: int, epoch: int) -> float:
-    """Returns what a trial that trains nothing reports: a fraction that differs between trials."""
+    """Return what a trial that trains nothing reports: a fraction that differs between trials."""
     return (trial * 37 % 101 + epoch) / 200
 
 
 def row(trial: int, epoch: int, val_accuracy: float | None) -> Row:
-    """Returns a report of now."""
+    """Return a report of now."""
     return {"trial": trial, "epoch": epoch, "val_accuracy": val_accuracy, "finished_at": time.time()}

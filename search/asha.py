@@ -1,10 +1,10 @@
-"""Which trials go on? The asynchronous successive halving algorithm (ASHA), without Ray.
+"""Which trials continue? The asynchronous successive halving algorithm (ASHA), without Ray.
 
 Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning", algorithm 2. Two variants:
-``promote`` holds every trial at each rung and lets the best paused one go on whenever a worker is
-free; ``stop`` decides as a trial arrives. Values are maximised. Unlike Ray 2.60's ASHAScheduler, a
-diverged or missing value ranks last, tied trials are ordered by arrival and never promoted
-wholesale, and the state is a function of the reports: whoever has them can rebuild it.
+``promote`` pauses every trial at each rung and continues the best paused one whenever a worker is
+free; ``stop`` decides as a trial arrives. Values are maximised. Unlike in Ray 2.60's ASHAScheduler, a
+diverged or missing value ranks last, ties are ordered by arrival, and the state is a function of the
+reports.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WORST = -math.inf  # of diverged, failed and missing values: ranks last, is neve
 
 
 def rung_epochs(grace: int, eta: int, epochs: int) -> tuple[int, ...]:
-    """Returns the epochs at which ASHA decides: grace·etaᵏ below epochs, rising.
+    """Return the epochs at which ASHA decides: grace·etaᵏ below epochs, rising.
 
     Raises:
         ValueError: No such rungs exist.
@@ -46,7 +46,7 @@ class Asha:
 
     Args:
         rungs: Epochs at which to decide, rising; none means no pruning.
-        eta: One of eta trials of a rung goes on.
+        eta: Keep the top 1/eta of the trials at each rung.
     """
 
     def __init__(self, rungs: tuple[int, ...], eta: int) -> None:
@@ -58,7 +58,7 @@ class Asha:
         self._ranking: dict[int, list[tuple[float, int, str]]] = {rung: [] for rung in rungs}
 
     def record(self, trial_id: str, epoch: int, value: float | None) -> None:
-        """Takes in a trial's first report of an epoch; beyond a rung it says that the trial was promoted."""
+        """Record a trial's first report of an epoch; beyond a rung it marks the trial as promoted from it."""
         for rung in self.rungs:
             if epoch == rung:
                 self._rank(trial_id, rung, WORST if value is None or math.isnan(value) else value)
@@ -66,7 +66,7 @@ class Asha:
                 self.promoted[rung].add(trial_id)
 
     def record_failure(self, trial_id: str, epoch: int) -> None:
-        """Counts a trial that failed at or after this epoch as last of the rung that it was to reach."""
+        """Rank a trial that failed at or after this epoch last in the rung it would have reached next."""
         for rung in self.rungs:
             if rung >= epoch and trial_id not in self.values[rung]:
                 self._rank(trial_id, rung, WORST)
@@ -79,34 +79,33 @@ class Asha:
             values[trial_id] = value
 
     def best(self, rung: int, count: int) -> list[str]:
-        """Returns the ids of a rung's best trials, best value first; ties stay in order of arrival."""
+        """Return the ids of a rung's best trials, best value first; ties stay in order of arrival."""
         return [trial_id for _, _, trial_id in self._ranking[rung][:count]]
 
     def promote(self, trial_id: str, rung: int) -> None:
-        """Marks a trial as gone on from a rung."""
+        """Mark a trial as promoted from a rung."""
         self.promoted[rung].add(trial_id)
 
     def survives(self, trial_id: str, rung: int) -> bool:
-        """Says whether the ``stop`` variant lets a trial go on from a rung that it has reported.
+        """Return whether the ``stop`` variant continues a trial from a rung that it has reported.
 
-        It must stand among the best ``n // eta`` of the n reports so far, itself included; while
-        there are fewer than eta, it must be the best.
+        It must be among the best ``n // eta`` of the n reports so far, itself included; while there are
+        fewer than eta, it must be the best.
         """
         values = self.values[rung]
         return trial_id in self.best(rung, max(1, len(values) // self.eta)) and values[trial_id] > WORST
 
     def promotable(self, settled: float = 0) -> tuple[str, int] | None:
-        """Returns the trial that the ``promote`` variant lets go on next, and its rung.
+        """Return the trial that the ``promote`` variant continues next, and its rung; the highest rung first.
 
-        The highest rung is asked first. Of n trials that reached a rung, the best ``n // eta`` may go on,
-        and while more may come no more than ``n // eta`` ever do: in the paper each newcomer to the best
-        adds a promotion, which spends a quarter more epochs on the same best trial. Where a rung is
-        settled its best ``n // eta`` go on, whoever else went before: that makes up for those who were
-        among the best only of the first to arrive (docs/decisions.md).
+        While trials still arrive at a rung, at most n // eta are promoted from it in total. The paper
+        promotes once per new top-1/eta trial: about 25 % more epochs for the same winner. Once a rung is
+        settled, its best n // eta are promoted, whoever was before: some were among the best only of the
+        first to arrive (docs/decisions.md).
 
         Args:
-            settled: To the rungs up to this epoch nothing is added any more. From these at least one
-                trial goes on, so that every study's best sees all its epochs.
+            settled: No trial can arrive any more at the rungs up to this epoch. At least one trial is
+                promoted from each of them, so that the best trial of every study sees all epochs.
         """
         for rung in reversed(self.rungs):
             values = self.values[rung]
@@ -121,26 +120,25 @@ class Asha:
         return None
 
     def settled(self, reached: Iterable[int]) -> int:
-        """Returns the highest rung to which nothing is added any more once no trial starts; 0: there is none.
+        """Return the highest rung at which no trial can arrive any more, once no trial starts; 0: none.
 
         Args:
-            reached: Epochs that the trials which run have reported.
+            reached: Epochs that the running trials have reported.
         """
         least, settled = min(reached, default=math.inf), 0
         for rung in self.rungs:
             if least < rung:
                 break
             settled, waiting = rung, self.promotable(settled=rung)
-            if waiting and waiting[1] <= rung:  # who goes on from here adds to the next
+            if waiting and waiting[1] <= rung:  # a trial promoted from here arrives at the next
                 break
         return settled
 
 
 def least_epochs(trials: int, rungs: tuple[int, ...], eta: int, epochs: int) -> int:
-    """Returns the epochs that ``promote`` spends at least on n trials, none of which fails.
+    """Return the fewest epochs that ``promote`` can spend on n trials, none of which fails.
 
-    More where some of the first to arrive go on that are not among the best of all. One trial in eta of
-    each rung goes on, at least one: trials·r₀ + (trials // eta)·(r₁ - r₀) + …
+    One trial in eta of each rung continues, at least one: trials·r₀ + (trials // eta)·(r₁ - r₀) + …
     """
     spent, reached, alive = 0, 0, trials
     for rung in (*rungs, epochs):
@@ -151,10 +149,10 @@ def least_epochs(trials: int, rungs: tuple[int, ...], eta: int, epochs: int) -> 
 
 @functools.lru_cache
 def expected_epochs(trials: int, rungs: tuple[int, ...], eta: int, epochs: int, pruner: str) -> int:
-    """Returns the epochs that a search of n trials spends on average: that of simulated ones.
+    """Return the epochs that a search of n trials spends on average, from simulated searches.
 
-    The values of a trial at two rungs are related as loosely as they were in recorded studies: a quality of
-    its own, and as much again by chance at each rung.
+    A trial's values at two rungs are as loosely related as in recorded studies: a quality of its own plus as
+    much noise at each rung.
     """
     simulated = max(2, min(SIMULATIONS, SIMULATED_TRIALS // trials))
     spent = [_simulated_epochs(trials, rungs, eta, epochs, pruner, seed) for seed in range(simulated)]
@@ -164,7 +162,7 @@ def expected_epochs(trials: int, rungs: tuple[int, ...], eta: int, epochs: int, 
 def _simulated_epochs(
     trials: int, rungs: tuple[int, ...], eta: int, epochs: int, pruner: str, seed: int
 ) -> int:
-    """Returns the epochs of one search by a single worker, none of whose trials fails."""
+    """Return the epochs of one search by a single worker, none of whose trials fails."""
     draw, asha, horizon = random.Random(seed), Asha(rungs, eta), (*rungs, epochs)
     quality: dict[str, float] = {}
     spent = 0

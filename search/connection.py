@@ -98,7 +98,7 @@ def connect(
     # without an address ray.init would join whatever cluster this host happens to run
     local = is_local()
     address = "local" if local else os.environ["RAY_ADDRESS"]
-    # one warning that Ray's SIGTERM handler is for the main thread; search/stopping.py has that signal
+    # one warning that Ray's SIGTERM handler is for the main thread; search/session.py has that signal
     logging.getLogger("ray._private.worker").setLevel(logging.ERROR)
     if local:
         check_limits()

@@ -1,23 +1,33 @@
-"""What does a study say when it is done? Text for people, 80 columns wide."""
+"""What a study prints, 80 columns wide: phases before its trials, a live table or lines, and its results."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.control import Control
+from rich.live import Live
+from rich.segment import ControlType, Segment
+from rich.table import Table
 from rich.text import Text
 
 from tunefleet.cli import counted, printable
-from tunefleet.journal import FAILED
+from tunefleet.journal import FAILED, TrialRecord
 from tunefleet.models import ARCHITECTURES
+from tunefleet.search.asha import expected_epochs
+from tunefleet.search.jobs import Jobs
+from tunefleet.search.options import StudyOptions
 from tunefleet.search.spaces import SPACES
 from tunefleet.study import Study
 from tunefleet.trainables.storage import is_url
 
+SHOWN = ("lr", "weight_decay", "momentum", "batch_size", "hidden", "kernel_size", "schedule", "augment")
 TERMINAL_SECONDS = 0.5  # between refreshes
 PLAIN_SECONDS = 5.0  # between lines in a log file
 
@@ -63,7 +73,7 @@ def print_result(folder: Path, console: Console) -> int:
 
 
 def print_text(console: Console, text: str, head: str = "", style: str = "bold") -> None:
-    """Prints a line with a head that stands out; a user's text in it is no markup and breaks no line."""
+    """Print a line with a head that stands out; a user's text in it is no markup and breaks no line."""
     console.print(Text.assemble((head, style), printable(text)), soft_wrap=True)
 
 
@@ -72,7 +82,7 @@ def _counts(of: dict[str, int]) -> str:
 
 
 def list_spaces(console: Console) -> int:
-    """Prints each space: what it is and what it samples."""
+    """Print each space: what it is and what it samples."""
     for name, space in SPACES.items():
         budget = f"{counted(space.trials, 'trial')} of up to {counted(space.epochs, 'epoch')}"
         if ARCHITECTURES[name].cut:
@@ -91,7 +101,7 @@ def list_spaces(console: Console) -> int:
 
 @contextlib.contextmanager
 def phase(console: Console, text: str) -> Iterator[Callable[[str, int, int], None]]:
-    """Shows what is going on before there are trials: in place in a terminal, as lines elsewhere.
+    """Show what is going on before there are trials: in place in a terminal, as lines elsewhere.
 
     Args:
         console: Where to.
@@ -138,7 +148,7 @@ def _shows(character: str, console: Console) -> bool:
 
 
 def shown(place: Path | str) -> str:
-    """Returns a path as short as the reader's working directory allows; a URL as it is."""
+    """Return a path as short as the reader's working directory allows; a URL as it is."""
     if is_url(place):
         return str(place)
     relative = os.path.relpath(place)
@@ -154,9 +164,200 @@ def rounded(value: float, form: str = "f") -> str:
 
 
 def clock(seconds: float) -> str:
-    """Returns 75 as 1 min 15 s."""
+    """Return 75 as 1 min 15 s."""
     minutes, rest = divmod(round(seconds), 60)
     if not minutes:
         return f"{rest} s"
     hours, minutes_left = divmod(minutes, 60)
     return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+class Progress:
+    """Shows one study; ``update`` may be called as often as one likes.
+
+    Args:
+        jobs: The study.
+        options: What was asked for.
+        slots: How many trials run at once.
+        console: Where to; a terminal gets the table, anything else plain lines.
+        trouble: Returns what the study waits for, in a few words; nothing where it does not.
+    """
+
+    def __init__(
+        self,
+        jobs: Jobs,
+        options: StudyOptions,
+        slots: int,
+        console: Console,
+        trouble: Callable[[], str] = lambda: "",
+    ) -> None:
+        self.jobs, self.options, self.slots, self.console = jobs, options, slots, console
+        self.trouble = trouble
+        live = console.is_terminal and not console.is_dumb_terminal
+        self.live = Live(console=console, auto_refresh=False, transient=True) if live else None
+        self.began = time.monotonic()
+        self.shown_at = -float("inf")
+        self.closed = False
+        self.drawn: list[int] = []  # lengths of the lines in the terminal
+        self.epochs_before = epochs_of(jobs)  # of an earlier run of a resumed study
+
+    def __enter__(self) -> Progress:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Show nothing any more."""
+        self.closed = True
+        if self.live:
+            self._erase_wrapped()
+            self.live.stop()
+
+    def update(self) -> None:
+        """Show the study's state, unless it was shown just now."""
+        if self.closed:
+            return
+        self._erase_wrapped()
+        while self.jobs.notes:
+            self.console.print(
+                printable(self.jobs.notes.popleft()), markup=False, highlight=False, soft_wrap=True
+            )
+        now = time.monotonic()
+        if now - self.shown_at < (TERMINAL_SECONDS if self.live else PLAIN_SECONDS):
+            return
+        self.shown_at = now
+        facts = self.facts(now)
+        if self.live:
+            shown = table(facts)
+            self.live.update(shown, refresh=True)
+            lines = self.console.render_lines(shown, pad=False)
+            self.drawn = [Segment.get_line_length(drawn) for drawn in lines]
+        else:
+            print_text(self.console, line(facts))
+
+    def _erase_wrapped(self) -> None:
+        """Erase the rows that the table has gained where its terminal has become narrower.
+
+        Terminals wrap the lines that no longer fit; rich (15) erases as many rows as it drew.
+        """
+        width = self.console.width
+        gained = sum(max(0, length - 1) // width for length in self.drawn)
+        if gained:
+            up = ((ControlType.CURSOR_UP, 1), (ControlType.ERASE_IN_LINE, 2))
+            first = (ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2))
+            self.console.control(Control(*first, *up * gained))
+            self.drawn = []
+
+    def facts(self, now: float) -> dict[str, Any]:
+        """Return everything that is shown."""
+        jobs, options = self.jobs, self.options
+        assert options.trials is not None
+        assert options.epochs is not None
+        elapsed = now - self.began
+        done = epochs_of(jobs)
+        expected = expected_epochs(jobs.max_trials, options.rungs, options.eta, options.epochs, jobs.pruner)
+        searched = sum(trial.epoch for trial in jobs.searched)
+        if jobs.search_is_over:
+            expected = searched
+        total = max(expected, searched) + options.final_seeds * options.epochs
+        rate = (done - self.epochs_before) / elapsed if elapsed > 0 else 0.0
+        return {
+            "space": options.space,
+            "phase": "final" if jobs.search_is_over else "search",
+            "counts": counts(jobs.searched, jobs),
+            "finals": counts([trial for trial in jobs.trials.values() if trial.is_final], jobs),
+            "testing": sum(jobs.phases.get(trial_id) == "testing" for trial_id in jobs.running),
+            "final_seeds": options.final_seeds,
+            "rungs": {rung: len(values) for rung, values in jobs.asha.values.items()},
+            "started": len(jobs.searched),
+            "trials": jobs.max_trials,
+            "slots": self.slots,
+            "epochs": done,
+            "expected_epochs": total,
+            "epochs_per_second": rate,
+            "elapsed": elapsed,
+            "eta": (total - done) / rate if rate else None,
+            "best": jobs.best_yet,
+            "trouble": self.trouble(),
+        }
+
+
+def counts(trials: list[TrialRecord], jobs: Jobs) -> Counter[str]:
+    """Return how many trials are running, paused (or pruned, once the search is over), done, …."""
+    left = "pruned" if jobs.search_is_over or jobs.pruner == "stop" else "paused"
+    return Counter(
+        trial.status or ("running" if trial.trial_id in jobs.running else left) for trial in trials
+    )
+
+
+def finals(facts: dict[str, Any]) -> str:
+    """Return how far the winner's seeds are."""
+    done, running, testing = facts["finals"]["done"], facts["finals"]["running"], facts["testing"]
+    tested = f", {testing} on the test images" if testing else ""
+    return f"{done} of {counted(facts['final_seeds'], 'seed')} done, {running - testing} training{tested}"
+
+
+def epochs_of(jobs: Jobs) -> int:
+    """Return the epochs reported so far, the final seeds' included."""
+    return sum(trial.epoch for trial in jobs.trials.values())
+
+
+def describe(best: tuple[float, int, TrialRecord] | None) -> str:
+    """Return the highest value yet in words."""
+    if best is None:
+        return "none yet"
+    value, epoch, trial = best
+    config = trial.config
+    values = ", ".join(
+        f"{name} {config[name]:.3g}" if isinstance(config[name], float) else f"{name} {config[name]}"
+        for name in SHOWN
+        if config.get(name) is not None
+    )
+    return f"{value:.4f} after {counted(epoch, 'epoch')} (trial {trial.trial_id}: {values})"
+
+
+def line(facts: dict[str, Any]) -> str:
+    """Return the state as one line."""
+    states = ", ".join(f"{number} {status}" for status, number in sorted(facts["counts"].items()))
+    if facts["phase"] == "final":
+        states += f"; {finals(facts)}"
+    best, trouble = facts["best"], facts["trouble"]
+    value = f"{best[0]:.4f}" if best else "-"
+    left = f", about {clock(facts['eta'])} left" if facts["eta"] else ""
+    trials = f"{facts['started']}/{counted(facts['trials'], 'trial')}"
+    epochs = f"{facts['epochs']}/{counted(facts['expected_epochs'], 'epoch')}"
+    return (
+        f"{facts['space']} {facts['phase']}: {trials} ({states}), "
+        + ("" if facts["epochs_per_second"] else "no epoch done yet, ")
+        + f"{epochs}, {facts['epochs_per_second']:.2g} epochs/s, "
+        f"best val_accuracy {value}, {clock(facts['elapsed'])}{left}" + (f"; {trouble}" if trouble else "")
+    )
+
+
+def table(facts: dict[str, Any]) -> Group:
+    """Return the state as a table that fits 80 columns."""
+    numbers = facts["counts"]
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold")
+    grid.add_column()
+    grid.add_row("trials", f"{facts['started']} of {facts['trials']} started, {facts['slots']} at once")
+    states = ("running", "paused", "pruned", "done", "diverged", "out_of_memory", "error")
+    waiting = "" if facts["epochs_per_second"] else "; no epoch done yet"
+    grid.add_row("", ", ".join(f"{numbers[state]} {state}" for state in states if numbers[state]) + waiting)
+    if facts["phase"] == "final":
+        grid.add_row("final", finals(facts))
+    if facts["rungs"]:
+        grid.add_row("rungs", "  ".join(f"epoch {rung}: {number}" for rung, number in facts["rungs"].items()))
+    grid.add_row(
+        "epochs",
+        f"{facts['epochs']} of about {facts['expected_epochs']}, {facts['epochs_per_second']:.2g} a second",
+    )
+    left = clock(facts["eta"]) if facts["eta"] is not None else "unknown yet"
+    grid.add_row("time", f"{clock(facts['elapsed'])}, left: {left}")
+    grid.add_row("best", describe(facts["best"]))
+    if facts["trouble"]:
+        grid.add_row("waiting", Text(printable(facts["trouble"]), style="yellow"))
+    return Group(Text(f"{facts['space']}: {facts['phase']}", style="bold cyan"), grid)

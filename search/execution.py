@@ -25,16 +25,15 @@ from tunefleet.journal import TrialRecord
 from tunefleet.search.asha import Asha
 from tunefleet.search.bad_nodes import named
 from tunefleet.search.connection import RayWatch
-from tunefleet.search.display import print_text, shown
+from tunefleet.search.display import Progress, print_text, shown
 from tunefleet.search.engine import run_jobs
 from tunefleet.search.jobs import Jobs
 from tunefleet.search.mirror import Mirror, storage_of
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.preflight import Prepared
-from tunefleet.search.progress import Progress
 from tunefleet.search.provenance import command_line, commit, machine_name, versions
 from tunefleet.search.resources import Resources
-from tunefleet.search.running import Session
+from tunefleet.search.session import Session
 from tunefleet.search.spaces import find_space
 from tunefleet.search.suggest import described
 from tunefleet.search.wandb_options import WandbOptions

@@ -1,11 +1,10 @@
 """What does a free worker do next? The study's decisions, without Ray.
 
-A *job* is a trial and the epoch from which to go on. A free worker asks ``next_job`` and gets, in
-this order: a trial that a crash interrupted, the best promotable trial, a new suggestion, and at the
-end the winner's fresh seeds; every report comes back through ``report``, which says whether to go on.
-That is ASHA's own formulation (``get_job`` in Li et al. 2020). A paused trial is thus a checkpoint
-and nothing else: Tune's PAUSE, whose trials count as live, block suggestions and lose workers (Ray
-2.60), is not used, and search/engine.py runs each job as a Tune trial of its own.
+A *job* is a trial and the epoch it continues from. A free worker asks ``next_job`` and gets, in this order:
+a trial that a crash interrupted, the best promotable trial, a new suggestion, and at the end the winner's
+fresh seeds; every report comes back through ``report``, which returns whether to continue. This is ASHA's
+own formulation (``get_job`` in Li et al. 2020). A paused trial is a checkpoint and nothing else: Tune's PAUSE
+is not used (docs/decisions.md), and search/engine.py runs each job as a Tune trial of its own.
 
 All state follows from the journal. ``replay`` feeds an old journal through the same code, so a
 resumed study has the same rungs and the same running trials as the killed one.
@@ -80,7 +79,7 @@ class Jobs:
         self.eager: set[str] = set()  # trials whose steps could not be captured as a CUDA graph
         self.all_eager = False  # no trial's can be
         self.phases: dict[str, str] = {}  # what trials do that is no epoch
-        self.notes: deque[str] = deque()  # lines that the user should see, once
+        self.notes: deque[str] = deque()  # lines to print once
         self.best_yet: tuple[float, int, TrialRecord] | None = None  # highest val_accuracy, epoch and trial
         self.deadline = None if seconds is None else clock() + seconds
         self.trials: dict[str, TrialRecord] = {}
@@ -91,7 +90,7 @@ class Jobs:
         self.finished = False
 
     def next_job(self) -> Job | None:
-        """Returns what a free worker should do; None: wait, or all is done (``finished``)."""
+        """Return what a free worker should do; None: wait, or all is done (``finished``)."""
         job = None
         if not self.gave_up:
             with self._stopping_where_full():
@@ -111,7 +110,7 @@ class Jobs:
         return self._next_final_job()
 
     def report(self, trial_id: str, report: dict[str, Any]) -> bool:
-        """Takes in a worker's report; returns whether the worker should go on with this trial."""
+        """Record a worker's report; return whether the worker should continue this trial."""
         trial = self.trials[trial_id]
         if "phase" in report:
             self.phases[trial_id] = report["phase"]
@@ -119,26 +118,26 @@ class Jobs:
                 self.running.discard(trial_id)
             return not self.gave_up
         if report.get("epoch", trial.epoch + 1) <= trial.epoch:
-            return trial.status is None  # a restarted worker says again what was decided already
+            return trial.status is None  # a restarted worker repeats what was decided already
         report = {key: finite(value) for key, value in report.items()}  # as a replay will read them
-        goes_on = False
+        continues = False
         with self._stopping_where_full():
             self.journal.append({"trial_id": trial_id, **report})
-            goes_on = self._apply(trial, report) and not (self._time_is_up() and not trial.is_final)
+            continues = self._apply(trial, report) and not (self._time_is_up() and not trial.is_final)
             self._consider_giving_up()
-        if not goes_on or self.gave_up:
+        if not continues or self.gave_up:
             self.running.discard(trial_id)
             return False
         return True
 
     def lose(self, trial_id: str, cause: str, error: str, gpu: str | None = None) -> None:
-        """Takes in that a trial's worker is gone: the trial goes on, unless that came too often.
+        """Record a lost worker: requeue the trial, or fail it after ``max_failures``.
 
         Args:
             trial_id: The trial.
-            cause: of search/faults.py.
-            error: What is known of it.
-            gpu: Where, if it was on one.
+            cause: As search/faults.py names it.
+            error: Its text.
+            gpu: The UUID of the worker's GPU; None: it had none.
         """
         if cause == "disk":
             self._stop_as_full(error.strip().rpartition("\n")[2])
@@ -219,7 +218,7 @@ class Jobs:
         return self._job(trial_id)
 
     def _settled(self) -> int:
-        """Returns the highest rung that no trial can reach any more but those that stand there; 0: none."""
+        """Return the highest rung at which no trial can arrive any more; 0: none."""
         if len(self.searched) < self.max_trials:
             return 0
         return self.asha.settled(self.trials[trial_id].epoch for trial_id in self.running)
@@ -263,9 +262,9 @@ class Jobs:
             self.asha.record_failure(trial.trial_id, trial.epoch)
             return False
         self.asha.record(trial.trial_id, trial.epoch, trial.val_accuracy)
-        return trial.status is None and self._goes_on(trial)
+        return trial.status is None and self._continues(trial)
 
-    def _goes_on(self, trial: TrialRecord) -> bool:
+    def _continues(self, trial: TrialRecord) -> bool:
         if trial.epoch not in self.asha.rungs:
             return True
         if self.pruner == "stop":
@@ -283,12 +282,12 @@ class Jobs:
         if len(errors) >= ALIKE and len(reasons) == 1:
             self.gave_up = (
                 f"the first {len(errors)} trials all failed alike ({reasons.pop()}); "
-                f"their errors stand in {self.journal.file.name}"
+                f"their errors are in {self.journal.file.name}"
             )
 
     @contextlib.contextmanager
     def _stopping_where_full(self) -> Iterator[None]:
-        """Ends the study where the journal's disk is full; what could not be written has not happened."""
+        """End the study where the journal's disk is full; what could not be written has not happened."""
         try:
             yield
         except OSError as error:

@@ -37,9 +37,9 @@ from tunefleet.cli import exit_code, shell
 from tunefleet.files import write_whole
 from tunefleet.journal import TrialRecord
 from tunefleet.search.display import print_text, rounded, shown
-from tunefleet.search.flags import add_options, add_storage, parse_study, study_parser
-from tunefleet.search.options import StudyOptions
-from tunefleet.search.running import Session, resume, start
+from tunefleet.search.options import StudyOptions, add_options, add_storage, parse_study, study_parser
+from tunefleet.search.running import resume, start
+from tunefleet.search.session import Session
 from tunefleet.search.spaces import find_space
 from tunefleet.search.wandb_options import add_wandb_flags
 from tunefleet.study import Study, over_seeds
@@ -59,16 +59,16 @@ OF_THE_STUDY = ("data", "image_size", "weights")  # what --from takes over, unle
 
 
 def lr_grid(middle: float) -> list[float]:
-    """Returns GRID values, DECADES wide, evenly spaced in log lr around the middle."""
+    """Return GRID values, DECADES wide, evenly spaced in log lr around the middle."""
     exponents = np.linspace(-DECADES / 2, DECADES / 2, GRID)
     return [float(f"{middle * 10**exponent:.3g}") for exponent in exponents]
 
 
 def extended(lrs: list[float], best: float) -> list[float]:
-    """Returns the values that continue a grid beyond the edge at which its best stands, nearest first.
+    """Return the values that continue a grid beyond the edge at which its best lies, nearest first.
 
     Raises:
-        ValueError: The best stands inside; nothing is to be gained.
+        ValueError: The best lies inside; there is nothing to extend.
     """
     lrs = sorted(lrs)
     if best not in (lrs[0], lrs[-1]):
@@ -81,10 +81,10 @@ def extended(lrs: list[float], best: float) -> list[float]:
 
 
 def points_of(config: dict[str, Any], lrs: list[float], seeds: list[int]) -> list[dict[str, Any]]:
-    """Returns a point per (seed, lr), all lrs of one seed before the next seed.
+    """Return a point per (seed, lr), all lrs of one seed before the next seed.
 
-    The lrs nearest to the config's own come first: were they given in rising order, the first to
-    arrive at half time would be hopeless ones, and go on for want of better.
+    The lrs nearest to the config's own come first: in rising order, the first to arrive at half time would be
+    hopeless ones, and continue because there is nothing better yet.
     """
     rest = {name: value for name, value in config.items() if name not in ("lr", "seed")}
     lrs = sorted(lrs, key=lambda lr: abs(math.log(lr / config["lr"])))
@@ -92,7 +92,7 @@ def points_of(config: dict[str, Any], lrs: list[float], seeds: list[int]) -> lis
 
 
 def lr_curve(trials: list[TrialRecord], chance: float) -> pd.DataFrame:
-    """Returns a row per lr, rising.
+    """Return a row per lr, rising.
 
     Args:
         trials: All trials of the study.
@@ -128,7 +128,7 @@ def lr_curve(trials: list[TrialRecord], chance: float) -> pd.DataFrame:
 
 
 def best_lr(curve: pd.DataFrame) -> float | None:
-    """Returns the lr with the highest mean among those that saw all epochs; None where none did."""
+    """Return the lr with the highest mean among those that saw all epochs; None where none did."""
     done = curve[curve.verdict == "done"].astype({"mean": float})
     return None if done.empty else float(done.sort_values("mean").lr.iloc[-1])
 
@@ -158,7 +158,7 @@ def curve_of(study: Study) -> pd.DataFrame:
 
 
 def curve_table(curve: pd.DataFrame, best: float | None) -> Table:
-    """Returns the curve as a table that fits 80 columns."""
+    """Return the curve as a table that fits 80 columns."""
     table = Table("lr", "val_accuracy", "95 % interval", "n", "epochs", "", box=None, header_style="bold")
     for row in curve.to_dict("records"):
         mean = "-" if pd.isna(row["mean"]) else rounded(row["mean"])
@@ -171,7 +171,7 @@ def curve_table(curve: pd.DataFrame, best: float | None) -> Table:
 
 
 def configuration(space: str, source: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the configuration to keep fixed, and the options that its study had.
+    """Return the configuration to keep fixed, and the options that its study had.
 
     Raises:
         ValueError: The study is of another space, or has no best.
@@ -192,7 +192,7 @@ def configuration(space: str, source: Path | None) -> tuple[dict[str, Any], dict
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Returns what to do, and the study's options that were given."""
+    """Return what to do, and the study's options that were given."""
     parser = study_parser("tunefleet lr-study", __doc__.split("\n")[0])
     parser.add_argument(
         "--from", dest="source", type=Path, metavar="STUDY", help="take its best configuration"
@@ -209,7 +209,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, An
 
 
 def new_options(do: argparse.Namespace, given: dict[str, Any]) -> StudyOptions:
-    """Returns the options of a new learning-rate study.
+    """Return the options of a new learning-rate study.
 
     Raises:
         ValueError: A value is impossible.

@@ -45,7 +45,7 @@ START_SECONDS = 8  # Ray, its first workers and its end, on two cores
 
 
 def settle_image_size(options: StudyOptions, levers: Levers, there: Machine) -> StudyOptions:
-    """Returns the options with an image size: as given, or the space's best that there is room for.
+    """Return the options with an image size: as given, or the space's best that there is room for.
 
     Each trial on a GPU has the inputs there; together they may take half of what is free, and the disk has
     to hold them.
@@ -67,7 +67,7 @@ def settle_image_size(options: StudyOptions, levers: Levers, there: Machine) -> 
 
 
 def input_bytes(space: str, image_size: int, levers: Levers) -> int:
-    """Returns what one image takes on the device: as features of a frozen backbone, or as uint8 pixels."""
+    """Return what one image takes on the device: as features of a frozen backbone, or as uint8 pixels."""
     row = ARCHITECTURES[space]
     if not row.frozen:
         return 3 * image_size**2
@@ -76,7 +76,7 @@ def input_bytes(space: str, image_size: int, levers: Levers) -> int:
 
 
 def count_images(source: str) -> int:
-    """Returns about how many images a source holds, without reading all of it."""
+    """Return about how many images a source holds, without reading all of it."""
     path = Path(source).expanduser()
     if source in BUILT_IN or path.is_dir():
         return BUILT_IN_IMAGES.get(source) or sum(len(files) for _, _, files in os.walk(path))
@@ -88,7 +88,7 @@ def count_images(source: str) -> int:
 
 
 def example(options: StudyOptions) -> TrainConfig:
-    """Returns the space's published best as a config of this study: what preflight builds and times."""
+    """Return the space's published best as a config of this study: what preflight builds and times."""
     first = options.points[0] if options.points else find_space(options.space, options.fix).published
     return TrainConfig.from_dict({**options.fixed_values(), **first})
 
@@ -115,7 +115,7 @@ def prepare(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Prepared:
-    """Builds the published best with all cores, which prepares the inputs that the trials share.
+    """Build the published best with all cores, which prepares the inputs that the trials share.
 
     Args:
         options: The study's.
@@ -157,7 +157,7 @@ def prepare(
 
 
 def largest_peak(options: StudyOptions, data: ImageData, levers: Levers, *, sampled: bool) -> int | None:
-    """Returns the bytes that torch's allocator takes for the ranges' largest trial; None: too many.
+    """Return the bytes that torch's allocator takes for the ranges' largest trial; None: too many.
 
     Args:
         options: The study's.
@@ -192,7 +192,7 @@ def largest_peak(options: StudyOptions, data: ImageData, levers: Levers, *, samp
 
 
 def largest(options: StudyOptions) -> TrainConfig:
-    """Returns the config of a study that takes most memory: the highest of every number, augmented images."""
+    """Return the config of a study that takes most memory: the highest of every number, augmented images."""
     config = example(options).to_dict()
     if options.points:
         return TrainConfig.from_dict(config)
@@ -206,7 +206,7 @@ def largest(options: StudyOptions) -> TrainConfig:
 
 
 def checkpoint_bytes(config: TrainConfig, data: ImageData) -> int:
-    """Returns what the tensors of a config's checkpoint take, once the optimizer has its state."""
+    """Return what the tensors of a config's checkpoint take, once the optimizer has its state."""
     kept, trained = _sizes(
         config.architecture,
         len(data.classes),
@@ -223,7 +223,7 @@ def checkpoint_bytes(config: TrainConfig, data: ImageData) -> int:
 def _sizes(
     architecture: str, classes: int, image_size: int, hidden: int | None, kernel_size: int | None, head: bool
 ) -> tuple[int, int]:
-    """Returns the bytes of a network's tensors and of its trained parameters, of its head alone or of all."""
+    """Return the bytes of a network's tensors and of its trained parameters, of its head alone or of all."""
     shape = (3, image_size, image_size)
     with torch.random.fork_rng(devices=[]):
         model = build(architecture, classes, shape, hidden=hidden, kernel_size=kernel_size)
@@ -233,7 +233,7 @@ def _sizes(
 
 
 def checkpoint_sizes(options: StudyOptions, data: ImageData) -> tuple[int, int]:
-    """Returns the bytes of a checkpoint of this study: the mean over sampled configs, and the largest."""
+    """Return the bytes of a checkpoint of this study: the mean over sampled configs, and the largest."""
     ranges = {} if options.points else find_space(options.space, options.fix).ranges
     base = example(options).to_dict()
     sampled = options.points or [
@@ -244,7 +244,7 @@ def checkpoint_sizes(options: StudyOptions, data: ImageData) -> tuple[int, int]:
 
 
 def _measure(run: TrainingRun, threads: int, images: int) -> float:
-    """Returns the seconds of an epoch of so many images, from one of a few steps."""
+    """Return the seconds of an epoch of so many images, from one of a few steps."""
     torch.set_num_threads(threads)
     run.train_epoch()  # warms caches and lazy initialisation
     report = run.epoch()
@@ -252,7 +252,7 @@ def _measure(run: TrainingRun, threads: int, images: int) -> float:
 
 
 def forecast(options: StudyOptions, resources: Resources, prepared: Prepared) -> dict[str, float]:
-    """Returns what the study will take.
+    """Return what the study will take.
 
     Returns:
         epochs (of the search, in expectation), final_epochs and seconds.
@@ -273,7 +273,7 @@ def forecast(options: StudyOptions, resources: Resources, prepared: Prepared) ->
 
 
 def disk_needed(options: StudyOptions, resources: Resources, prepared: Prepared) -> tuple[int, int]:
-    """Returns the bytes of checkpoints that the study will have at once: about, and at most."""
+    """Return the bytes of checkpoints that the study will have at once: about, and at most."""
     assert options.trials is not None
     at_once = (
         options.final_seeds + resources.slots
@@ -283,7 +283,7 @@ def disk_needed(options: StudyOptions, resources: Resources, prepared: Prepared)
 
 
 def check_disk(folder: Path, needed: int, most: int) -> None:
-    """Raises ValueError where a study's folder has not the space that its checkpoints need."""
+    """Raise ValueError where a study's folder has not the space that its checkpoints need."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
@@ -294,7 +294,7 @@ def check_disk(folder: Path, needed: int, most: int) -> None:
 
 
 def megabytes(size: int) -> str:
-    """Returns bytes as 609 MB or 1.2 GB."""
+    """Return bytes as 609 MB or 1.2 GB."""
     return f"{size / 1e6:.0f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB"
 
 
@@ -307,7 +307,7 @@ def print_forecast(
     prepared: Prepared,
     console: Console,
 ) -> int:
-    """Prints what --dry-run promises; returns 0."""
+    """Print what --dry-run promises; return 0."""
     facts = forecast(options, resources, prepared)
     needed, most = disk_needed(options, resources, prepared)
     gpus = f" and {resources.gpus_per_trial:g} GPU" if resources.gpus_per_trial else ""

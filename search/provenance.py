@@ -20,7 +20,7 @@ PACKAGES = ("torch", "torchvision", "ray", "hyperopt", "numpy")  # a result may 
 
 
 def versions() -> dict[str, str]:
-    """Returns the version of Python and of each of PACKAGES."""
+    """Return the version of Python and of each of PACKAGES."""
     return {name: importlib.metadata.version(name) for name in PACKAGES} | {
         "python": platform.python_version()
     }
@@ -34,7 +34,7 @@ def command_line() -> str:
 
 
 def commit() -> str | None:
-    """Returns the commit of this code, with -dirty where files differ.
+    """Return the commit of this code, with -dirty where files differ.
 
     Outside a checkout it is what TUNEFLEET_COMMIT says, or None.
     """
@@ -48,7 +48,7 @@ def commit() -> str | None:
 
 
 def code_sha256() -> str:
-    """Returns a hash of the code that a trial runs; a cluster's nodes must have the same."""
+    """Return a hash of the code that a trial runs; a cluster's nodes must have the same."""
     root = Path(__file__).resolve().parents[1]
     files = sorted(
         file for package in ("models", "trainables", "search") for file in (root / package).glob("*.py")
@@ -60,7 +60,7 @@ def code_sha256() -> str:
 
 
 def machine_name() -> str:
-    """Returns what a study's times are to be read with: its GPUs, or its CPUs."""
+    """Return what a study's times are to be read with: its GPUs, or its CPUs."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
     names = re.findall(r"^model name\s*: (.*)$", _read("/proc/cpuinfo"), re.MULTILINE)

@@ -32,11 +32,18 @@ from rich.console import Console
 from tunefleet.cli import Parser, exit_code, printable, shell
 from tunefleet.files import write_whole
 from tunefleet.search.display import list_spaces, shown
-from tunefleet.search.flags import HELP, add_options, add_storage, parse_study, study_parser
-from tunefleet.search.options import RESUMABLE, StudyOptions
-from tunefleet.search.running import Session, check_free, default_folder, resume, start
+from tunefleet.search.options import (
+    HELP,
+    RESUMABLE,
+    StudyOptions,
+    add_options,
+    add_storage,
+    parse_study,
+    study_parser,
+)
+from tunefleet.search.running import check_free, default_folder, resume, start
+from tunefleet.search.session import Session, say_nothing_written
 from tunefleet.search.spaces import SPACES
-from tunefleet.search.stopping import say_nothing_written
 from tunefleet.search.wandb_options import WandbOptions, add_wandb_flags
 from tunefleet.study import read_files
 from tunefleet.trainables.config import check_name

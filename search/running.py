@@ -21,12 +21,12 @@ from rich.console import Console
 
 from tunefleet.cli import shell
 from tunefleet.search.connection import RayWatch, connect
-from tunefleet.search.display import phase, print_result, print_text
+from tunefleet.search.display import phase, print_text
 from tunefleet.search.lease import NAME as LEASE
 from tunefleet.search.local_ray import is_local
 from tunefleet.search.mirror import bring
 from tunefleet.search.options import RESUMABLE, StudyOptions, flag
-from tunefleet.search.stopping import Stops
+from tunefleet.search.session import Session
 from tunefleet.search.wandb_options import WandbOptions
 from tunefleet.search.wandb_options import choose as choose_wandb
 from tunefleet.study import Study, lock_study
@@ -35,23 +35,6 @@ from tunefleet.trainables.driver import hidden_by_environment
 from tunefleet.trainables.storage import BRIEF_SECONDS, Storage, is_url, reason, url_under
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Session:
-    """A command at work: what its studies print to, and what a signal does.
-
-    Attributes:
-        resume: The words of the command that continues a study.
-        finish: Prints the results of a finished study; returns the exit code.
-        place: What is resumed instead of the study itself, such as a folder of several.
-    """
-
-    console: Console
-    resume: tuple[str, ...] = ("tunefleet", "resume")
-    finish: Callable[[Path, Console], int] = print_result
-    place: Path | None = None
-    stops: Stops = field(default_factory=Stops)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ can place lr, tell two or three values of a choice apart, and no more. So
 - schedule and augmentation are the levers that the report lacked, and label smoothing for ResNets,
   which have the room to memorise the images;
 - every trial has a cosine schedule, and random crops where it convolves over pixels; mirrored or not
-  is searched. Both pay at the end only: at every rung before it they are behind or no better
-  (docs/decisions.md), so early pruning cannot judge them. Two linear layers, which crops may hurt, search them;
+  is searched. Both pay at the end only: at every rung before it they are behind or no
+  better (docs/decisions.md), so early pruning cannot judge them. Two linear layers search them;
 - widths are searched only below what a trial can afford: twice the width is four times the epoch;
 - image_size is a flag of the study (``--image-size``), not a range: an epoch takes (size / 32)² as
   long, so ASHA would compare epochs that cost 1 with epochs that cost 16. ImageNet weights saw 224
@@ -74,7 +74,7 @@ KERNEL_SIZE = tune.choice([3, 5])
 
 
 def _resnet(momentum: float) -> dict[str, Domain]:
-    """Returns the ranges of a study that begins with trained weights.
+    """Return the ranges of a study that begins with trained weights.
 
     Args:
         momentum: The published one, beside the two usual ones.
@@ -96,7 +96,7 @@ WITHOUT_SMOOTHING = {"augment": "crop", "label_smoothing": 0.0}
 def _published(
     weight_decay: float, momentum: float, batch_size: int, lr: float, **others: Any
 ) -> dict[str, Any]:
-    """Returns a published best in the order of the report's table."""
+    """Return a published best in the order of the report's table."""
     return {
         "lr": lr,
         "weight_decay": weight_decay,
@@ -239,7 +239,7 @@ SPACES: dict[str, Space] = {
 
 
 def find_space(name: str, fix: Mapping[str, Any] | None = None) -> Space:
-    """Returns a row of SPACES, some of whose values are not to be sampled.
+    """Return a row of SPACES, some of whose values are not to be sampled.
 
     Args:
         name: The row.
@@ -259,7 +259,7 @@ def find_space(name: str, fix: Mapping[str, Any] | None = None) -> Space:
 
 
 def default_image_size(name: str, weights: str, device: str) -> int:
-    """Returns the pixels a side that a space is best at, on cpu or cuda."""
+    """Return the pixels a side that a space is best at, on cpu or cuda."""
     if ARCHITECTURES[name].cut is None or weights == "none":
         return SMALLEST_SIZE
     return SPACES[name].image_size if device == "cuda" else SPACES[name].cpu_image_size
@@ -274,7 +274,7 @@ def fixed_values(
     seed: int,
     fix: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Returns every TrainConfig value that a study of this space does not sample.
+    """Return every TrainConfig value that a study of this space does not sample.
 
     Raises:
         ValueError: A value is impossible.

@@ -27,8 +27,7 @@ from tests.test_damage import DAMAGES
 from tests.test_wandb_sync import STUDY_JSON
 from tests.test_wandb_sync import write_study as write_trials
 from tunefleet.search import collect, lr_study, mirror, run, wandb_sync
-from tunefleet.search.flags import HELP
-from tunefleet.search.options import StudyOptions, flag
+from tunefleet.search.options import HELP, StudyOptions, flag
 from tunefleet.search.spaces import SPACES
 from tunefleet.study import Study, write_result, write_study
 from tunefleet.trainables import training

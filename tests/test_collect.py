@@ -9,9 +9,9 @@ import pytest
 from filelock import FileLock
 
 from tests.made_study import asked
+from tunefleet.collect import collect, main
 from tunefleet.files import write_whole
 from tunefleet.journal import Journal, records
-from tunefleet.search.collect import collect, main
 from tunefleet.study import Study, busy_fraction, lock_study, write_result, write_study, write_tables
 
 

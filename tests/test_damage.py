@@ -13,9 +13,9 @@ from tests.test_wandb_sync import STUDY_JSON
 from tests.test_wandb_sync import write_study as write_trials
 from tunefleet.analysis.load import load
 from tunefleet.analysis.results import main as results
+from tunefleet.collect import main as collect_command
 from tunefleet.journal import Journal
 from tunefleet.search import running
-from tunefleet.search.collect import main as collect_command
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.run import main as run
 from tunefleet.search.wandb_runs import plan

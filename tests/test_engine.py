@@ -14,9 +14,9 @@ from ray.tune.experiment import Trial as TuneTrial
 
 from tests.compared import measured, table
 from tests.studies import digits_study
+from tunefleet.collect import collect
 from tunefleet.journal import Journal, records
 from tunefleet.search.asha import PRUNERS
-from tunefleet.search.collect import collect
 from tunefleet.search.engine import run_jobs
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.resources import Resources

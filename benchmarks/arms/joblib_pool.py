@@ -11,14 +11,14 @@ from tunefleet.trainables.data import ImageData
 
 
 def train(task: Task, data: ImageData | None, trial: int) -> list[Row]:
-    """Trains one configuration to its end."""
+    """Train one configuration to its end."""
     torch.set_num_threads(1)
     at_work = OurTrial(task, data, trial)
     return [at_work.epoch() for _ in range(task.epochs)]
 
 
 def run(task: Task) -> list[Row]:
-    """Runs all trials."""
+    """Run all trials."""
     data = None if task.no_op else task.images()
     done = Parallel(n_jobs=task.workers)(
         delayed(train)(task, data, trial) for trial in range(len(task.configurations))

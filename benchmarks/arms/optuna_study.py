@@ -10,7 +10,7 @@ from tunefleet.benchmarks.task import Row, Task
 
 
 def pruner(task: Task) -> optuna.pruners.BasePruner:
-    """Returns what an arm prunes by."""
+    """Return what an arm prunes by."""
     if not task.pruning:
         return optuna.pruners.NopPruner()
     if task.arm == "optuna-halving":
@@ -19,7 +19,7 @@ def pruner(task: Task) -> optuna.pruners.BasePruner:
 
 
 def run(task: Task) -> list[Row]:
-    """Runs all trials."""
+    """Run all trials."""
     torch.set_num_threads(task.workers)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     data = None if task.no_op else task.images()

@@ -9,12 +9,13 @@ from rich.console import Console
 from tunefleet.benchmarks.task import Row, Task
 from tunefleet.journal import Journal
 from tunefleet.search.options import StudyOptions
-from tunefleet.search.running import Session, start
-from tunefleet.search.stopping import leave as leave
+from tunefleet.search.running import start
+from tunefleet.search.session import Session
+from tunefleet.search.session import leave as leave
 
 
 def run(task: Task) -> list[Row]:
-    """Runs all trials."""
+    """Run all trials."""
     if task.no_op:
         from tunefleet.benchmarks.no_op import take_part  # imports torch, which a study does while Ray starts
 

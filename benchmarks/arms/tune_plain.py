@@ -18,19 +18,19 @@ class PlainTrial(tune.Trainable):
     """One epoch per step."""
 
     def setup(self, config: dict[str, Any], task: Task | None = None, data: ImageData | None = None) -> None:
-        """Starts the first trial of this worker."""
+        """Start the first trial of this worker."""
         assert task is not None
         self.task, self.data = task, data
         torch.set_num_threads(1)
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Starts the next one."""
+        """Start the next one."""
         self.at_work = OurTrial(self.task, self.data, new_config["trial"])
         return True
 
     def step(self) -> dict[str, Any]:
-        """Trains an epoch."""
+        """Train an epoch."""
         reported = self.at_work.epoch()
         return {**reported, "done": reported["epoch"] == self.task.epochs}
 
@@ -44,12 +44,12 @@ class Rows(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """Keeps what is ours of a result."""
+        """Keep what is ours of a result."""
         self.rows.append({key: result[key] for key in ("trial", "epoch", "val_accuracy", "finished_at")})
 
 
 def run(task: Task) -> list[Row]:
-    """Runs all trials."""
+    """Run all trials."""
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     data = None if task.no_op else task.images()
     scheduler = None

@@ -52,7 +52,7 @@ class ImagesInMemory(Dataset[tuple[Any, int]]):
 
 
 def train_cifar(config: dict[str, Any], task: Task) -> None:
-    """Trains one configuration."""
+    """Train one configuration."""
     if task.no_op:
         for epoch in range(1, task.epochs + 1):
             tune.report(row(config["trial"], epoch, no_op_accuracy(config["trial"], epoch)))
@@ -103,7 +103,7 @@ def train_cifar(config: dict[str, Any], task: Task) -> None:
 
 
 def run(task: Task) -> list[Row]:
-    """Runs the study as the tutorial's main() does."""
+    """Run the study as the tutorial's main() does."""
     scheduler = ASHAScheduler(max_t=task.epochs, grace_period=1, reduction_factor=2) if task.pruning else None
     tuner = tune.Tuner(
         tune.with_resources(

@@ -19,7 +19,7 @@ COMMANDS = {  # name: module and function, summary
     "results": ("analysis.results:main", "print a table of studies, and their commands"),
     "sync": ("search.wandb_sync:main", "upload a study's runs to W&B"),
     "push": ("search.mirror:main", "upload a study's folder to its object store"),
-    "collect": ("search.collect:main", "write a study's tables from its journal"),
+    "collect": ("collect:main", "write a study's tables from its journal"),
     "train": ("trainables.training:main", "train one configuration in this process, without Ray"),
 }
 NOTHING_WRITTEN = {"search", "resume", "lr-study"}  # while these import, a signal is answered with a line
@@ -59,7 +59,7 @@ def script(*arguments: str) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     if "ray" in sys.modules:
-        from tunefleet.search.stopping import leave
+        from tunefleet.search.session import leave
 
         leave(code)
     if "tunefleet.search.wandb_sync" in sys.modules:

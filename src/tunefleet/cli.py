@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Exits with 2."""
+        """Exit with 2."""
         print(f"error: {printable(message)}; {self.prog} --help lists the arguments", file=sys.stderr)
         raise SystemExit(2)
 

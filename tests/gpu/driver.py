@@ -3,7 +3,7 @@
 import torch
 
 from tunefleet.search.run import main
-from tunefleet.search.stopping import leave
+from tunefleet.search.session import leave
 
 if __name__ == "__main__":
     code = main()

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from tunefleet.search.connection import RayWatch, _children, _is_alive
 from tunefleet.search.options import StudyOptions
-from tunefleet.search.running import Request, Session, run
-from tunefleet.search.stopping import NOTHING_WRITTEN, Stops, say_nothing_written
+from tunefleet.search.running import Request, run
+from tunefleet.search.session import NOTHING_WRITTEN, Session, Stops, say_nothing_written
 from tunefleet.search.wandb_options import WandbOptions
 
 WAIT = 5.0  # seconds; far more than any stage takes

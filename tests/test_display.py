@@ -8,9 +8,9 @@ from rich.console import Console
 
 from tunefleet.journal import Journal
 from tunefleet.search.asha import Asha
+from tunefleet.search.display import PLAIN_SECONDS, Progress, counts, describe, line, table
 from tunefleet.search.jobs import Jobs
 from tunefleet.search.options import StudyOptions
-from tunefleet.search.progress import PLAIN_SECONDS, Progress, counts, describe, line, table
 from tunefleet.search.suggest import suggest
 
 

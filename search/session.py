@@ -1,8 +1,8 @@
-"""What does a signal do? That depends on how far a study is.
+"""A command at work: what its studies print to, and what a signal does, which depends on how far a study is.
 
 A command runs in a thread of its own, and the main thread does nothing but listen: Ctrl-C and SIGTERM are
 answered within seconds whatever the thread waits for. systemd, scancel and containers signal every process at
-once, so that Ray may be gone before its driver hears of it, and then Ray's calls return after minutes, if at
+once, so Ray may be gone before its driver gets the signal, and then Ray's calls return after minutes, if at
 all. For the same reason the main thread watches what the study cannot do without.
 """
 
@@ -16,9 +16,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
+from rich.console import Console
+
 from tunefleet.cli import NOTHING_WRITTEN, end_at_once
+from tunefleet.search.display import print_result
 
 TICK_SECONDS = 0.05  # between looks; Ray (2.60) puts a handler of its own in place when it starts
 AFTERMATH_SECONDS = 1.5  # in which a signal, or the end of Ray's processes, explains an exception
@@ -185,3 +190,20 @@ def say_nothing_written(reason: str) -> int:
         f"error: {reason} before the study began; try again" if reason else NOTHING_WRITTEN, file=sys.stderr
     )
     return 3
+
+
+@dataclass(frozen=True)
+class Session:
+    """A command at work: what its studies print to, and what a signal does.
+
+    Attributes:
+        resume: The words of the command that continues a study.
+        finish: Prints the results of a finished study; returns the exit code.
+        place: What is resumed instead of the study itself, such as a folder of several.
+    """
+
+    console: Console
+    resume: tuple[str, ...] = ("tunefleet", "resume")
+    finish: Callable[[Path, Console], int] = print_result
+    place: Path | None = None
+    stops: Stops = field(default_factory=Stops)
