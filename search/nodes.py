@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tunefleet.cli import counted
-from tunefleet.models import weights_file
+from tunefleet.models.resnet import weights_file
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.provenance import code_sha256, versions
 from tunefleet.trainables.data import ImageData

@@ -17,7 +17,8 @@ from ray.tune.search.sample import Categorical, Integer
 from rich.console import Console
 
 from tunefleet.cli import counted
-from tunefleet.models import ARCHITECTURES, build
+from tunefleet.models import ARCHITECTURES
+from tunefleet.models.building import build
 from tunefleet.models.resnet import output_shape
 from tunefleet.search.asha import expected_epochs
 from tunefleet.search.options import StudyOptions

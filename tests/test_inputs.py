@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.models import resnet18
 
-from tunefleet.models import build
+from tunefleet.models.building import build
 from tunefleet.trainables import features as features_module
 from tunefleet.trainables import inputs as inputs_module
 from tunefleet.trainables.config import TrainConfig

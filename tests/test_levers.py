@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tunefleet.models import build
+from tunefleet.models.building import build
 from tunefleet.trainables import levers as levers_module
 from tunefleet.trainables.levers import MICRO_BATCH_MIN, Levers, choose, has_convolution, micro_batch
 

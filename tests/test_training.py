@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tunefleet.models import ARCHITECTURES, build_args
+from tunefleet.models import ARCHITECTURES
+from tunefleet.models.building import build_args
 from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import SPLITS, ImageData
 from tunefleet.trainables.levers import Levers

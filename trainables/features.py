@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunefleet.models import ARCHITECTURES, Classifier, build
+from tunefleet.models import ARCHITECTURES
+from tunefleet.models.building import Classifier, build
 from tunefleet.models.resnet import weights_signature
 from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import ImageData

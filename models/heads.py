@@ -1,11 +1,10 @@
-"""Which classifier heads are there, and what layers is each made of?
+"""Classifier heads: from an image or a backbone's features to logits.
 
-A head takes what comes in, an image or the features of a backbone, to logits. Its builder is given the shape
-of one input, `(C, H, W)` or `(F,)`, and works out the sizes of its linear layers from it.
+A builder takes the shape of one input, `(C, H, W)` or `(F,)`, and works out its linear layers' sizes.
 
 Every convolutional stage is Conv, MaxPool2, ReLU. ReLU never decreases, so it commutes with the maximum:
-pooling first gives the same numbers, gradients included, and leaves the ReLU a quarter of the work (convnet
-on one CPU thread: 62 s per epoch became 49).
+pooling first gives the same numbers, gradients included, and leaves ReLU a quarter of the work (convnet on
+one CPU thread: 62 s per epoch became 49).
 """
 
 import math
