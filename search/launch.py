@@ -28,8 +28,9 @@ from tunefleet.search.printing import phase, print_result, print_text
 from tunefleet.search.spaces import default_image_size
 from tunefleet.search.stopping import Stops
 from tunefleet.search.wandb_options import choose as choose_wandb
-from tunefleet.trainables.data import ImageData, check_sha256, prepare
+from tunefleet.trainables.data import ImageData, check_sha256
 from tunefleet.trainables.driver import may_be_used
+from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.storage import is_url
 
 SHUTDOWN_SECONDS = 4.0  # for Ray to end its processes; it takes 1

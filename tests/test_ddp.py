@@ -18,8 +18,8 @@ from tunefleet.search.resources import Machine, Resources, settle
 from tunefleet.search.study import Study
 from tunefleet.search.study_file import read_study
 from tunefleet.trainables.config import TrainConfig
-from tunefleet.trainables.data import prepare
 from tunefleet.trainables.levers import choose
+from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.training import TrainingRun
 
 pytestmark = pytest.mark.ray

@@ -9,9 +9,10 @@ import torch.distributed as dist
 from torch import multiprocessing, nn
 
 from tunefleet.trainables.config import TrainConfig
-from tunefleet.trainables.data import ImageData, prepare
+from tunefleet.trainables.data import ImageData
 from tunefleet.trainables.group import Group, SyncBatchNorm2d
 from tunefleet.trainables.levers import Levers
+from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.training import TrainingRun
 
 FP32 = Levers("cpu", "fp32", channels_last=True, micro_batch_bytes=8 * 2**20)

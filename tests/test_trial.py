@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tunefleet.trainables.config import TrainConfig
-from tunefleet.trainables.data import prepare
 from tunefleet.trainables.gpu import BrokenGpuError
 from tunefleet.trainables.graph import CaptureError, CaptureMemoryError
 from tunefleet.trainables.levers import choose
+from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.trial import Trial, TrialContext
 
 

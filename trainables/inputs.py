@@ -24,13 +24,20 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from tunefleet.cli import printable
 from tunefleet.files import is_full
 from tunefleet.models import ARCHITECTURES
 from tunefleet.trainables.config import TrainConfig
-from tunefleet.trainables.data import ImageData, expanded, load_split, split_sha256, split_validation
-from tunefleet.trainables.decoded import allocate
+from tunefleet.trainables.data import (
+    ImageData,
+    Progress,
+    allocate,
+    expanded,
+    load_split,
+    split_sha256,
+    split_validation,
+)
 from tunefleet.trainables.features import backbone_sha256, extractor
-from tunefleet.trainables.image_files import Progress, printable
 from tunefleet.trainables.levers import Levers
 from tunefleet.trainables.pipeline import Pipeline
 
@@ -239,8 +246,9 @@ def _prepare_file(
     except (OSError, NotImplementedError) as error:  # the latter from a file system without locks
         if is_full(error):
             raise
+        shown = printable(str(file.parents[1]))
         raise ValueError(
-            f"--data-dir={printable(file.parents[1])} cannot be written ({printable(error)}); give another"
+            f"--data-dir={shown} cannot be written ({printable(str(error))}); give another"
         ) from error
 
 
