@@ -27,7 +27,7 @@ from tunefleet.benchmarks.families import published
 from tunefleet.benchmarks.obvious import obvious_network
 from tunefleet.trainables.config import check_integer, check_name
 from tunefleet.trainables.data import DATA_DIR, ImageData, load_split, split_validation
-from tunefleet.trainables.levers import Levers, choose
+from tunefleet.trainables.device import Levers, choose
 from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.training import TrainingRun
 

@@ -29,7 +29,7 @@ from tunefleet.search.spaces import default_image_size
 from tunefleet.search.stopping import Stops
 from tunefleet.search.wandb_options import choose as choose_wandb
 from tunefleet.trainables.data import ImageData, check_sha256
-from tunefleet.trainables.driver import may_be_used
+from tunefleet.trainables.host import may_be_used
 from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.storage import is_url
 
@@ -113,7 +113,7 @@ def resume(
     with _ray_beside_torch(options, script):
         from tunefleet.search.running import go_on
         from tunefleet.search.study import Study
-        from tunefleet.trainables.levers import Levers
+        from tunefleet.trainables.device import Levers
 
         study = Study(folder, options, data, Levers(**content["levers"]))
         return go_on(study, script, wandb_options, moved="device" in changes)

@@ -28,11 +28,10 @@ from tunefleet.search.spaces import default_image_size, find_space
 from tunefleet.search.suggest import RandomSampler
 from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import BUILT_IN, ImageData, Progress
-from tunefleet.trainables.gpu import free_memory, is_out_of_memory
+from tunefleet.trainables.device import Levers, free_memory, is_out_of_memory
 from tunefleet.trainables.graph import WARM_UP_STEPS, CaptureError, CaptureMemoryError
 from tunefleet.trainables.host import cpu_count
 from tunefleet.trainables.inputs import kind_of, load_inputs, sample_inputs, split_counts
-from tunefleet.trainables.levers import Levers
 from tunefleet.trainables.training import TrainingRun
 
 SAMPLED_CONFIGS = 200  # whose checkpoints' mean is forecast

@@ -40,8 +40,8 @@ from tunefleet.search.study import Study
 from tunefleet.search.wandb_options import WandbOptions
 from tunefleet.search.wandb_sidecar import END_SECONDS, STOP_SECONDS, Sidecar
 from tunefleet.trainables.data import ImageData
-from tunefleet.trainables.driver import hidden_by_environment
-from tunefleet.trainables.levers import Levers
+from tunefleet.trainables.device import Levers
+from tunefleet.trainables.host import hidden_by_environment
 from tunefleet.trainables.storage import StoreError
 
 T = TypeVar("T")

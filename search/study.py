@@ -34,7 +34,7 @@ from tunefleet.search.provenance import commit, machine_name, versions
 from tunefleet.search.spaces import described, find_space
 from tunefleet.search.study_file import lock_of, read_events, read_study, write_study
 from tunefleet.trainables.data import ImageData
-from tunefleet.trainables.levers import Levers
+from tunefleet.trainables.device import Levers
 from tunefleet.trainables.storage import Storage
 from tunefleet.trainables.trial import TrialContext, checkpoint_name
 

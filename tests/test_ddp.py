@@ -18,7 +18,7 @@ from tunefleet.search.resources import Machine, Resources, settle
 from tunefleet.search.study import Study
 from tunefleet.search.study_file import read_study
 from tunefleet.trainables.config import TrainConfig
-from tunefleet.trainables.levers import choose
+from tunefleet.trainables.device import choose
 from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.training import TrainingRun
 

@@ -24,7 +24,7 @@ from tunefleet.search.resources import Machine, Resources, settle
 from tunefleet.search.study import Study
 from tunefleet.search.study_file import read_study
 from tunefleet.search.suggest import SEARCHERS
-from tunefleet.trainables.levers import choose
+from tunefleet.trainables.device import choose
 from tunefleet.trainables.preparation import prepare
 
 pytestmark = pytest.mark.ray

@@ -8,8 +8,8 @@ import torchvision
 
 from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import SPLITS, ImageData, load_split
+from tunefleet.trainables.device import Levers
 from tunefleet.trainables.evaluate import evaluate_test
-from tunefleet.trainables.levers import Levers
 from tunefleet.trainables.training import TrainingRun
 
 FP32 = Levers("cpu", "fp32", channels_last=True, micro_batch_bytes=2**18)

@@ -10,8 +10,8 @@ from torch import multiprocessing, nn
 
 from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import ImageData
+from tunefleet.trainables.device import Levers
 from tunefleet.trainables.group import Group, SyncBatchNorm2d
-from tunefleet.trainables.levers import Levers
 from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.training import TrainingRun
 

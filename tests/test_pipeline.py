@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tunefleet.trainables import pipeline as pipeline_module
 from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import ImageData
-from tunefleet.trainables.levers import Levers
+from tunefleet.trainables.device import Levers
 from tunefleet.trainables.pipeline import IMAGENET_MEAN, IMAGENET_STD, Pipeline, draw_crops
 from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.training import TrainingRun

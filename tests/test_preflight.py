@@ -20,8 +20,7 @@ from tunefleet.search.preflight import (
 from tunefleet.search.printing import clock
 from tunefleet.search.resources import Machine, Resources, check_device, fit_memory, plan, settle
 from tunefleet.trainables.config import TrainConfig
-from tunefleet.trainables.gpu import CONTEXT_BYTES
-from tunefleet.trainables.levers import Levers, choose
+from tunefleet.trainables.device import CONTEXT_BYTES, Levers, choose
 from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.training import TrainingRun
 

@@ -21,7 +21,7 @@ from tunefleet.search.folders import check_storage
 from tunefleet.search.journal import Journal
 from tunefleet.search.mirror import Mirror, bring, main, storage_of
 from tunefleet.search.study_file import write_study
-from tunefleet.trainables.levers import choose
+from tunefleet.trainables.device import choose
 from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.storage import Storage, StoreError, is_url
 from tunefleet.trainables.trial import JobRun, TrialContext

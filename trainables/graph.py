@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tunefleet.trainables.gpu import causes, is_out_of_memory
+from tunefleet.trainables.device import causes, is_out_of_memory
 
 WARM_UP_STEPS = 3  # eager; PyTorch's own examples take 3, DDP's 11
 

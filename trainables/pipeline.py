@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tunefleet.models import ARCHITECTURES
 from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import ImageData
-from tunefleet.trainables.levers import Levers
+from tunefleet.trainables.device import Levers
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # what torchvision's weights were trained with
 IMAGENET_STD = (0.229, 0.224, 0.225)

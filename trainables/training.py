@@ -26,12 +26,11 @@ from torch.nn import functional as F
 from tunefleet.cli import Parser
 from tunefleet.trainables.config import FIELD_TYPES, TrainConfig, check_integer
 from tunefleet.trainables.data import DATA_DIR, ImageData
-from tunefleet.trainables.features import build_model
+from tunefleet.trainables.device import Levers, choose, has_convolution, micro_batch, use_exact_fp32
 from tunefleet.trainables.graph import StepGraph
 from tunefleet.trainables.group import Group
 from tunefleet.trainables.host import cpu_count
-from tunefleet.trainables.inputs import Inputs, cached_features, load_inputs
-from tunefleet.trainables.levers import Levers, choose, has_convolution, micro_batch, use_exact_fp32
+from tunefleet.trainables.inputs import Inputs, build_model, cached_features, load_inputs
 from tunefleet.trainables.pipeline import Pipeline, augment, draw_crops
 from tunefleet.trainables.preparation import prepare
 

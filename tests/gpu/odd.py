@@ -5,7 +5,7 @@ from torch import nn
 
 from tests.gpu import ON_GPU
 from tunefleet.models import heads
-from tunefleet.trainables.gpu import BrokenGpuError
+from tunefleet.trainables.device import BrokenGpuError
 from tunefleet.trainables.graph import CaptureError
 from tunefleet.trainables.trial import Trial
 

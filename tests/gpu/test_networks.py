@@ -14,8 +14,8 @@ from tunefleet.models import ARCHITECTURES
 from tunefleet.models.building import build_args
 from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import load_split
+from tunefleet.trainables.device import choose
 from tunefleet.trainables.group import Group
-from tunefleet.trainables.levers import choose
 from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.training import TrainingRun
 

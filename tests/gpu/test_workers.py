@@ -14,7 +14,7 @@ from tunefleet.search.preflight import prepare as preflight
 from tunefleet.search.resources import Machine, Resources, settle
 from tunefleet.search.study import Study
 from tunefleet.search.study_file import read_study
-from tunefleet.trainables.levers import choose
+from tunefleet.trainables.device import choose
 from tunefleet.trainables.preparation import prepare
 
 pytestmark = [on_device, pytest.mark.ray]
