@@ -73,7 +73,7 @@ class ObviousRun:
         self.generator = torch.Generator().manual_seed(c.seed)
 
     def train_epoch(self) -> tuple[Tensor, Tensor]:
-        """Returns summed loss and number of correct predictions, like TrainingRun's."""
+        """Return summed loss and number of correct predictions, like TrainingRun's."""
         self.network.train()
         loss_sum = torch.zeros((), device=self.device)
         correct = torch.zeros((), device=self.device)
@@ -92,7 +92,7 @@ class ObviousRun:
 
     @torch.no_grad()
     def accuracy(self, images: Tensor, y: Tensor) -> float:
-        """Returns the fraction of images ``(N, 3, H, W)`` whose class is predicted."""
+        """Return the fraction of images ``(N, 3, H, W)`` whose class is predicted."""
         self.network.eval()
         correct = 0
         for part, part_y in zip(images.split(EVAL_BATCH), y.split(EVAL_BATCH), strict=True):
@@ -113,7 +113,7 @@ class Bench:
     clock: Callable[[], float]  # seconds
 
     def pair(self, name: str, seed: int) -> tuple[TrainingRun, ObviousRun]:
-        """Builds both arms over the same images, a random part of the training split or all of it."""
+        """Build both arms over the same images, a random part of the training split or all of it."""
         config = published(name, epochs=ACCURACY_EPOCHS, weights=self.weights, seed=seed)
         ours = TrainingRun(config, self.data, self.levers, self.data_dir)
         images, labels = load_split(self.data, "train")
@@ -132,7 +132,7 @@ class Bench:
         return ours, ObviousRun(ours, torch.from_numpy(images[train]), torch.from_numpy(labels[train]))
 
     def compare_seconds(self, name: str, repeat: int) -> None:
-        """Prints one row: seconds of both arms, and the median of the pairs' ratios."""
+        """Print one row: seconds of both arms, and the median of the pairs' ratios."""
         arms: tuple[Any, Any] = self.pair(name, seed=0)
         seconds: tuple[list[float], list[float]] = ([], [])
         losses = [0.0, 0.0]
@@ -155,7 +155,7 @@ class Bench:
         )
 
     def compare_accuracy(self, name: str) -> None:
-        """Prints val_accuracy of both arms after a few epochs, over seeds."""
+        """Print val_accuracy of both arms after a few epochs, over seeds."""
         images, labels = load_split(self.data, "train")
         _, val = split_validation(labels)
         x, y = torch.from_numpy(images[val]), torch.from_numpy(labels[val])
@@ -179,7 +179,7 @@ def _is_channels_last(x: Tensor) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Times both arms of every named architecture."""
+    """Time both arms of every named architecture."""
     parser = argparse.ArgumentParser(
         prog="python -m tunefleet.benchmarks.epoch", description=__doc__.split("\n")[0]
     )

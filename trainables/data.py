@@ -28,7 +28,7 @@ SPLITS: tuple[Split, Split] = ("train", "test")
 
 @dataclass(frozen=True)
 class ImageData:
-    """One decoded data set: where it lies and what it is."""
+    """One decoded data set."""
 
     name: str  # "cifar10", "digits" or the given path's last component
     folder: str  # absolute: train_images.npy, train_labels.npy, test_images.npy, test_labels.npy, data.json
@@ -43,12 +43,12 @@ class ImageData:
     format_version: int = 1  # FORMAT_VERSION of the code that decoded them
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns what `from_dict` takes, ready for JSON."""
+        """Return what `from_dict` takes, ready for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "ImageData":
-        """Reverses `to_dict`, also after JSON has made lists of the tuples."""
+        """Reverse `to_dict`, also after JSON has made lists of the tuples."""
         return cls(**{name: _hashable(value) for name, value in fields.items()})
 
 
@@ -104,7 +104,7 @@ def check_sha256(data: ImageData, source: str, sha256: str, format_version: int)
 
 
 def load_split(data: ImageData, split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Maps a split into memory, read-only: images uint8 (N, 3, H, W) and labels int64 (N,).
+    """Map a split into memory, read-only: images uint8 (N, 3, H, W) and labels int64 (N,).
 
     Only trainables/evaluate.py may ask for "test".
     """
@@ -128,9 +128,9 @@ def allocate(file: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
 def split_validation(
     labels: np.ndarray, fraction: float | None = None, seed: int = SPLIT_SEED
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Splits each class of the labels (N,) by `fraction`, into sorted int64 indices: train and validation.
+    """Split each class of the labels (N,) by `fraction`, into sorted int64 indices: train and validation.
 
-    Without a fraction it is a tenth; where that is too few to choose by, up to VALIDATION_ENOUGH images.
+    By default a tenth; where that is too few to choose by, up to VALIDATION_ENOUGH images.
 
     Raises:
         ValueError: `fraction` is not between 0 and 1, or a class has fewer than two images.
@@ -152,7 +152,7 @@ def split_validation(
 
 
 def split_sha256(train: np.ndarray, val: np.ndarray) -> str:
-    """The hash of a split, which stands in study.json and in every checkpoint."""
+    """Return the hash of a split, which study.json and every checkpoint record."""
     digest = hashlib.sha256(f"{len(train)} {len(val)} ".encode())
     for indices in (train, val):
         digest.update(indices.astype("<i8").tobytes())
