@@ -1,7 +1,9 @@
 """The same images become the same arrays however they are packed, and nothing else is written."""
 
 import errno
+import gzip
 import json
+import lzma
 import os
 import shutil
 import subprocess
@@ -100,7 +102,15 @@ def test_compressed_tar_that_is_not_remembered_equals_its_folder(
     tree: Path, cache: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(archives, "REMEMBERED_BYTES", 1000)
-    packed = prepare(str(pack(tmp_path / name, tree)), cache)
+    archive, sizes = pack(tmp_path / name, tree), []
+    with archive.open("ab") as file:  # after the tar's end: is not unpacked
+        file.write({".gz": gzip, ".xz": lzma}[archive.suffix].compress(bytes(10_000_000)))
+
+    def watch(phase: str, done: int, total: int) -> None:
+        sizes.extend(file.stat().st_size for file in cache.glob("decoded/*.partial/unpacked"))
+
+    packed = prepare(str(archive), cache, progress=watch)
+    assert 0 < max(sizes) < 100_000
     assert packed.sha256 == prepare(str(tree), cache / "other").sha256
     assert [file.suffix for file in (cache / "decoded").iterdir()] == [""]
 

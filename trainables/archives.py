@@ -116,8 +116,10 @@ class Archive:
                 output.write(self.remembered.content)
                 self.remembered = None
             else:
+                left = self.unpacked_bytes  # not what follows the tar's end: it was not checked
                 with self._decompressed() as stream:
-                    shutil.copyfileobj(stream, output, COPIED_BYTES)
+                    while piece := stream.read(min(left, COPIED_BYTES)):
+                        left -= output.write(piece)
         return spool
 
     def _check_tar(self, listing: Listing, stream: Any, mode: Any) -> None:
