@@ -280,9 +280,11 @@ def test_names_of_any_bytes_are_read_and_printable(tmp_path: Path, cache: Path, 
     for seed, name in enumerate(NAMES):
         save_tree(folder / os.fsdecode(name), {".": 5})
         save_image(folder / os.fsdecode(name) / os.fsdecode(b"\xff.png"), seed)
+    (folder / "notes.txt").write_text("skipped, so that the source is named")
     source = pack(folder.with_name(f"{folder.name}{archive}"), folder) if archive else folder
     data = prepare(str(source), cache)
     assert count(data) == 6 * len(NAMES)
+    assert len(data.notes) == 2
     assert all(name.isprintable() for name in (data.name, *data.classes, *data.notes))
     assert r"caf\xe9" in data.classes
     assert r"line\nbreak" in data.classes

@@ -193,7 +193,7 @@ def read_tree(listing: Listing) -> Tree:
         raise SourceError(f"holds {_listed(tops)}, not train/ and test/ alone; {LAYOUT}")
     for entry, place in zip(entries, places, strict=True):
         if place.count("/") != depth:
-            raise SourceError(f"holds {entry.name!r}, which lies in no class's folder; {LAYOUT}")
+            raise SourceError(f"holds {entry.name!r}, which is in no class's folder; {LAYOUT}")
     if is_split and tops == {"test"}:
         raise SourceError(f"holds test/ but no train/; {LAYOUT}")
 
@@ -201,7 +201,7 @@ def read_tree(listing: Listing) -> Tree:
     _check_folders(listing, top, {place.rpartition("/")[0] for place in places})
     names = sorted(set(folders))
     index = {name: label for label, name in enumerate(names)}
-    notes = [f"skipped in {printable(listing.path)}: {skipped}"] if skipped else []
+    notes = [f"skipped in {printable(str(listing.path))}: {skipped}"] if skipped else []
     has_test = is_split and "test" in tops
     if not has_test:
         notes.append("no test/ folder: 20 % of each class's images are used as test images")

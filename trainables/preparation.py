@@ -169,7 +169,7 @@ class _OtherSizeError(Exception):
 
 @dataclass
 class _Files:
-    """The image files of a folder or archive, while they are read."""
+    """The image files of a folder or archive, read by Decoder in several processes."""
 
     source: Path  # Decoder's
     partial: Path  # of partial_folder
@@ -198,8 +198,8 @@ class _Files:
                 return self.read("decoding", outputs=self._allocate(width), size=width)
         return self.read("decoding", outputs=self._allocate(image_size), size=image_size, resize=True)
 
-    def read(self, phase: str, **decoding: Any) -> tuple[str, int]:
-        """Read every file and, if Decoder gets outputs, decode it.
+    def read(self, phase: str, **options: Any) -> tuple[str, int]:
+        """Read every file and, if the options (Decoder's) name outputs, decode it.
 
         Returns:
             A hash of all contents, and the number of images rotated.
@@ -209,14 +209,14 @@ class _Files:
             _OtherSizeError: An image would have to be resized.
         """
         sizes = [entry.size for entry in self.tree.entries]
-        parts = _parts(sizes, 3 * decoding.get("size", 0) ** 2)
+        parts = _parts(sizes, 3 * options.get("size", 0) ** 2)
         processes = min(self.processes, (sum(sizes) + FILE_BYTES * len(sizes)) // PROCESS_BYTES)
         images = list(
             zip(self.tree.entries, self.is_test.astype(int).tolist(), self.rows.tolist(), strict=True)
         )
         content, rotated = hashlib.sha256(), 0
         self.show(phase, 0, len(sizes))
-        arguments = {"source": str(self.source), **decoding}
+        arguments = {"source": str(self.source), **options}
         answers = _decode(arguments, [images[part] for part in parts], self.partial, processes)
         with contextlib.closing(answers):
             for part, answer in zip(parts, answers, strict=True):
@@ -266,7 +266,7 @@ def _lines(places: Iterable[str], values: Iterable[object]) -> bytes:
 def _decode(
     arguments: dict[str, Any], chunks: list[list[Any]], folder: Path, processes: int
 ) -> Generator[dict[str, Any]]:
-    """Yield the answer of Decoder.run to each chunk, in order; with one process, from this one.
+    """Yield Decoder.run's answer to each chunk, in order; one process is this one.
 
     Args:
         arguments: Decoder's.
