@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tunefleet.files import replacing
 from tunefleet.trainables.data import load_split
 from tunefleet.trainables.training import TrainingRun
 
@@ -51,17 +49,8 @@ def evaluate_test(run: TrainingRun, folder: Path | None = None, tag: str = "") -
         wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISCLASSIFIED]
         folder.mkdir(exist_ok=True)
         predictions, misclassified = (folder / name for name in result_files(tag))
-        with _written(misclassified) as file:
-            np.savez(file, index=wrong, images=images[wrong])
-        with _written(predictions) as file:
-            pq.write_table(pa.table(columns), file)
+        with replacing(misclassified) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, index=wrong, images=images[wrong])
+        with replacing(predictions) as temporary:
+            pq.write_table(pa.table(columns), temporary)
     return float((predicted == labels).mean())
-
-
-@contextlib.contextmanager
-def _written(file: Path) -> Iterator[IO[bytes]]:
-    """Context manager: a file that gets its name once it is whole."""
-    temporary = file.with_name(f"{file.name}.tmp")
-    with temporary.open("wb") as stream:
-        yield stream
-    temporary.replace(file)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import os
 import sys
 import time
 import zipfile
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tunefleet.cli import Parser
+from tunefleet.files import replacing
 from tunefleet.trainables.config import FIELD_TYPES, TrainConfig, check_integer
 from tunefleet.trainables.data import DATA_DIR, ImageData
 from tunefleet.trainables.device import Levers, choose, has_convolution, micro_batch, use_exact_fp32
@@ -297,13 +297,8 @@ class TrainingRun:
 
     def save(self, file: Path) -> None:
         """Write a checkpoint whole, then rename it: a kill leaves the old one or the new one."""
-        temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as stream:  # given a path, torch (2.15) hides that the disk is full
-                torch.save(self.state_dict(), stream)
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(file) as temporary, temporary.open("wb") as stream:
+            torch.save(self.state_dict(), stream)  # given a path, torch (2.15) hides that the disk is full
 
     def load(self, file: Path) -> None:
         """Read a checkpoint; tensors and plain values only.
