@@ -98,7 +98,7 @@ def test_features_of_the_test_images_are_computed_by_the_first_seed_alone(
         pytest.fail("the backbone was run again")
 
     runs[1].model.backbone.register_forward_hook(fail)
-    monkeypatch.setattr("tunefleet.trainables.inputs.extractor", fail)
+    monkeypatch.setattr("tunefleet.trainables.inputs._Preparation.function", fail)
     labels = load_split(data, "test")[1]
     assert evaluate_test(runs[1]) == (whole[1].argmax(1).numpy() == labels).mean()
 

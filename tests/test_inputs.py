@@ -123,7 +123,7 @@ def test_features_are_the_backbones_in_eval_mode(tmp_path, data, architecture):
 def test_features_are_computed_once(tmp_path, data, monkeypatch, opened):
     config = TrainConfig("resnet_softmax")
     first = load_inputs(config, data, FP32, tmp_path)
-    monkeypatch.setattr(inputs_module, "extractor", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(inputs_module._Preparation, "function", lambda *_: pytest.fail("computed again"))
     assert load_inputs(config, data, FP32, tmp_path) is first
     opened.clear()  # another worker of the node
     assert torch.equal(load_inputs(config, data, FP32, tmp_path).train_x, first.train_x)
@@ -278,11 +278,11 @@ def test_a_worker_keeps_few_inputs_open(tmp_path, data, opened):
 
 
 def test_a_failed_preparation_leaves_nothing(tmp_path, data, monkeypatch, opened):
-    def fail(file, *rest):
+    def fail(preparation, file, *rest):
         file.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(inputs_module, "_write", fail)
+    monkeypatch.setattr(inputs_module._Preparation, "_write", fail)
     with pytest.raises(KeyboardInterrupt):
         load_inputs(TrainConfig("softmax"), data, FP32, tmp_path)
     assert prepared(tmp_path) == []

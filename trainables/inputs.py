@@ -42,7 +42,7 @@ from tunefleet.trainables.data import (
 from tunefleet.trainables.device import Levers
 from tunefleet.trainables.pipeline import Pipeline
 
-FORMAT_VERSION = 2  # of the files under data_dir/prepared
+FORMAT_VERSION = 3  # of the files under data_dir/prepared
 FLAT_HEADS = ("softmax", "twolayernn")  # read pixels in NCHW order
 PREPARE_BATCH = 512  # images, on a CPU
 GPU_PREPARE_BYTES = 128 * 2**20  # of float32 images, as stored, in one batch where there is a GPU
@@ -91,22 +91,23 @@ def load_inputs(
         data_dir: Where prepared tensors are cached, on this node.
         progress: Called with the phase, images prepared and images in all.
     """
-    key = (_Prepared.of(config, data, levers), config.refit)
+    images, labels, order, train_count, split = _training_split(data)
+    preparation = _Preparation(config, data, levers)
+    key = (preparation.file(data_dir, split), config.refit)
     if key not in _loaded:  # a reused worker opens its inputs once and not once per trial
         if len(_loaded) >= LOADED_MAX:
             _loaded.pop(next(iter(_loaded)))
-        images, labels, train_count, split = _training_split(data)
-        x = _prepared(config, data, levers, data_dir, split, images, progress).to(levers.device)
+        x = preparation.mapped(key[0], images, order, progress).to(levers.device)
         y = torch.from_numpy(labels).to(levers.device)
-        count = len(labels) if config.refit else train_count
-        _loaded[key] = Inputs(key[0].kind, x[:count], y[:count], x[count:], y[count:], split)
+        count = len(order) if config.refit else train_count
+        _loaded[key] = Inputs(preparation.kind, x[:count], y[:count], x[count:], y[count:], split)
     return _loaded[key]
 
 
 def split_counts(data: ImageData) -> tuple[int, int, str]:
     """Return how many images train and validate, and the split's hash."""
-    _, labels, train_count, split = _training_split(data)
-    return train_count, len(labels) - train_count, split
+    _, _, order, train_count, split = _training_split(data)
+    return train_count, len(order) - train_count, split
 
 
 def sample_inputs(
@@ -114,33 +115,28 @@ def sample_inputs(
 ) -> tuple[Inputs, float]:
     """Prepare inputs to time training on, a few images again and again, without a file.
 
-    Args:
-        config: The trial.
-        data: The decoded images.
-        levers: The device's settings.
-        data_dir: Where prepared tensors are cached, on this node.
-        count: Training images wanted; at most those of the data are returned.
+    The arguments are load_inputs's, and how many training images are wanted.
 
     Returns:
         The inputs, and the seconds that preparing all of them would take; 0 where they are prepared.
     """
-    images, labels, train_count, split = _training_split(data)
-    wanted = _Prepared.of(config, data, levers)
+    images, labels, order, train_count, split = _training_split(data)
+    preparation = _Preparation(config, data, levers)
     count = min(count, train_count)
-    val_count = max(1, count * (len(labels) - train_count) // train_count)
-    some = images[:SAMPLE_IMAGES]
-    prepare = _preparation(config, data, levers)
-    prepare(torch.from_numpy(some[:1]))  # initialises what is initialised once
+    val_count = max(1, count * (len(order) - train_count) // train_count)
+    rows = order[:SAMPLE_IMAGES]
+    prepare = preparation.function()
+    prepare(torch.from_numpy(images[rows[:1]]))  # initialises what is initialised once
     began = time.perf_counter()
-    prepared = prepare(torch.from_numpy(some)).to(levers.device)
-    seconds = (time.perf_counter() - began) * len(labels) / len(some)
-    again = torch.arange(count + val_count, device=prepared.device) % len(some)
-    x, y = prepared[again], torch.from_numpy(labels[: len(some)]).to(levers.device)[again]
-    if x.dim() == 4 and wanted.channels_last:
+    some = prepare(torch.from_numpy(images[rows])).to(levers.device)
+    seconds = (time.perf_counter() - began) * len(order) / len(rows)
+    again = torch.arange(count + val_count, device=some.device) % len(rows)
+    x, y = some[again], torch.from_numpy(labels[: len(rows)]).to(levers.device)[again]
+    if x.dim() == 4 and preparation.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    if wanted.file(data_dir, split).exists():
+    if preparation.file(data_dir, split).exists():
         seconds = 0.0
-    return Inputs(wanted.kind, x[:count], y[:count], x[count:], y[count:], split), seconds
+    return Inputs(preparation.kind, x[:count], y[:count], x[count:], y[count:], split), seconds
 
 
 def cached_features(
@@ -148,14 +144,10 @@ def cached_features(
 ) -> Tensor:
     """Return a frozen backbone's features of test images, on the CPU; computed once per node.
 
-    Args:
-        config: The trial.
-        data: The decoded images.
-        levers: The device's settings.
-        data_dir: Where prepared tensors are cached, on this node.
-        images: uint8 ``(N, 3, H, W)``; only trainables/evaluate.py has those.
+    The arguments are load_inputs's, and uint8 images ``(N, 3, H, W)``, which only trainables/evaluate.py has.
     """
-    return _prepared(config, data, levers, data_dir, "test", images)
+    preparation = _Preparation(config, data, levers)
+    return preparation.mapped(preparation.file(data_dir, "test"), images, np.arange(len(images)))
 
 
 def build_model(config: TrainConfig, data: ImageData) -> Classifier:
@@ -189,147 +181,99 @@ def _module_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _training_split(data: ImageData) -> tuple[_Reordered, np.ndarray, int, str]:
-    """Return the training images and labels, those that validate last, how many train, and a hash."""
+def _training_split(data: ImageData) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, str]:
+    """Return all training images; labels and order, those that validate last; how many train; a hash."""
     images, labels = load_split(data, "train")
     train, val = split_validation(labels)
     order = np.concatenate([train, val])  # one array: a refit reads it whole
-    return _Reordered(images, order), labels[order], len(train), split_sha256(train, val)
+    return images, labels[order], order, len(train), split_sha256(train, val)
 
 
-@dataclass(frozen=True)
-class _Reordered:
-    """Memory-mapped images in another order."""
-
-    images: np.ndarray
-    order: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        return self.images[self.order[rows]]
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """All that prepared tensors depend on, and nothing else: trials that differ elsewhere share them."""
-
-    kind: str
-    data_sha256: str
-    pipeline: Pipeline | None  # None: uint8 images, which every pipeline reads
-    dtype: torch.dtype | None
-    device: str
-    channels_last: bool
-    backbone: str | None  # backbone_sha256 of features
-    version: int = FORMAT_VERSION
-
-    @classmethod
-    def of(cls, config: TrainConfig, data: ImageData, levers: Levers) -> _Prepared:
-        row = ARCHITECTURES[config.architecture]
-        kind = kind_of(config, data)
-        as_stored = kind == "images"
-        flat = row.cut is None and row.head in FLAT_HEADS
-        return cls(
-            kind=kind,
-            data_sha256=data.sha256,
-            pipeline=None if as_stored else Pipeline.of(config, data, levers),
-            dtype=None if as_stored else levers.dtype,
-            device=levers.device,
-            channels_last=levers.channels_last and not flat,
-            backbone=backbone_sha256(config, data) if kind == "features" else None,
-        )
-
-    def file(self, data_dir: Path, split: str) -> Path:
-        name = hashlib.sha256(repr((self, split)).encode()).hexdigest()[:32]
-        return expanded("--data-dir", data_dir) / "prepared" / f"{name}.npy"
-
-
-_loaded: dict[tuple[_Prepared, bool], Inputs] = {}
+_loaded: dict[tuple[Path, bool], Inputs] = {}
 _hashes: dict[tuple[Any, ...], str] = {}
 
 
-def _prepared(
-    config: TrainConfig,
-    data: ImageData,
-    levers: Levers,
-    data_dir: Path,
-    split: str,
-    images: np.ndarray | _Reordered,
-    progress: Progress | None = None,
-) -> Tensor:
-    """Return prepared images, mapped from their file; one process writes it, others wait for it."""
-    wanted = _Prepared.of(config, data, levers)
-    file = wanted.file(data_dir, split)
-    if not file.exists():  # else its folder may be read-only
-        partial = file.with_suffix(".partial")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(file.with_suffix(".lock")):
-                if not file.exists():
-                    try:
-                        prepare = _preparation(config, data, levers)
-                        _write(partial, images, prepare, wanted.channels_last, progress)
-                        partial.replace(file)
-                    finally:
-                        partial.unlink(missing_ok=True)
-        except (OSError, NotImplementedError) as error:  # the latter from a file system without locks
-            if is_full(error):
-                raise
-            shown = printable(str(file.parents[1]))
-            raise ValueError(
-                f"--data-dir={shown} cannot be written ({printable(str(error))}); give another"
-            ) from error
-    # "c" is copy-on-write: shared pages like "r", without torch's warning about read-only arrays
-    tensor = torch.from_numpy(np.load(file, mmap_mode="c"))
-    if tensor.dtype == torch.int16:
-        tensor = tensor.view(torch.bfloat16)
-    return tensor.permute(0, 3, 1, 2) if tensor.dim() == 4 and wanted.channels_last else tensor
+class _Preparation:
+    """How a config's inputs are made of images."""
 
+    def __init__(self, config: TrainConfig, data: ImageData, levers: Levers) -> None:
+        row = ARCHITECTURES[config.architecture]
+        flat = row.cut is None and row.head in FLAT_HEADS
+        self.config, self.data, self.levers = config, data, levers
+        self.kind = kind_of(config, data)
+        self.channels_last = levers.channels_last and not flat
+        self.pipeline = Pipeline.of(config, data, levers)
+        # All that prepared tensors depend on, and nothing else: trials that differ elsewhere share them.
+        self.key: list[Any] = [FORMAT_VERSION, self.kind, data.sha256, levers.device, self.channels_last]
+        if self.kind != "images":
+            self.key += [self.pipeline, levers.dtype]
+        if self.kind == "features":
+            self.key.append(backbone_sha256(config, data))
 
-def _preparation(config: TrainConfig, data: ImageData, levers: Levers) -> Callable[[Tensor], Tensor]:
-    """Return a function from uint8 images ``(N, 3, H, W)`` to inputs."""
-    kind = kind_of(config, data)
-    if kind == "images":
-        return lambda images: images
-    pipeline = Pipeline.of(config, data, levers)
-    return pipeline if kind == "normalised" else extractor(config, data, levers, pipeline)
+    def file(self, data_dir: Path, split: str) -> Path:
+        """Return the file of prepared images; split is a hash, or "test"."""
+        name = hashlib.sha256(repr((self.key, split)).encode()).hexdigest()[:32]
+        return expanded("--data-dir", data_dir) / "prepared" / f"{name}.npy"
 
+    def mapped(
+        self, file: Path, images: np.ndarray, order: np.ndarray, progress: Progress | None = None
+    ) -> Tensor:
+        """Map prepared images, in an order, from their file; one process writes it, others wait for it."""
+        if not file.exists():  # else its folder may be read-only
+            partial = file.with_suffix(".partial")
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with FileLock(file.with_suffix(".lock")):
+                    if not file.exists():
+                        try:
+                            self._write(partial, images, order, progress)
+                            partial.replace(file)
+                        finally:
+                            partial.unlink(missing_ok=True)
+            except (OSError, NotImplementedError) as error:  # the latter from a file system without locks
+                if is_full(error):
+                    raise
+                shown = printable(str(file.parents[1]))
+                raise ValueError(
+                    f"--data-dir={shown} cannot be written ({printable(str(error))}); give another"
+                ) from error
+        # "c" is copy-on-write: shared pages like "r", without torch's warning about read-only arrays
+        tensor = torch.from_numpy(np.load(file, mmap_mode="c"))
+        if tensor.dtype == torch.int16:
+            tensor = tensor.view(torch.bfloat16)
+        return tensor.permute(0, 3, 1, 2) if tensor.dim() == 4 and self.channels_last else tensor
 
-def extractor(
-    config: TrainConfig, data: ImageData, levers: Levers, pipeline: Pipeline
-) -> Callable[[Tensor], Tensor]:
-    """Return a function from uint8 images ``(N, 3, H, W)`` to features ``(N, …)`` on the CPU."""
-    model = build_model(config, data).to(levers.device).eval()
-    if levers.channels_last:
-        model.to(memory_format=torch.channels_last)
+    def function(self) -> Callable[[Tensor], Tensor]:
+        """Return a function from uint8 images ``(N, 3, H, W)`` to inputs."""
+        if self.kind == "features":
+            return self._extractor()
+        return self.pipeline if self.kind == "normalised" else lambda images: images
 
-    def extract(images: Tensor) -> Tensor:
-        with torch.inference_mode(), levers.autocast():
-            return model.backbone(pipeline(images.to(levers.device))).to(levers.dtype).cpu()
+    def _extractor(self) -> Callable[[Tensor], Tensor]:
+        levers, pipeline = self.levers, self.pipeline
+        model = build_model(self.config, self.data).to(levers.device).eval()
+        if levers.channels_last:
+            model.to(memory_format=torch.channels_last)
 
-    return extract
+        def extract(images: Tensor) -> Tensor:
+            with torch.inference_mode(), levers.autocast():
+                return model.backbone(pipeline(images.to(levers.device))).to(levers.dtype).cpu()
 
+        return extract
 
-def _write(
-    file: Path,
-    images: np.ndarray | _Reordered,
-    prepare: Callable[[Tensor], Tensor],
-    channels_last: bool,
-    progress: Progress | None,
-) -> None:
-    """Write prepared images as one array, a batch at a time; bfloat16 as the bits of int16."""
-    out, size = None, PREPARE_BATCH
-    if torch.cuda.is_available():  # large enough to keep a GPU busy
-        size = max(size, GPU_PREPARE_BYTES // (4 * images[:1].size))
-    for start in range(0, len(images), size):
-        if progress:
-            progress("computing", start, len(images))
-        batch = prepare(torch.from_numpy(images[start : start + size]))
-        if batch.dim() == 4 and channels_last:
-            batch = batch.permute(0, 2, 3, 1)
-        if batch.dtype == torch.bfloat16:
-            batch = batch.contiguous().view(torch.int16)
-        if out is None:
-            out = allocate(file, batch.numpy().dtype, (len(images), *batch.shape[1:]))
-        out[start : start + len(batch)] = batch.numpy()
+    def _write(self, file: Path, images: np.ndarray, order: np.ndarray, progress: Progress | None) -> None:
+        """Write prepared images as one array, a batch at a time; bfloat16 as the bits of int16."""
+        prepare, out, size = self.function(), None, PREPARE_BATCH
+        if torch.cuda.is_available():  # large enough to keep a GPU busy
+            size = max(size, GPU_PREPARE_BYTES // (4 * images[0].size))
+        for start in range(0, len(order), size):
+            if progress:
+                progress("computing", start, len(order))
+            batch = prepare(torch.from_numpy(images[order[start : start + size]]))
+            if batch.dim() == 4 and self.channels_last:
+                batch = batch.permute(0, 2, 3, 1)
+            if batch.dtype == torch.bfloat16:
+                batch = batch.contiguous().view(torch.int16)
+            if out is None:
+                out = allocate(file, batch.numpy().dtype, (len(order), *batch.shape[1:]))
+            out[start : start + len(batch)] = batch.numpy()
