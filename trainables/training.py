@@ -13,7 +13,7 @@ import math
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -226,13 +226,10 @@ class TrainingRun:
     def evaluate(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return summed loss and number of correct predictions over all of x ``(N, …)``."""
         x, y = self.group.stretch(x), self.group.stretch(y)
-        self.network.eval()
         loss_sum = torch.zeros((), device=self.device)
         correct = torch.zeros((), device=self.device, dtype=torch.int64)
-        size = self._eval_batch(x)
-        for part_x, part_y in zip(x.split(size), y.split(size), strict=True):
-            with self.levers.autocast():
-                logits = self.network(self.to_network(part_x))
+        batches = y.split(self._eval_batch(x))
+        for part_y, logits in zip(batches, self._logits(self.network, self.to_network, x), strict=True):
             loss_sum += F.cross_entropy(logits.float(), part_y, reduction="sum")
             correct += (logits.argmax(1) == part_y).sum()
         return self.group.total(loss_sum, correct)
@@ -240,19 +237,22 @@ class TrainingRun:
     @torch.inference_mode()
     def predict(self, images: np.ndarray) -> Tensor:
         """Return class probabilities ``(N, classes)`` of test images, uint8 ``(N, 3, H, W)``, on the CPU."""
-        network: nn.Module = self.model
-        prepare_batch: Callable[[Tensor], Tensor] = self.pipeline
-        x = torch.from_numpy(images)
         if self.inputs.kind == "features" and self.config.weights != "none":  # else each seed has its own
             x = cached_features(self.config, self.data, self.levers, self.data_dir, images)
-            network, prepare_batch = self.network, self.to_network
+            batches = self._logits(self.network, self.to_network, x)
+        else:
+            batches = self._logits(self.model, self.pipeline, torch.from_numpy(images))
+        return torch.cat([logits.float().softmax(1).cpu() for logits in batches])
+
+    def _logits(
+        self, network: nn.Module, prepare_batch: Callable[[Tensor], Tensor], x: Tensor
+    ) -> Iterator[Tensor]:
+        """Yield the logits of x in batches, in eval mode."""
         network.eval()
-        probabilities = []
         for part in x.split(self._eval_batch(x)):
             with self.levers.autocast():
                 logits = network(prepare_batch(part.to(self.device)))
-            probabilities.append(logits.float().softmax(1).cpu())
-        return torch.cat(probabilities)
+            yield logits
 
     def to_network(self, x: Tensor) -> Tensor:
         """Return inputs as the network reads them: uint8 images pass the pipeline, others are ready."""
