@@ -31,7 +31,7 @@ MAX_EXPANSION = 200  # unpacked bytes per archive byte; JPEGs reach about 5, lin
 ALWAYS_ALLOWED_BYTES = 1_000_000_000  # below this, no expansion is suspicious
 MAGIC_BYTES = 262  # a tar file says "ustar" at byte 257
 COPIED_BYTES = 1 << 20  # at a time
-REMEMBERED_BYTES = 1 << 28  # of a compressed tar, from its check; a larger one is decompressed a second time
+KEPT_BYTES = 1 << 28  # of a compressed tar, from its check; a larger one is decompressed a second time
 PROGRESS_MEMBERS = 5_000
 DECOMPRESSORS = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\x00": "lzma"}  # Python's modules
 # In a process of its own, decompression runs beside tarfile, which is as slow.
@@ -77,7 +77,7 @@ class Archive:
         self.limit = max(MAX_EXPANSION * self.bytes, ALWAYS_ALLOWED_BYTES)
         self.members = self.member_bytes = self.unpacked_bytes = 0
         self.zipped: list[zipfile.ZipInfo] = []  # the images
-        self.remembered: _Remembering | None = None
+        self.kept: _KeepingStream | None = None
 
     def check(self, listing: Listing) -> None:
         """Add images and folders to the listing; writes nothing.
@@ -91,8 +91,8 @@ class Archive:
                 self._check_zip(listing)
             elif self.module:
                 with self._decompressed() as stream:
-                    self.remembered = _Remembering(stream)
-                    self._check_tar(listing, self.remembered, "r|")
+                    self.kept = _KeepingStream(stream)
+                    self._check_tar(listing, self.kept, "r|")
             else:
                 with self.path.open("rb") as self.file:
                     self._check_tar(listing, self.file, "r:")
@@ -112,9 +112,9 @@ class Archive:
                     for member in self.zipped:
                         with archive.open(member) as content:
                             shutil.copyfileobj(content, output, COPIED_BYTES)
-            elif self.remembered and self.remembered.content is not None:
-                output.write(self.remembered.content)
-                self.remembered = None
+            elif self.kept and self.kept.content is not None:
+                output.write(self.kept.content)
+                self.kept = None
             else:
                 left = self.unpacked_bytes  # not what follows the tar's end: it was not checked
                 with self._decompressed() as stream:
@@ -137,7 +137,7 @@ class Archive:
                     )
                 elif member.issparse():
                     raise SourceError(f"holds {member.name!r} with holes; pack it again without --sparse")
-                elif listing.wants(name, member.size, lambda: _head(tar.extractfile(member))):
+                elif listing.accepts(name, member.size, lambda: _head(tar.extractfile(member))):
                     listing.entries.append(Entry(name, member.size, member.offset_data))
             self.unpacked_bytes = tar.offset if self.module else 0
 
@@ -156,7 +156,7 @@ class Archive:
                     )
                 if member.filename.endswith(("/", "\\")):
                     listing.add_folder(name)
-                elif listing.wants(name, member.file_size, lambda: _head(archive.open(member))):  # noqa: B023
+                elif listing.accepts(name, member.file_size, lambda: _head(archive.open(member))):  # noqa: B023
                     listing.entries.append(Entry(name, member.file_size, self.unpacked_bytes))
                     self.unpacked_bytes += member.file_size
                     self.zipped.append(member)
@@ -198,14 +198,14 @@ class Archive:
                 while process.stdout.read(COPIED_BYTES):  # gzip and xz verify their checksums at the very end
                     pass
                 if process.wait():
-                    said = process.stderr.read().decode(errors="replace")
-                    raise EOFError(said.strip().rpartition("\n")[2])
+                    message = process.stderr.read().decode(errors="replace")
+                    raise EOFError(message.strip().rpartition("\n")[2])
             finally:
                 process.kill()
 
 
-class _Remembering:
-    """A stream that keeps what is read from it in `content`, which is None above REMEMBERED_BYTES."""
+class _KeepingStream:
+    """A stream that keeps what is read from it in `content`, which is None above KEPT_BYTES."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.stream = stream
@@ -215,7 +215,7 @@ class _Remembering:
         piece = self.stream.read(size)
         if self.content is not None:
             self.content += piece
-            if len(self.content) > REMEMBERED_BYTES:
+            if len(self.content) > KEPT_BYTES:
                 self.content = None
         return piece
 

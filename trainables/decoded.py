@@ -39,8 +39,8 @@ def partial_folder(data_dir: Path) -> Iterator[Path]:
     """
     decoded = data_dir / "decoded"
     decoded.mkdir(exist_ok=True)
-    for left in decoded.glob("*.partial"):
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in decoded.glob("*.partial"):
+        shutil.rmtree(leftover, ignore_errors=True)
     partial = decoded / "new.partial"
     (partial / KEPT).mkdir(parents=True)
     try:
@@ -113,9 +113,9 @@ def _statistics(images: np.ndarray) -> tuple[tuple[float, float, float], tuple[f
     total = np.zeros(3, dtype=np.int64)  # whole numbers: the same in any order and on any machine
     squares = np.zeros(3, dtype=np.int64)
     for rows in _steps(images):
-        some = images[rows].astype(np.int32)
-        total += some.sum(axis=(0, 2, 3), dtype=np.int64)
-        squares += np.multiply(some, some, out=some).sum(axis=(0, 2, 3), dtype=np.int64)
+        part = images[rows].astype(np.int32)
+        total += part.sum(axis=(0, 2, 3), dtype=np.int64)
+        squares += np.multiply(part, part, out=part).sum(axis=(0, 2, 3), dtype=np.int64)
     count = images.size // 3
     mean = total / count
     variance = squares / count - mean**2

@@ -40,7 +40,7 @@ class Listing:
     folders: set[str] = field(default_factory=set)  # except hidden ones
     skipped: Counter[tuple[str, str]] = field(default_factory=Counter)  # files by folder and reason
 
-    def wants(self, name: str, size: int, read_head: Callable[[], bytes]) -> bool:
+    def accepts(self, name: str, size: int, read_head: Callable[[], bytes]) -> bool:
         """Return whether a file is an image; otherwise count it as skipped.
 
         Raises:
@@ -105,7 +105,7 @@ def list_files(listing: Listing, files: list[tuple[str, int]]) -> None:
 
     try:
         for name, size in files:
-            if listing.wants(name, size, lambda: head_of(name)):  # noqa: B023  called at once
+            if listing.accepts(name, size, lambda: head_of(name)):  # noqa: B023  called at once
                 listing.entries.append(Entry(name, size))
     except OSError as error:
         raise SourceError(f"cannot be read ({error})") from error
@@ -120,7 +120,7 @@ def is_hidden(name: str) -> bool:
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, str]:
-    """Return a file's size, its ctime, and what changes if another file takes its place or it changes."""
+    """Return a file's size, its ctime, and what changes if another file replaces it or it changes."""
     changed = status.st_ctime_ns
     text = f"{status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns} {changed}"
     return status.st_size, changed, text
@@ -161,7 +161,7 @@ class Tree:
     """The images of a folder or archive and their classes, sorted by name."""
 
     entries: list[Entry]
-    places: list[str]  # per image: train/CLASS/FILE or CLASS/FILE, without a folder around all
+    paths: list[str]  # per image: train/CLASS/FILE or CLASS/FILE, without a folder around all
     classes: tuple[str, ...]  # sorted
     labels: np.ndarray  # int64 (N,), indices into classes
     is_test: np.ndarray | None  # bool (N,); None where the tree has no test/
@@ -185,20 +185,20 @@ def read_tree(listing: Listing) -> Tree:
             raise SourceError(f"holds {after.name!r} more than once; pack it again")
 
     top = _top(entries)
-    places = [entry.name.removeprefix(top) for entry in entries]
-    is_split = any(place.count("/") > 1 and place.partition("/")[0] in SPLITS for place in places)
+    paths = [entry.name.removeprefix(top) for entry in entries]
+    is_split = any(path.count("/") > 1 and path.partition("/")[0] in SPLITS for path in paths)
     depth = 2 if is_split else 1
-    tops = {place.partition("/")[0] for place in places}
+    tops = {path.partition("/")[0] for path in paths}
     if is_split and not tops <= SPLITS:
         raise SourceError(f"holds {_listed(tops)}, not train/ and test/ alone; {LAYOUT}")
-    for entry, place in zip(entries, places, strict=True):
-        if place.count("/") != depth:
+    for entry, path in zip(entries, paths, strict=True):
+        if path.count("/") != depth:
             raise SourceError(f"holds {entry.name!r}, which is in no class's folder; {LAYOUT}")
     if is_split and tops == {"test"}:
         raise SourceError(f"holds test/ but no train/; {LAYOUT}")
 
-    folders = [place.split("/")[depth - 1] for place in places]
-    _check_folders(listing, top, {place.rpartition("/")[0] for place in places})
+    folders = [path.split("/")[depth - 1] for path in paths]
+    _check_folders(listing, top, {path.rpartition("/")[0] for path in paths})
     names = sorted(set(folders))
     index = {name: label for label, name in enumerate(names)}
     notes = [f"skipped in {printable(str(listing.path))}: {skipped}"] if skipped else []
@@ -207,10 +207,10 @@ def read_tree(listing: Listing) -> Tree:
         notes.append("no test/ folder: 20 % of each class's images are used as test images")
     tree = Tree(
         entries=entries,
-        places=places,
+        paths=paths,
         classes=tuple(printable(name) for name in names),
         labels=np.array([index[name] for name in folders], dtype=np.int64),
-        is_test=np.array([place.startswith("test/") for place in places]) if has_test else None,
+        is_test=np.array([path.startswith("test/") for path in paths]) if has_test else None,
         notes=tuple(notes),
     )
     _check_classes(tree)
@@ -227,10 +227,10 @@ def _top(entries: list[Entry]) -> str:
 
 def _check_folders(listing: Listing, top: str, filled: set[str]) -> None:
     """Raise SourceError if a folder beside the class folders has no image: it is meant as a class."""
-    beside = {folder.rpartition("/")[0] for folder in filled}
+    parents = {folder.rpartition("/")[0] for folder in filled}
     for folder in sorted(listing.folders):
-        place = folder.removeprefix(top)
-        if folder.startswith(top) and place.rpartition("/")[0] in beside and place not in filled:
+        path = folder.removeprefix(top)
+        if folder.startswith(top) and path.rpartition("/")[0] in parents and path not in filled:
             within = Counter(
                 {key: n for key, n in listing.skipped.items() if f"{key[0]}/".startswith(f"{folder}/")}
             )

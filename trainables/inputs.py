@@ -128,10 +128,10 @@ def sample_inputs(
     prepare = preparation.function()
     prepare(torch.from_numpy(images[rows[:1]]))  # initialises what is initialised once
     began = time.perf_counter()
-    some = prepare(torch.from_numpy(images[rows])).to(levers.device)
+    prepared = prepare(torch.from_numpy(images[rows])).to(levers.device)
     seconds = (time.perf_counter() - began) * len(order) / len(rows)
-    again = torch.arange(count + val_count, device=some.device) % len(rows)
-    x, y = some[again], torch.from_numpy(labels[: len(rows)]).to(levers.device)[again]
+    repeated = torch.arange(count + val_count, device=prepared.device) % len(rows)
+    x, y = prepared[repeated], torch.from_numpy(labels[: len(rows)]).to(levers.device)[repeated]
     if x.dim() == 4 and preparation.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     if preparation.file(data_dir, split).exists():

@@ -105,7 +105,7 @@ def _existing(source: str) -> Path:
 
 def _prepare_files(path: Path, data_dir: Path, image_size: int, show: Progress, processes: int) -> ImageData:
     show("listing files", 0, 0)
-    listing, found, signature = scan(path)
+    listing, names, signature = scan(path)
     records, name = data_dir / "sources", printable(path.absolute().name)
     signature = hashlib.sha256(f"{FORMAT_VERSION} {signature}".encode()).hexdigest()
 
@@ -113,7 +113,7 @@ def _prepare_files(path: Path, data_dir: Path, image_size: int, show: Progress, 
         data = cached(folder_of(data_dir, content, image_size), name)
         return data and replace(data, notes=(*notes, *data.notes))
 
-    def remembered() -> ImageData | None:
+    def find_unchanged() -> ImageData | None:
         """Return the decoded images of a source that has not changed since it was last read."""
         for record in records.glob(f"*-{signature}.json"):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged
@@ -121,20 +121,20 @@ def _prepare_files(path: Path, data_dir: Path, image_size: int, show: Progress, 
                 return find(fields["content"], fields["notes"])
         return None
 
-    if data := remembered():
+    if data := find_unchanged():
         return data
     with locked(data_dir, show), partial_folder(data_dir) as partial:
-        if data := remembered():  # prepared by the process that held the lock
+        if data := find_unchanged():  # prepared by the process that held the lock
             return data
         archive = None if path.is_dir() else Archive(path, show)
         if archive:
             archive.check(listing)
         else:
-            list_files(listing, found)
+            list_files(listing, names)
         listing.entries.sort()
         tree = read_tree(listing)
         files = _Files(_unpacked(archive, partial, show) if archive else path, partial, tree, show, processes)
-        sizes = hashlib.sha256(_lines(tree.places, (entry.size for entry in tree.entries))).hexdigest()
+        sizes = hashlib.sha256(_lines(tree.paths, (entry.size for entry in tree.entries))).hexdigest()
         # Files of the same names and sizes were decoded before: compare contents before decoding again.
         content = files.read("comparing")[0] if any(records.glob(f"{sizes}-*")) else None
         data = find(content, tree.notes) if content else None
@@ -226,7 +226,7 @@ class _Files:
                     raise SourceError(answer["refused"])
                 if "failed" in answer:
                     raise OSError(*answer["failed"])
-                content.update(_lines(self.tree.places[part], answer["sha256"]))
+                content.update(_lines(self.tree.paths[part], answer["sha256"]))
                 rotated += answer["rotated"]
                 self.show(phase, part.stop, len(sizes))
         return content.hexdigest(), rotated
@@ -258,8 +258,8 @@ def _parts(sizes: list[int], stored_bytes: int) -> list[slice]:
     return parts
 
 
-def _lines(places: Iterable[str], values: Iterable[object]) -> bytes:
-    lines = (f"{place}\0{value}\n" for place, value in zip(places, values, strict=True))
+def _lines(paths: Iterable[str], values: Iterable[object]) -> bytes:
+    lines = (f"{path}\0{value}\n" for path, value in zip(paths, values, strict=True))
     return "".join(lines).encode("utf-8", "surrogateescape")
 
 
