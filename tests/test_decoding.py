@@ -120,6 +120,15 @@ def test_several_processes_decode_what_one_does(
 
 
 @pytest.mark.usefixtures("many")
+def test_several_processes_read_names_of_any_bytes(tree: Path, cache: Path, tmp_path: Path) -> None:
+    one = prepare(str(tree), cache, processes=1)
+    for name in (b"\xff", b"line\nbreak", b"a'b\"c"):  # the last of their class's names
+        (tree / "train/dog/2.png").replace(tree / "train/dog" / os.fsdecode(b"~" + name))
+        assert prepare(str(tree), tmp_path / "other", processes=3).sha256 == one.sha256
+        (tree / "train/dog" / os.fsdecode(b"~" + name)).replace(tree / "train/dog/2.png")
+
+
+@pytest.mark.usefixtures("many")
 def test_several_processes_name_the_first_damaged_image(tree: Path, cache: Path) -> None:
     for name in ("train/dog/2.png", "train/cat/1.png", "test/dog/0.png"):
         (tree / name).write_bytes(b"\x89PNG\r\n\x1a\n")
