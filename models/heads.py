@@ -125,7 +125,7 @@ HEADS: dict[str, Head] = {
 
 
 def _pooled_size(size: tuple[int, int], kernel_size: int, padding: int, stages: int) -> tuple[int, int]:
-    """Return height and width of a map of `size` after so many stages; raise ValueError if nothing is left."""
+    """Return the size of a map after so many stages; raise ValueError if nothing is left of it."""
     height, width = (_pooled_length(length, kernel_size, padding, stages) for length in size)
     if height and width:
         return height, width
