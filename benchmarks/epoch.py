@@ -1,4 +1,4 @@
-"""How much faster is an epoch of ours than the obvious training loop, and does it learn as well?
+"""Time an epoch of ours beside the obvious training loop's, and compare their accuracy.
 
 Prints, per architecture, seconds per epoch of TrainingRun.train_epoch and of the obvious loop (below,
 ObviousRun), timed in turn (A B B A …), and the ratio; writes nothing but the caches under --data-dir::
@@ -26,15 +26,14 @@ from torch.nn import functional as F
 from tunefleet.benchmarks.families import published
 from tunefleet.benchmarks.obvious import obvious_network
 from tunefleet.trainables.config import check_integer, check_name
-from tunefleet.trainables.data import DATA_DIR, ImageData, load_split, prepare, split_validation
-from tunefleet.trainables.levers import Levers, choose
+from tunefleet.trainables.data import DATA_DIR, ImageData, load_split, split_validation
+from tunefleet.trainables.device import Levers, choose
+from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.training import TrainingRun
 
 SEEDS = (0, 1, 2)  # of --accuracy
 ACCURACY_EPOCHS = 3
 EVAL_BATCH = 500  # images, of the obvious loop
-
-
 BATCHES = {  # of an epoch that are timed unless --images says more; None: all
     "softmax": None,
     "twolayernn": None,
@@ -45,9 +44,9 @@ BATCHES = {  # of an epoch that are timed unless --images says more; None: all
 
 
 class ObviousRun:
-    """The loop one writes first, on the whole tensor: fp32, NCHW, whole batches, Conv → ReLU → MaxPool.
+    """The training loop one writes first: fp32, NCHW, whole batches, Conv → ReLU → MaxPool.
 
-    It starts from the weights of ``like`` and takes its images in the same order.
+    It starts from the weights of ``like`` and reads its images in the same order.
     """
 
     def __init__(self, like: TrainingRun, images: Tensor, y: Tensor) -> None:
@@ -102,7 +101,7 @@ class ObviousRun:
 
 @dataclass(frozen=True)
 class Bench:
-    """What the whole run shares."""
+    """Settings and data of the whole run."""
 
     data: ImageData
     data_dir: Path
@@ -177,8 +176,7 @@ def _is_channels_last(x: Tensor) -> bool:
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Time both arms of every named architecture."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tunefleet.benchmarks.epoch", description=__doc__.split("\n")[0]
     )
@@ -197,7 +195,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--weights", default="none", help="of ResNets: imagenet, none or a path")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--precision", default="auto", help="of ours: auto, fp32 or bf16")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Time both arms of every named architecture."""
+    options = _parser().parse_args(arguments)
     try:
         names = options.architectures or list(BATCHES)
         for name in names:

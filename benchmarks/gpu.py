@@ -34,9 +34,10 @@ from tunefleet.search.options import StudyOptions
 from tunefleet.search.preflight import example
 from tunefleet.search.spaces import SPACES, default_image_size
 from tunefleet.trainables.config import TrainConfig, check_integer
-from tunefleet.trainables.data import DATA_DIR, ImageData, prepare
+from tunefleet.trainables.data import DATA_DIR, ImageData
+from tunefleet.trainables.device import Levers, choose
 from tunefleet.trainables.inputs import sample_inputs
-from tunefleet.trainables.levers import Levers, choose
+from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.training import TrainingRun
 
 MATRIX_SIDE = {"cpu": 1024, "cuda": 8192}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tunefleet.benchmarks.task import Row, Task, no_op_accuracy, row
 from tunefleet.trainables.data import ImageData
-from tunefleet.trainables.levers import choose
+from tunefleet.trainables.device import choose
 from tunefleet.trainables.training import TrainingRun
 
 

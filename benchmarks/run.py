@@ -37,8 +37,9 @@ from tunefleet.benchmarks.task import Task
 from tunefleet.cli import Parser, exit_code
 from tunefleet.search.provenance import commit, machine_name, versions
 from tunefleet.trainables.config import check_integer, check_name
-from tunefleet.trainables.data import DATA_DIR, load_split, prepare
+from tunefleet.trainables.data import DATA_DIR, load_split
 from tunefleet.trainables.host import cpu_count
+from tunefleet.trainables.preparation import prepare
 
 RESULTS = Path(__file__).with_name("results")
 STEADY = 0.15  # by which fraction probes may vary before a ratio says nothing

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tunefleet.trainables.config import TrainConfig
-from tunefleet.trainables.data import ImageData, prepare
+from tunefleet.trainables.data import ImageData
+from tunefleet.trainables.preparation import prepare
 
 Row = dict[str, Any]  # a report: trial, epoch, val_accuracy (fraction), finished_at (seconds since 1970)
 

@@ -1,31 +1,12 @@
-"""Which architectures are there, and how is one built?
+"""Which architectures are there? Rows of `ARCHITECTURES`, without torch, whose import takes a second.
 
-An architecture is one row of `ARCHITECTURES`: a head, alone or behind a frozen or updatable ResNet-18.
+An architecture is a head, alone or behind a frozen or updatable ResNet-18. `models.building` builds it::
 
-Example:
     model = build("resnet_conv", 10, (3, 32, 32), hidden=64, kernel_size=3, weights="imagenet")
     logits = model(images)  # (N, 3, 32, 32) to (N, 10)
-
-The rows need no torch, which takes more than a second to import; what builds networks comes with it.
 """
 
-import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from tunefleet.models.building import Classifier, build, build_args
-    from tunefleet.models.resnet import load_weights, weights_file
-
-__all__ = [
-    "ARCHITECTURES",
-    "Architecture",
-    "Classifier",
-    "build",
-    "build_args",
-    "load_weights",
-    "weights_file",
-]
 
 
 @dataclass(frozen=True)
@@ -33,12 +14,12 @@ class Architecture:
     """A row of `ARCHITECTURES`.
 
     Attributes:
-        summary: one line for people.
-        head: a row of `small.HEADS`.
+        summary: one line for the user.
+        head: a row of `heads.HEADS`.
         cut: a row of `resnet.CUTS`, where ResNet-18 ends and the head begins; None: no backbone.
         frozen: the backbone gets no gradient and its BatchNorm statistics are fixed.
-        hidden: default width of the head, the published one; None: the head has no such argument.
-        kernel_size: default kernel of the head's convolutions in pixels, likewise.
+        hidden: published width of the head, its default; None: the head has no such argument.
+        kernel_size: published kernel of the head's convolutions in pixels, likewise.
     """
 
     summary: str
@@ -76,15 +57,3 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "resnet_finetune": Architecture("ResNet-18 with its fc, softmax head, all trained", "softmax", "fc"),
 }
-
-
-_MODULES = {
-    **dict.fromkeys(("Classifier", "build", "build_args"), "tunefleet.models.building"),
-    **dict.fromkeys(("load_weights", "weights_file"), "tunefleet.models.resnet"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -1,19 +1,19 @@
-"""How is an architecture built? A row of `ARCHITECTURES` becomes a network."""
+"""Build the network of a row of `ARCHITECTURES`."""
 
 import difflib
 
 import torch
 from torch import Tensor, nn
 
-from tunefleet.models import ARCHITECTURES, Architecture, resnet, small
-from tunefleet.models.fast_conv import make_convolutions_fast
+from tunefleet.models import ARCHITECTURES, Architecture, heads, resnet
+from tunefleet.models.folded import fold_convolutions
 
 
 class Classifier(nn.Module):
     """A head behind a backbone; logits, never probabilities.
 
-    A frozen backbone stays in eval mode and takes no gradient, whatever `train()` is told: in train mode
-    its BatchNorm statistics would go on following the images, for which they need no gradient.
+    A frozen backbone takes no gradient and stays in eval mode after `train()`: in train mode its BatchNorm
+    statistics would follow the images even without a gradient.
 
     Attributes:
         backbone: ResNet-18 up to a cut, or `nn.Identity()`.
@@ -34,14 +34,14 @@ class Classifier(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> "Classifier":
-        """Sets the mode of everything but a frozen backbone, which stays in eval mode."""
+        """Set the mode of everything but a frozen backbone."""
         super().train(mode)
         if self.frozen:
             self.backbone.eval()
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """Takes normalised images `(N, C, H, W)` to logits `(N, num_classes)`."""
+        """Map normalised images `(N, C, H, W)` to logits `(N, num_classes)`."""
         if self.frozen:
             with torch.no_grad():
                 features = self.backbone(images)
@@ -59,12 +59,12 @@ def build(
     kernel_size: int | None = None,
     weights: str = "none",
 ) -> Classifier:
-    """Builds an architecture, initialised by torch's defaults from its global generator: seed that first.
+    """Build an architecture, initialised by torch's defaults from its global generator: seed that first.
 
     Args:
         name: a row of `ARCHITECTURES`.
         num_classes: logits per image, at least 2.
-        image_shape: `(C, H, W)` of the images that the model will see; C is 3 where there is a backbone.
+        image_shape: `(C, H, W)` of the images; C is 3 where there is a backbone.
         hidden: width of the head, where `build_args` names it; None: the row's.
         kernel_size: of the head's convolutions in pixels, where `build_args` names it; None: the row's.
         weights: of the backbone: "none", "imagenet" or a path, as `load_weights` takes it.
@@ -74,46 +74,41 @@ def build(
 
     Raises:
         ValueError: an argument is unknown, out of range or not one that this architecture takes, or
-            the weights cannot be had.
+            the weights cannot be loaded.
     """
-    architecture = _find(name)
-    head = small.HEADS[architecture.head]
-    num_classes = _checked_int("num_classes", num_classes, at_least=2)
-    image_shape = _checked_image_shape(image_shape)
-    given = {"hidden": hidden, "kernel_size": kernel_size}
-    for arg, value in given.items():
-        if arg not in head.args and value is not None:
+    row = _find(name)
+    head = heads.HEADS[row.head]
+    _check_int("num_classes", num_classes, at_least=2)
+    if len(image_shape) != 3 or not all(isinstance(size, int) and size >= 1 for size in image_shape):
+        raise ValueError(f"image_shape={image_shape!r} is not possible; give (C, H, W), each at least 1")
+    args = {}
+    for arg, value in {"hidden": hidden, "kernel_size": kernel_size}.items():
+        if arg in head.args:
+            args[arg] = getattr(row, arg) if value is None else value
+            _check_int(arg, args[arg], at_least=1)
+        elif value is not None:
             raise ValueError(f"{arg}={value!r} is not possible: {name} takes no {arg}; leave it out")
-    args = {
-        arg: _checked_int(arg, getattr(architecture, arg) if given[arg] is None else given[arg], at_least=1)
-        for arg in head.args
-    }
-
-    if architecture.cut is None:
-        if weights != "none":
-            raise ValueError(f"weights={weights!r} is not possible: {name} has no backbone; give none")
-        model = Classifier(nn.Identity(), head.build(image_shape, num_classes, **args))
-        make_convolutions_fast(model)
-        return model
-    if image_shape[0] != resnet.IN_CHANNELS:
+    if row.cut is None and weights != "none":
+        raise ValueError(f"weights={weights!r} is not possible: {name} has no backbone; give none")
+    if row.cut and image_shape[0] != resnet.IN_CHANNELS:
         raise ValueError(
             f"image_shape={image_shape} is not possible: the backbone of {name} takes "
             f"{resnet.IN_CHANNELS} channels; repeat a grey channel, or choose one without a backbone"
         )
-    backbone = resnet.build_backbone(architecture.cut, weights)
-    features = resnet.output_shape(architecture.cut, image_shape)
-    model = Classifier(backbone, head.build(features, num_classes, **args), frozen=architecture.frozen)
-    make_convolutions_fast(model)
+    backbone = resnet.build_backbone(row.cut, weights) if row.cut else nn.Identity()
+    features = resnet.output_shape(row.cut, image_shape) if row.cut else image_shape
+    model = Classifier(backbone, head.build(features, num_classes, **args), frozen=row.frozen)
+    fold_convolutions(model)
     return model
 
 
 def build_args(name: str) -> tuple[str, ...]:
-    """Which of "hidden" and "kernel_size" this architecture takes.
+    """Return which of "hidden" and "kernel_size" this architecture takes.
 
     Raises:
         ValueError: the name is unknown.
     """
-    return small.HEADS[_find(name).head].args
+    return heads.HEADS[_find(name).head].args
 
 
 def _find(name: str) -> Architecture:
@@ -124,15 +119,7 @@ def _find(name: str) -> Architecture:
     raise ValueError(f"name={name!r} is unknown{meant} Choose from: {', '.join(ARCHITECTURES)}")
 
 
-def _checked_int(arg: str, value: int | None, *, at_least: int) -> int:
+def _check_int(arg: str, value: int | None, *, at_least: int) -> None:
     # bool is an int to Python, and a slip here.
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
         raise ValueError(f"{arg}={value!r} is not possible; give an integer of at least {at_least}")
-    return value
-
-
-def _checked_image_shape(image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    if len(image_shape) != 3 or not all(isinstance(size, int) and size >= 1 for size in image_shape):
-        raise ValueError(f"image_shape={image_shape!r} is not possible; give (C, H, W), each at least 1")
-    channels, height, width = image_shape
-    return channels, height, width

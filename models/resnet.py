@@ -1,21 +1,19 @@
-"""Where is ResNet-18 cut to make a backbone, and where do its weights come from?
+"""ResNet-18 cut to a backbone, and its weights.
 
 The network is torchvision's (He et al. 2016, https://arxiv.org/abs/1512.03385); the cuts are named as in
 table 1 of the paper.
 """
 
 import math
-import sys
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import ResNet18_Weights, resnet18
 
 IN_CHANNELS = 3  # of the first convolution, whose weights come with the rest
 LAYERS = (  # in forward's order; "flatten" is a function in torchvision and a layer here
@@ -50,7 +48,7 @@ CUTS: dict[str, Cut] = {
 
 
 def build_backbone(cut: str, weights: str = "none") -> nn.Sequential:
-    """Builds ResNet-18 up to a cut; the layers beyond it are discarded.
+    """Build ResNet-18 up to a cut; the layers beyond it are discarded.
 
     Without weights all of ResNet-18 is initialised from torch's global generator; with them nothing is drawn.
 
@@ -62,12 +60,12 @@ def build_backbone(cut: str, weights: str = "none") -> nn.Sequential:
         Layers under torchvision's names; `(N, 3, H, W)` to `(N, *output_shape(cut, (3, H, W)))`.
 
     Raises:
-        ValueError: the weights cannot be had.
+        ValueError: the weights cannot be loaded.
     """
     state = load_weights(weights)
     # The meta device spares the random numbers that the weights would only replace: 0.04 s instead of 0.11.
     with torch.device("cpu" if state is None else "meta"):
-        network = _torchvision().resnet18(weights=None)
+        network = resnet18(weights=None)
     network.add_module("flatten", nn.Flatten())
     kept = LAYERS[: LAYERS.index(CUTS[cut].last) + 1]
     backbone = nn.Sequential(OrderedDict((name, getattr(network, name)) for name in kept))
@@ -77,28 +75,8 @@ def build_backbone(cut: str, weights: str = "none") -> nn.Sequential:
     return backbone
 
 
-def _torchvision() -> Any:
-    """Returns torchvision.models, imported without torch's compiler, which no network here needs.
-
-    torchvision (0.29) imports it to ask one thing in its RoI pooling: 1.2 of 1.4 s, in each worker.
-    A module that says no stands in for it meanwhile.
-    """
-    asked = "torch._dynamo.utils"
-    if not {asked, "torchvision"} & sys.modules.keys():
-        stand_in = ModuleType(asked)
-        stand_in.is_compile_supported = lambda device_type: False  # type: ignore[attr-defined]
-        sys.modules[asked] = stand_in
-        try:
-            import torchvision  # noqa: F401
-        finally:
-            del sys.modules[asked]
-    from torchvision import models
-
-    return models
-
-
 def output_shape(cut: str, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
-    """Shape of what a backbone makes of one image: `(C, H, W)` or `(F,)`."""
+    """Return the shape of a backbone's output for one image: `(C, H, W)` or `(F,)`."""
     channels, stride = CUTS[cut].channels, CUTS[cut].stride
     if stride is None:
         return (channels,)
@@ -107,7 +85,7 @@ def output_shape(cut: str, image_shape: tuple[int, int, int]) -> tuple[int, ...]
 
 
 def load_weights(weights: str) -> dict[str, Tensor] | None:
-    """Loads all of ResNet-18's weights, of which a backbone takes those up to its cut.
+    """Load all of ResNet-18's weights, of which a backbone takes those up to its cut.
 
     Args:
         weights: "none" (random initialisation); "imagenet" (torchvision's IMAGENET1K_V1, downloaded into
@@ -125,11 +103,11 @@ def load_weights(weights: str) -> dict[str, Tensor] | None:
 
 
 def weights_file(weights: str) -> Path | None:
-    """Where the file of weights lies, as `load_weights` takes them; None for "none"."""
+    """Return the file of weights, as `load_weights` takes them; None for "none"."""
     if weights == "none":
         return None
     if weights == "imagenet":
-        url = _torchvision().ResNet18_Weights.IMAGENET1K_V1.url
+        url = ResNet18_Weights.IMAGENET1K_V1.url
         return Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     return _expanded(weights).absolute()
 
@@ -162,7 +140,7 @@ def _load(weights: str, signature: tuple[int, ...]) -> dict[str, Tensor]:
 
 
 def _download_imagenet() -> object:
-    imagenet = _torchvision().ResNet18_Weights.IMAGENET1K_V1
+    imagenet = ResNet18_Weights.IMAGENET1K_V1
     try:
         return imagenet.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
     # Whatever urllib, http and socket raise, a wrong hash, or a broken copy in the cache (see _read_file).
@@ -199,12 +177,12 @@ def _read_file(weights: str) -> object:
 
 
 def _checked(state: object, weights: str) -> dict[str, Tensor]:
-    """Returns ResNet-18's state_dict, or raises a ValueError that says in which keys `state` is not one."""
+    """Return ResNet-18's state_dict; raise a ValueError that names the keys in which `state` is not one."""
     wanted = "give a torchvision ResNet-18 state_dict, its 1000-way fc included"
     if not isinstance(state, dict):
         raise ValueError(f"weights={weights!r} holds a {type(state).__name__}; {wanted}")
     with torch.device("meta"):  # shapes only: no memory, and no draw from the generator
-        expected = _torchvision().resnet18(weights=None).state_dict()
+        expected = resnet18(weights=None).state_dict()
     # Files from before torch 0.4.1 lack these counters. Only BatchNorm with momentum=None reads them: 0 does.
     counters = {name: torch.tensor(0) for name in expected if name.endswith("num_batches_tracked")}
     state = counters | state

@@ -24,8 +24,7 @@ from tunefleet.files import is_full
 from tunefleet.search.local_ray import environment, findable, is_local, lean
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.spaces import find_space
-from tunefleet.trainables.driver import may_be_used
-from tunefleet.trainables.host import cpu_count
+from tunefleet.trainables.host import cpu_count, may_be_used
 
 PROCESSES = ("gcs_server", "raylet")  # of a Ray on this host, without which there is none
 WATCH_SECONDS = 1.0  # between looks at them

@@ -40,7 +40,7 @@ from tunefleet.search.wandb_options import WandbOptions
 from tunefleet.search.wandb_sidecar import END_SECONDS, STOP_SECONDS, Sidecar
 from tunefleet.study import Study, lock_study, write_result, write_study, write_tables
 from tunefleet.trainables.data import ImageData
-from tunefleet.trainables.levers import Levers
+from tunefleet.trainables.device import Levers
 from tunefleet.trainables.storage import Storage, StoreError
 from tunefleet.trainables.trial import TrialContext, checkpoint_name
 

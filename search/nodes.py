@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from tunefleet.cli import counted
-from tunefleet.models import weights_file
+from tunefleet.models.resnet import weights_file
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.provenance import code_sha256, versions
 from tunefleet.trainables.data import ImageData
-from tunefleet.trainables.levers import Levers
+from tunefleet.trainables.device import Levers
 from tunefleet.trainables.storage import BRIEF_SECONDS, Storage, is_url
 
 ANSWER_SECONDS = 45.0  # for all nodes together; a dead one is known to Ray after a minute only

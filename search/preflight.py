@@ -17,7 +17,8 @@ from ray.tune.search.sample import Categorical, Integer
 from rich.console import Console
 
 from tunefleet.cli import counted
-from tunefleet.models import ARCHITECTURES, build
+from tunefleet.models import ARCHITECTURES
+from tunefleet.models.building import build
 from tunefleet.models.resnet import output_shape
 from tunefleet.search.asha import expected_epochs
 from tunefleet.search.display import clock, print_text, shown
@@ -26,13 +27,11 @@ from tunefleet.search.resources import Machine, Resources
 from tunefleet.search.spaces import default_image_size, find_space
 from tunefleet.search.suggest import suggest
 from tunefleet.trainables.config import TrainConfig
-from tunefleet.trainables.data import BUILT_IN, ImageData
-from tunefleet.trainables.gpu import free_memory, is_out_of_memory
+from tunefleet.trainables.data import BUILT_IN, ImageData, Progress
+from tunefleet.trainables.device import Levers, free_memory, is_out_of_memory
 from tunefleet.trainables.graph import WARM_UP_STEPS, CaptureError, CaptureMemoryError
 from tunefleet.trainables.host import cpu_count
-from tunefleet.trainables.image_files import Progress
 from tunefleet.trainables.inputs import kind_of, load_inputs, sample_inputs, split_counts
-from tunefleet.trainables.levers import Levers
 from tunefleet.trainables.training import TrainingRun
 
 SAMPLED_CONFIGS = 1000  # whose checkpoints' mean is forecast

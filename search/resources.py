@@ -15,9 +15,8 @@ from tunefleet.cli import counted
 from tunefleet.search.connection import TRIAL_SLOT, connect
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.spaces import find_space
-from tunefleet.trainables import driver, gpu
-from tunefleet.trainables.host import cpu_count
-from tunefleet.trainables.levers import Levers, choose, why_unusable
+from tunefleet.trainables.device import CONTEXT_BYTES, Levers, choose, why_unusable
+from tunefleet.trainables.host import cpu_count, free_bytes
 
 NODE_SECONDS = 900.0  # an autoscaler's first node may take so long to come up
 NODES_MAX = 1000  # of one kind: an autoscaler may have no limit
@@ -74,7 +73,7 @@ def machine(device: str = "auto") -> Machine:
     """
     if not os.environ.get("RAY_ADDRESS"):
         gpus = 0 if device == "cpu" else torch.cuda.device_count()
-        return Machine(cpu_count(), gpus, gpu_bytes=driver.free_bytes() if gpus else None)
+        return Machine(cpu_count(), gpus, gpu_bytes=free_bytes() if gpus else None)
     connect()
     sizes = _sizes(row["Resources"] for row in ray.nodes() if row["Alive"])
     if config := ray._private.state.state.get_cluster_config():  # None without an autoscaler (Ray 2.60)
@@ -217,8 +216,8 @@ def fit_memory(resources: Resources, peak_bytes: int | None, free: int | None) -
     share = resources.gpus_per_trial / resources.workers
     if not share > 0 or free is None:
         return resources, ""
-    at_once, room = max(1, int(1 / share)), free + gpu.CONTEXT_BYTES
-    holds = at_once if peak_bytes is None else max(1, room // (peak_bytes + gpu.CONTEXT_BYTES))
+    at_once, room = max(1, int(1 / share)), free + CONTEXT_BYTES
+    holds = at_once if peak_bytes is None else max(1, room // (peak_bytes + CONTEXT_BYTES))
     needed = "more than a GPU has" if peak_bytes is None else f"{peak_bytes / 1e9:.1f} GB"
     line = ""
     if peak_bytes is None or peak_bytes > free:
@@ -236,7 +235,7 @@ def fit_memory(resources: Resources, peak_bytes: int | None, free: int | None) -
         at_once = holds
     if at_once == 1:
         return resources, line
-    return replace(resources, gpu_bytes=room // at_once - gpu.CONTEXT_BYTES), line
+    return replace(resources, gpu_bytes=room // at_once - CONTEXT_BYTES), line
 
 
 def _by_gpu(gpus: float, of_worker: float) -> float:

@@ -30,8 +30,9 @@ from tunefleet.search.session import Session
 from tunefleet.search.wandb_options import WandbOptions
 from tunefleet.search.wandb_options import choose as choose_wandb
 from tunefleet.study import Study, lock_study
-from tunefleet.trainables.data import BUILT_IN, ImageData, check_sha256, expanded, prepare
-from tunefleet.trainables.driver import hidden_by_environment
+from tunefleet.trainables.data import BUILT_IN, ImageData, check_sha256, expanded
+from tunefleet.trainables.host import hidden_by_environment
+from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.storage import BRIEF_SECONDS, Storage, is_url, reason, url_under
 
 T = TypeVar("T")
@@ -193,7 +194,7 @@ def _checked(request: Request, session: Session) -> int:
 def _device(request: Request, console: Console) -> tuple[StudyOptions, Any, Any]:
     """Return the options with what depends on the device, the device settings and the machine."""
     from tunefleet.search import preflight, resources
-    from tunefleet.trainables.levers import Levers
+    from tunefleet.trainables.device import Levers
 
     options, earlier = request.options, request.earlier
     before = Levers(**earlier.asked["levers"]) if earlier else None

@@ -32,7 +32,7 @@ from tunefleet.search.spaces import SPACES
 from tunefleet.study import Study, write_result, write_study
 from tunefleet.trainables import training
 from tunefleet.trainables.config import FIELD_TYPES
-from tunefleet.trainables.data import prepare
+from tunefleet.trainables.preparation import prepare
 
 RAY_EVERY = 50  # draws
 WORDS = (

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tunefleet.trainables.data import prepare
+from tunefleet.trainables.preparation import prepare
 
 CLASSES = ("cat", "dog")
 SPLIT_TREE = {"train/cat": 4, "train/dog": 3, "test/cat": 2, "test/dog": 1}

@@ -10,18 +10,18 @@ from tunefleet.search.options import StudyOptions
 from tunefleet.search.preflight import prepare as preflight
 from tunefleet.search.resources import Machine, Resources, settle
 from tunefleet.search.wandb_options import WandbOptions
-from tunefleet.trainables.data import prepare
-from tunefleet.trainables.levers import choose
+from tunefleet.trainables.device import Levers, choose
+from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.trial import TrialContext
 
 
 @contextmanager
 def digits_study(
-    folder: Path, options: StudyOptions, resources: Resources
+    folder: Path, options: StudyOptions, resources: Resources, levers: Levers | None = None
 ) -> Iterator[tuple[Jobs, TrialContext]]:
     """Creates a study of digits, or opens it again, and ends it however the body ends."""
-    levers, data = choose("cpu", "fp32"), prepare("digits", Path(options.data_dir))
-    options = settle(options, levers, Machine(resources.slots))
+    levers, data = levers or choose("cpu", "fp32"), prepare("digits", Path(options.data_dir))
+    options = settle(options, levers, Machine(resources.slots, resources.gpus_per_trial))
     ready = Ready(options, folder, data, levers, resources)
     if not (folder / "study.json").exists():
         create(ready, preflight(options, data, levers))

@@ -17,7 +17,7 @@ from tunefleet.benchmarks.measured import Measured, adopting_orphans, check_same
 from tunefleet.benchmarks.obvious import obvious_network
 from tunefleet.benchmarks.probe import probe, spread
 from tunefleet.benchmarks.task import Task, no_op_accuracy
-from tunefleet.models import build, build_args
+from tunefleet.models.building import build, build_args
 from tunefleet.trainables.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]

@@ -1,7 +1,9 @@
 """The same images become the same arrays however they are packed, and nothing else is written."""
 
 import errno
+import gzip
 import json
+import lzma
 import os
 import shutil
 import subprocess
@@ -23,15 +25,15 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from tests.images import CLASSES, SPLIT_TREE, assert_refused, pack, pack_members, save_image, save_tree
-from tunefleet.trainables import decoding, image_files, preparation
+from tunefleet.trainables import archives, image_files, preparation
 from tunefleet.trainables.data import (
     ImageData,
     check_sha256,
     load_split,
-    prepare,
     split_sha256,
     split_validation,
 )
+from tunefleet.trainables.preparation import prepare
 
 
 @pytest.fixture
@@ -93,6 +95,24 @@ def test_archive_equals_its_folder(tree: Path, cache: Path, tmp_path: Path, name
     assert packed.name == name
     assert packed.folder == folder.folder
     assert packed.sha256 == folder.sha256
+
+
+@pytest.mark.parametrize("name", ["pets.tar.gz", "pets.tar.xz"])
+def test_compressed_tar_that_is_decompressed_twice_equals_its_folder(
+    tree: Path, cache: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archives, "KEPT_BYTES", 1000)
+    archive, sizes = pack(tmp_path / name, tree), []
+    with archive.open("ab") as file:  # after the tar's end: is not unpacked
+        file.write({".gz": gzip, ".xz": lzma}[archive.suffix].compress(bytes(10_000_000)))
+
+    def watch(phase: str, done: int, total: int) -> None:
+        sizes.extend(file.stat().st_size for file in cache.glob("decoded/*.partial/unpacked"))
+
+    packed = prepare(str(archive), cache, progress=watch)
+    assert 0 < max(sizes) < 100_000
+    assert packed.sha256 == prepare(str(tree), cache / "other").sha256
+    assert [file.suffix for file in (cache / "decoded").iterdir()] == [""]
 
 
 def test_sha256_changes_with_a_pixel_and_with_a_class_name(tmp_path: Path, cache: Path, tree: Path) -> None:
@@ -228,13 +248,13 @@ def test_cifar10_keeps_torchvisions_images(cache: Path, monkeypatch: pytest.Monk
 def decodings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the images decoded so far."""
     names: list[str] = []
-    square = decoding.square
+    square = preparation.decoding.square
 
     def counted(image: Image.Image, size: int) -> bytes:
         names.append(str(image.size))
         return square(image, size)
 
-    monkeypatch.setattr(decoding, "square", counted)
+    monkeypatch.setattr(preparation.decoding, "square", counted)
     return names
 
 
@@ -252,7 +272,8 @@ def test_unchanged_source_is_not_read_again(
     (tree / "train/cat/unknown").write_text("")
     source = str(pack(tmp_path / archive, tree) if archive else tree)
     first = prepare(source, cache)
-    monkeypatch.setattr(image_files.Source, "read_listing", lambda *_: pytest.fail("read"))
+    for name in ("list_files", "Archive"):
+        monkeypatch.setattr(preparation, name, lambda *_: pytest.fail("read"))
     monkeypatch.setattr(
         preparation, "locked", lambda *_: pytest.fail("locked, so it would have to be writable")
     )
@@ -487,6 +508,16 @@ def test_full_disk_is_refused_before_writing(
     assert_refused(tree, cache, "needs 1,920 bytes for 10 images of 8 × 8 pixels", "--data-dir has 100 free")
 
 
+@pytest.mark.parametrize("name", ["pets.tar.gz", "pets.zip"])
+def test_archive_without_room_to_unpack_is_refused_before_writing(
+    tree: Path, cache: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 1000, 100))
+    monkeypatch.setattr(archives.Archive, "unpack", lambda *_: pytest.fail("unpacked"))
+    archive = pack(tmp_path / name, tree)
+    assert_refused(archive, cache, "bytes to be unpacked, and --data-dir has 100 free")
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_disk_that_fills_meanwhile_is_one_line(
     tree: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, code: int
@@ -498,13 +529,13 @@ def test_disk_that_fills_meanwhile_is_one_line(
     assert_refused(tree, cache, f"--data-dir={cache} cannot be written (", os.strerror(code))
 
 
-def test_full_disk_under_the_spool_is_one_line(tree: Path, tmp_path: Path, cache: Path) -> None:
+def test_full_disk_while_unpacking_is_one_line(tree: Path, tmp_path: Path, cache: Path) -> None:
     archive = pack(tmp_path / "pets.tar.gz", tree)
     code = f"""
 import resource, sys
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-from tunefleet.trainables.data import prepare
+from tunefleet.trainables.preparation import prepare
 try:
     prepare({str(archive)!r}, Path({str(cache)!r}))
 except ValueError as error:
@@ -582,6 +613,14 @@ def test_link_in_a_zip_is_refused(tmp_path: Path, cache: Path) -> None:
     assert_refused(tmp_path / "pets.zip", cache, "'train/cat/0.png', a link")
 
 
+def test_tar_member_with_holes_is_refused(tmp_path: Path, cache: Path) -> None:
+    member = tarfile.TarInfo("train/cat/0.png")
+    member.pax_headers = {"GNU.sparse.map": "0,4", "GNU.sparse.size": "8"}
+    assert_refused(
+        pack_members(tmp_path / "pets.tar", [member]), cache, "'train/cat/0.png' with holes", "--sparse"
+    )
+
+
 def test_encrypted_zip_is_refused(tmp_path: Path, cache: Path) -> None:
     archive = pack(tmp_path / "pets.zip", save_tree(tmp_path / "pets"))
     content = bytearray(archive.read_bytes())
@@ -602,7 +641,7 @@ def test_name_given_twice_is_refused(tmp_path: Path, cache: Path) -> None:
 
 
 def test_decompression_bomb_is_refused(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_files, "ALWAYS_ALLOWED_BYTES", 0)
+    monkeypatch.setattr(archives, "ALWAYS_ALLOWED_BYTES", 0)
     (tmp_path / "bomb").mkdir()
     (tmp_path / "bomb/zeros.bin").write_bytes(bytes(5_000_000))
     for archive in (
@@ -659,7 +698,7 @@ def test_zip_of_an_impossible_version_is_refused(tmp_path: Path, tree: Path, cac
     content = bytearray(archive.read_bytes())
     content[content.index(b"PK\x01\x02") + 6] = 99
     archive.write_bytes(content)
-    assert_refused(archive, cache, "is truncated or corrupt (zip file version 9.9)")
+    assert_refused(archive, cache, "cannot be unpacked (zip file version 9.9)")
 
 
 # ---- other images than a study's

@@ -17,8 +17,8 @@ from tunefleet.search.options import StudyOptions
 from tunefleet.search.resources import Resources
 from tunefleet.study import read_study
 from tunefleet.trainables.config import TrainConfig
-from tunefleet.trainables.data import prepare
-from tunefleet.trainables.levers import choose
+from tunefleet.trainables.device import choose
+from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.training import TrainingRun
 
 pytestmark = pytest.mark.ray

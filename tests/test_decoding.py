@@ -18,7 +18,8 @@ from PIL import Image, ImageOps, PngImagePlugin
 from tests.conftest import ROOT
 from tests.images import assert_refused, pack, save_image, save_tree
 from tunefleet.trainables import decoding, preparation
-from tunefleet.trainables.data import load_split, prepare
+from tunefleet.trainables.data import load_split
+from tunefleet.trainables.preparation import prepare
 
 ORIENTATION = 0x0112
 
@@ -119,6 +120,15 @@ def test_several_processes_decode_what_one_does(
 
 
 @pytest.mark.usefixtures("many")
+def test_several_processes_read_names_of_any_bytes(tree: Path, cache: Path, tmp_path: Path) -> None:
+    one = prepare(str(tree), cache, processes=1)
+    for name in (b"\xff", b"line\nbreak", b"a'b\"c"):  # the last of their class's names
+        (tree / "train/dog/2.png").replace(tree / "train/dog" / os.fsdecode(b"~" + name))
+        assert prepare(str(tree), tmp_path / "other", processes=3).sha256 == one.sha256
+        (tree / "train/dog" / os.fsdecode(b"~" + name)).replace(tree / "train/dog/2.png")
+
+
+@pytest.mark.usefixtures("many")
 def test_several_processes_name_the_first_damaged_image(tree: Path, cache: Path) -> None:
     for name in ("train/dog/2.png", "train/cat/1.png", "test/dog/0.png"):
         (tree / name).write_bytes(b"\x89PNG\r\n\x1a\n")
@@ -147,7 +157,7 @@ from pathlib import Path
 print("main", flush=True)
 sys.path.insert(0, {root!r})
 from tunefleet.trainables import preparation
-from tunefleet.trainables.data import prepare
+from tunefleet.trainables.preparation import prepare
 preparation.PROCESS_BYTES, preparation.CHUNK_IMAGES = 1, 3
 data = prepare(sys.argv[1], Path(sys.argv[2]), processes=2)
 print(data.train_count)
@@ -197,25 +207,21 @@ def test_no_process_outlives_a_killed_command(tmp_path: Path, cache: Path, sent:
 # ---- how it is asked
 
 
-def test_a_process_answers_each_line(tree: Path) -> None:
+def test_a_process_answers_every_other_line(tree: Path, tmp_path: Path) -> None:
     name = "train/cat/0.png"
-    entry = [name, (tree / name).stat().st_size, "file", 0, 0, 0]
-    asked = [
-        {"source": str(tree), "spool": ""},
-        [[entry], [0], [0]],
-        [[["gone.png", 1, "file", 0, 0, 0]], [0], [0]],
-    ]
+    entry = [name, (tree / name).stat().st_size, 0]
+    lines = [{"source": str(tree)}, [[entry, 0, 0]], [[entry, 0, 0]], [[["gone.png", 1, 0], 0, 0]]]
+    (tmp_path / "chunks").write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = subprocess.run(
-        [sys.executable, "-P", decoding.__file__],
-        input="".join(json.dumps(line) + "\n" for line in asked),
+        [sys.executable, "-P", decoding.__file__, tmp_path / "chunks", "0", "2"],
         capture_output=True,
         text=True,
         timeout=60,
         check=True,
     )
-    first, second = map(json.loads, result.stdout.splitlines())
+    first, third = map(json.loads, result.stdout.splitlines())
     assert len(first["sha256"][0]) == 64
-    assert second == {"refused": "cannot be read (No such file or directory: 'gone.png')"}
+    assert third == {"refused": "cannot be read (No such file or directory: 'gone.png')"}
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV"])

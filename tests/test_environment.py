@@ -39,17 +39,6 @@ def test_command_imports_nothing_that_only_some_studies_need():
     assert done.stdout == "[]\n", done.stdout + done.stderr
 
 
-def test_a_resnet_is_built_without_torchs_compiler():
-    """Its import is most of torchvision's, in each worker."""
-    code = (
-        "import sys; from tunefleet.models.resnet import build_backbone; build_backbone('pool')\n"
-        "print([name for name in sys.modules if name.startswith('torch._dynamo')])\n"
-        "from torch._dynamo.utils import is_compile_supported; print(is_compile_supported.__module__)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["[]", "torch._dynamo.utils"], done.stdout + done.stderr
-
-
 def test_a_user_without_a_home_folder_has_the_temporary_one():
     """As in a container whose user id has no entry in /etc/passwd: Ray's import would fail."""
     code = (

@@ -8,8 +8,8 @@ import torchvision
 
 from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import SPLITS, ImageData, load_split
+from tunefleet.trainables.device import Levers
 from tunefleet.trainables.evaluate import evaluate_test
-from tunefleet.trainables.levers import Levers
 from tunefleet.trainables.training import TrainingRun
 
 FP32 = Levers("cpu", "fp32", channels_last=True, micro_batch_bytes=2**18)
@@ -98,7 +98,7 @@ def test_features_of_the_test_images_are_computed_by_the_first_seed_alone(
         pytest.fail("the backbone was run again")
 
     runs[1].model.backbone.register_forward_hook(fail)
-    monkeypatch.setattr("tunefleet.trainables.inputs.extractor", fail)
+    monkeypatch.setattr("tunefleet.trainables.inputs._Preparation.function", fail)
     labels = load_split(data, "test")[1]
     assert evaluate_test(runs[1]) == (whole[1].argmax(1).numpy() == labels).mean()
 

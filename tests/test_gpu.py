@@ -7,10 +7,9 @@ import torch
 
 from tunefleet.search.bad_nodes import IN_A_ROW, SAME_EVENT_SECONDS, GpuLosses
 from tunefleet.search.faults import cause_of, gpu_named
-from tunefleet.trainables import driver as driver_module
-from tunefleet.trainables.gpu import BrokenGpuError, is_out_of_memory
+from tunefleet.trainables import host as host_module
+from tunefleet.trainables.device import BrokenGpuError, choose, is_out_of_memory
 from tunefleet.trainables.graph import CaptureError, CaptureMemoryError
-from tunefleet.trainables.levers import choose
 
 ONE = ({"GPU-aaaa": "NVIDIA T4"}, "470.82")
 
@@ -22,7 +21,7 @@ def host(monkeypatch):
     def make(*, usable=False, driver=({}, "none"), visible=None):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-        monkeypatch.setattr(driver_module, "driver_gpus", lambda: driver)
+        monkeypatch.setattr(host_module, "driver_gpus", lambda: driver)
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible is not None:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -72,13 +71,13 @@ def test_the_drivers_list_is_read(monkeypatch, tmp_path):
     )
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert driver_module.driver_gpus() == (
+    assert host_module.driver_gpus() == (
         {"GPU-aaaa": "NVIDIA H100 80GB HBM3", "GPU-bbbb": "NVIDIA T4"},
         "580.95",
     )
-    assert driver_module.may_be_used()
+    assert host_module.may_be_used()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert not driver_module.may_be_used()
+    assert not host_module.may_be_used()
 
 
 @pytest.mark.parametrize(
@@ -118,7 +117,7 @@ def test_a_lost_workers_cause_and_gpu_are_read_from_the_error():
         "GPU-0ab1c2d3-4e5f-6071-8293-a4b5c6d7e8f9 cannot be used any more by this process (…)"
     )
     assert (cause_of(broken), gpu_named(broken)) == ("gpu", "GPU-0ab1c2d3-4e5f-6071-8293-a4b5c6d7e8f9")
-    remote = RuntimeError(f"ray::Trial.train()\n  …\ntrainables.gpu.BrokenGpuError: {broken}")
+    remote = RuntimeError(f"ray::Trial.train()\n  …\ntrainables.device.BrokenGpuError: {broken}")
     assert (cause_of(remote), gpu_named(remote)) == ("gpu", "GPU-0ab1c2d3-4e5f-6071-8293-a4b5c6d7e8f9")
     assert cause_of(CaptureError("no")) == "graph"
     assert cause_of(CaptureMemoryError("no")) == "graph_memory"

@@ -9,9 +9,10 @@ import torch.distributed as dist
 from torch import multiprocessing, nn
 
 from tunefleet.trainables.config import TrainConfig
-from tunefleet.trainables.data import ImageData, prepare
-from tunefleet.trainables.group import Group, SyncBatchNorm2d
-from tunefleet.trainables.levers import Levers
+from tunefleet.trainables.data import ImageData
+from tunefleet.trainables.device import Levers
+from tunefleet.trainables.group import Group
+from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.training import TrainingRun
 
 FP32 = Levers("cpu", "fp32", channels_last=True, micro_batch_bytes=8 * 2**20)
@@ -92,7 +93,8 @@ def work(rank: int, size: int, folder, data: ImageData, names: list[str]) -> Non
         if rank == 0:
             run.save(folder / f"{name}.pt")
     layer, x = layer_and_batch()
-    found["statistics"] = normalised(SyncBatchNorm2d.of(layer), x, slice(rank, None, size))
+    Group.current().synchronise_batchnorm(layer)
+    found["statistics"] = normalised(layer, x, slice(rank, None, size))
     torch.save(found, folder / f"{size}-{rank}")
     dist.destroy_process_group()
 
@@ -165,9 +167,10 @@ def test_synchronised_batchnorm_is_batchnorm_of_the_whole_batch(folder, size):
 
 def test_a_frozen_layer_keeps_its_statistics_when_it_is_synchronised():
     layer, x = layer_and_batch()
-    sync = SyncBatchNorm2d.of(layer.eval())
-    assert not sync.training
-    assert torch.equal(sync(x), layer(x))
+    expected = layer.eval()(x)
+    Group(rank=0, size=2).synchronise_batchnorm(layer)
+    assert not layer.training
+    assert torch.equal(layer(x), expected)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 12])

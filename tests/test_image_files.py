@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from tests.images import assert_refused, pack, save_image, save_tree
-from tunefleet.trainables import image_files
-from tunefleet.trainables.data import ImageData, load_split, prepare
+from tunefleet.trainables import archives
+from tunefleet.trainables.data import ImageData, load_split
+from tunefleet.trainables.preparation import prepare
 
 HEIC = b"\0\0\0\x24ftypheic\0\0\0\0mif1heic" + bytes(100)
 TREE = {"cat": 4, "dog": 4}
@@ -207,7 +208,7 @@ def test_wrong_checksum_in_a_zip_is_refused(tree: Path, cache: Path, tmp_path: P
     content = bytearray((tmp_path / "pets.zip").read_bytes())
     content[content.index(b"IDAT") + 6] ^= 1
     (tmp_path / "pets.zip").write_bytes(content)
-    assert_refused(tmp_path / "pets.zip", cache, "is truncated or corrupt (wrong checksum: 'cat/0.png')")
+    assert_refused(tmp_path / "pets.zip", cache, "is truncated or corrupt (Bad CRC-32 for file 'cat/0.png')")
 
 
 @pytest.mark.parametrize("name", ["pets.tar.gz", "pets.tar.bz2", "pets.tar.xz"])
@@ -225,7 +226,7 @@ def test_compressed_archive_is_read_once(tree: Path, cache: Path, tmp_path: Path
 def test_archive_of_too_many_members_is_refused(
     tree: Path, cache: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(image_files, "MAX_MEMBERS", 5)
+    monkeypatch.setattr(archives, "MAX_MEMBERS", 5)
     assert_refused(
         pack(tmp_path / name, tree), cache, "holds more than 5 files; unpack it and give the folder"
     )
@@ -249,7 +250,7 @@ def test_members_of_a_tar_are_not_kept_in_memory(tmp_path: Path, cache: Path) ->
 def test_reading_an_archive_shows_how_far_it_is(
     tree: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(image_files, "PROGRESS_MEMBERS", 5)
+    monkeypatch.setattr(archives, "PROGRESS_MEMBERS", 5)
     archive = pack(tmp_path / "pets.tar.gz", tree)
     calls: list[tuple[str, int, int]] = []
     prepare(str(archive), cache, progress=lambda *call: calls.append(call))
@@ -279,9 +280,11 @@ def test_names_of_any_bytes_are_read_and_printable(tmp_path: Path, cache: Path, 
     for seed, name in enumerate(NAMES):
         save_tree(folder / os.fsdecode(name), {".": 5})
         save_image(folder / os.fsdecode(name) / os.fsdecode(b"\xff.png"), seed)
+    (folder / "notes.txt").write_text("skipped, so that the source is named")
     source = pack(folder.with_name(f"{folder.name}{archive}"), folder) if archive else folder
     data = prepare(str(source), cache)
     assert count(data) == 6 * len(NAMES)
+    assert len(data.notes) == 2
     assert all(name.isprintable() for name in (data.name, *data.classes, *data.notes))
     assert r"caf\xe9" in data.classes
     assert r"line\nbreak" in data.classes

@@ -9,14 +9,12 @@ import pytest
 import torch
 from torchvision.models import resnet18
 
-from tunefleet.models import build
-from tunefleet.trainables import features as features_module
+from tunefleet.models.building import build
 from tunefleet.trainables import inputs as inputs_module
 from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import SPLITS, ImageData, load_split, split_sha256, split_validation
-from tunefleet.trainables.features import backbone_sha256, build_model
-from tunefleet.trainables.inputs import LOADED_MAX, kind_of, load_inputs
-from tunefleet.trainables.levers import Levers
+from tunefleet.trainables.device import Levers
+from tunefleet.trainables.inputs import LOADED_MAX, backbone_sha256, build_model, kind_of, load_inputs
 from tunefleet.trainables.pipeline import Pipeline
 
 FP32 = Levers("cpu", "fp32", channels_last=True, micro_batch_bytes=8 * 2**20)
@@ -125,7 +123,7 @@ def test_features_are_the_backbones_in_eval_mode(tmp_path, data, architecture):
 def test_features_are_computed_once(tmp_path, data, monkeypatch, opened):
     config = TrainConfig("resnet_softmax")
     first = load_inputs(config, data, FP32, tmp_path)
-    monkeypatch.setattr(inputs_module, "extractor", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(inputs_module._Preparation, "function", lambda *_: pytest.fail("computed again"))
     assert load_inputs(config, data, FP32, tmp_path) is first
     opened.clear()  # another worker of the node
     assert torch.equal(load_inputs(config, data, FP32, tmp_path).train_x, first.train_x)
@@ -177,7 +175,7 @@ def test_a_backbones_hash_is_its_own_and_not_the_heads(data, tmp_path):
 
     random = hash_of("resnet_softmax")
     assert hash_of("resnet_softmax", lr=0.5, batch_size=3) == random
-    features_module._hashes.clear()
+    inputs_module._hashes.clear()
     assert hash_of("resnet_twolayernn", hidden=7, image_size=64) == random
     pretrained = hash_of("resnet_softmax", weights=str(weights), seed=1)
     assert hash_of("resnet_twolayernn", weights=str(copy), seed=2, hidden=9) == pretrained
@@ -205,8 +203,8 @@ def test_another_backbone_under_the_same_name_has_its_own_features(
         return model
 
     opened.clear()  # another process, another version of the code
-    features_module._hashes.clear()
-    monkeypatch.setattr(features_module, "build", changed)
+    inputs_module._hashes.clear()
+    monkeypatch.setattr(inputs_module, "build", changed)
     assert not torch.equal(load_inputs(config, data, FP32, tmp_path).train_x, first.train_x)
 
 
@@ -280,11 +278,11 @@ def test_a_worker_keeps_few_inputs_open(tmp_path, data, opened):
 
 
 def test_a_failed_preparation_leaves_nothing(tmp_path, data, monkeypatch, opened):
-    def fail(file, *rest):
+    def fail(preparation, file, *rest):
         file.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(inputs_module, "_write", fail)
+    monkeypatch.setattr(inputs_module._Preparation, "_write", fail)
     with pytest.raises(KeyboardInterrupt):
         load_inputs(TrainConfig("softmax"), data, FP32, tmp_path)
     assert prepared(tmp_path) == []

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tunefleet.models import ARCHITECTURES, Classifier, build, build_args
+from tunefleet.models import ARCHITECTURES
+from tunefleet.models.building import Classifier, build, build_args
 
 HEAD_ARGS = {"hidden": 4, "kernel_size": 3}
 CIFAR10 = (3, 32, 32)

@@ -13,7 +13,7 @@ from tunefleet.journal import Journal
 from tunefleet.search import nodes
 from tunefleet.search.bad_nodes import IN_A_ROW, BadNodes
 from tunefleet.search.provenance import code_sha256, commit, versions
-from tunefleet.trainables.levers import Levers
+from tunefleet.trainables.device import Levers
 
 CPU = Levers("cpu", "fp32", True, 2**20)
 CUDA = Levers("cuda", "bf16", True, None)

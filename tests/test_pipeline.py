@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from tunefleet.trainables import pipeline as pipeline_module
 from tunefleet.trainables.config import TrainConfig
-from tunefleet.trainables.data import ImageData, prepare
-from tunefleet.trainables.levers import Levers
+from tunefleet.trainables.data import ImageData
+from tunefleet.trainables.device import Levers
 from tunefleet.trainables.pipeline import IMAGENET_MEAN, IMAGENET_STD, Pipeline, draw_crops
+from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.training import TrainingRun
 
 MEAN, STD = (0.1, 0.5, 0.9), (0.2, 0.25, 0.3)

@@ -20,9 +20,8 @@ from tunefleet.search.preflight import (
 from tunefleet.search.resources import Machine, Resources, check_device, fit_memory, plan, settle
 from tunefleet.search.running import default_folder
 from tunefleet.trainables.config import TrainConfig
-from tunefleet.trainables.data import prepare
-from tunefleet.trainables.gpu import CONTEXT_BYTES
-from tunefleet.trainables.levers import Levers, choose
+from tunefleet.trainables.device import CONTEXT_BYTES, Levers, choose
+from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.training import TrainingRun
 
 CPU = Levers("cpu", "fp32", True, 2**20)

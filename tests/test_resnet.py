@@ -9,7 +9,9 @@ import pytest
 import torch
 import torchvision
 
-from tunefleet.models import build, load_weights, resnet
+from tunefleet.models import resnet
+from tunefleet.models.building import build
+from tunefleet.models.resnet import load_weights
 
 TINY_IMAGENET = Path(__file__).parents[2] / "shared/data/resnet18-tinyimagenet.pth"
 

@@ -6,7 +6,8 @@ import re
 import pytest
 from ray.tune.search.sample import Categorical
 
-from tunefleet.models import ARCHITECTURES, build_args
+from tunefleet.models import ARCHITECTURES
+from tunefleet.models.building import build_args
 from tunefleet.search.asha import rung_epochs
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.spaces import SPACES, find_space, fixed_values

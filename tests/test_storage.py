@@ -22,8 +22,8 @@ from tunefleet.search.faults import cause_of, told
 from tunefleet.search.mirror import Mirror, bring, main, storage_of
 from tunefleet.search.running import check_storage
 from tunefleet.study import write_study
-from tunefleet.trainables.data import prepare
-from tunefleet.trainables.levers import choose
+from tunefleet.trainables.device import choose
+from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.storage import Storage, StoreError, is_url
 from tunefleet.trainables.trial import JobRun, TrialContext
 

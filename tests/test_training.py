@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tunefleet.models import ARCHITECTURES, build_args
+from tunefleet.models import ARCHITECTURES
+from tunefleet.models.building import build_args
 from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import SPLITS, ImageData
-from tunefleet.trainables.levers import Levers
+from tunefleet.trainables.device import Levers
 from tunefleet.trainables.training import TrainingRun, lr_at
 
 FP32 = Levers("cpu", "fp32", channels_last=True, micro_batch_bytes=8 * 2**20)

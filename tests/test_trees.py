@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tests.images import pack, save_tree
-from tunefleet.trainables.data import load_split, prepare
+from tunefleet.trainables.data import load_split
+from tunefleet.trainables.preparation import prepare
 
 
 @pytest.fixture

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from tunefleet.trainables.config import TrainConfig
-from tunefleet.trainables.data import prepare
-from tunefleet.trainables.gpu import BrokenGpuError
+from tunefleet.trainables.device import BrokenGpuError, choose
 from tunefleet.trainables.graph import CaptureError, CaptureMemoryError
-from tunefleet.trainables.levers import choose
+from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.trial import Trial, TrialContext
 
 
@@ -146,8 +145,8 @@ def on_gpu(trial, monkeypatch, usable):
     trial.context = dataclasses.replace(
         trial.context, levers=dataclasses.replace(trial.context.levers, device="cuda"), gpu_bytes=2 * 10**9
     )
-    monkeypatch.setattr("tunefleet.trainables.gpu.is_usable", lambda: usable)
-    monkeypatch.setattr("tunefleet.trainables.gpu.gpu_id", lambda: "GPU-1234")
+    monkeypatch.setattr("tunefleet.trainables.device.is_usable", lambda: usable)
+    monkeypatch.setattr("tunefleet.trainables.device.gpu_id", lambda: "GPU-1234")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1.5e9)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=8 * 10**9)

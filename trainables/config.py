@@ -1,4 +1,4 @@
-"""Which values change a trial's result? All of them stand in TrainConfig, and are checked here, once."""
+"""TrainConfig: every value that changes a trial's result, checked once."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ AUGMENTS = ("none", "crop", "crop_flip")  # a mirrored digit is another sign: fl
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One trial, completely: the same TrainConfig on the same data gives the same weights.
+    """A whole trial: the same TrainConfig on the same data gives the same weights.
 
     What must not change a result (data folder, device, threads, storage) is a function argument
-    elsewhere. Field names are the names in the space, on the command line and in trials.csv.
+    elsewhere. Fields have the names of the space, the command line and trials.csv.
 
     Raises:
         ValueError: A value is impossible; one line that says what was given and what is allowed.
     """
 
     architecture: str
-    epochs: int = 10  # the schedule's horizon; a pruned trial sees fewer
+    epochs: int = 10  # the schedule's horizon; a pruned trial trains fewer
     batch_size: int = 128  # images per optimizer step, over all workers of the trial
     lr: float = 0.01  # per optimizer step at the schedule's top
     weight_decay: float = 0.0  # L2 in the gradient for sgd and adam, decoupled for adamw
@@ -77,7 +77,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Builds a config from a sampled dict.
+        """Build a config from a sampled dict.
 
         Raises:
             ValueError: A key is no field; names the nearest one.
@@ -89,31 +89,31 @@ class TrainConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all fields as plain JSON-able values."""
+        """Return all fields as plain JSON-able values."""
         return dataclasses.asdict(self)
 
 
 def nearest(word: str, words: Any) -> str:
-    """Returns '; did you mean …? Choose from: …' for an error message."""
+    """Return '; did you mean …? Choose from: …' for an error message."""
     close = difflib.get_close_matches(str(word), list(words), n=1, cutoff=ALIKE)
     meant = f"; did you mean {close[0]}?" if close else ";"
     return f"{meant} Choose from: {', '.join(words)}"
 
 
 def check_name(name: str, value: Any, allowed: Any) -> None:
-    """Raises ValueError unless value is one of the allowed names."""
+    """Raise ValueError unless value is one of the allowed names."""
     if value not in allowed:
         raise ValueError(f"{name}={value} is unknown{nearest(value, allowed)}")
 
 
 def check_integer(name: str, value: Any, lowest: int) -> None:
-    """Raises ValueError unless value is an integer of at least lowest."""
+    """Raise ValueError unless value is an integer of at least lowest."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < lowest:
         raise ValueError(f"{name}={value} is not possible; give an integer of at least {lowest}")
 
 
 def check_number(name: str, value: Any, low: float, high: float, *, low_allowed: bool = True) -> None:
-    """Raises ValueError unless value is a finite number in [low, high] (or in (low, high])."""
+    """Raise ValueError unless value is a finite number in [low, high] (or in (low, high])."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or not low <= value <= high or (value == low and not low_allowed):
         allowed = f"at least {low}" if low_allowed else f"above {low}"
@@ -122,7 +122,7 @@ def check_number(name: str, value: Any, low: float, high: float, *, low_allowed:
 
 
 def boolean(text: str) -> bool:
-    """Returns what true or false means.
+    """Return the value of the word true or false.
 
     Raises:
         ValueError: The text is neither.
@@ -133,7 +133,7 @@ def boolean(text: str) -> bool:
 
 
 _BY_ANNOTATION: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float, "bool": boolean}
-FIELD_TYPES = {  # what reads a value of each hyperparameter from a command line
+FIELD_TYPES = {  # parser of each hyperparameter's value on a command line
     field.name: _BY_ANNOTATION[str(field.type).removesuffix(" | None")]
     for field in dataclasses.fields(TrainConfig)
 }

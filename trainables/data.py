@@ -1,23 +1,16 @@
-"""Where do the images come from, which of them test and validate, and where do they lie decoded?
-
-A source is decoded once into `data_dir/decoded/KEY/`, which every trial then maps into memory. The key is
-made of its images' contents; `data_dir/sources/` remembers them, so that no unchanged source is read again.
-"""
+"""A decoded data set: its description, arrays and splits. trainables/preparation.py makes it."""
 
 import contextlib
-import difflib
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from tunefleet.trainables.decoding import SourceError
-from tunefleet.trainables.host import cpu_count
-from tunefleet.trainables.image_files import Progress, printable
+from tunefleet.cli import printable
 
 BUILT_IN = ("cifar10", "digits")
 SPLIT_SEED = 0  # draws the validation images, and the test images of a source that has none; never varied
@@ -28,13 +21,14 @@ TEST_FRACTION = 0.2  # of a source that has no test images
 FORMAT_VERSION = 2  # of the decoded folder; raise it when the same source would be decoded differently
 CHANGES = {2: "image files are recognized by content and rotated by their EXIF orientation"}  # per version
 
+Progress = Callable[[str, int, int], None]  # phase, items done, items in all; 0 of 0 without a count
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, Split] = ("train", "test")
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """One decoded data set: where it lies and what it is."""
+    """One decoded data set."""
 
     name: str  # "cifar10", "digits" or the given path's last component
     folder: str  # absolute: train_images.npy, train_labels.npy, test_images.npy, test_labels.npy, data.json
@@ -49,12 +43,12 @@ class ImageData:
     format_version: int = 1  # FORMAT_VERSION of the code that decoded them
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns what `from_dict` takes, ready for JSON."""
+        """Return what `from_dict` takes, ready for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "ImageData":
-        """Reverses `to_dict`, also after JSON has made lists of the tuples."""
+        """Reverse `to_dict`, also after JSON has made lists of the tuples."""
         return cls(**{name: _hashable(value) for name, value in fields.items()})
 
 
@@ -68,65 +62,6 @@ def _data_dir() -> Path:
 DATA_DIR = _data_dir()  # default of --data-dir
 
 
-def prepare(
-    source: str,
-    data_dir: Path,
-    image_size: int = 32,
-    progress: Progress | None = None,
-    processes: int | None = None,
-) -> ImageData:
-    """Decode a source into `data_dir/decoded/KEY/`, or find it there.
-
-    Args:
-        source: `cifar10` (downloaded), `digits` (scikit-learn's 1,797 images) or the path of a folder or
-            archive of `train/CLASS/FILE` and `test/CLASS/FILE`, or of `CLASS/FILE`, of which 20 % test.
-        data_dir: Where downloads and decoded images are kept.
-        image_size: Pixels per side to which larger, not square or differently sized images are resized.
-        progress: Called as (phase, done, total) at the start of a phase and during it, with images done and
-            in all; 0 of 0 if there is no count. Phases: "listing files", "12 % of the archive", "waiting for
-            another process", "comparing" (with images decoded before) and "decoding".
-        processes: Processes that decode; None: one per CPU that this process may use.
-
-    Raises:
-        ValueError: The source or `data_dir` cannot be used; one line that says what was given and what to do.
-    """
-    from tunefleet.trainables.preparation import (  # here, since it imports this module
-        prepare_built_in,
-        prepare_files,
-    )
-
-    if image_size < 1:
-        raise ValueError(f"image_size={image_size} is impossible; give the pixels per side, 1 or more")
-    data_dir = expanded("--data-dir", data_dir).absolute()
-    show = progress or (lambda phase, done, total: None)
-    try:
-        if source in BUILT_IN:
-            return prepare_built_in(source, data_dir, image_size, show)
-        path = _existing(source)
-        return prepare_files(path, data_dir, image_size, show, processes or cpu_count())
-    except SourceError as error:
-        raise ValueError(f"--data={printable(source)} {printable(error)}") from error
-    except (OSError, NotImplementedError) as error:  # the latter from a file system without locks
-        raise ValueError(
-            f"--data-dir={printable(data_dir)} cannot be written ({printable(error)}); give another"
-        ) from error
-
-
-def _existing(source: str) -> Path:
-    path = expanded("--data", source)
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        close = difflib.get_close_matches(source.lower(), BUILT_IN, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise SourceError(
-            f"does not exist; {hint}Give cifar10, digits, or the path of a folder or archive of images"
-        ) from error
-    except OSError as error:  # a name that is too long, a folder that is closed, a loop of links
-        raise SourceError(f"cannot be read ({error.strerror})") from error
-    return path
-
-
 def expanded(flag: str, path: Path | str) -> Path:
     """Return a path with its ``~`` expanded.
 
@@ -137,7 +72,7 @@ def expanded(flag: str, path: Path | str) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise ValueError(
-            f"{flag}={printable(path)} has no home folder; set HOME, or give a path without ~"
+            f"{flag}={printable(str(path))} has no home folder; set HOME, or give a path without ~"
         ) from error
 
 
@@ -169,7 +104,7 @@ def check_sha256(data: ImageData, source: str, sha256: str, format_version: int)
 
 
 def load_split(data: ImageData, split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Maps a split into memory, read-only: images uint8 (N, 3, H, W) and labels int64 (N,).
+    """Map a split into memory, read-only: images uint8 (N, 3, H, W) and labels int64 (N,).
 
     Only trainables/evaluate.py may ask for "test".
     """
@@ -178,12 +113,24 @@ def load_split(data: ImageData, split: Split) -> tuple[np.ndarray, np.ndarray]:
     return images, np.load(folder / f"{split}_labels.npy", mmap_mode="r")
 
 
+def allocate(file: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
+    """Create a .npy file and reserve its disk space; writing to a map on a full disk kills the process.
+
+    Raises:
+        OSError: The disk is too full.
+    """
+    array = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
+    with file.open("r+b") as stream:
+        os.posix_fallocate(stream.fileno(), 0, array.offset + array.nbytes)
+    return array
+
+
 def split_validation(
     labels: np.ndarray, fraction: float | None = None, seed: int = SPLIT_SEED
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Splits each class of the labels (N,) by `fraction`, into sorted int64 indices: train and validation.
+    """Split each class of the labels (N,) by `fraction`, into sorted int64 indices: train and validation.
 
-    Without a fraction it is a tenth; where that is too few to choose by, up to VALIDATION_ENOUGH images.
+    By default a tenth; where that is too few to choose by, up to VALIDATION_ENOUGH images.
 
     Raises:
         ValueError: `fraction` is not between 0 and 1, or a class has fewer than two images.
@@ -205,7 +152,7 @@ def split_validation(
 
 
 def split_sha256(train: np.ndarray, val: np.ndarray) -> str:
-    """The hash of a split, which stands in study.json and in every checkpoint."""
+    """Return the hash of a split, which study.json and every checkpoint record."""
     digest = hashlib.sha256(f"{len(train)} {len(val)} ".encode())
     for indices in (train, val):
         digest.update(indices.astype("<i8").tobytes())

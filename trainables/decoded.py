@@ -3,20 +3,17 @@
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 
-from tunefleet.trainables.data import FORMAT_VERSION, SPLITS, ImageData, load_split
-from tunefleet.trainables.image_files import Progress
+from tunefleet.trainables.data import FORMAT_VERSION, SPLITS, ImageData, Progress, load_split
 
+KEPT = "kept"  # in a partial folder: what becomes the decoded folder
 STEP_BYTES = 1 << 18  # hashed and summed at a time, within the processor's cache
 
 
@@ -36,16 +33,16 @@ def locked(data_dir: Path, show: Progress) -> Iterator[None]:
 
 @contextlib.contextmanager
 def partial_folder(data_dir: Path) -> Iterator[Path]:
-    """Context manager: an empty folder, removed at the end unless it was moved. The caller holds the lock.
+    """Context manager: a folder of temporary files, with an empty folder KEPT. The caller holds the lock.
 
-    Folders left by killed processes are removed.
+    It is removed at the end, as is one that a killed process has left.
     """
     decoded = data_dir / "decoded"
     decoded.mkdir(exist_ok=True)
-    for left in decoded.glob("*.partial"):
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in decoded.glob("*.partial"):
+        shutil.rmtree(leftover, ignore_errors=True)
     partial = decoded / "new.partial"
-    partial.mkdir()
+    (partial / KEPT).mkdir(parents=True)
     try:
         yield partial
     finally:
@@ -53,11 +50,11 @@ def partial_folder(data_dir: Path) -> Iterator[Path]:
 
 
 def keep(partial: Path, folder: Path, data: ImageData) -> ImageData:
-    """Move decoded images to their place in the cache."""
+    """Move the images in a partial folder to their place in the cache."""
     data = replace(data, folder=str(folder))
-    (partial / "data.json").write_text(json.dumps(data.to_dict(), indent=2) + "\n")
+    (partial / KEPT / "data.json").write_text(json.dumps(data.to_dict(), indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-    partial.replace(folder)
+    (partial / KEPT).replace(folder)
     return data
 
 
@@ -80,18 +77,6 @@ def cached(folder: Path, name: str) -> ImageData | None:
     return data if [array.shape for array in arrays] == shapes else None
 
 
-def allocate(file: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
-    """Create a .npy file and reserve its disk space; writing to a map on a full disk kills the process.
-
-    Raises:
-        OSError: The disk is too full.
-    """
-    array = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
-    with file.open("r+b") as stream:
-        os.posix_fallocate(stream.fileno(), 0, array.offset + array.nbytes)
-    return array
-
-
 def describe(folder: Path, name: str, classes: tuple[str, ...], notes: tuple[str, ...] = ()) -> ImageData:
     """Count, hash and measure the images in `folder`."""
     arrays = {
@@ -99,9 +84,7 @@ def describe(folder: Path, name: str, classes: tuple[str, ...], notes: tuple[str
         for kind in ("train_images", "train_labels", "test_images", "test_labels")
     }
     train = arrays["train_images"]
-    with ThreadPoolExecutor(1) as other:  # hashlib releases the GIL
-        sha256 = other.submit(_sha256, classes, list(arrays.values()))
-        mean, std = _statistics(train)
+    mean, std = _statistics(train)
     return ImageData(
         name=name,
         folder=str(folder),
@@ -111,7 +94,7 @@ def describe(folder: Path, name: str, classes: tuple[str, ...], notes: tuple[str
         test_count=len(arrays["test_images"]),
         mean=mean,
         std=std,
-        sha256=sha256.result(),
+        sha256=_sha256(classes, list(arrays.values())),
         notes=notes,
         format_version=FORMAT_VERSION,
     )
@@ -130,9 +113,9 @@ def _statistics(images: np.ndarray) -> tuple[tuple[float, float, float], tuple[f
     total = np.zeros(3, dtype=np.int64)  # whole numbers: the same in any order and on any machine
     squares = np.zeros(3, dtype=np.int64)
     for rows in _steps(images):
-        some = images[rows].astype(np.int32)
-        total += some.sum(axis=(0, 2, 3), dtype=np.int64)
-        squares += np.multiply(some, some, out=some).sum(axis=(0, 2, 3), dtype=np.int64)
+        part = images[rows].astype(np.int32)
+        total += part.sum(axis=(0, 2, 3), dtype=np.int64)
+        squares += np.multiply(part, part, out=part).sum(axis=(0, 2, 3), dtype=np.int64)
     count = images.size // 3
     mean = total / count
     variance = squares / count - mean**2

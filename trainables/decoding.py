@@ -1,12 +1,13 @@
-"""Turn image files into pixels; also run as a script, in processes of its own (trainables/decoders.py).
+"""Decode image files; also a script that trainables/preparation.py starts once per core.
 
 It imports only Pillow and the standard library: such a process starts in 0.05 s, and runs neither the user's
-main module nor a file of theirs that is named like one of ours.
+main module nor a file of theirs that has the name of one of ours.
 """
 
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -14,8 +15,7 @@ import signal
 import struct
 import sys
 import warnings
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from PIL import Image, PngImagePlugin
@@ -31,7 +31,7 @@ _FORMATS = re.compile(
 _HEIC = re.compile(rb"....ftyp(?:hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL)
 HEAD_BYTES = 64  # that identify a file's format
 NOT_AN_IMAGE, HEIC = "not an image", "HEIC (not supported; convert to JPEG)"
-TEXT_BYTES = 1 << 26  # of a PNG's metadata; Pillow's default refuses an image over 1 MiB in one chunk
+TEXT_BYTES = 1 << 26  # of a PNG's metadata
 ORIENTATION = 0x0112  # EXIF tag
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -45,18 +45,14 @@ UPRIGHT = {
 # Of a JPEG: JFIF header, tables, restart interval, comment; then a frame of 8 bits and three components.
 PLAIN_SEGMENTS = (b"\xff\xe0", b"\xff\xdb", b"\xff\xc4", b"\xff\xdd", b"\xff\xfe")
 PLAIN_FRAME = re.compile(rb"\xff[\xc0-\xc2]\0\x11\x08....\x03", re.DOTALL)
-ZIP_HEADER_BYTES = 30  # in front of a member, before its name and extra field
 
 
 class Entry(NamedTuple):
-    """An image file of a folder or archive, and where its bytes are."""
+    """An image file of a folder or archive."""
 
     name: str  # inside the folder or archive
-    size: int  # bytes, unpacked
-    form: str = "file"  # "raw": in an archive as it is; "spooled"; "stored" or "deflated": in a zip
-    offset: int = 0  # in the archive or spool; in a zip, that of the member's header
-    packed: int = 0  # bytes in the zip
-    crc: int = 0  # of the unpacked bytes, in a zip
+    size: int  # bytes
+    offset: int = 0  # of an archive's image in the file that holds all of them
 
 
 class SourceError(ValueError):
@@ -75,7 +71,7 @@ def reason_to_skip(head: bytes) -> str:
 
 
 def square(image: Image.Image, size: int) -> bytes:
-    """Return an image's pixels as uint8 (3, size, size), resized; grey becomes RGB, transparency is dropped.
+    """Return an image's pixels as uint8 (3, size, size): resized, as RGB, without transparency.
 
     Raises:
         ValueError: The image has more than 8 bits per channel.
@@ -96,109 +92,80 @@ class Decoder:
     """Read and hash image files and, given outputs, decode them.
 
     Args:
-        source: A folder or archive.
-        spool: The file with the images that cannot be read from the archive itself.
+        source: The folder of the images; or the one file in which they are, at their offsets.
         outputs: Per split: the file to write and the offset of its first image.
         size: Pixels per side of a stored image.
         resize: Resize images of other sizes; otherwise run() reports the first.
     """
 
     def __init__(
-        self,
-        source: str,
-        spool: str,
-        outputs: Iterable[tuple[str, int]] = (),
-        size: int = 0,
-        resize: bool = False,
+        self, source: str, outputs: Iterable[tuple[str, int]] = (), size: int = 0, resize: bool = False
     ) -> None:
-        self.source, self.spool, self.size, self.resize = source, spool, size, resize
+        self.source, self.size, self.resize = source, size, resize
         self.outputs = [(os.open(file, os.O_WRONLY), start) for file, start in outputs]
-        self.archives: dict[str, int] = {}
+        # Settings that Pillow documents: by default one chunk of 1 MiB refuses an image.
         PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = TEXT_BYTES
+        self.file = None if os.path.isdir(source) else os.open(source, os.O_RDONLY)  # noqa: PTH112
 
     def close(self) -> None:
         """Close all files."""
-        for opened in [*self.archives.values(), *(file for file, _ in self.outputs)]:
-            os.close(opened)
+        for opened in (self.file, *(file for file, _ in self.outputs)):
+            if opened is not None:
+                os.close(opened)
 
-    def run(self, entries: list[Entry], splits: list[int], rows: list[int]) -> dict[str, Any]:
-        """Read image files and decode them to consecutive rows of their splits.
+    def run(self, images: Sequence[tuple[Sequence[Any], int, int]]) -> dict[str, Any]:
+        """Read image files and decode them.
 
         Args:
-            entries: The files.
-            splits: Per file, its split's index in `outputs`.
-            rows: Per split, the row of its first image.
+            images: Per file: its Entry, its split's index in `outputs`, and its row there.
 
         Returns:
             {"sha256": [per file], "rotated": images rotated by EXIF}; or {"other_size": True} if an image
             would have to be resized; or {"refused": message}; or {"failed": arguments of an OSError}.
         """
         hashes, rotated = [], 0
-        pixels: list[list[bytes]] = [[] for _ in self.outputs]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow's, of damaged metadata and large images
-                for fields, split in zip(entries, splits, strict=True):
+                for fields, split, row in images:
                     entry = Entry(*fields)
                     content = self._read(entry)
                     hashes.append(hashlib.sha256(content).hexdigest())
                     if self.outputs:
                         with _errors_naming(entry.name):
-                            decoded, is_rotated = self._decode(content)
-                        if not decoded:
+                            pixels, is_rotated = self._decode(content)
+                        if not pixels:
                             return {"other_size": True}
-                        pixels[split].append(decoded)
+                        output, start = self.outputs[split]
+                        os.pwrite(output, pixels, start + row * len(pixels))
                         rotated += is_rotated
-            for split, (output, start) in enumerate(self.outputs):
-                os.pwrite(output, b"".join(pixels[split]), start + rows[split] * 3 * self.size**2)
         except SourceError as error:
             return {"refused": str(error)}
         except OSError as error:
             return {"failed": [error.errno, error.strerror]}
         return {"sha256": hashes, "rotated": rotated}
 
-    def size_of(self, entry: Entry) -> dict[str, Any]:
-        """Return {"size": (width, height)} of an image, or {"refused": message}."""
-        try:
-            content = self._read(entry)
-            with _errors_naming(entry.name):
-                return {"size": _open(content).size}
-        except SourceError as error:
-            return {"refused": str(error)}
+    def size_of(self, entry: Entry) -> tuple[int, int]:
+        """Return an image's width and height; raise SourceError if it cannot be read."""
+        content = self._read(entry)
+        with _errors_naming(entry.name):
+            return _open(content).size
 
     def _read(self, entry: Entry) -> bytes:
         try:
-            if entry.form == "file":
+            if self.file is None:
                 with open(f"{self.source}/{entry.name}", "rb", buffering=0) as file:  # noqa: PTH123  3 µs less
                     content = file.read()
             else:
-                content = self._read_member(entry)
+                content = os.pread(self.file, entry.size, entry.offset)
         except OSError as error:
             raise SourceError(f"cannot be read ({error.strerror}: {entry.name!r})") from error
         if len(content) != entry.size:
-            raise SourceError(f"changed while it was read, or is corrupt (at {entry.name!r}); try again")
-        return content
-
-    def _read_member(self, entry: Entry) -> bytes:
-        file = self.spool if entry.form == "spooled" else self.source
-        if file not in self.archives:
-            self.archives[file] = os.open(file, os.O_RDONLY)
-        archive = self.archives[file]
-        if entry.form in ("raw", "spooled"):
-            return os.pread(archive, entry.size, entry.offset)
-        try:
-            header = struct.unpack("<26x2H", os.pread(archive, ZIP_HEADER_BYTES, entry.offset))
-            content = os.pread(archive, entry.packed, entry.offset + ZIP_HEADER_BYTES + sum(header))
-            if entry.form == "deflated":
-                content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, entry.size)
-            if zlib.crc32(content) != entry.crc:
-                raise zlib.error("wrong checksum")
-        except (zlib.error, struct.error) as error:
-            raise SourceError(f"is truncated or corrupt ({error}: {entry.name!r}); copy it again") from error
+            raise SourceError(f"changed while it was read (at {entry.name!r}); try again")
         return content
 
     def _decode(self, content: bytes) -> tuple[bytes, bool]:
-        """Return an image's pixels, empty if it has another size, and whether EXIF had it rotated."""
+        """Return an image's pixels, empty if it has another size, and whether EXIF rotated it."""
         if plain := _plain_jpeg(content, self.size):
             return square(plain, self.size), False
         image = _open(content)
@@ -216,7 +183,7 @@ class Decoder:
 
 
 def _plain_jpeg(content: bytes, size: int) -> Image.Image | None:
-    """Return a colour JPEG of this size without metadata; takes 0.6 of the time of _open() and load()."""
+    """Return a colour JPEG of this size without metadata, in 0.7 of the time of _open() and load()."""
     if not content.startswith(b"\xff\xd8"):
         return None
     at = 2
@@ -258,13 +225,16 @@ def _rotation(image: Image.Image) -> Image.Transpose | None:
 
 
 def main() -> None:
-    """Read Decoder's arguments and then chunks from stdin, answer on stdout; each is a line of JSON."""
+    """Decode every N-th chunk of a file, from the K-th; print an answer per chunk.
+
+    Arguments: the file, K and N. Its first line has Decoder's arguments, each other line a chunk, as JSON.
+    """
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # exit silently if the parent is killed
-    lines = map(json.loads, sys.stdin)
-    for arguments in lines:
-        decoder = Decoder(**arguments)
-        for chunk in lines:
-            print(json.dumps(decoder.run(*chunk)), flush=True)
+    file, first, step = sys.argv[1:]
+    with open(file, encoding="ascii") as lines:  # noqa: PTH123
+        decoder = Decoder(**json.loads(next(lines)))
+        for line in itertools.islice(lines, int(first), None, int(step)):
+            print(json.dumps(decoder.run(json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,27 @@
-"""How good is a trained network on images that no choice has seen? Only this file opens the test split."""
+"""Evaluate a trained network on the test split, which only this file opens."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tunefleet.files import replacing
 from tunefleet.trainables.data import load_split
 from tunefleet.trainables.training import TrainingRun
 
-MISCLASSIFIED = 64  # images kept for people to look at: the mistakes made with most confidence
+MISCLASSIFIED = 64  # images kept for the report: the mistakes made with most confidence
 
 
 def result_files(tag: str = "") -> tuple[str, str]:
-    """Returns the names of what ``evaluate_test`` writes: the predictions, the misclassified images."""
+    """Return the names of the files that ``evaluate_test`` writes: predictions, misclassified images."""
     return f"predictions{tag}.parquet", f"misclassified{tag}.npz"
 
 
 def evaluate_test(run: TrainingRun, folder: Path | None = None, tag: str = "") -> float:
-    """Evaluates a trained network on every test image once.
+    """Evaluate a trained network on every test image once.
 
     Args:
         run: The trained network, with its data.
@@ -51,17 +49,8 @@ def evaluate_test(run: TrainingRun, folder: Path | None = None, tag: str = "") -
         wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISCLASSIFIED]
         folder.mkdir(exist_ok=True)
         predictions, misclassified = (folder / name for name in result_files(tag))
-        with _written(misclassified) as file:
-            np.savez(file, index=wrong, images=images[wrong])
-        with _written(predictions) as file:
-            pq.write_table(pa.table(columns), file)
+        with replacing(misclassified) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, index=wrong, images=images[wrong])
+        with replacing(predictions) as temporary:
+            pq.write_table(pa.table(columns), temporary)
     return float((predicted == labels).mean())
-
-
-@contextlib.contextmanager
-def _written(file: Path) -> Iterator[IO[bytes]]:
-    """Opens a file that takes its name once it is whole."""
-    temporary = file.with_name(f"{file.name}.tmp")
-    with temporary.open("wb") as stream:
-        yield stream
-    temporary.replace(file)

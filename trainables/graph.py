@@ -2,13 +2,16 @@
 
 A step of a small network is bound by the launches of its kernels: ResNet-18 on 32×32 images uses 0.4 % of
 an H100. A CUDA graph records the kernels of one step and launches them together. The rules (PyTorch, "CUDA
-graphs"): a replay repeats the same kernels on the same addresses, so whatever changes from step to step is
-read from tensors that stay where they are, here the image indices, the crops and the learning rates of a
-whole epoch, copied once, of which a counter on the device picks a row. Capturing executes nothing, so the
-first steps run eagerly; they are the warm-up that libraries and the optimizer's state need, on a stream of
-their own, as autograd requires. Nothing inside may wait for the device. Python inside `forward` runs once,
-at the capture. Dropout draws from CUDA's default generator, which a replay advances as an eager step does.
-A batch of another size runs eagerly in between. Memory of the graph stays its own until it is dropped.
+graphs"):
+
+- A replay repeats the same kernels on the same addresses. Whatever changes from step to step is read from
+  tensors that stay where they are: a whole epoch's image indices, crops and learning rates, copied once, of
+  which a counter on the device selects a row.
+- Capturing executes nothing, so the first steps run eagerly. They are the warm-up that libraries and the
+  optimizer's state need, on a stream of their own, as autograd requires.
+- Nothing inside may wait for the device. Python inside `forward` runs once, at the capture.
+- Dropout draws from CUDA's default generator, which a replay advances as an eager step does.
+- A batch of another size runs eagerly in between. The graph owns its memory until it is dropped.
 
 A capture that fails leaves CUDA's generator unusable (torch 2.15), whatever the reason: the process has to
 end (`CaptureError`), and the job continues eagerly from its checkpoint on another worker.
@@ -21,7 +24,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tunefleet.trainables.gpu import causes, is_out_of_memory
+from tunefleet.trainables.device import causes, is_out_of_memory
 
 WARM_UP_STEPS = 3  # eager; PyTorch's own examples take 3, DDP's 11
 
@@ -29,11 +32,11 @@ TrainStep = Callable[[Tensor, Tensor | None], None]  # indices (N,) and crops (N
 
 
 class CaptureError(Exception):
-    """A step could not be captured; this process must not train any more."""
+    """A step could not be captured; this process must not continue to train."""
 
 
 class CaptureMemoryError(CaptureError):
-    """A step could not be captured for lack of memory: a smaller trial's could."""
+    """A step could not be captured for lack of memory; a smaller trial's could be."""
 
 
 class StepGraph:
@@ -60,7 +63,7 @@ class StepGraph:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def begin_epoch(self, order: Tensor, crops: Tensor | None, lrs: list[float]) -> None:
-        """Set what the steps of an epoch read.
+        """Copy what the steps of an epoch read.
 
         Args:
             order: Indices of all images ``(N,)``; those beyond the full batches are ignored.
@@ -79,7 +82,7 @@ class StepGraph:
         """Take the epoch's next step.
 
         Args:
-            train_step: What one step does; it must do the same kernels each time.
+            train_step: Runs one step; it must launch the same kernels each time.
 
         Raises:
             CaptureError: The step cannot be captured.

@@ -1,8 +1,8 @@
-"""Which share of each step is this worker's? The arithmetic of several workers that train one trial.
+"""Divide each step among the workers of one trial.
 
 A group of n workers computes what one worker would: the same order, the same batches, each image of
 a batch on one worker, gradients averaged by DistributedDataParallel, BatchNorm over the whole batch,
-losses and counts summed. Nothing here knows Ray; trainables/ddp.py starts the workers.
+losses and counts summed. trainables/ddp.py starts the workers; nothing here depends on Ray.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ class Group:
 
     @classmethod
     def current(cls) -> Group:
-        """Returns the place in torch's default process group."""
+        """Return the place in torch's default process group."""
         return cls(dist.get_rank(), dist.get_world_size())
 
     def share(self, batch: Tensor) -> Tensor:
-        """Returns this worker's rows of a batch ``(N, …)``; none where N is too small for all."""
+        """Return this worker's rows of a batch ``(N, …)``; none where N is too small for all."""
         return batch[self.rank :: self.size]
 
     def stretch(self, x: Tensor) -> Tensor:
-        """Returns this worker's rows of all of x ``(N, …)`` as one stretch of memory."""
+        """Return this worker's rows of all of x ``(N, …)``, contiguous in memory."""
         return x[len(x) * self.rank // self.size : len(x) * (self.rank + 1) // self.size]
 
     def total(self, loss_sum: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns both scalars summed over the workers, in float64 where there are several."""
+        """Return both scalars summed over the workers, in float64 where there are several."""
         if self.size == 1:
             return loss_sum, correct
         both = torch.stack([loss_sum.double(), correct.double()])
@@ -46,20 +46,22 @@ class Group:
         return both[0], both[1]
 
     def synchronise_batchnorm(self, network: nn.Module) -> None:
-        """Makes the BatchNorm layers inside a network see the batch of all workers."""
+        """Replace the BatchNorm layers inside a network by layers that normalise over all workers' images."""
         if self.size == 1:
             return
         if next(network.parameters()).device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        else:  # torch's own runs on accelerators only (2.15)
-            _synchronise_batchnorm(network)
+            return
+        for module in network.modules():  # torch's own runs on accelerators only (2.15)
+            if type(module) is nn.BatchNorm2d:
+                module.__class__ = SyncBatchNorm2d  # the same parameters, statistics and mode
 
     def parallel(self, network: nn.Module) -> nn.Module:
-        """Returns what to call in training: gradients are averaged over the workers in backward."""
+        """Wrap a network for training: backward averages gradients over the workers."""
         return network if self.size == 1 else DistributedDataParallel(network)
 
     def accumulating(self, network: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Returns the context of one part of a batch: only after the last are gradients exchanged."""
+        """Context manager: one part of a batch; gradients are exchanged after the last one."""
         wait = isinstance(network, DistributedDataParallel) and not last
         return network.no_sync() if wait else contextlib.nullcontext()  # type: ignore[operator]
 
@@ -67,15 +69,8 @@ class Group:
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d whose training statistics are those of all workers' images together, on a CPU."""
 
-    @classmethod
-    def of(cls, layer: nn.BatchNorm2d) -> SyncBatchNorm2d:
-        """Returns a layer with the same parameters, statistics and mode."""
-        sync = cls(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
-        sync._parameters, sync._buffers = layer._parameters, layer._buffers
-        return sync.train(layer.training)
-
     def forward(self, x: Tensor) -> Tensor:
-        """Normalises ``(N, C, H, W)``; N may be 0 on some workers."""
+        """Normalise ``(N, C, H, W)``; N may be 0 on some workers."""
         if not self.training:
             return super().forward(x)
         wide = x.float()
@@ -108,11 +103,3 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         return _Sum.forward(ctx, gradients[0])
-
-
-def _synchronise_batchnorm(network: nn.Module) -> None:
-    for name, child in network.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            setattr(network, name, SyncBatchNorm2d.of(child))
-        else:
-            _synchronise_batchnorm(child)

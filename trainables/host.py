@@ -1,20 +1,28 @@
-"""What does this host give to this process? Containers and batch systems give less than the machine has."""
+"""CPUs, memory events and GPUs of this host, without torch, whose import takes seconds, and without CUDA.
+
+Containers and batch systems give less than the machine has. A process that asks CUDA takes half a gigabyte of
+each GPU for as long as it lives, so NVIDIA's driver is asked.
+"""
 
 from __future__ import annotations
 
 import math
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 ROOT = Path("/")
+HIDDEN = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that hide every GPU
+SMI_SECONDS = 20.0  # nvidia-smi without its daemon takes some on a host of eight GPUs
 
 
 def cpu_count(root: Path = ROOT) -> int:
     """Return the CPUs this process may use: at least 1, at most its affinity and its cgroups' quotas.
 
     Args:
-        root: Where /proc and /sys lie.
+        root: Where /proc and /sys are.
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.floor(min([affinity, *_quotas(root)])))
@@ -30,6 +38,61 @@ def oom_kills(root: Path = ROOT) -> int:
                 if key == "oom_kill" and value.isdigit():
                     counts.append(int(value))
     return max(counts)
+
+
+def hidden_by_environment() -> bool:
+    """Return whether CUDA_VISIBLE_DEVICES hides every GPU."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in HIDDEN
+
+
+def may_be_used() -> bool:
+    """Return whether this host may have a usable GPU, without importing CUDA: whether there is a driver."""
+    return not hidden_by_environment() and bool(shutil.which("nvidia-smi") or _listed_by_kernel())
+
+
+def driver_gpus() -> tuple[dict[str, str], str]:
+    """Return the names of all GPUs that NVIDIA's driver lists, by UUID, and the driver's version."""
+    try:
+        rows = _query("uuid,name,driver_version")
+    except (OSError, subprocess.SubprocessError):  # containers may have the driver alone
+        version = _read(Path("/sys/module/nvidia/version")) or "unknown version"
+        return dict.fromkeys(_listed_by_kernel(), "GPU"), version
+    return {row[0]: row[1] for row in rows if len(row) == 3}, rows[0][-1] if rows else "unknown"
+
+
+def free_bytes() -> int | None:
+    """Return the free memory of the fullest GPU that CUDA_VISIBLE_DEVICES leaves; None: not known here."""
+    try:
+        free = {uuid: int(mib) * 2**20 for uuid, mib in _query("uuid,memory.free")}
+    except (OSError, subprocess.SubprocessError, ValueError):  # a MIG device's memory is "[N/A]"
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    entries = [str(index) for index in range(len(free))] if visible is None else visible.split(",")
+    chosen = [
+        size
+        for index, (uuid, size) in enumerate(free.items())
+        if any(entry == str(index) or (entry and uuid.startswith(entry)) for entry in entries)
+    ]
+    return min(chosen, default=None)
+
+
+def is_listed(entry: str, uuids: list[str]) -> bool:
+    """Return whether an entry of CUDA_VISIBLE_DEVICES names one of these GPUs."""
+    if entry.isdigit():
+        return int(entry) < len(uuids)
+    return entry.startswith("MIG-") or any(uuid.startswith(entry) for uuid in uuids)
+
+
+def _query(fields: str) -> list[list[str]]:
+    """Return nvidia-smi's rows of these fields; memory in MiB."""
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=SMI_SECONDS, check=True).stdout
+    return [line.split(", ") for line in answer.strip().splitlines()]
+
+
+def _listed_by_kernel() -> list[str]:
+    folder = Path("/proc/driver/nvidia/gpus")
+    return sorted(gpu.name for gpu in folder.iterdir()) if folder.is_dir() else []
 
 
 def _quotas(root: Path) -> Iterator[float]:

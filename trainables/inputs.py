@@ -1,8 +1,8 @@
-"""What does a network read in each step? Tensors prepared once per node and shared by all its trials.
+"""Tensors that trials read, prepared once per node and shared by all its trials.
 
 Three kinds, chosen by the config alone:
 
-- ``features``: outputs of a frozen backbone, when nothing is augmented (trainables/features.py)
+- ``features``: outputs of a frozen backbone, when nothing is augmented
 - ``normalised``: images as the network sees them, when nothing is augmented or enlarged
 - ``images``: uint8, augmented, normalised and enlarged per batch on the device
 
@@ -12,29 +12,37 @@ one copy in the page cache; no worker decodes, normalises or computes a feature 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock
-from torch import Tensor
+from torch import Tensor, nn
 
+from tunefleet.cli import printable
 from tunefleet.files import is_full
 from tunefleet.models import ARCHITECTURES
+from tunefleet.models.building import Classifier, build
+from tunefleet.models.resnet import weights_signature
 from tunefleet.trainables.config import TrainConfig
-from tunefleet.trainables.data import ImageData, expanded, load_split, split_sha256, split_validation
-from tunefleet.trainables.decoded import allocate
-from tunefleet.trainables.features import backbone_sha256, extractor
-from tunefleet.trainables.image_files import Progress, printable
-from tunefleet.trainables.levers import Levers
+from tunefleet.trainables.data import (
+    ImageData,
+    Progress,
+    allocate,
+    expanded,
+    load_split,
+    split_sha256,
+    split_validation,
+)
+from tunefleet.trainables.device import Levers
 from tunefleet.trainables.pipeline import Pipeline
 
-FORMAT_VERSION = 2  # of the files under data_dir/prepared
+FORMAT_VERSION = 3  # of the files under data_dir/prepared
 FLAT_HEADS = ("softmax", "twolayernn")  # read pixels in NCHW order
 PREPARE_BATCH = 512  # images, on a CPU
 GPU_PREPARE_BYTES = 128 * 2**20  # of float32 images, as stored, in one batch where there is a GPU
@@ -59,7 +67,7 @@ class Inputs:
 
 
 def kind_of(config: TrainConfig, data: ImageData) -> str:
-    """Returns which kind of inputs a config reads: features, normalised or images."""
+    """Return which kind of inputs a config reads: features, normalised or images."""
     if config.augment != "none":
         return "images"
     if ARCHITECTURES[config.architecture].frozen:
@@ -74,215 +82,198 @@ def load_inputs(
     data_dir: Path,
     progress: Progress | None = None,
 ) -> Inputs:
-    """Loads the inputs of a config onto the device, preparing them first where no trial has yet.
+    """Load the inputs of a config onto the device, preparing them first where no trial has yet.
 
     Args:
         config: The trial.
         data: The decoded images.
-        levers: The device's choices.
+        levers: The device's settings.
         data_dir: Where prepared tensors are cached, on this node.
-        progress: Called with what is done, images prepared and images in all.
+        progress: Called with the phase, images prepared and images in all.
     """
-    wanted = _Prepared.of(config, data, levers)
-    key = (wanted, config.refit)
+    images, labels, order, train_count, split = _training_split(data)
+    preparation = _Preparation(config, data, levers)
+    key = (preparation.file(data_dir, split), config.refit)
     if key not in _loaded:  # a reused worker opens its inputs once and not once per trial
         if len(_loaded) >= LOADED_MAX:
             _loaded.pop(next(iter(_loaded)))
-        _loaded[key] = _load(wanted, config, data, levers, Path(data_dir), progress)
+        x = preparation.mapped(key[0], images, order, progress).to(levers.device)
+        y = torch.from_numpy(labels).to(levers.device)
+        count = len(order) if config.refit else train_count
+        _loaded[key] = Inputs(preparation.kind, x[:count], y[:count], x[count:], y[count:], split)
     return _loaded[key]
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """All that prepared tensors depend on, and nothing else: trials that differ elsewhere share them."""
-
-    kind: str
-    data_sha256: str
-    pipeline: Pipeline | None  # None: uint8 images, which every pipeline reads
-    dtype: torch.dtype | None
-    device: str
-    channels_last: bool
-    backbone: str | None  # backbone_sha256 of features
-    version: int = FORMAT_VERSION
-
-    @classmethod
-    def of(cls, config: TrainConfig, data: ImageData, levers: Levers) -> _Prepared:
-        row = ARCHITECTURES[config.architecture]
-        kind = kind_of(config, data)
-        as_stored = kind == "images"
-        flat = row.cut is None and row.head in FLAT_HEADS
-        return cls(
-            kind=kind,
-            data_sha256=data.sha256,
-            pipeline=None if as_stored else Pipeline.of(config, data, levers),
-            dtype=None if as_stored else levers.dtype,
-            device=levers.device,
-            channels_last=levers.channels_last and not flat,
-            backbone=backbone_sha256(config, data) if kind == "features" else None,
-        )
-
-
-_loaded: dict[tuple[_Prepared, bool], Inputs] = {}
-
-
-def _load(
-    wanted: _Prepared,
-    config: TrainConfig,
-    data: ImageData,
-    levers: Levers,
-    data_dir: Path,
-    progress: Progress | None,
-) -> Inputs:
-    images, labels = load_split(data, "train")
-    train, val = split_validation(labels)
-    split = split_sha256(train, val)
-    order = np.concatenate([train, val])  # one array: a refit reads it whole
-    file = _file(data_dir, wanted, split)
-    preparation = functools.partial(_preparation, config, data, levers)
-    _prepare_file(file, images, order, preparation, wanted.channels_last, progress)
-    device = torch.device(levers.device)
-    x = _read(file, wanted.channels_last).to(device)
-    y = torch.from_numpy(labels[order]).to(device)
-    count = len(order) if config.refit else len(train)
-    return Inputs(wanted.kind, x[:count], y[:count], x[count:], y[count:], split)
-
-
 def split_counts(data: ImageData) -> tuple[int, int, str]:
-    """Returns how many images train and validate, and the split's hash."""
-    train, val = split_validation(load_split(data, "train")[1])
-    return len(train), len(val), split_sha256(train, val)
+    """Return how many images train and validate, and the split's hash."""
+    _, _, order, train_count, split = _training_split(data)
+    return train_count, len(order) - train_count, split
 
 
 def sample_inputs(
     config: TrainConfig, data: ImageData, levers: Levers, data_dir: Path, count: int
 ) -> tuple[Inputs, float]:
-    """Prepares inputs to time training on, and keeps them nowhere: a few images again and again.
+    """Prepare inputs to time training on, a few images again and again, without a file.
 
-    Args:
-        config: The trial.
-        data: The decoded images.
-        levers: The device's choices.
-        data_dir: Where prepared tensors are cached, on this node.
-        count: Training images wanted; there are no more than the data has.
+    The arguments are load_inputs's, and how many training images are wanted.
 
     Returns:
-        The inputs, and the seconds that preparing all of them would take; 0 where they are there.
+        The inputs, and the seconds that preparing all of them would take; 0 where they are prepared.
     """
-    images, labels = load_split(data, "train")
-    train, val = split_validation(labels)
-    order, split = np.concatenate([train, val]), split_sha256(train, val)
-    wanted = _Prepared.of(config, data, levers)
-    count = min(count, len(train))
-    val_count = max(1, count * len(val) // len(train))
+    images, labels, order, train_count, split = _training_split(data)
+    preparation = _Preparation(config, data, levers)
+    count = min(count, train_count)
+    val_count = max(1, count * (len(order) - train_count) // train_count)
     rows = order[:SAMPLE_IMAGES]
-    prepare = _preparation(config, data, levers)
-    prepare(torch.from_numpy(images[rows[:1]]))  # what is initialised once
+    prepare = preparation.function()
+    prepare(torch.from_numpy(images[rows[:1]]))  # initialises what is initialised once
     began = time.perf_counter()
-    some = prepare(torch.from_numpy(images[rows])).to(levers.device)
+    prepared = prepare(torch.from_numpy(images[rows])).to(levers.device)
     seconds = (time.perf_counter() - began) * len(order) / len(rows)
-    again = torch.arange(count + val_count, device=some.device) % len(rows)
-    x, y = some[again], torch.from_numpy(labels[rows]).to(levers.device)[again]
-    if x.dim() == 4 and wanted.channels_last:
+    repeated = torch.arange(count + val_count, device=prepared.device) % len(rows)
+    x, y = prepared[repeated], torch.from_numpy(labels[: len(rows)]).to(levers.device)[repeated]
+    if x.dim() == 4 and preparation.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    if _file(data_dir, wanted, split).exists():
+    if preparation.file(data_dir, split).exists():
         seconds = 0.0
-    return Inputs(wanted.kind, x[:count], y[:count], x[count:], y[count:], split), seconds
+    return Inputs(preparation.kind, x[:count], y[:count], x[count:], y[count:], split), seconds
 
 
 def cached_features(
     config: TrainConfig, data: ImageData, levers: Levers, data_dir: Path, images: np.ndarray
 ) -> Tensor:
-    """Returns a frozen backbone's features of test images, on the CPU; computed once per node.
+    """Return a frozen backbone's features of test images, on the CPU; computed once per node.
 
-    Args:
-        config: The trial.
-        data: The decoded images.
-        levers: The device's choices.
-        data_dir: Where prepared tensors are cached, on this node.
-        images: uint8 ``(N, 3, H, W)``; only trainables/evaluate.py has those.
+    The arguments are load_inputs's, and uint8 images ``(N, 3, H, W)``, which only trainables/evaluate.py has.
     """
-    wanted = _Prepared.of(config, data, levers)
-    assert wanted.kind == "features"
-    file = _file(data_dir, wanted, "test")
-    preparation = functools.partial(_preparation, config, data, levers)
-    _prepare_file(file, images, np.arange(len(images)), preparation, wanted.channels_last)
-    return _read(file, wanted.channels_last)
+    preparation = _Preparation(config, data, levers)
+    return preparation.mapped(preparation.file(data_dir, "test"), images, np.arange(len(images)))
 
 
-def _file(data_dir: Path, wanted: _Prepared, split: str) -> Path:
-    name = hashlib.sha256(repr((wanted, split)).encode()).hexdigest()[:32]
-    return expanded("--data-dir", data_dir) / "prepared" / f"{name}.npy"
+def build_model(config: TrainConfig, data: ImageData) -> Classifier:
+    """Build a config's network, initialised from its seed whatever ran before in this process."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return build(
+            config.architecture,
+            len(data.classes),
+            (3, config.image_size, config.image_size),
+            hidden=config.hidden,
+            kernel_size=config.kernel_size,
+            weights=config.weights,
+        )
 
 
-def _prepare_file(
-    file: Path,
-    images: np.ndarray,
-    order: np.ndarray,
-    preparation: Callable[[], Callable[[Tensor], Tensor]],
-    channels_last: bool,
-    progress: Progress | None = None,
-) -> None:
-    """Writes prepared images into a file unless it is there; one process does, others wait for it."""
-    if file.exists():  # then its folder may be read-only
-        return
-    partial = file.with_suffix(".partial")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(file.with_suffix(".lock")):
-            if file.exists():
-                return
+def backbone_sha256(config: TrainConfig, data: ImageData) -> str:
+    """Return a hash of a config's backbone as built: modules, names and tensors, but nothing of the head."""
+    seed = config.seed if config.weights == "none" else None
+    key = (ARCHITECTURES[config.architecture].cut, config.weights, weights_signature(config.weights), seed)
+    if key not in _hashes:  # building and hashing takes 0.2 s
+        _hashes[key] = _module_sha256(build_model(config, data).backbone)
+    return _hashes[key]
+
+
+def _module_sha256(module: nn.Module) -> str:
+    digest = hashlib.sha256(repr(module).encode())
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _training_split(data: ImageData) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, str]:
+    """Return all training images; labels and order, those that validate last; how many train; a hash."""
+    images, labels = load_split(data, "train")
+    train, val = split_validation(labels)
+    order = np.concatenate([train, val])  # one array: a refit reads it whole
+    return images, labels[order], order, len(train), split_sha256(train, val)
+
+
+_loaded: dict[tuple[Path, bool], Inputs] = {}
+_hashes: dict[tuple[Any, ...], str] = {}
+
+
+class _Preparation:
+    """How a config's inputs are made of images."""
+
+    def __init__(self, config: TrainConfig, data: ImageData, levers: Levers) -> None:
+        row = ARCHITECTURES[config.architecture]
+        flat = row.cut is None and row.head in FLAT_HEADS
+        self.config, self.data, self.levers = config, data, levers
+        self.kind = kind_of(config, data)
+        self.channels_last = levers.channels_last and not flat
+        self.pipeline = Pipeline.of(config, data, levers)
+        # All that prepared tensors depend on, and nothing else: trials that differ elsewhere share them.
+        self.key: list[Any] = [FORMAT_VERSION, self.kind, data.sha256, levers.device, self.channels_last]
+        if self.kind != "images":
+            self.key += [self.pipeline, levers.dtype]
+        if self.kind == "features":
+            self.key.append(backbone_sha256(config, data))
+
+    def file(self, data_dir: Path, split: str) -> Path:
+        """Return the file of prepared images; split is a hash, or "test"."""
+        name = hashlib.sha256(repr((self.key, split)).encode()).hexdigest()[:32]
+        return expanded("--data-dir", data_dir) / "prepared" / f"{name}.npy"
+
+    def mapped(
+        self, file: Path, images: np.ndarray, order: np.ndarray, progress: Progress | None = None
+    ) -> Tensor:
+        """Map prepared images, in an order, from their file; one process writes it, others wait for it."""
+        if not file.exists():  # else its folder may be read-only
+            partial = file.with_suffix(".partial")
             try:
-                _write(partial, images, order, preparation(), channels_last, progress)
-                partial.replace(file)
-            finally:
-                partial.unlink(missing_ok=True)
-    except (OSError, NotImplementedError) as error:  # the latter from a file system without locks
-        if is_full(error):
-            raise
-        raise ValueError(
-            f"--data-dir={printable(file.parents[1])} cannot be written ({printable(error)}); give another"
-        ) from error
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with FileLock(file.with_suffix(".lock")):
+                    if not file.exists():
+                        try:
+                            self._write(partial, images, order, progress)
+                            partial.replace(file)
+                        finally:
+                            partial.unlink(missing_ok=True)
+            except (OSError, NotImplementedError) as error:  # the latter from a file system without locks
+                if is_full(error):
+                    raise
+                shown = printable(str(file.parents[1]))
+                raise ValueError(
+                    f"--data-dir={shown} cannot be written ({printable(str(error))}); give another"
+                ) from error
+        # "c" is copy-on-write: shared pages like "r", without torch's warning about read-only arrays
+        tensor = torch.from_numpy(np.load(file, mmap_mode="c"))
+        if tensor.dtype == torch.int16:
+            tensor = tensor.view(torch.bfloat16)
+        return tensor.permute(0, 3, 1, 2) if tensor.dim() == 4 and self.channels_last else tensor
 
+    def function(self) -> Callable[[Tensor], Tensor]:
+        """Return a function from uint8 images ``(N, 3, H, W)`` to inputs."""
+        if self.kind == "features":
+            return self._extractor()
+        return self.pipeline if self.kind == "normalised" else lambda images: images
 
-def _preparation(config: TrainConfig, data: ImageData, levers: Levers) -> Callable[[Tensor], Tensor]:
-    kind = kind_of(config, data)
-    if kind == "images":
-        return lambda images: images
-    pipeline = Pipeline.of(config, data, levers)
-    return pipeline if kind == "normalised" else extractor(config, data, levers, pipeline)
+    def _extractor(self) -> Callable[[Tensor], Tensor]:
+        levers, pipeline = self.levers, self.pipeline
+        model = build_model(self.config, self.data).to(levers.device).eval()
+        if levers.channels_last:
+            model.to(memory_format=torch.channels_last)
 
+        def extract(images: Tensor) -> Tensor:
+            with torch.inference_mode(), levers.autocast():
+                return model.backbone(pipeline(images.to(levers.device))).to(levers.dtype).cpu()
 
-def _write(
-    file: Path,
-    images: np.ndarray,
-    index: np.ndarray,
-    prepare: Callable[[Tensor], Tensor],
-    channels_last: bool,
-    progress: Progress | None,
-) -> None:
-    """Writes prepare(images[index]) as one array, a batch at a time; bfloat16 as the bits of int16."""
-    out, size = None, PREPARE_BATCH
-    if torch.cuda.is_available():  # large enough to keep a GPU busy
-        size = max(size, GPU_PREPARE_BYTES // (4 * images[0].size))
-    for start in range(0, len(index), size):
-        if progress:
-            progress("computing", start, len(index))
-        rows = index[start : start + size]
-        batch = prepare(torch.from_numpy(images[rows]))
-        if batch.dim() == 4 and channels_last:
-            batch = batch.permute(0, 2, 3, 1)
-        if batch.dtype == torch.bfloat16:
-            batch = batch.contiguous().view(torch.int16)
-        if out is None:
-            dtype = batch.numpy().dtype
-            shape = (len(index), *batch.shape[1:])
-            out = allocate(file, dtype, shape)
-        out[start : start + len(rows)] = batch.numpy()
+        return extract
 
-
-def _read(file: Path, channels_last: bool) -> Tensor:
-    # "c" is copy-on-write: shared pages like "r", without torch's warning about read-only arrays
-    tensor = torch.from_numpy(np.load(file, mmap_mode="c"))
-    if tensor.dtype == torch.int16:
-        tensor = tensor.view(torch.bfloat16)
-    return tensor.permute(0, 3, 1, 2) if tensor.dim() == 4 and channels_last else tensor
+    def _write(self, file: Path, images: np.ndarray, order: np.ndarray, progress: Progress | None) -> None:
+        """Write prepared images as one array, a batch at a time; bfloat16 as the bits of int16."""
+        prepare, out, size = self.function(), None, PREPARE_BATCH
+        if torch.cuda.is_available():  # large enough to keep a GPU busy
+            size = max(size, GPU_PREPARE_BYTES // (4 * images[0].size))
+        for start in range(0, len(order), size):
+            if progress:
+                progress("computing", start, len(order))
+            batch = prepare(torch.from_numpy(images[order[start : start + size]]))
+            if batch.dim() == 4 and self.channels_last:
+                batch = batch.permute(0, 2, 3, 1)
+            if batch.dtype == torch.bfloat16:
+                batch = batch.contiguous().view(torch.int16)
+            if out is None:
+                out = allocate(file, batch.numpy().dtype, (len(order), *batch.shape[1:]))
+            out[start : start + len(batch)] = batch.numpy()

@@ -1,4 +1,4 @@
-"""How does a batch of uint8 images become what the network sees? On the device, in one pass."""
+"""Turn a batch of uint8 images into what the network sees, on the device."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ from torch.nn import functional as F
 from tunefleet.models import ARCHITECTURES
 from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import ImageData
-from tunefleet.trainables.levers import Levers
+from tunefleet.trainables.device import Levers
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # what torchvision's weights were trained with
 IMAGENET_STD = (0.229, 0.224, 0.225)
-STD_MIN = (
-    1 / 255
-)  # one step of 8 bits; a channel that varies by less, or not at all, is not scaled up further
+STD_MIN = 1 / 255  # one step of 8 bits; a channel that varies by less, or not at all, is scaled no further
 CROP_PADDING = 1 / 8  # of the side: 4 pixels at 32
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Turns uint8 images into what the network sees, on the device, a batch at a time."""
+    """Normalisation and enlargement of a batch."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -33,7 +31,7 @@ class Pipeline:
 
     @classmethod
     def of(cls, config: TrainConfig, data: ImageData, levers: Levers) -> Pipeline:
-        """Builds the pipeline of a config: ImageNet's statistics where a backbone brings weights."""
+        """Build the pipeline of a config, with ImageNet's statistics where a backbone has trained weights."""
         pretrained = ARCHITECTURES[config.architecture].cut is not None and config.weights != "none"
         if pretrained:
             return cls(IMAGENET_MEAN, IMAGENET_STD, config.image_size, levers)
@@ -41,7 +39,7 @@ class Pipeline:
         return cls(data.mean, (red, green, blue), config.image_size, levers)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalises and enlarges uint8 ``(N, 3, H, W)`` to float ``(N, 3, image_size, image_size)``.
+        """Normalise and enlarges uint8 ``(N, 3, H, W)`` to float ``(N, 3, image_size, image_size)``.
 
         Uses ``x * (1 / (255 std)) - mean / std`` in place: one pass over memory for each half.
         """
@@ -61,13 +59,13 @@ def _affine(
 
 
 def draw_crops(count: int, side: int, generator: torch.Generator, *, flip: bool) -> Tensor:
-    """Draws how each image of a batch is augmented.
+    """Draw how to augment each image of a batch.
 
     Args:
         count: Images.
-        side: Their pixels a side.
+        side: Their pixels per side.
         generator: CPU generator, part of the checkpoint.
-        flip: Whether to mirror at all.
+        flip: Whether to mirror half of them.
 
     Returns:
         int64 ``(count, 3)``: the crop's first row and column in the padded image, and 1 where mirrored.
@@ -78,7 +76,7 @@ def draw_crops(count: int, side: int, generator: torch.Generator, *, flip: bool)
 
 
 def augment(images: Tensor, crops: Tensor) -> Tensor:
-    """Crops zero-padded images and mirrors some of them, in one gather.
+    """Crop zero-padded images and mirrors some of them, in one gather.
 
     Args:
         images: uint8 ``(N, 3, H, W)``.

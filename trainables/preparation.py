@@ -1,24 +1,46 @@
-"""Decode a folder, an archive or a built-in data set into the cache."""
+"""Decode a folder, an archive or a built-in data set into the cache, once.
+
+`data_dir/decoded/KEY/` is mapped into memory by every trial; its key is made of the images' contents.
+`data_dir/sources/` remembers the contents of a source by its signature, so that an unchanged source is not
+read again. Decoding runs on all cores, in processes of trainables/decoding.py: Pillow holds the GIL for most
+of a small image, so threads gain nothing, and multiprocessing would import the user's main module.
+"""
 
 import contextlib
+import difflib
 import hashlib
 import http.client
 import json
 import shutil
-from collections.abc import Iterable
-from dataclasses import replace
+import signal
+import subprocess
+import sys
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from tunefleet.trainables.data import FORMAT_VERSION, SPLITS, TEST_FRACTION, ImageData, split_validation
-from tunefleet.trainables.decoded import allocate, cached, describe, folder_of, keep, locked, partial_folder
-from tunefleet.trainables.decoders import Chunk, run_chunks
+from tunefleet.cli import printable
+from tunefleet.trainables import decoding
+from tunefleet.trainables.archives import Archive
+from tunefleet.trainables.data import (
+    BUILT_IN,
+    FORMAT_VERSION,
+    SPLITS,
+    TEST_FRACTION,
+    ImageData,
+    Progress,
+    allocate,
+    expanded,
+    split_validation,
+)
+from tunefleet.trainables.decoded import KEPT, cached, describe, folder_of, keep, locked, partial_folder
 from tunefleet.trainables.decoding import Decoder, SourceError, square
-from tunefleet.trainables.image_files import Progress, Source, printable
-from tunefleet.trainables.trees import Tree, read_tree
+from tunefleet.trainables.host import cpu_count
+from tunefleet.trainables.image_files import Tree, list_files, read_tree, scan
 
 BUILT_IN_SIZE = 32  # pixels per side; CIFAR-10's own, and the digits' 8 leave nothing after three poolings
 CHUNK_IMAGES, CHUNK_BYTES = 128, 16 << 20  # at most, read and decoded by a process at a time
@@ -26,23 +48,72 @@ PROCESS_BYTES = 8 << 20  # of image files per process that is started
 FILE_BYTES = 8 << 10  # that take as long as opening a file
 
 
-def prepare_files(path: Path, data_dir: Path, image_size: int, show: Progress, processes: int) -> ImageData:
-    """Prepare a folder or archive; see tunefleet.trainables.data.prepare.
+def prepare(
+    source: str,
+    data_dir: Path,
+    image_size: int = 32,
+    progress: Progress | None = None,
+    processes: int | None = None,
+) -> ImageData:
+    """Decode a source into `data_dir/decoded/KEY/`, or find it there.
+
+    Args:
+        source: `cifar10` (downloaded), `digits` (scikit-learn's 1,797 images) or the path of a folder or
+            archive of `train/CLASS/FILE` and `test/CLASS/FILE`, or of `CLASS/FILE`, of which 20 % test.
+        data_dir: Where downloads and decoded images are kept.
+        image_size: Pixels per side to which larger, not square or differently sized images are resized.
+        progress: Called at the start of a phase and during it. Phases: "listing files", "12 % of the
+            archive", "unpacking", "waiting for another process", "comparing" (with images decoded before)
+            and "decoding".
+        processes: Processes that decode; None: one per CPU that this process may use.
 
     Raises:
-        SourceError: It cannot be used.
-        OSError: `data_dir` cannot be written.
+        ValueError: The source or `data_dir` cannot be used; one line that says what was given and what to do.
     """
+    if image_size < 1:
+        raise ValueError(f"image_size={image_size} is impossible; give the pixels per side, 1 or more")
+    data_dir = expanded("--data-dir", data_dir).absolute()
+    show = progress or (lambda phase, done, total: None)
+    try:
+        if source in BUILT_IN:
+            return _prepare_built_in(source, data_dir, image_size, show)
+        path = _existing(source)
+        return _prepare_files(path, data_dir, image_size, show, processes or cpu_count())
+    except SourceError as error:
+        raise ValueError(f"--data={printable(source)} {printable(str(error))}") from error
+    except (OSError, NotImplementedError) as error:  # the latter from a file system without locks
+        shown = printable(str(data_dir))
+        raise ValueError(
+            f"--data-dir={shown} cannot be written ({printable(str(error))}); give another"
+        ) from error
+
+
+def _existing(source: str) -> Path:
+    path = expanded("--data", source)
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        close = difflib.get_close_matches(source.lower(), BUILT_IN, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise SourceError(
+            f"does not exist; {hint}Give cifar10, digits, or the path of a folder or archive of images"
+        ) from error
+    except OSError as error:  # a name that is too long, a folder that is closed, a loop of links
+        raise SourceError(f"cannot be read ({error.strerror})") from error
+    return path
+
+
+def _prepare_files(path: Path, data_dir: Path, image_size: int, show: Progress, processes: int) -> ImageData:
     show("listing files", 0, 0)
-    source, records = Source(path), data_dir / "sources"
-    name = printable(path.absolute().name)
-    signature = hashlib.sha256(f"{FORMAT_VERSION} {source.signature}".encode()).hexdigest()
+    listing, names, signature = scan(path)
+    records, name = data_dir / "sources", printable(path.absolute().name)
+    signature = hashlib.sha256(f"{FORMAT_VERSION} {signature}".encode()).hexdigest()
 
     def find(content: str, notes: Iterable[str]) -> ImageData | None:
         data = cached(folder_of(data_dir, content, image_size), name)
         return data and replace(data, notes=(*notes, *data.notes))
 
-    def remembered() -> ImageData | None:
+    def find_unchanged() -> ImageData | None:
         """Return the decoded images of a source that has not changed since it was last read."""
         for record in records.glob(f"*-{signature}.json"):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged
@@ -50,23 +121,27 @@ def prepare_files(path: Path, data_dir: Path, image_size: int, show: Progress, p
                 return find(fields["content"], fields["notes"])
         return None
 
-    if data := remembered():
+    if data := find_unchanged():
         return data
     with locked(data_dir, show), partial_folder(data_dir) as partial:
-        if data := remembered():  # prepared by the process that held the lock
+        if data := find_unchanged():  # prepared by the process that held the lock
             return data
-        spool = partial / "spool"
-        tree = read_tree(source.read_listing(spool, show))
-        files = _Files(path, spool, tree, show, processes)
-        sizes = hashlib.sha256(_lines(tree.places, (entry.size for entry in tree.entries))).hexdigest()
+        archive = None if path.is_dir() else Archive(path, show)
+        if archive:
+            archive.check(listing)
+        else:
+            list_files(listing, names)
+        listing.entries.sort()
+        tree = read_tree(listing)
+        files = _Files(_unpacked(archive, partial, show) if archive else path, partial, tree, show, processes)
+        sizes = hashlib.sha256(_lines(tree.paths, (entry.size for entry in tree.entries))).hexdigest()
         # Files of the same names and sizes were decoded before: compare contents before decoding again.
         content = files.read("comparing")[0] if any(records.glob(f"{sizes}-*")) else None
         data = find(content, tree.notes) if content else None
         if not data:
-            content, rotated = files.decode(partial, image_size)
-            spool.unlink(missing_ok=True)
+            content, rotated = files.decode(image_size)
             note = f"rotated {rotated:,} of {len(tree.entries):,} images by their EXIF orientation"
-            data = describe(partial, name, tree.classes, (note,) if rotated else ())
+            data = describe(partial / KEPT, name, tree.classes, (note,) if rotated else ())
             data = keep(partial, folder_of(data_dir, content, image_size), data)
             data = replace(data, notes=tree.notes + data.notes)
         records.mkdir(exist_ok=True)
@@ -75,36 +150,56 @@ def prepare_files(path: Path, data_dir: Path, image_size: int, show: Progress, p
         return data
 
 
+def _unpacked(archive: Archive, folder: Path, show: Progress) -> Path:
+    """Return the file that holds a checked archive's images at their offsets."""
+    needed, free = archive.unpacked_bytes, shutil.disk_usage(folder).free
+    if needed > free:
+        raise SourceError(
+            f"needs {needed:,} bytes to be unpacked, and --data-dir has {free:,} free; free some, or give "
+            "another --data-dir, or the unpacked folder"
+        )
+    if needed:
+        show("unpacking", 0, 0)
+    return archive.unpack(folder / "unpacked")
+
+
 class _OtherSizeError(Exception):
     """Not all images have the size of the first one."""
 
 
+@dataclass
 class _Files:
-    """The image files of a folder or archive, while they are read."""
+    """The image files of a folder or archive, read by Decoder in several processes."""
 
-    def __init__(self, path: Path, spool: Path, tree: Tree, show: Progress, processes: int) -> None:
-        self.path, self.spool, self.tree, self.show, self.processes = path, spool, tree, show, processes
+    source: Path  # Decoder's
+    partial: Path  # of partial_folder
+    tree: Tree
+    show: Progress
+    processes: int
+
+    def __post_init__(self) -> None:
+        tree, self.folder = self.tree, self.partial / KEPT
         self.is_test = _draw_test(tree.labels) if tree.is_test is None else tree.is_test
-        self.tests_before = np.cumsum(self.is_test) - self.is_test  # of each image
+        tests_before = np.cumsum(self.is_test) - self.is_test  # each image
+        self.rows = np.where(self.is_test, tests_before, np.arange(len(self.is_test)) - tests_before)
 
-    def decode(self, folder: Path, image_size: int) -> tuple[str, int]:
-        """Decode every image into `folder`; return what read() does.
+    def decode(self, image_size: int) -> tuple[str, int]:
+        """Decode every image; return what read() does.
 
         Images of one square size of at most `image_size` are stored as they are; otherwise each is resized,
         and a rectangle squeezed, to `image_size` × `image_size`.
         """
         for split, chosen in (("train", ~self.is_test), ("test", self.is_test)):
-            np.save(folder / f"{split}_labels.npy", self.tree.labels[chosen])
-        with contextlib.closing(Decoder(str(self.path), str(self.spool))) as decoder:
-            width, height = _checked(decoder.size_of(self.tree.entries[0]))["size"]
+            np.save(self.folder / f"{split}_labels.npy", self.tree.labels[chosen])
+        with contextlib.closing(Decoder(str(self.source))) as decoder:
+            width, height = decoder.size_of(self.tree.entries[0])
         if width == height < image_size:
             with contextlib.suppress(_OtherSizeError):
-                return self.read("decoding", outputs=self._allocate(folder, width), size=width)
-        outputs = self._allocate(folder, image_size)
-        return self.read("decoding", outputs=outputs, size=image_size, resize=True)
+                return self.read("decoding", outputs=self._allocate(width), size=width)
+        return self.read("decoding", outputs=self._allocate(image_size), size=image_size, resize=True)
 
-    def read(self, phase: str, **decoding: Any) -> tuple[str, int]:
-        """Read every file and, if Decoder gets outputs, decode it.
+    def read(self, phase: str, **options: Any) -> tuple[str, int]:
+        """Read every file and, if the options (Decoder's) name outputs, decode it.
 
         Returns:
             A hash of all contents, and the number of images rotated.
@@ -113,28 +208,33 @@ class _Files:
             SourceError: A file cannot be read or decoded.
             _OtherSizeError: An image would have to be resized.
         """
-        arguments = {"source": str(self.path), "spool": str(self.spool), **decoding}
         sizes = [entry.size for entry in self.tree.entries]
-        parts = _parts(sizes, 3 * decoding.get("size", 0) ** 2)
+        parts = _parts(sizes, 3 * options.get("size", 0) ** 2)
         processes = min(self.processes, (sum(sizes) + FILE_BYTES * len(sizes)) // PROCESS_BYTES)
+        images = list(
+            zip(self.tree.entries, self.is_test.astype(int).tolist(), self.rows.tolist(), strict=True)
+        )
         content, rotated = hashlib.sha256(), 0
         self.show(phase, 0, len(sizes))
-        with contextlib.closing(run_chunks(arguments, parts, self._chunk, processes)) as answers:
+        arguments = {"source": str(self.source), **options}
+        answers = _decode(arguments, [images[part] for part in parts], self.partial, processes)
+        with contextlib.closing(answers):
             for part, answer in zip(parts, answers, strict=True):
-                content.update(_lines(self.tree.places[part], _checked(answer)["sha256"]))
+                if "other_size" in answer:
+                    raise _OtherSizeError
+                if "refused" in answer:
+                    raise SourceError(answer["refused"])
+                if "failed" in answer:
+                    raise OSError(*answer["failed"])
+                content.update(_lines(self.tree.paths[part], answer["sha256"]))
                 rotated += answer["rotated"]
                 self.show(phase, part.stop, len(sizes))
         return content.hexdigest(), rotated
 
-    def _chunk(self, part: slice) -> Chunk:
-        before = int(self.tests_before[part.start])
-        splits = self.is_test[part].astype(int).tolist()
-        return self.tree.entries[part], splits, [part.start - before, before]
-
-    def _allocate(self, folder: Path, size: int) -> list[tuple[str, int]]:
+    def _allocate(self, size: int) -> list[tuple[str, int]]:
         """Return per split the file for its images and the offset of the first."""
         count, test_count = len(self.is_test), int(self.is_test.sum())
-        needed, free = 3 * size**2 * count, shutil.disk_usage(folder).free
+        needed, free = 3 * size**2 * count, shutil.disk_usage(self.folder).free
         if needed > free:
             raise SourceError(
                 f"needs {needed:,} bytes for {count:,} images of {size} × {size} pixels, and --data-dir has "
@@ -142,20 +242,9 @@ class _Files:
             )
         outputs = []
         for split, images in zip(SPLITS, (count - test_count, test_count), strict=True):
-            file = folder / f"{split}_images.npy"
+            file = self.folder / f"{split}_images.npy"
             outputs.append((str(file), allocate(file, np.uint8, (images, 3, size, size)).offset))
         return outputs
-
-
-def _checked(answer: dict[str, Any]) -> dict[str, Any]:
-    """Return an answer of Decoder, or raise the error that it reports."""
-    if "other_size" in answer:
-        raise _OtherSizeError
-    if "refused" in answer:
-        raise SourceError(answer["refused"])
-    if "failed" in answer:
-        raise OSError(*answer["failed"])
-    return answer
 
 
 def _parts(sizes: list[int], stored_bytes: int) -> list[slice]:
@@ -169,13 +258,65 @@ def _parts(sizes: list[int], stored_bytes: int) -> list[slice]:
     return parts
 
 
-def _lines(places: Iterable[str], values: Iterable[object]) -> bytes:
-    lines = (f"{place}\0{value}\n" for place, value in zip(places, values, strict=True))
+def _lines(paths: Iterable[str], values: Iterable[object]) -> bytes:
+    lines = (f"{path}\0{value}\n" for path, value in zip(paths, values, strict=True))
     return "".join(lines).encode("utf-8", "surrogateescape")
 
 
-def prepare_built_in(source: str, data_dir: Path, image_size: int, show: Progress) -> ImageData:
-    """Prepare a source of BUILT_IN; see tunefleet.trainables.data.prepare."""
+def _decode(
+    arguments: dict[str, Any], chunks: list[list[Any]], folder: Path, processes: int
+) -> Generator[dict[str, Any]]:
+    """Yield Decoder.run's answer to each chunk, in order; one process is this one.
+
+    Args:
+        arguments: Decoder's.
+        chunks: Arguments of Decoder.run.
+        folder: Where to write them for the processes.
+        processes: Number of processes; the K-th takes every K-th chunk.
+
+    Raises:
+        ValueError: A process cannot be started, or died.
+    """
+    if processes <= 1:
+        with contextlib.closing(Decoder(**arguments)) as decoder:
+            yield from map(decoder.run, chunks)
+        return
+    with (folder / "chunks").open("w") as file:
+        for line in (arguments, *chunks):
+            file.write(json.dumps(line) + "\n")
+    with contextlib.ExitStack() as started:
+        workers = [started.enter_context(_process(folder / "chunks", k, processes)) for k in range(processes)]
+        for number in range(len(chunks)):
+            worker = workers[number % processes]
+            assert worker.stdout
+            if not (answer := worker.stdout.readline()):
+                code = worker.wait()
+                reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+                raise ValueError(
+                    f"a process that decodes images died ({reason}); free memory, or give a smaller "
+                    "--image-size"
+                )
+            yield json.loads(answer)
+
+
+@contextlib.contextmanager
+def _process(chunks: Path, first: int, step: int) -> Iterator[subprocess.Popen[str]]:
+    """Context manager: a process of decoding.py, killed at the end."""
+    # -P keeps the working directory off sys.path. In its own session, Ctrl-C does not reach the process;
+    # it exits when it writes an answer that nobody reads, that is, with this process.
+    command = [sys.executable, "-P", decoding.__file__, str(chunks), str(first), str(step)]
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    except OSError as error:
+        raise ValueError(f"cannot start processes that decode ({error.strerror}); free memory") from error
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _prepare_built_in(source: str, data_dir: Path, image_size: int, show: Progress) -> ImageData:
     image_size = min(image_size, BUILT_IN_SIZE)  # one folder for every larger size
     folder = folder_of(data_dir, source, image_size)
     if data := cached(folder, source):
@@ -184,18 +325,19 @@ def prepare_built_in(source: str, data_dir: Path, image_size: int, show: Progres
         if data := cached(folder, source):
             return data
         write = _write_cifar10 if source == "cifar10" else _write_digits
-        return keep(partial, folder, describe(partial, source, write(partial, data_dir, image_size)))
+        classes = write(partial / KEPT, data_dir, image_size)
+        return keep(partial, folder, describe(partial / KEPT, source, classes))
 
 
 def _write_cifar10(folder: Path, data_dir: Path, image_size: int) -> tuple[str, ...]:
-    from torchvision.datasets import CIFAR10  # here, since workers only load what is decoded
+    from torchvision.datasets import CIFAR10  # here, since its import takes 2 s
 
     try:
         sets = {split: CIFAR10(str(data_dir), train=split == "train", download=True) for split in SPLITS}
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise SourceError(
             f"could not be downloaded ({error}); without a network put cifar-10-python.tar.gz "
-            f"into --data-dir={printable(data_dir)}, or give --data PATH, a folder or archive of images "
+            f"into --data-dir={printable(str(data_dir))}, or give --data PATH, a folder or archive of images "
             "train/CLASS/*.png and test/CLASS/*.png"
         ) from error
     for split, images in sets.items():

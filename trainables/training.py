@@ -1,6 +1,6 @@
-"""How is one configuration trained? TrainingRun: config + data + device -> epoch() -> report.
+"""Train one configuration: TrainingRun(config, data, levers) trains an epoch per call of epoch().
 
-By hand, with the same code a trial uses; prints one line per epoch and writes nothing::
+By hand, with the code that trials use; prints one line per epoch and writes nothing::
 
     tunefleet train --space convnet --data digits --lr 0.03 --epochs 5
 """
@@ -10,11 +10,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import os
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tunefleet.cli import Parser
+from tunefleet.files import replacing
 from tunefleet.trainables.config import FIELD_TYPES, TrainConfig, check_integer
-from tunefleet.trainables.data import DATA_DIR, ImageData, prepare
-from tunefleet.trainables.features import build_model
+from tunefleet.trainables.data import DATA_DIR, ImageData
+from tunefleet.trainables.device import Levers, choose, has_convolution, micro_batch, use_exact_fp32
 from tunefleet.trainables.graph import StepGraph
 from tunefleet.trainables.group import Group
 from tunefleet.trainables.host import cpu_count
-from tunefleet.trainables.inputs import Inputs, cached_features, load_inputs
-from tunefleet.trainables.levers import Levers, choose, has_convolution, micro_batch, use_exact_fp32
-from tunefleet.trainables.optimizers import make_optimizer
+from tunefleet.trainables.inputs import Inputs, build_model, cached_features, load_inputs
 from tunefleet.trainables.pipeline import Pipeline, augment, draw_crops
+from tunefleet.trainables.preparation import prepare
 
 EVAL_BATCH_BYTES = 32 * 2**20  # inputs of one evaluation batch; activations are some 50 times that
 EVAL_BATCH_MAX = 256  # images through convolutions on a processor, whose caches hold no more
@@ -51,11 +50,11 @@ class TrainingRun:
     Args:
         config: The trial.
         data: The decoded images.
-        levers: How the device is used.
+        levers: The device's settings.
         data_dir: Where prepared inputs are cached.
-        leaves_chance_by: Epoch from which an accuracy at chance means that it diverged; None: never.
+        leaves_chance_by: Epoch from which an accuracy at chance means that the trial diverged; None: never.
         group: This worker's place where several train the trial; reports are then of all together.
-        inputs: What to train and validate on; None: all of the data, as the config wants it.
+        inputs: What to train and validate on; None: all of the data, as the config reads it.
 
     Raises:
         ValueError: The architecture cannot be built from the config.
@@ -80,7 +79,7 @@ class TrainingRun:
         self.pipeline = Pipeline.of(config, data, levers)
         self.model = build_model(config, data).to(self.device)
         group.synchronise_batchnorm(self.model)
-        # On cached features the backbone is done: what is trained, saved and evaluated is the head.
+        # Cached features replace the backbone: only the head is trained, saved and evaluated.
         self.network = self.model.head if self.inputs.kind == "features" else self.model
         if levers.channels_last and has_convolution(self.model):
             self.model.to(memory_format=torch.channels_last)
@@ -102,11 +101,11 @@ class TrainingRun:
 
     @property
     def epochs_done(self) -> int:
-        """Returns how many epochs the network was trained for."""
+        """Epochs that the network has been trained for."""
         return len(self.reports)
 
     def epoch(self) -> dict[str, Any]:
-        """Trains and evaluates one epoch.
+        """Train and evaluate one epoch.
 
         Returns:
             epoch, train_loss, train_accuracy, val_loss, val_accuracy (fractions 0..1), lr (of the
@@ -136,7 +135,7 @@ class TrainingRun:
         return report
 
     def train_epoch(self) -> tuple[Tensor, Tensor]:
-        """Takes one optimizer step per batch of every training image, in a new order.
+        """Take one optimizer step per batch of every training image, in a new order.
 
         Returns:
             Summed loss and number of correct predictions, on the device: no step waits for either.
@@ -166,7 +165,7 @@ class TrainingRun:
         return group.total(self.loss_sum.clone(), self.correct.clone())
 
     def train_step(self, indices: Tensor, crops: Tensor | None) -> None:
-        """Takes one optimizer step; its loss and correct predictions are added to those of the epoch.
+        """Take one optimizer step; add its loss and correct predictions to those of the epoch.
 
         Args:
             indices: The batch, of the training images ``(N,)``.
@@ -181,7 +180,7 @@ class TrainingRun:
             if part_crops is not None:
                 x = augment(x, part_crops)
             with group.accumulating(self.parallel, last=k == len(parts)):
-                with self.autocast():
+                with self.levers.autocast():
                     logits = self.parallel(self.to_network(x)).float()
                 loss = F.cross_entropy(
                     logits, y, reduction="sum", label_smoothing=self.config.label_smoothing
@@ -191,13 +190,13 @@ class TrainingRun:
             self.loss_sum += loss.detach()
             self.correct += (logits.detach().argmax(1) == y).sum()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
 
     def _draw_crops(self, sizes: list[int]) -> Tensor | None:
-        """Draws how an epoch's images are augmented ``(N, 3)``, batch by batch; None: they are not.
+        """Draw how an epoch's images are augmented ``(N, 3)``; None: they are not.
 
-        Augmentation is drawn for whole batches, so that neither workers nor parts change it, on the CPU, so
-        that no device does, and copied once.
+        Drawn for whole batches, so that neither workers nor parts change it, and on the CPU, so that no
+        device does.
         """
         if self.config.augment == "none":
             return None
@@ -206,15 +205,14 @@ class TrainingRun:
         return torch.cat(crops).to(self.device)
 
     def _graph_of_epoch(self, sizes: list[int]) -> StepGraph | None:
-        """Returns what replays the full batches; None where steps run eagerly."""
+        """Return what replays the full batches; None where steps run eagerly."""
         full = sizes.count(self.config.batch_size)
         if not (self.levers.cuda_graph and self.group.size == 1 and full):
             return None
         if self.graph is None:
             assert isinstance(self.lr, Tensor)
-            self.graph = StepGraph(
-                full, self.config.batch_size, self.lr, augmented=self.config.augment != "none"
-            )
+            augmented = self.config.augment != "none"
+            self.graph = StepGraph(full, self.config.batch_size, self.lr, augmented=augmented)
         return self.graph
 
     def _set_lr(self, lr: float) -> None:
@@ -226,59 +224,55 @@ class TrainingRun:
 
     @torch.inference_mode()
     def evaluate(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns summed loss and number of correct predictions over all of x ``(N, …)``."""
+        """Return summed loss and number of correct predictions over all of x ``(N, …)``."""
         x, y = self.group.stretch(x), self.group.stretch(y)
-        self.network.eval()
         loss_sum = torch.zeros((), device=self.device)
         correct = torch.zeros((), device=self.device, dtype=torch.int64)
-        for part_x, part_y in zip(self._eval_batches(x), self._eval_batches(x, y), strict=True):
-            with self.autocast():
-                logits = self.network(self.to_network(part_x))
+        batches = y.split(self._eval_batch(x))
+        for part_y, logits in zip(batches, self._logits(self.network, self.to_network, x), strict=True):
             loss_sum += F.cross_entropy(logits.float(), part_y, reduction="sum")
             correct += (logits.argmax(1) == part_y).sum()
         return self.group.total(loss_sum, correct)
 
     @torch.inference_mode()
     def predict(self, images: np.ndarray) -> Tensor:
-        """Returns class probabilities ``(N, classes)`` of test images, uint8 ``(N, 3, H, W)``, on the CPU."""
-        network: nn.Module = self.model
-        prepare: Callable[[Tensor], Tensor] = self.pipeline
-        x = torch.from_numpy(images)
+        """Return class probabilities ``(N, classes)`` of test images, uint8 ``(N, 3, H, W)``, on the CPU."""
         if self.inputs.kind == "features" and self.config.weights != "none":  # else each seed has its own
             x = cached_features(self.config, self.data, self.levers, self.data_dir, images)
-            network, prepare = self.network, _as_is
+            batches = self._logits(self.network, self.to_network, x)
+        else:
+            batches = self._logits(self.model, self.pipeline, torch.from_numpy(images))
+        return torch.cat([logits.float().softmax(1).cpu() for logits in batches])
+
+    def _logits(
+        self, network: nn.Module, prepare_batch: Callable[[Tensor], Tensor], x: Tensor
+    ) -> Iterator[Tensor]:
+        """Yield the logits of x in batches, in eval mode."""
         network.eval()
-        probabilities = []
-        for part in self._eval_batches(x):
-            with self.autocast():
-                logits = network(prepare(part.to(self.device)))
-            probabilities.append(logits.float().softmax(1).cpu())
-        return torch.cat(probabilities)
+        for part in x.split(self._eval_batch(x)):
+            with self.levers.autocast():
+                logits = network(prepare_batch(part.to(self.device)))
+            yield logits
 
     def to_network(self, x: Tensor) -> Tensor:
-        """Returns inputs as the network reads them: uint8 images pass the pipeline, others are ready."""
+        """Return inputs as the network reads them: uint8 images pass the pipeline, others are ready."""
         return self.pipeline(x) if self.inputs.kind == "images" else x
 
-    def autocast(self) -> torch.autocast:
-        """Returns the context in which the network runs."""
-        enabled = self.levers.precision == "bf16"
-        return torch.autocast(self.device.type, self.levers.dtype, enabled=enabled)
-
     def state_dict(self) -> dict[str, Any]:
-        """Returns all that resuming needs, readable with ``weights_only=True``."""
+        """Return all that resuming needs, readable with ``weights_only=True``."""
         return {
             "config": self.config.to_dict(),
             "split_sha256": self.inputs.split_sha256,
             "reports": self.reports,
             "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict()["state"],  # its values follow from the config
+            "optimizer": self.optimizer.state_dict()["state"],  # its other values follow from the config
             "generator": self.generator.get_state(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes back to a saved state.
+        """Restore a saved state.
 
         Raises:
             ValueError: The state is another trial's, or was made on another validation split.
@@ -302,61 +296,67 @@ class TrainingRun:
         self.graph = None  # it would write to the optimizer state of before
 
     def save(self, file: Path) -> None:
-        """Writes a checkpoint whole, then renames it: a kill leaves the old one or the new one."""
-        temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as stream:  # given a path, torch (2.15) hides that the disk is full
-                torch.save(self.state_dict(), stream)
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Write a checkpoint whole, then rename it: a kill leaves the old one or the new one."""
+        with replacing(file) as temporary, temporary.open("wb") as stream:
+            torch.save(self.state_dict(), stream)  # given a path, torch (2.15) hides that the disk is full
 
     def load(self, file: Path) -> None:
-        """Reads a checkpoint; tensors and plain values only.
+        """Read a checkpoint; tensors and plain values only.
 
         Raises:
-            DamagedCheckpointError: The file is cut off or its bits have changed.
+            DamagedCheckpointError: The file is truncated or its bits have changed.
             ValueError: It is another trial's.
         """
         try:
-            with zipfile.ZipFile(file) as archive:  # torch.load checks no sum (2.15)
+            with zipfile.ZipFile(file) as archive:  # torch.load verifies no checksum (2.15)
                 damaged = archive.testzip()
         except (zipfile.BadZipFile, OSError, EOFError) as error:
             raise DamagedCheckpointError(f"{file} cannot be read: {error}") from error
         if damaged:
-            raise DamagedCheckpointError(f"{file}: the sum of {damaged} is wrong")
+            raise DamagedCheckpointError(f"{file}: the checksum of {damaged} is wrong")
         # on the CPU, where the states of all generators have to be
         self.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
 
-    def _eval_batches(self, x: Tensor, of: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Splits ``of`` (default x) into batches as large as x allows."""
+    def _eval_batch(self, x: Tensor) -> int:
+        """Return how many rows of x to evaluate at a time."""
+        if self.device.type == "cpu" and has_convolution(self.model):
+            return min(self.micro_batch, EVAL_BATCH_MAX)
         enlarged = (self.config.image_size / self.data.image_shape[1]) ** 2
         image_bytes = x[0].numel() * 4 * (enlarged if x.dtype == torch.uint8 else 1)
-        batch = max(1, int(EVAL_BATCH_BYTES / image_bytes))
-        if self.device.type == "cpu" and has_convolution(self.model):
-            batch = min(self.micro_batch, EVAL_BATCH_MAX)
-        return (x if of is None else of).split(batch)
+        return max(1, int(EVAL_BATCH_BYTES / image_bytes))
 
     def _is_at_chance(self, report: dict[str, Any]) -> bool:
         if self.leaves_chance_by is None or report["epoch"] < self.leaves_chance_by:
             return False
-        on = ("train", self.inputs.train_y) if self.config.refit else ("val", self.inputs.val_y)
-        accuracy, count = report[f"{on[0]}_accuracy"], len(on[1])
+        name, labels = ("train", self.inputs.train_y) if self.config.refit else ("val", self.inputs.val_y)
         chance = 1 / len(self.data.classes)
-        limit = chance + CHANCE_MARGIN * math.sqrt(chance * (1 - chance) / count)
-        return accuracy <= limit < (1 + chance) / 2  # too few images say nothing
-
-
-def _as_is(x: Tensor) -> Tensor:
-    return x
+        limit = chance + CHANCE_MARGIN * math.sqrt(chance * (1 - chance) / len(labels))
+        return report[f"{name}_accuracy"] <= limit < (1 + chance) / 2  # too few images say nothing
 
 
 def _means(loss_sum: Tensor, correct: Tensor, count: int) -> tuple[float, float]:
     return loss_sum.item() / count, correct.item() / count
 
 
+def make_optimizer(
+    config: TrainConfig, parameters: Iterable[Tensor], lr: float | Tensor
+) -> torch.optim.Optimizer:
+    """Build an optimizer, fused: torch's default takes twice as long a step with Adam on a processor.
+
+    Args:
+        config: Names the optimizer and its values.
+        parameters: What is trained.
+        lr: A number; or a scalar on the GPU, whose steps may then be captured as a CUDA graph.
+    """
+    options: dict[str, Any] = {"lr": lr, "weight_decay": config.weight_decay, "fused": True}
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=config.momentum, nesterov=config.nesterov, **options)
+    optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+    return optimizer(parameters, capturable=isinstance(lr, Tensor), **options)
+
+
 def batch_sizes(count: int, batch_size: int) -> list[int]:
-    """Returns the sizes of an epoch's batches; a last one of one image joins the one before.
+    """Return the sizes of an epoch's batches; a last one of one image joins the one before.
 
     BatchNorm in training refuses a single value per channel.
     """
@@ -367,15 +367,15 @@ def batch_sizes(count: int, batch_size: int) -> list[int]:
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
-    """Returns ``x[index]`` in the memory format of x.
+    """Return ``x[index]`` in the memory format of x.
 
-    index_select is twice as fast for rows that lie whole in memory, and would lose channels_last.
+    index_select is twice as fast for rows that are contiguous in memory, and would lose channels_last.
     """
     return x.index_select(0, index) if x.is_contiguous() else x[index]
 
 
 def lr_at(config: TrainConfig, epochs: float) -> float:
-    """Returns the lr of the step whose middle lies this many (fractional) epochs after the start.
+    """Return the lr of the step whose middle is this many (fractional) epochs after the start.
 
     Warm-up rises linearly to ``config.lr``; cosine then falls to 0 at ``config.epochs``
     (Loshchilov & Hutter 2017, without restarts).
@@ -388,17 +388,15 @@ def lr_at(config: TrainConfig, epochs: float) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Trains one configuration by hand; every field of TrainConfig is a flag."""
+def _parser() -> Parser:
     parser = Parser(prog="tunefleet train", description=main.__doc__)
     for field in dataclasses.fields(TrainConfig):
-        flag = "--space" if field.name == "architecture" else f"--{field.name.replace('_', '-')}"
-        required = field.name == "architecture"
+        is_space = field.name == "architecture"
         parser.add_argument(
-            flag,
+            "--space" if is_space else f"--{field.name.replace('_', '-')}",
             dest=field.name,
             type=FIELD_TYPES[field.name],
-            required=required,
+            required=is_space,
             default=argparse.SUPPRESS,
             help=str(field.type),
         )
@@ -407,20 +405,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
     parser.add_argument("--threads", type=int, default=cpu_count(), help="of the CPU (%(default)s)")
-    options = vars(parser.parse_args(arguments))
-    where = {name: options.pop(name) for name in ("data", "data_dir", "device", "precision", "threads")}
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train one configuration by hand; every field of TrainConfig is a flag."""
+    options = vars(_parser().parse_args(arguments))
+    source, data_dir, device, precision, threads = (
+        options.pop(name) for name in ("data", "data_dir", "device", "precision", "threads")
+    )
     try:
         config = TrainConfig.from_dict(options)
-        check_integer("--threads", where["threads"], 1)
-        torch.set_num_threads(where["threads"])
-        data = prepare(where["data"], where["data_dir"], config.image_size)
-        run = TrainingRun(config, data, choose(where["device"], where["precision"]), where["data_dir"])
+        check_integer("--threads", threads, 1)
+        torch.set_num_threads(threads)
+        data = prepare(source, data_dir, config.image_size)
+        run = TrainingRun(config, data, choose(device, precision), data_dir)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    shown = "train_accuracy" if config.refit else "val_accuracy"
     for _ in range(config.epochs):
         report = run.epoch()
-        shown = "train_accuracy" if config.refit else "val_accuracy"
         print(
             f"epoch {report['epoch']}/{config.epochs}  train_loss {report['train_loss']:.4f}  "
             f"{shown} {report[shown]:.4f}  {report['epoch_seconds']:.2f} s",

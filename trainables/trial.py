@@ -22,13 +22,13 @@ import torch
 from ray import tune
 
 from tunefleet.files import is_full
-from tunefleet.trainables import gpu
+from tunefleet.trainables import device
 from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import ImageData
+from tunefleet.trainables.device import Levers
 from tunefleet.trainables.evaluate import evaluate_test, result_files
 from tunefleet.trainables.graph import CaptureError
 from tunefleet.trainables.group import Group
-from tunefleet.trainables.levers import Levers
 from tunefleet.trainables.storage import Storage, StoreError
 from tunefleet.trainables.training import ALONE, DamagedCheckpointError, TrainingRun
 
@@ -145,9 +145,9 @@ def set_up_worker(context: TrialContext) -> None:
     """Divides this process's node and GPU as planned."""
     torch.set_num_threads(context.threads)  # Ray sets OMP_NUM_THREADS=1 for 0 to 1 CPUs (2.60)
     if context.levers.device == "cuda":
-        gpu.gpu_id()
+        device.gpu_id()
         if context.gpu_bytes is not None:
-            gpu.limit_memory(context.gpu_bytes)
+            device.limit_memory(context.gpu_bytes)
 
 
 def failure_report(error: Exception, job: dict[str, Any], context: TrialContext) -> dict[str, Any]:
@@ -161,12 +161,12 @@ def failure_report(error: Exception, job: dict[str, Any], context: TrialContext)
     """
     if is_full(error) or isinstance(error, StoreError | CaptureError):
         raise error
-    if gpu.is_out_of_memory(error):
+    if device.is_out_of_memory(error):
         report = {"status": "out_of_memory", "error": _memory_line(error, job, context)}
-    elif context.levers.device == "cuda" and not gpu.is_usable():
+    elif context.levers.device == "cuda" and not device.is_usable():
         reason = str(error).partition("\n")[0]
-        raise gpu.BrokenGpuError(
-            f"{gpu.gpu_id()} cannot be used any more by this process ({reason})"
+        raise device.BrokenGpuError(
+            f"{device.gpu_id()} cannot be used any more by this process ({reason})"
         ) from error
     else:
         report = {"status": "error", "error": "".join(traceback.format_exception(error))}
@@ -194,7 +194,7 @@ def _memory_line(error: Exception, job: dict[str, Any], context: TrialContext) -
 def whereabouts(context: TrialContext) -> dict[str, Any]:
     """Returns the process, node and GPU that a report comes from."""
     place = {"pid": os.getpid(), "node": socket.gethostname()}
-    return place | ({"gpu": gpu.gpu_id()} if context.levers.device == "cuda" else {})
+    return place | ({"gpu": device.gpu_id()} if context.levers.device == "cuda" else {})
 
 
 def _node_id() -> str | None:
@@ -230,7 +230,7 @@ class Trial(tune.Trainable):
             report, failed = failure_report(error, self.job, self.context), True
         if failed:
             self.run = None
-            gpu.free_memory()
+            device.free_memory()
         # As text: Tune (2.60) keeps statistics of every number, 50 kB a trial. Without Tune's "done",
         # which would pass the study's scheduler by.
         return {"report": json.dumps(report), "node_id": _node_id()}

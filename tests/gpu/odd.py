@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from tests.gpu import ON_GPU
-from tunefleet.models import small
-from tunefleet.trainables.gpu import BrokenGpuError
+from tunefleet.models import heads
+from tunefleet.trainables.device import BrokenGpuError
 from tunefleet.trainables.graph import CaptureError
 from tunefleet.trainables.trial import Trial
 
@@ -42,8 +42,8 @@ class Synchronising(Trial):
 
     def setup(self, config, context=None):
         """Starts the job, with other networks in this process."""
-        build = small.twolayernn
-        small.HEADS["twolayernn"] = small.Head(
+        build = heads.twolayernn
+        heads.HEADS["twolayernn"] = heads.Head(
             lambda shape, num_classes, hidden: nn.Sequential(
                 _Waiting(), nn.Dropout(0.2), *build(shape, num_classes, hidden)
             ),

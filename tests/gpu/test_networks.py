@@ -10,11 +10,13 @@ from torch import multiprocessing
 
 from tests.gpu import DEVICE, ON_GPU, on_device
 from tests.test_training import assert_same, without_times
-from tunefleet.models import ARCHITECTURES, build_args
+from tunefleet.models import ARCHITECTURES
+from tunefleet.models.building import build_args
 from tunefleet.trainables.config import TrainConfig
-from tunefleet.trainables.data import load_split, prepare
+from tunefleet.trainables.data import load_split
+from tunefleet.trainables.device import choose
 from tunefleet.trainables.group import Group
-from tunefleet.trainables.levers import choose
+from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.training import TrainingRun
 
 pytestmark = on_device

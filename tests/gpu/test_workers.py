@@ -1,21 +1,18 @@
 """What a worker's failures on a GPU cost a study: real ones, in workers of a Ray of our own."""
 
-import json
 import os
-from pathlib import Path
 
 import pytest
-from tunefleet.search.study import Study
 
 from tests.gpu import DEVICE, ON_GPU, on_device
 from tests.gpu.odd import TOO_WIDE, VICTIM, Asserting, Crowded, Synchronising
+from tests.studies import digits_study
+from tunefleet.journal import Journal
 from tunefleet.search import engine
 from tunefleet.search.options import StudyOptions
-from tunefleet.search.preflight import prepare as preflight
-from tunefleet.search.resources import Machine, Resources, settle
+from tunefleet.search.resources import Resources
 from tunefleet.study import read_study
-from tunefleet.trainables.data import prepare
-from tunefleet.trainables.levers import choose
+from tunefleet.trainables.device import choose
 
 pytestmark = [on_device, pytest.mark.ray]
 
@@ -42,7 +39,6 @@ def study(tmp_path, data_dir, monkeypatch):
 
     def run(trial_class, hidden=(16, 16, 16)):
         monkeypatch.setattr(engine, "Trial", trial_class)
-        levers, data = choose(DEVICE), prepare("digits", Path(data_dir))
         options = StudyOptions(
             space="twolayernn",
             data="digits",
@@ -54,16 +50,11 @@ def study(tmp_path, data_dir, monkeypatch):
             pruner="none",
             device=DEVICE,
         )
-        options = settle(options, levers, Machine(2, int(ON_GPU)))
-        made = Study.create(tmp_path / "study", options, data, levers, preflight(options, data, levers))
-        with made.running({}):
-            jobs = made.jobs()
-            resources = Resources(1, 1.0, float(ON_GPU))
-            engine.run_jobs(
-                jobs, made.context(1, LIMIT if ON_GPU else None), resources=resources, on_step=lambda: None
-            )
-        events = [json.loads(line) for line in (made.folder / "reports.jsonl").read_text().splitlines()]
-        return made.folder, jobs, events
+        resources = Resources(1, 1.0, float(ON_GPU), gpu_bytes=LIMIT if ON_GPU else None)
+        folder = tmp_path / "study"
+        with digits_study(folder, options, resources, choose(DEVICE)) as (jobs, context):
+            engine.run_jobs(jobs, context, resources=resources, on_step=lambda: None)
+        return folder, jobs, [e for e in Journal(folder / "reports.jsonl").read() if "trial_id" in e]
 
     return run
 

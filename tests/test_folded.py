@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
-from tunefleet.models.fast_conv import FastConv2d, make_convolutions_fast
+from tunefleet.models.folded import FoldedConv2d, fold_convolutions
 from tunefleet.models.resnet import build_backbone
 
 
@@ -29,9 +29,9 @@ def test_output_and_gradients_equal_a_convolutions(
 ):
     torch.manual_seed(0)
     plain = nn.Conv2d(5, 4, kernel, stride, padding, bias=bias).double()
-    folded = FastConv2d(5, 4, kernel, stride, padding, bias=bias).double()
+    folded = FoldedConv2d(5, 4, kernel, stride, padding, bias=bias).double()
     folded.load_state_dict(plain.state_dict())
-    assert bool(folded._covered(*size)) == becomes_linear
+    assert bool(folded.covered_outputs(*size)) == becomes_linear
     if size[0] + 2 * padding < kernel:
         return  # both refuse
     inputs = torch.randn(3, 5, *size, dtype=torch.double)
@@ -48,17 +48,17 @@ def test_output_and_gradients_equal_a_convolutions(
         torch.testing.assert_close(got, expected)
 
 
-def test_fast_resnet_equals_torchvisions():
+def test_folded_resnet_equals_torchvisions():
     torch.manual_seed(0)
     backbone = build_backbone("fc").double().eval()
-    make_convolutions_fast(backbone)
+    fold_convolutions(backbone)
     reference = resnet18(weights=None).double().eval()
     reference.load_state_dict(backbone.state_dict())
     images = torch.randn(2, 3, 32, 32, dtype=torch.double)
     torch.testing.assert_close(backbone(images), reference(images))
 
 
-def test_only_plain_convolutions_are_made_fast():
+def test_only_plain_convolutions_are_folded():
     network = nn.Sequential(
         nn.Conv2d(4, 4, 3, bias=False),
         nn.Conv2d(4, 4, 3),
@@ -66,35 +66,10 @@ def test_only_plain_convolutions_are_made_fast():
         nn.Conv2d(4, 4, 3, dilation=2, bias=False),
         nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect", bias=False),
     )
-    make_convolutions_fast(network)
-    assert [type(layer) is FastConv2d for layer in network] == [True, True, False, False, False]
+    fold_convolutions(network)
+    assert [type(layer) is FoldedConv2d for layer in network] == [True, True, False, False, False]
 
 
 def test_no_images_are_no_outputs():
-    folded = FastConv2d(5, 4, 3, 2, 1, bias=False)
+    folded = FoldedConv2d(5, 4, 3, 2, 1, bias=False)
     assert folded(torch.zeros(0, 5, 2, 2)).shape == (0, 4, 1, 1)
-
-
-@pytest.mark.parametrize(
-    ("size", "channels", "layer", "transformed"),
-    [
-        (16, (64, 128), {"kernel_size": 3, "padding": 1}, True),
-        (16, (64, 128), {"kernel_size": 3, "padding": 1, "stride": 2}, False),
-        (16, (64, 128), {"kernel_size": 5, "padding": 1}, False),
-        (16, (3, 64), {"kernel_size": 3, "padding": 1}, False),  # the transforms would cost more
-        (5, (64, 64), {"kernel_size": 3, "padding": 1}, False),  # two tiles for five outputs
-        (16, (64, 64), {"kernel_size": (1, 3), "padding": (0, 1)}, False),
-        (16, (64, 64), {"kernel_size": 3, "padding": (0, 1)}, False),
-    ],
-)
-def test_winograds_way_is_taken_where_it_pays(size, channels, layer, transformed, monkeypatch):
-    taken = []
-    monkeypatch.setattr("tunefleet.models.winograd.conv2d", lambda *a: taken.append(True) or torch.zeros(()))
-    convolution = FastConv2d(*channels, **layer)
-    inputs = torch.zeros(1, channels[0], size, size)
-    convolution(inputs)
-    assert bool(taken) == transformed
-    taken.clear()
-    with torch.autocast("cpu", torch.bfloat16):
-        convolution(inputs)
-    assert not taken

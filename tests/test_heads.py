@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tunefleet.models import small
+from tunefleet.models import heads
 
 
 def relu_before_pool(head: nn.Sequential) -> nn.Sequential:
@@ -22,7 +22,7 @@ def relu_before_pool(head: nn.Sequential) -> nn.Sequential:
 def test_pool_before_relu_equals_relu_before_pool_gradients_included(kind):
     torch.manual_seed(0)
     images = torch.randn(4, 3, 17, 20)
-    ours = small.HEADS[kind].build((3, 17, 20), 10, hidden=3, kernel_size=3).eval()  # eval: no dropout
+    ours = heads.HEADS[kind].build((3, 17, 20), 10, hidden=3, kernel_size=3).eval()  # eval: no dropout
     usual = relu_before_pool(ours)
     assert [type(layer) for layer in ours] != [type(layer) for layer in usual]
     gradients = []
@@ -36,7 +36,7 @@ def test_pool_before_relu_equals_relu_before_pool_gradients_included(kind):
 
 def test_convnets_relu_gets_its_gradient_in_the_format_of_its_output():
     torch.manual_seed(0)
-    head = small.convnet((3, 8, 8), 10, hidden=3, kernel_size=3)
+    head = heads.convnet((3, 8, 8), 10, hidden=3, kernel_size=3)
     images = torch.randn(4, 3, 8, 8)
     found = {}
     for form in (torch.contiguous_format, torch.channels_last):
@@ -55,13 +55,13 @@ def test_convnets_relu_gets_its_gradient_in_the_format_of_its_output():
 
 def test_convnet_has_three_times_hidden_channels_whatever_comes_in():
     for channels in (1, 3, 256):
-        convolution = small.convnet((channels, 8, 8), 10, hidden=5, kernel_size=3)[0]
+        convolution = heads.convnet((channels, 8, 8), 10, hidden=5, kernel_size=3)[0]
         assert convolution.weight.shape == (15, channels, 3, 3)
 
 
 def test_mymodel_drops_features_in_train_mode_only():
     torch.manual_seed(0)
-    head = small.mymodel((3, 8, 8), 10, hidden=8, kernel_size=3)
+    head = heads.mymodel((3, 8, 8), 10, hidden=8, kernel_size=3)
     images = torch.randn(2, 3, 8, 8)
     assert not torch.equal(head(images), head(images))
     head.eval()
@@ -69,7 +69,7 @@ def test_mymodel_drops_features_in_train_mode_only():
 
 
 def test_mymodel_is_the_layers_of_the_report():
-    kinds = [type(layer).__name__ for layer in small.mymodel((3, 32, 32), 10, hidden=4, kernel_size=3)]
+    kinds = [type(layer).__name__ for layer in heads.mymodel((3, 32, 32), 10, hidden=4, kernel_size=3)]
     stage, hidden_linear = ["Conv2d", "MaxPool2d", "ReLU"], ["Linear", "ReLU", "Dropout"]
     assert kinds == [*stage * 3, "Flatten", *hidden_linear * 2, "Linear"]
 
@@ -87,15 +87,15 @@ def test_mymodel_is_the_layers_of_the_report():
     ],
 )
 def test_largest_kernel_that_fits_is_built_and_one_more_names_it(kind, shape, largest):
-    head = small.HEADS[kind].build(shape, 10, hidden=1, kernel_size=largest)
+    head = heads.HEADS[kind].build(shape, 10, hidden=1, kernel_size=largest)
     assert head.eval()(torch.randn(1, *shape)).shape == (1, 10)
     for too_large in (largest + 1, largest + 50):
         with pytest.raises(ValueError, match=f"give at most {largest}, or larger images$") as raised:
-            small.HEADS[kind].build(shape, 10, hidden=1, kernel_size=too_large)
+            heads.HEADS[kind].build(shape, 10, hidden=1, kernel_size=too_large)
         given = f"kernel_size={too_large} is not possible on a map of {shape[1]}×{shape[2]}: "
         assert str(raised.value).startswith(given)
 
 
 def test_map_too_small_for_any_kernel_asks_for_larger_images():
     with pytest.raises(ValueError, match=re.escape("(stages: 1); give larger images")):
-        small.convnet((3, 1, 1), 10, hidden=1, kernel_size=1)
+        heads.convnet((3, 1, 1), 10, hidden=1, kernel_size=1)

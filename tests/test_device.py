@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from tunefleet.models import build
-from tunefleet.trainables import levers as levers_module
-from tunefleet.trainables.levers import MICRO_BATCH_MIN, Levers, choose, has_convolution, micro_batch
+from tunefleet.models.building import build
+from tunefleet.trainables import device as device_module
+from tunefleet.trainables.device import MICRO_BATCH_MIN, Levers, choose, has_convolution, micro_batch
 
 FLOAT_BYTES = 4
 IMAGE = torch.zeros(1, 3, 32, 32)
@@ -136,4 +136,4 @@ def test_measuring_leaves_no_hook_behind():
 
 
 def test_capabilities_and_no_clock_decide():
-    assert not {"time", "timeit"} & set(vars(levers_module))
+    assert not {"time", "timeit"} & set(vars(device_module))

@@ -1,11 +1,10 @@
-"""Which classifier heads are there, and what layers is each made of?
+"""Classifier heads: from an image or a backbone's features to logits.
 
-A head takes what comes in, an image or the features of a backbone, to logits. Its builder is given the shape
-of one input, `(C, H, W)` or `(F,)`, and works out the sizes of its linear layers from it.
+A builder takes the shape of one input, `(C, H, W)` or `(F,)`, and works out its linear layers' sizes.
 
 Every convolutional stage is Conv, MaxPool2, ReLU. ReLU never decreases, so it commutes with the maximum:
-pooling first gives the same numbers, gradients included, and leaves the ReLU a quarter of the work (convnet
-on one CPU thread: 62 s per epoch became 49).
+pooling first gives the same numbers, gradients included, and leaves ReLU a quarter of the work (convnet on
+one CPU thread: 62 s per epoch became 49).
 """
 
 import math
@@ -23,12 +22,12 @@ MYMODEL_LAST_HIDDEN = 50  # features that mymodel's last linear layer sees
 class FlattenMaps(nn.Flatten):
     """A Flatten behind a ReLU, which gets its gradient back in the memory format of its output.
 
-    Left as it comes, the gradient takes ReLU ten times as long on a processor (torch 2.15): 13 % of
-    convnet's step in bf16.
+    As it comes, the gradient takes ReLU ten times as long on a processor (torch 2.15): 12 % of convnet's
+    steps in bf16.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Flattens maps `(N, C, H, W)` to `(N, C·H·W)`."""
+        """Flatten maps `(N, C, H, W)` to `(N, C·H·W)`."""
         turned = input.device.type == "cpu" and input.is_contiguous(memory_format=torch.channels_last)
         if turned and input.requires_grad:
             input.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
@@ -126,7 +125,7 @@ HEADS: dict[str, Head] = {
 
 
 def _pooled_size(size: tuple[int, int], kernel_size: int, padding: int, stages: int) -> tuple[int, int]:
-    """Height and width left of a map of `size` after so many stages; a ValueError if nothing is."""
+    """Return the size of a map after so many stages; raise ValueError if nothing is left of it."""
     height, width = (_pooled_length(length, kernel_size, padding, stages) for length in size)
     if height and width:
         return height, width
