@@ -19,9 +19,8 @@ from typing import Any, NoReturn
 import ray
 from rich.console import Console
 
-from tunefleet.search.connection import RayWatch, connect_early
+from tunefleet.search.connection import RayWatch, connect_early, is_local
 from tunefleet.search.folders import place_of, unfinished
-from tunefleet.search.local_ray import is_local
 from tunefleet.search.mirror import bring
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.printing import phase, print_result, print_text

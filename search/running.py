@@ -17,9 +17,9 @@ from rich.console import Console
 
 from tunefleet.cli import counted, printable, shell
 from tunefleet.search import preflight
-from tunefleet.search.bad_nodes import named
 from tunefleet.search.connection import RayWatch, connect
 from tunefleet.search.engine import run_jobs
+from tunefleet.search.failures import named
 from tunefleet.search.launch import Script, read_images
 from tunefleet.search.mirror import Mirror
 from tunefleet.search.nodes import check_nodes
@@ -35,6 +35,7 @@ from tunefleet.search.resources import (
     machine,
     plan,
     settle,
+    waiting,
 )
 from tunefleet.search.study import Study
 from tunefleet.search.wandb_options import WandbOptions
@@ -78,6 +79,7 @@ def begin(
         print_standing("CUDA_VISIBLE_DEVICES hides every GPU: training on CPUs", console)
     options = settle(preflight.settle_image_size(options, levers, there), levers, there)
     resources = plan(options, levers, there)
+    print_standing(waiting(options, resources), console)
     data = data or read_images(options, console)
     if there.nodes:
         check_nodes(options, shared, data, levers, console)
@@ -143,6 +145,7 @@ def go_on(study: Study, script: Script, wandb: WandbOptions, *, moved: bool = Fa
             )
     check_device(study.levers, there)
     resources = plan(options, study.levers, there)
+    print_standing(waiting(options, resources), console)
     if there.nodes:
         check_nodes(options, options.storage or str(study.folder.parent), study.data, study.levers, console)
     _, resources = look_before(options, study.data, study.levers, there, resources, console)

@@ -19,7 +19,7 @@ from PIL import Image
 from pyarrow import fs
 
 from tunefleet.files import is_full, says_full
-from tunefleet.search.faults import cause_of
+from tunefleet.search.failures import cause_of
 from tunefleet.search.journal import Journal
 from tunefleet.search.study_file import write_whole
 
