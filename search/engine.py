@@ -14,13 +14,16 @@ decided by ``Jobs``, to which a searcher and a scheduler pass everything on. Thr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ray import cloudpickle, tune
 from ray.exceptions import OutOfMemoryError
@@ -47,6 +50,7 @@ from tunefleet.trainables.trial import Trial, TrialContext
 ROUND = 1000  # jobs of one fit()
 START_SECONDS = 3.0  # that a worker takes to start, about
 RECENT = 20  # epochs that must all be shorter than that for a round to end
+CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 PENDING_MAX = 1000  # of Tune's trials; the searcher offers far fewer
 
 
@@ -243,17 +247,52 @@ def _error_of(trial: TuneTrial) -> Exception:
 
 
 class StepCallback(tune.Callback):
-    """Call a function at each turn of Tune's loop, about ten times a second or more."""
+    """Call a function at each turn of Tune's loop, about ten times a second or more.
+
+    In the first turn of a round Tune (2.60) copies credentials of object stores from the environment into its
+    workers', and Ray's agent writes that to a log that everybody can read. Workers of a Ray of our own have
+    the driver's environment anyway, so they are hidden for that turn.
+    """
 
     def __init__(self, on_step: Callable[[], None]) -> None:
         self.on_step = on_step
+        self._hidden: dict[str, str] = {}
+
+    def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
+        """Hide credentials from Tune in the first turn."""
+        if iteration == 0 and is_local():
+            self._hidden = {name: os.environ.pop(name) for name in CREDENTIALS if name in os.environ}
 
     def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         """Pass the turn on."""
+        self.restore()
         self.on_step()
+
+    def restore(self) -> None:
+        """Put the credentials back."""
+        os.environ.update(self._hidden)
+        self._hidden = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles callbacks; a live display cannot be
+
+
+class WithoutRaylets:
+    """Standard output without the pages that a thread of Ray's prints about each lost worker (2.60).
+
+    What matters of them is in reports.jsonl.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write text, unless it is from a thread of Ray's."""
+        ours = not threading.current_thread().name.startswith("ray_")
+        return self.stream.write(text) if ours else len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def run_jobs(jobs: Jobs, context: TrialContext, *, resources: Resources, on_step: Callable[[], None]) -> None:
@@ -274,6 +313,7 @@ def run_jobs(jobs: Jobs, context: TrialContext, *, resources: Resources, on_step
         )
         trainable = tune.with_resources(group, {TRIAL_SLOT: 1})
     workers = Workers(jobs, Slots(resources), NodeFailures() if resources.workers == 1 else None)
+    step = StepCallback(on_step)
     while not (jobs.finished or jobs.gave_up):
         tuner = tune.Tuner(
             trainable,
@@ -289,11 +329,12 @@ def run_jobs(jobs: Jobs, context: TrialContext, *, resources: Resources, on_step
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=0),  # a lost trial is another job: Jobs.lose
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # trials write their own
-                callbacks=[StepCallback(on_step)],
+                callbacks=[step],
             ),
         )
         try:
-            tuner.fit()
+            with contextlib.redirect_stdout(WithoutRaylets(sys.stdout)):
+                tuner.fit()
         except (
             Exception
         ) as error:  # at the end Tune asks workers that may be gone, reads what it could not write
@@ -301,6 +342,8 @@ def run_jobs(jobs: Jobs, context: TrialContext, *, resources: Resources, on_step
                 workers.lose_all(memory)
             elif not (jobs.gave_up or jobs.finished):
                 raise
+        finally:
+            step.restore()
         workers.start_round()
 
 

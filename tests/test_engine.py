@@ -14,6 +14,7 @@ import pytest
 from ray.tune.experiment import Trial as TuneTrial
 
 from tests.compared import measured, table
+from tests.conftest import ray_logs
 from tunefleet.search import engine
 from tunefleet.search.asha import PRUNERS
 from tunefleet.search.collect import collect
@@ -195,3 +196,25 @@ def test_workers_and_memory_stay_flat_over_sixty_four_trials(study):
         settled = sizes[pid][len(sizes[pid]) // 2 :]
         assert max(settled) - min(settled) < 0.1 * max(settled), (min(settled), max(settled))
     assert collect(folder)["busy_fraction"] > 0
+
+
+def test_a_stores_credentials_are_in_no_log_of_ray_and_its_pages_not_on_the_terminal(
+    study, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret-that-nobody-may-read")
+    killed = []
+
+    def kill_once():
+        assert len(os.environ["AWS_SECRET_ACCESS_KEY"]) > 20
+        file = tmp_path / "study" / "reports.jsonl"
+        if not killed and file.exists() and (reports := reports_of(tmp_path / "study")):
+            killed.append(reports[-1]["pid"])
+            os.kill(killed[0], signal.SIGKILL)
+
+    study(on_step=kill_once, trials=2, epochs=9, pruner="none", final_seeds=0)
+    print("ours")
+    assert killed
+    assert capfd.readouterr().out == "ours\n"
+    logs = [file.read_bytes() for file in ray_logs(psutil.Process()).rglob("*") if file.is_file()]
+    assert logs
+    assert not [log for log in logs if b"a-secret-that-nobody-may-read" in log]
