@@ -315,26 +315,9 @@ def run_jobs(jobs: Jobs, context: TrialContext, *, resources: Resources, on_step
     workers = Workers(jobs, Slots(resources), NodeFailures() if resources.workers == 1 else None)
     step = StepCallback(on_step)
     while not (jobs.finished or jobs.gave_up):
-        tuner = tune.Tuner(
-            trainable,
-            tune_config=tune.TuneConfig(
-                search_alg=JobSearcher(workers),
-                scheduler=JobScheduler(workers, resources.of_worker),
-                num_samples=-1,  # until the searcher says FINISHED
-                reuse_actors=resources.workers == 1,
-            ),
-            run_config=tune.RunConfig(
-                name="ray",
-                storage_path=str(context.study_dir),
-                verbose=0,
-                failure_config=tune.FailureConfig(max_failures=0),  # a lost trial is another job: Jobs.lose
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # trials write their own
-                callbacks=[step],
-            ),
-        )
         try:
             with contextlib.redirect_stdout(WithoutRaylets(sys.stdout)):
-                tuner.fit()
+                _round(trainable, workers, resources, context.study_dir, step).fit()
         except (
             Exception
         ) as error:  # at the end Tune asks workers that may be gone, reads what it could not write
@@ -345,6 +328,29 @@ def run_jobs(jobs: Jobs, context: TrialContext, *, resources: Resources, on_step
         finally:
             step.restore()
         workers.start_round()
+
+
+def _round(
+    trainable: Any, workers: Workers, resources: Resources, folder: Path, step: StepCallback
+) -> tune.Tuner:
+    """Return one round of a study as Tune runs it."""
+    return tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=JobSearcher(workers),
+            scheduler=JobScheduler(workers, resources.of_worker),
+            num_samples=-1,  # until the searcher says FINISHED
+            reuse_actors=resources.workers == 1,
+        ),
+        run_config=tune.RunConfig(
+            name="ray",
+            storage_path=str(folder),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=0),  # a lost trial is another job: Jobs.lose
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # trials write their own
+            callbacks=[step],
+        ),
+    )
 
 
 def _out_of_memory(error: BaseException | None) -> OutOfMemoryError | None:
