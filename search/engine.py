@@ -77,7 +77,6 @@ class Workers:
         self.at_work: set[str] = set()  # pending trials included
         self.places: dict[str, dict[str, Any]] = {}  # by trial: node_id, worker_id, actor_id, pid, gpu
         self.given, self.round_is_over = 0, False
-        self._alone = ""  # the trial that was started while no other was at work, to see whether it fits
 
     def next_job(self) -> Job | None:
         """Return what a free slot should do; None: nothing now."""
@@ -89,7 +88,7 @@ class Workers:
         job = self.jobs.next_job()
         if job:
             self.given += 1
-            self._alone = job.trial_id if self.memory.suspects else ""
+            self.memory.start(job.trial_id)
             self.at_work.add(job.trial_id)
         return job
 
@@ -106,7 +105,7 @@ class Workers:
         if "phase" in report:
             return True
         self._seconds.append(report.get("epoch_seconds", 0.0))
-        if self._has_to_yield(trial_id):
+        if self.memory.has_to_yield(trial_id) or self.round_is_over:
             self._queue(trial_id)
             return False
         return True
@@ -144,14 +143,6 @@ class Workers:
         """Record that a job has left its slot."""
         self.at_work.discard(trial_id)
         self.places.pop(trial_id, None)
-
-    def _has_to_yield(self, trial_id: str) -> bool:
-        """Return whether a trial continues later: in the next round, or when it is its turn to be alone."""
-        if not self.memory.suspects:
-            return self.round_is_over
-        if trial_id == self._alone:
-            self.memory.clear(trial_id)
-        return bool(self.memory.suspects) or trial_id != self._alone
 
     def _queue(self, trial_id: str) -> None:
         self.jobs.running.discard(trial_id)

@@ -175,12 +175,28 @@ class MemoryFailures:
 
     def __init__(self) -> None:
         self.suspects: set[str] = set()
+        self.alone = ""  # the suspect whose turn it is
 
     def lose(self, trial_ids: Collection[str]) -> str:
         """Record that the node of these trials ran out of memory; return the cause of their losses."""
-        self.suspects = set(trial_ids)
-        return "memory" if len(trial_ids) == 1 else "neighbour"
+        if self.alone in trial_ids or (len(trial_ids) == 1 and not self.suspects):
+            self.suspects = set(trial_ids)
+            return "memory"
+        self.suspects |= set(trial_ids)  # one after another of the same event, too
+        return "neighbour"
+
+    def start(self, trial_id: str) -> None:
+        """Record that a trial starts; while there are suspects, no other is at work."""
+        self.alone = trial_id if self.suspects else ""
+
+    def has_to_yield(self, trial_id: str) -> bool:
+        """Record a trial's report; return whether it continues later."""
+        if not self.suspects:
+            return False
+        if trial_id == self.alone:
+            self.clear(trial_id)
+        return bool(self.suspects) or trial_id != self.alone
 
     def clear(self, trial_id: str) -> None:
-        """Record that a trial has ended, or has reported an epoch while it was alone."""
+        """Record that a trial is no suspect any more."""
         self.suspects.discard(trial_id)

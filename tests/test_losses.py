@@ -78,18 +78,36 @@ def test_a_lost_worker_names_the_gpu_of_its_place_or_of_its_last_report(workers)
     assert [event["gpu"] for event in events] == ["GPU-a", "GPU-b"]
 
 
-@pytest.mark.parametrize("ends_fit", [True, False])
-def test_a_small_neighbour_is_never_charged_and_the_large_trial_is_found_alone(workers, ends_fit):
+def both_end_fit(workers, small, large):
+    workers.lose_all(OUT)
+    workers.start_round()
+
+
+def one_is_lost_and_the_other_ends_fit(workers, small, large):
+    lose(workers, large, OUT)
+    both_end_fit(workers, small, large)
+
+
+def both_are_lost(workers, small, large):
+    lose(workers, large, OUT)
+    assert workers.next_job() is None  # the other one is still at work
+    lose(workers, small, OUT)
+
+
+def only_the_small_one_is_lost(workers, small, large):
+    lose(workers, small, OUT)
+    assert workers.next_job() is None
+    assert not report(workers, large)  # it has to yield
+
+
+@pytest.mark.parametrize(
+    "kill", [both_end_fit, one_is_lost_and_the_other_ends_fit, both_are_lost, only_the_small_one_is_lost]
+)
+def test_a_small_neighbour_is_never_charged_and_the_large_trial_is_found_alone(workers, kill):
     """Ray kills either of the two, or both; only trial 0001 needs too much."""
     workers = workers()
     small, large = start(workers), start(workers)
-    if ends_fit:
-        workers.lose_all(OUT)
-        workers.start_round()
-    else:
-        lose(workers, small, OUT)
-        assert workers.next_job() is None  # the other one is still at work
-        assert not report(workers, large)  # and has to yield
+    kill(workers, small, large)
     alone = []
     while workers.memory.suspects:
         alone.append(start(workers))
