@@ -14,7 +14,7 @@ _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's boxes; search/progress.py shows the study
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a relative --data means the same in a worker
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS": "0",  # or what raylets said is said again at the end, when nobody leaves it out (engine.py)
+    "RAY_DEDUP_LOGS": "0",  # or raylets' texts come again at the end, unfiltered (engine.py)
     "RAY_worker_niceness": "0",  # Ray's default of 15 starves trials on a shared host
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for the next check; the default is 2 s
