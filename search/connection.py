@@ -1,4 +1,9 @@
-"""How is Ray reached, which hands out CPUs and GPUs? Started on this host, or joined."""
+"""Start Ray on this host, or join a cluster; and watch it.
+
+What a study's own Ray needs are arguments of ``ray.init`` and environment variables; nothing is replaced. It is
+not started by ``ray start``, whose processes outlive a killed driver, are found by ``ray.init("auto")`` of
+others, and include a client server, with a port of its own, that cannot be left out (2.60).
+"""
 
 from __future__ import annotations
 
@@ -64,7 +69,7 @@ def connect_early(options: StudyOptions) -> None:
 
 
 def _gpu_count(device: str) -> int:
-    """Returns how many GPUs of this host Ray may hand out: those that trials are planned on."""
+    """Return how many GPUs of this host Ray may hand out: those that trials are planned on."""
     if device == "cpu" or not may_be_used():
         return 0
     import torch  # takes seconds, for which hosts without a GPU need not wait
@@ -123,7 +128,7 @@ def connect(trial_slots: int = 0, device: str = "auto") -> None:
 
 
 def check_limits() -> None:
-    """Raises ValueError where ulimit -v ends Ray's servers, which then say it in a page of C++."""
+    """Raise ValueError if ulimit -v ends Ray's servers, which then say it in a page of C++."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY and limit < ADDRESS_SPACE_MIN:
         raise ValueError(
@@ -133,7 +138,7 @@ def check_limits() -> None:
 
 
 def check_answers(address: str) -> None:
-    """Raises ValueError where no cluster answers at an address; Ray itself (2.60) tries for 13 minutes."""
+    """Raise ValueError if no cluster answers at an address; Ray itself (2.60) tries for 13 minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():  # auto, or what Ray refuses
         return
@@ -159,7 +164,7 @@ def check_answers(address: str) -> None:
 
 
 def check_token_file() -> None:
-    """Lets nobody but its owner read the cluster's token, with which anybody may run code as they.
+    """Let nobody but its owner read the cluster's token, with which anybody may run code as they.
 
     Raises:
         ValueError: Others can read it, and that cannot be changed.
@@ -220,7 +225,7 @@ def _token() -> str:
 
 @contextlib.contextmanager
 def _from_our_code() -> Iterator[None]:
-    """Has the folder that tunefleet lies in as working directory while Ray notes it.
+    """Have the folder that tunefleet lies in as working directory while Ray notes it.
 
     Ray (2.60) puts it before all else on its workers' path, and a user's own queue.py there would be taken
     for Python's.
@@ -236,7 +241,7 @@ def _from_our_code() -> Iterator[None]:
 
 
 def _remedy(error: Exception) -> str:
-    """Returns what to do where Ray did not start."""
+    """Return what to do where Ray did not start."""
     text, folder = str(error), os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     if "AF_UNIX path length" in text:
         return "give a shorter path: RAY_TMPDIR=/tmp"

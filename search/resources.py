@@ -55,17 +55,17 @@ class Resources:
 
     @property
     def threads(self) -> int:
-        """Returns the threads of one worker."""
+        """Return the threads of one worker."""
         return max(1, int(self.cpus_per_trial / self.workers))
 
     @property
     def of_trial(self) -> dict[str, float]:
-        """Returns the resources of one trial as Tune takes them."""
+        """Return the resources of one trial as Tune takes them."""
         return {"cpu": self.cpus_per_trial} | ({"gpu": self.gpus_per_trial} if self.gpus_per_trial else {})
 
     @property
     def of_worker(self) -> dict[str, float]:
-        """Returns the resources of one worker as Train takes them."""
+        """Return the resources of one worker as Train takes them."""
         of_worker = {"CPU": self.cpus_per_trial / self.workers}
         return of_worker | ({"GPU": self.gpus_per_trial / self.workers} if self.gpus_per_trial else {})
 
@@ -119,7 +119,7 @@ def _no_node(gpu: bool) -> ValueError:
 
 
 def look_at_device(options: StudyOptions, there: Machine) -> tuple[Levers, Machine]:
-    """Chooses how trials use their device: here, or on a node of the cluster, where they will run.
+    """Choose how trials use their device: here, or on a node of the cluster, where they will run.
 
     Returns:
         The choice, and the machine with what is free on its GPUs.
@@ -145,13 +145,13 @@ def look_at_device(options: StudyOptions, there: Machine) -> tuple[Levers, Machi
 
 
 def _look(device: str, precision: str) -> tuple[Levers, int | None]:
-    """Returns the levers of this process's device, and what is free on its GPU."""
+    """Return the levers of this process's device, and what is free on its GPU."""
     levers = choose(device, precision)
     return levers, torch.cuda.mem_get_info()[0] if levers.device == "cuda" else None
 
 
 def check_device(levers: Levers, there: Machine) -> None:
-    """Raises ValueError where a study's device is not there."""
+    """Raise ValueError if a study's device is not there."""
     if levers.device == "cuda" and not there.gpus:
         why = None if there.nodes else why_unusable()
         raise ValueError(
@@ -161,7 +161,7 @@ def check_device(levers: Levers, there: Machine) -> None:
 
 
 def settle(options: StudyOptions, levers: Levers, there: Machine) -> StudyOptions:
-    """Returns the options with what depends on the machine: workers per trial, and with them the pruner."""
+    """Return the options with what depends on the machine: workers per trial, and with them the pruner."""
     workers = options.workers_per_trial
     if workers is None:
         wanted = find_space(options.space).workers_per_trial
@@ -171,7 +171,7 @@ def settle(options: StudyOptions, levers: Levers, there: Machine) -> StudyOption
 
 
 def plan(options: StudyOptions, levers: Levers, there: Machine) -> Resources:
-    """Divides CPUs and GPUs among trials.
+    """Divide CPUs and GPUs among trials.
 
     Raises:
         ValueError: They do not suffice; shows the arithmetic.
@@ -182,27 +182,8 @@ def plan(options: StudyOptions, levers: Levers, there: Machine) -> Resources:
         gpus_per_trial = workers * share if levers.device == "cuda" else 0.0
     if there.grows:
         there = _grown(there, workers, options.cpus_per_trial or workers, gpus_per_trial)
-    cpus, gpus = there.cpus, there.gpus
-    if gpus_per_trial > gpus:
-        raise ValueError(
-            f"--gpus-per-trial={gpus_per_trial:g}, but there are {counted(gpus, 'GPU')}; "
-            + (f"give at most {gpus:g}" if gpus else "leave it out to train on CPUs")
-        )
-    if gpus_per_trial > 1 and gpus_per_trial != int(gpus_per_trial):
-        raise ValueError(f"--gpus-per-trial={gpus_per_trial:g}: above 1 Ray takes whole GPUs only")
-    if gpus_per_trial % workers and workers > 1:
-        raise ValueError(
-            f"--gpus-per-trial={gpus_per_trial:g} among --workers-per-trial={workers}: each worker takes "
-            f"whole GPUs; give a multiple of {workers}"
-        )
-    cpus_per_trial = options.cpus_per_trial
-    if cpus_per_trial is None:
-        cpus_per_trial = float(workers)
-        if gpus_per_trial and options.concurrency and len(there.sizes) == 1:
-            cpus_per_trial = max(cpus_per_trial, cpus // options.concurrency)
-        elif gpus_per_trial:
-            shares = [c // fit for c, g in there.sizes if (fit := _by_gpu(g, gpus_per_trial / workers)) >= 1]
-            cpus_per_trial = max(cpus_per_trial, workers * min(shares, default=0.0))
+    _check_gpus(gpus_per_trial, workers, there.gpus)
+    cpus_per_trial = options.cpus_per_trial or _cpus_per_trial(options, there, gpus_per_trial)
     fits = _fitting(there.sizes, cpus_per_trial / workers, gpus_per_trial / workers) // workers
     if fits < 1 or ((options.concurrency or 0) > fits and not there.nodes):
         raise ValueError(_too_little(options, there, fits, cpus_per_trial, gpus_per_trial))
@@ -221,6 +202,31 @@ def plan(options: StudyOptions, levers: Levers, there: Machine) -> Resources:
     if workers > 1:  # a group that does not fit fails after a minute (Ray 2.60)
         return replace(resources, slots=min(resources.slots, fits), slots_max=resources.slots)
     return replace(resources, slots_max=most, ahead=AHEAD if there.grows else 0)
+
+
+def _check_gpus(gpus_per_trial: float, workers: int, gpus: float) -> None:
+    """Raise ValueError for a share of GPUs that cannot be had."""
+    if gpus_per_trial > gpus:
+        raise ValueError(
+            f"--gpus-per-trial={gpus_per_trial:g}, but there are {counted(gpus, 'GPU')}; "
+            + (f"give at most {gpus:g}" if gpus else "leave it out to train on CPUs")
+        )
+    if gpus_per_trial > 1 and gpus_per_trial != int(gpus_per_trial):
+        raise ValueError(f"--gpus-per-trial={gpus_per_trial:g}: above 1 Ray takes whole GPUs only")
+    if gpus_per_trial % workers and workers > 1:
+        raise ValueError(
+            f"--gpus-per-trial={gpus_per_trial:g} among --workers-per-trial={workers}: each worker takes "
+            f"whole GPUs; give a multiple of {workers}"
+        )
+
+
+def _cpus_per_trial(options: StudyOptions, there: Machine, gpus: float) -> float:
+    """Return one for each worker, or a GPU's share of its node's CPUs."""
+    workers = options.workers_per_trial or 1
+    if gpus and options.concurrency and len(there.sizes) == 1 and not there.grows:
+        return max(float(workers), there.cpus // options.concurrency)
+    shares = [c // fit for c, g in there.sizes if gpus and (fit := _by_gpu(g, gpus / workers)) >= 1]
+    return max(float(workers), workers * min(shares, default=0.0))
 
 
 def _grown(there: Machine, workers: int, cpus: float, gpus: float) -> Machine:
@@ -287,7 +293,7 @@ class Slots:
 
 
 def fit_memory(resources: Resources, peak_bytes: int | None, free: int | None) -> tuple[Resources, str]:
-    """Returns the resources with as many trials on each GPU as its memory holds, and a line where fewer.
+    """Return the resources with as many trials on each GPU as its memory holds, and a line where fewer.
 
     Args:
         resources: As planned.
@@ -320,7 +326,7 @@ def fit_memory(resources: Resources, peak_bytes: int | None, free: int | None) -
 
 
 def _by_gpu(gpus: float, of_worker: float) -> float:
-    """Returns how many workers a node's GPUs hold; Ray gives whole ones, or shares of one."""
+    """Return how many workers a node's GPUs hold; Ray gives whole ones, or shares of one."""
     if not of_worker:
         return math.inf
     return gpus // of_worker if of_worker >= 1 else gpus * (1 // of_worker)
