@@ -1,8 +1,8 @@
 """Start Ray on this host, or join a cluster; and watch it.
 
-What a study's own Ray needs are arguments of ``ray.init`` and environment variables; nothing is replaced. It is
-not started by ``ray start``, whose processes outlive a killed driver, are found by ``ray.init("auto")`` of
-others, and include a client server, with a port of its own, that cannot be left out (2.60).
+What a study's own Ray needs are arguments of ``ray.init`` and environment variables; nothing is replaced.
+It is not started by ``ray start``, whose processes outlive a killed driver, are found by ``ray.init("auto")``
+of others, and include a client server, with a port of its own, that cannot be left out (2.60).
 """
 
 from __future__ import annotations
