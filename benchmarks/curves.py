@@ -1,91 +1,77 @@
-"""What does each of many configurations reach, epoch by epoch, when none is pruned? Recorded once.
-
-::
-
-    python -m tunefleet.benchmarks.curves --space softmax --trials 64 --study-dir studies/softmax-curves
-
-Runs a study without pruner, for analysis/replay.py: random configurations of a space after its published
-best, each with several seeds. Its folder is resumed like any other. Exit codes as of ``tunefleet search``.
-"""
+"""Learning curves of a study without pruner: what each trial reached, had nobody stopped it."""
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
+from dataclasses import dataclass
 
-from rich.console import Console
+import numpy as np
 
-import tunefleet.search  # noqa: F401  sets Ray's environment before anything imports Ray
-from tunefleet.cli import exit_code
-from tunefleet.search.options import StudyOptions, add_options, parse_study, study_parser
-from tunefleet.search.running import resume, start
-from tunefleet.search.session import Session, leave
-from tunefleet.search.spaces import find_space
-from tunefleet.search.suggest import suggest
-from tunefleet.trainables.config import check_integer
+from tunefleet.analysis.load import load
+from tunefleet.cli import shell
+from tunefleet.journal import FAILED, LOST, TrialRecord
 
-SEEDS = 2  # per configuration: what one seed's luck chose, the other judges
-OPTIONS = (
-    *("data", "data_dir", "image_size", "weights", "trials", "epochs", "seed", "device", "precision", "fix"),
-    *("concurrency", "cpus_per_trial", "gpus_per_trial", "max_failures"),
-)
+HOW = "record one: tunefleet search SPACE --pruner none, or python -m tunefleet.benchmarks.record"
 
 
-def points(space: str, fix: dict[str, Any] | None, count: int, seed: int, seeds: int) -> list[dict[str, Any]]:
-    """Return the configurations of a study, each with all seeds before the next one.
+@dataclass(frozen=True)
+class Curves:
+    """What S seeds of N configurations reached after each of R epochs."""
 
-    Args:
-        space: Whose ranges are sampled; its published best comes first.
-        fix: Values that are not sampled.
-        count: How many configurations.
-        seed: Of the sampling, and the first of the configurations' own.
-        seeds: How many each configuration has.
+    name: str
+    seeds: tuple[int, ...]
+    accuracy: np.ndarray  # (S, N, R), val_accuracy; NaN from where a trial diverged or failed
+    loss: np.ndarray  # (S, N, R), val_loss; NaN there, too
+    seconds: np.ndarray  # (S, N, R), of the epoch; NaN after a trial's last
+
+
+def read(place: str) -> Curves:
+    """Read the curves of a study, by its folder or URL.
+
+    Trials that differ in their seed alone are one configuration; a configuration that was drawn twice is two.
+    Configurations are in the order of their first trial.
 
     Raises:
-        ValueError: The space is unknown, or nothing is left to sample.
+        ValueError: There are none that can be replayed.
     """
-    row = find_space(space, fix)
-    if not row.ranges:
-        raise ValueError("--fix leaves nothing to sample; leave a value out")
-    drawn = [suggest("random", row.ranges, row.published, seed, k, []) or {} for k in range(count)]
-    return [point | {"seed": seed + k} for point in drawn for k in range(seeds)]
+    study = load(place)
+    if (pruner := study.facts["options"]["pruner"]) != "none":
+        raise ValueError(f"{place} was pruned (--pruner {pruner}), so its curves end early; {HOW}")
+    if study.status != "done":
+        raise ValueError(f"{place} is not done; resume it: {shell('tunefleet', 'resume', place)}")
+    if not any(trial.reports for trial in study.searched):
+        raise ValueError(f"{place} has no trial; {HOW}")
+    found: dict[tuple[object, ...], dict[int, TrialRecord]] = {}
+    for trial in study.searched:
+        config = dict(trial.config)
+        seed, again = config.pop("seed", 0), 0
+        while seed in found.setdefault((*sorted(config.items()), again), {}):
+            again += 1
+        found[*sorted(config.items()), again][seed] = trial
+    seeds = sorted({seed for trials in found.values() for seed in trials})
+    shape = (len(seeds), len(found), max(trial.epoch for trial in study.searched))
+    accuracy, loss, seconds = np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape, np.nan)
+    for n, trials in enumerate(found.values()):
+        for s, seed in enumerate(seeds):
+            _check(study.name, n, seed, trials.get(seed), shape[2])
+            trial = trials[seed]
+            for epoch, report in trial.reports.items():
+                at = s, n, epoch - 1
+                seconds[at] = report["epoch_seconds"]
+                if trial.status != "diverged" or epoch < trial.epoch:
+                    accuracy[at], loss[at] = report["val_accuracy"], report.get("val_loss") or np.nan
+            if trial.status in FAILED:
+                seconds[s, n, trial.epoch] = 0.0  # how long the epoch took in which it failed is not known
+    if np.isnan(accuracy[:, :, -1]).all(axis=1).any():
+        raise ValueError(f"{study.name}: every configuration diverged, so there is no best one")
+    return Curves(study.name, tuple(seeds), accuracy, loss, seconds)
 
 
-def new_options(do: argparse.Namespace, given: dict[str, Any]) -> StudyOptions:
-    """Return the options of a new study.
-
-    Raises:
-        ValueError: A value is impossible.
-    """
-    if not do.space:
-        raise ValueError("give --space NAME, or --resume DIR")
-    check_integer("--seeds", do.seeds, 1)
-    asked = StudyOptions(space=do.space, **given)  # checks --trials and --seed, and has their defaults
-    assert asked.trials is not None
-    return StudyOptions(
-        space=do.space,
-        points=points(do.space, asked.fix, asked.trials, asked.seed, do.seeds),
-        pruner="none",
-        final_seeds=0,
-        **given,
-    )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
-    parser = study_parser("python -m tunefleet.benchmarks.curves", __doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="per configuration (default: %(default)s)")
-    add_options(parser, OPTIONS)
-    do, given = parse_study(parser, arguments)
-    session, off = Session(Console()), {"mode": "off"}
-
-    def record() -> int:
-        if do.resume:
-            return resume(do.resume, given, session)
-        return start(new_options(do, given), do.study_dir, session, dry_run=do.dry_run, wandb=off)
-
-    return session.stops.run(lambda: exit_code(record))
-
-
-if __name__ == "__main__":
-    leave(main())
+def _check(name: str, configuration: int, seed: int, trial: TrialRecord | None, epochs: int) -> None:
+    """Raise ValueError where a curve is missing, or ends before its time though its trial was not lost."""
+    which = f"{name}: configuration {configuration}, seed {seed}"
+    if trial is None or sorted(trial.reports) != list(range(1, trial.epoch + 1)):
+        raise ValueError(f"{which} lacks an epoch; {HOW}")
+    if trial.epoch < epochs and trial.status not in LOST:
+        raise ValueError(f"{which} has {trial.epoch} of {epochs} epochs and did not diverge; {HOW}")
+    if not all((report.get("epoch_seconds") or -1) >= 0 for report in trial.reports.values()):
+        raise ValueError(f"{which} lacks seconds; {HOW}")

@@ -15,11 +15,13 @@ class NoOpTrial(Trial):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Start the next job."""
-        self.job, self.epoch = new_config, new_config["reported"]
+        self.job, self.epoch, self.placed = new_config, new_config["reported"], False
         return True
 
     def step(self) -> dict[str, Any]:
-        """Report an epoch, after no time."""
+        """Return where the job runs, as every trial does, then an epoch's report, after no time."""
+        if not self.placed:
+            return super().step()
         self.epoch += 1
         trial = int(self.job["trial_id"])
         report = row(trial, self.epoch, no_op_accuracy(trial, self.epoch))
@@ -28,5 +30,5 @@ class NoOpTrial(Trial):
 
 
 def take_part() -> None:
-    """Has this process's study run such trials; no option of a study, since nobody else wants it."""
+    """Have this process's study run such trials; no option of a study, since nobody else wants it."""
     engine.Trial = NoOpTrial  # type: ignore[misc]

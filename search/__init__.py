@@ -14,13 +14,14 @@ _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's boxes; search/progress.py shows the study
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a relative --data means the same in a worker
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",  # or raylets' texts come again at the end, unfiltered (engine.py)
     "RAY_worker_niceness": "0",  # Ray's default of 15 starves trials on a shared host
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for the next check; the default is 2 s
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_COUNT_PREEMPTION_AS_FAILURE": "1",  # or Tune restarts such a trial itself, unseen by us
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # reports.jsonl is the record
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # they stand in reports.jsonl
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # they are in reports.jsonl
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # search/run.py answers Ctrl-C within seconds
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # Tune's own snapshots are never read
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",

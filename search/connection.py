@@ -1,10 +1,14 @@
-"""How is Ray reached, which hands out CPUs and GPUs? Started on this host, or joined."""
+"""Start Ray on this host, or join a cluster; and watch it.
+
+What a study's own Ray needs are arguments of ``ray.init`` and environment variables; nothing is replaced.
+It is not started by ``ray start``, whose processes outlive a killed driver, are found by ``ray.init("auto")``
+of others, and include a client server, with a port of its own, that cannot be left out (2.60).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import logging
 import os
 import resource
@@ -12,18 +16,15 @@ import secrets
 import socket
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import ray
 
 from tunefleet.cli import printable, shell
 from tunefleet.files import is_full
-from tunefleet.search.local_ray import environment, findable, is_local, lean
-from tunefleet.search.options import StudyOptions
-from tunefleet.search.spaces import find_space
 from tunefleet.trainables.host import cpu_count, may_be_used
 
 PROCESSES = ("gcs_server", "raylet")  # of a Ray on this host, without which there is none
@@ -38,34 +39,13 @@ OBJECT_STORE_BYTES = 256 * 2**20  # of a Ray of our own; a study passes next to 
 TRIAL_SLOT = "trial_slot"  # a resource of the head node: one for each group of workers that fits
 
 
-def connect_early(options: StudyOptions) -> None:
-    """Starts or joins Ray for a study, and imports torch in the seconds for which this waits.
-
-    Not where groups of workers may train a trial: how many will fit is a resource of the Ray to start.
-    """
-    workers = options.workers_per_trial
-    if workers is None:  # as resources.settle() chooses, which needs torch to count GPUs
-        workers = find_space(options.space).workers_per_trial if may_be_used() else 1
-    if workers > 1:
-        return
-    # No module of Ray: its own may not be imported by two threads at once.
-    imports = threading.Thread(target=importlib.import_module, args=["tunefleet.trainables.training"])
-    first = ["torch", "ray.tune"] if _on_all_cpus(options) else []
-    try:
-        connect(imports=first, meanwhile=imports.start, device=options.device)
-    finally:
-        if imports.ident:  # it was started
-            imports.join()
-
-
-def _on_all_cpus(options: StudyOptions) -> bool:
-    """Returns whether there will be a trial on each CPU of this host, as far as that can be told early."""
-    trials = options.concurrency or options.trials or 0
-    return options.cpus_per_trial in (None, 1) and trials >= cpu_count() and not may_be_used()
+def is_local() -> bool:
+    """Return whether a study has a Ray of its own, and joins no cluster."""
+    return (os.environ.get("RAY_ADDRESS") or "local") == "local"
 
 
 def _gpu_count(device: str) -> int:
-    """Returns how many GPUs of this host Ray may hand out: those that trials are planned on."""
+    """Return how many GPUs of this host Ray may hand out: those that trials are planned on."""
     if device == "cpu" or not may_be_used():
         return 0
     import torch  # takes seconds, for which hosts without a GPU need not wait
@@ -73,18 +53,11 @@ def _gpu_count(device: str) -> int:
     return torch.cuda.device_count()
 
 
-def connect(
-    trial_slots: int = 0,
-    imports: Sequence[str] = (),
-    meanwhile: Callable[[], None] = lambda: None,
-    device: str = "auto",
-) -> None:
-    """Starts Ray on this host, or joins the cluster that RAY_ADDRESS names; silent.
+def connect(trial_slots: int = 0, device: str = "auto") -> None:
+    """Start Ray on this host, or join the cluster that RAY_ADDRESS names; silent.
 
     Args:
         trial_slots: How many groups of workers shall run at once; 0: trials have one worker each.
-        imports: Modules that workers on this host import before they are given a trial.
-        meanwhile: Called once, when nothing is left but to wait for Ray.
         device: ``--device``; with cpu a Ray of our own has no GPUs.
 
     Raises:
@@ -94,35 +67,30 @@ def connect(
         if not trial_slots or TRIAL_SLOT in ray.cluster_resources():
             return
         ray.shutdown()  # a cluster of our own, started for an earlier study
-    # without an address ray.init would join whatever cluster this host happens to run
-    local = is_local()
-    address = "local" if local else os.environ["RAY_ADDRESS"]
     # one warning that Ray's SIGTERM handler is for the main thread; search/session.py has that signal
-    logging.getLogger("ray._private.worker").setLevel(logging.ERROR)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    local, address = is_local(), os.environ.get("RAY_ADDRESS")
+    own: dict[str, Any] = {}
     if local:
         check_limits()
+        own = {
+            "num_cpus": cpu_count(),
+            "num_gpus": _gpu_count(device),
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "resources": {TRIAL_SLOT: trial_slots} if trial_slots else None,
+            "include_dashboard": bool(trial_slots),
+        }
     else:
-        check_answers(address)
+        check_answers(str(address))
         check_token_file()
     try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_from_our_code())
-            if local:
-                stack.enter_context(environment(_local_variables()))
-                stack.enter_context(lean(bool(trial_slots), imports, meanwhile))
-            else:
-                meanwhile()
-            if local and trial_slots:
-                stack.enter_context(findable())
+        with _from_our_code(), environment(_local_variables(trial_slots) if local else {}):
             ray.init(
-                address=address,
-                num_cpus=cpu_count() if local else None,
-                num_gpus=_gpu_count(device) if local else None,
-                object_store_memory=OBJECT_STORE_BYTES if local else None,
-                resources={TRIAL_SLOT: trial_slots} if trial_slots and local else None,
-                include_dashboard=bool(trial_slots) if local else None,
+                # without an address ray.init would join whatever cluster this host happens to run
+                address="local" if local else address,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
+                **own,
             )
     except Exception as error:  # Ray 2.60 raises ConnectionError, RuntimeError, and Exception itself
         reason = str(error).strip().partition("\n")[0]
@@ -132,13 +100,11 @@ def connect(
             else f"RAY_ADDRESS={address} cannot be joined ({reason}); start that cluster, give its token "
             "(RAY_AUTH_MODE=token, ~/.ray/auth_token), or unset RAY_ADDRESS to use this host"
         ) from error
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # lost workers stand in reports.jsonl
-    # what raylets say last, C++ stacks included, would go to our stdout whatever the level (2.60)
-    ray._private.worker.print_to_stdstream = lambda *arguments, **options: None
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # lost workers are in reports.jsonl
 
 
 def check_limits() -> None:
-    """Raises ValueError where ulimit -v ends Ray's servers, which then say it in a page of C++."""
+    """Raise ValueError if ulimit -v ends Ray's servers, which then say it in a page of C++."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY and limit < ADDRESS_SPACE_MIN:
         raise ValueError(
@@ -148,7 +114,7 @@ def check_limits() -> None:
 
 
 def check_answers(address: str) -> None:
-    """Raises ValueError where no cluster answers at an address; Ray itself (2.60) tries for 13 minutes."""
+    """Raise ValueError if no cluster answers at an address; Ray itself (2.60) tries for 13 minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():  # auto, or what Ray refuses
         return
@@ -174,7 +140,7 @@ def check_answers(address: str) -> None:
 
 
 def check_token_file() -> None:
-    """Lets nobody but its owner read the cluster's token, with which anybody may run code as they.
+    """Let nobody but its owner read the cluster's token, with which anybody may run code as they.
 
     Raises:
         ValueError: Others can read it, and that cannot be changed.
@@ -194,12 +160,38 @@ def check_token_file() -> None:
         print(printable(f"{file}, the cluster's token, could be read by other users; its mode is now 0600"))
 
 
-def _local_variables() -> dict[str, str]:
-    """Returns what a Ray of our own is given in its environment."""
-    variables = {"RAY_AUTH_TOKEN": _token()}  # in no file, and there may be no home folder to put it in
+def _local_variables(trial_slots: int) -> dict[str, str]:
+    """Return the environment of a Ray of our own.
+
+    With groups of workers it has to be found: Train's actor that gives a stopped group's resources back asks
+    the API server, and finds it by RAY_ADDRESS or by guessing among all clusters of the host, which fails if
+    there are two (Ray 2.60).
+    """
+    variables = {
+        "RAY_AUTH_TOKEN": _token(),  # in no file, and there may be no home folder to put it in
+        "RAY_prestart_worker_first_driver": "0",  # one worker per CPU, none of which Tune's trials can use
+    }
     if len(tempfile.gettempdir()) > TEMP_LONGEST:  # sockets lie under it, whose names have 107 bytes at most
         variables["RAY_TMPDIR"] = "/tmp"
+    if trial_slots:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = str(probe.getsockname()[1])
+        address = f"{ray.util.get_node_ip_address()}:{port}"
+        variables |= {"RAY_GCS_SERVER_PORT": port, "RAY_ADDRESS": address}
     return variables
+
+
+@contextlib.contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Context manager: set environment variables, except those that the user has set."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name)
 
 
 @functools.cache  # Ray reads it once per process
@@ -209,7 +201,7 @@ def _token() -> str:
 
 @contextlib.contextmanager
 def _from_our_code() -> Iterator[None]:
-    """Has the folder that tunefleet lies in as working directory while Ray notes it.
+    """Have the folder that tunefleet lies in as working directory while Ray notes it.
 
     Ray (2.60) puts it before all else on its workers' path, and a user's own queue.py there would be taken
     for Python's.
@@ -225,7 +217,7 @@ def _from_our_code() -> Iterator[None]:
 
 
 def _remedy(error: Exception) -> str:
-    """Returns what to do where Ray did not start."""
+    """Return what to do where Ray did not start."""
     text, folder = str(error), os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     if "AF_UNIX path length" in text:
         return "give a shorter path: RAY_TMPDIR=/tmp"

@@ -1,76 +1,188 @@
-"""How do a study's decisions reach Ray Tune? One job is one Tune trial on a reused worker.
+"""Run a study's jobs on Ray Tune: one job is one Tune trial on a reused worker.
 
-Tune does what it is good at: starting workers, placing them on CPUs, GPUs and nodes, noticing when one
-is lost. It is told what to do by two thin adapters around ``Jobs``. Two traps of Ray 2.60 stand
-behind their form (NOTES.md, "Workers"):
+Tune starts workers, places them on CPUs, GPUs and nodes, and notices when one is lost. What they do is
+decided by ``Jobs``, to which a searcher and a scheduler pass everything on. Three traps of Ray 2.60:
 
-- With ``reuse_actors`` Tune gives a just-freed worker to a pending trial whose own worker is still
-  starting, and kills that one: short trials then all run on one worker. So each trial is offered
-  once, and the searcher offers another as soon as a worker is free.
+- With ``reuse_actors`` Tune gives a just-freed worker to a pending trial whose own worker is still starting,
+  and kills that one: short trials then all run on one worker. So each trial is offered once, and the searcher
+  offers another as soon as a worker is free.
 - A custom searcher gets one pending trial, so workers start one after another, unless
   ``TUNE_MAX_PENDING_TRIALS_PG`` says otherwise.
+- ``fit()`` keeps every trial and goes over all of them, and it ends where Ray kills a worker for lack of
+  memory. So a study is several rounds of ``fit()``; between them there is nothing but what ``Jobs`` knows.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import sys
+import threading
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-import ray
 from ray import cloudpickle, tune
-from ray.air.execution._internal.actor_manager import RayActorManager
-from ray.air.execution._internal.tracked_actor_task import TrackedActorTask
-from ray.exceptions import OutOfMemoryError, RayActorError
-from ray.tune import tune as tune_run
-from ray.tune.execution import tune_controller
-from ray.tune.execution.class_cache import _ActorClassCache
-from ray.tune.execution.tune_controller import TuneController
+from ray.exceptions import OutOfMemoryError
 from ray.tune.experiment import Trial as TuneTrial
-from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from tunefleet.search.bad_nodes import BadNodes, GpuLosses
-from tunefleet.search.connection import TRIAL_SLOT
-from tunefleet.search.faults import cause_of, gpu_named, told
-from tunefleet.search.jobs import Jobs
-from tunefleet.search.local_ray import is_local
-from tunefleet.search.resources import Resources
+from tunefleet.search.connection import TRIAL_SLOT, is_local
+from tunefleet.search.failures import (
+    GpuFailures,
+    MemoryFailures,
+    NodeFailures,
+    cause_of,
+    gpu_named,
+    node_named,
+    text_of,
+)
+from tunefleet.search.jobs import Job, Jobs
+from tunefleet.search.resources import Resources, Slots
 from tunefleet.trainables.ddp import drive
 from tunefleet.trainables.host import oom_kills
 from tunefleet.trainables.trial import Trial, TrialContext
 
+ROUND = 1000  # jobs of one fit()
+START_SECONDS = 3.0  # that a worker takes to start, about
+RECENT = 20  # epochs that must all be shorter than that for a round to end
+CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
+PENDING_MAX = 1000  # of Tune's trials; the searcher offers far fewer
 
-class JobSearcher(Searcher):
-    """Asks for a job whenever a slot is free, and never for more."""
 
-    def __init__(self, jobs: Jobs, slots: int) -> None:
-        super().__init__()
-        self.jobs, self.slots = jobs, slots
-        self.live: dict[str, str] = {}  # pending or running: Tune's trial id -> ours
+class Workers:
+    """Where each trial is at work, and what its reports and its loss mean. Outlives the rounds.
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """Returns the next job as Tune's config; None: not now."""
-        if len(self.live) >= self.slots:
+    Args:
+        jobs: The study's decisions.
+        slots: Returns how many trials may be at work.
+        nodes: Excludes nodes; None: where trials run is not Tune's to say.
+    """
+
+    def __init__(self, jobs: Jobs, slots: Callable[[], int], nodes: NodeFailures | None) -> None:
+        self.jobs, self._slots, self.nodes = jobs, slots, nodes
+        self.gpus, self.memory = GpuFailures(), MemoryFailures()
+        self._kills = oom_kills()  # by the kernel, for lack of memory; of this host
+        self._seconds: deque[float] = deque(maxlen=RECENT)  # of the latest epochs
+        self.start_round()
+
+    def start_round(self) -> None:
+        """Queue what has not ended: nothing is at work any more."""
+        for trial_id in sorted(self.jobs.running):
+            self._queue(trial_id)
+        self.at_work: set[str] = set()  # pending trials included
+        self.places: dict[str, dict[str, Any]] = {}  # by trial: node_id, worker_id, actor_id, pid, gpu
+        self.given, self.round_is_over = 0, False
+
+    def next_job(self) -> Job | None:
+        """Return what a free slot should do; None: nothing now."""
+        if self.given >= ROUND and all(seconds < START_SECONDS for seconds in self._seconds):
+            self.round_is_over = True
+        slots = 1 if self.memory.suspects else self._slots()
+        if self.round_is_over or len(self.at_work) >= slots:
             return None
         job = self.jobs.next_job()
+        if job:
+            self.given += 1
+            self.memory.start(job.trial_id)
+            self.at_work.add(job.trial_id)
+        return job
+
+    def report(self, trial_id: str, report: dict[str, Any]) -> bool:
+        """Record a report; return whether the worker continues with this trial."""
+        place = self.places.setdefault(trial_id, {})
+        self._record_node(place.get("node_id"), failed=report.get("status") == "error")
+        if "gpu" in report:
+            place["gpu"] = report["gpu"]
+            self.gpus.succeed(report["gpu"])
+        if not self.jobs.report(trial_id, report):
+            self.memory.clear(trial_id)
+            return False
+        if "phase" in report:
+            return True
+        self._seconds.append(report.get("epoch_seconds", 0.0))
+        if self.memory.has_to_yield(trial_id) or self.round_is_over:
+            self._queue(trial_id)
+            return False
+        return True
+
+    def lose(self, trial_id: str, error: Exception) -> None:
+        """Record that a trial's worker is lost."""
+        place, cause = self.places.get(trial_id, {}), cause_of(error)
+        if cause == "worker" and is_local() and oom_kills() > self._kills:  # Ray was not the one to kill it
+            cause, self._kills = "memory", oom_kills()
+        if cause == "worker":
+            self._record_node(place.get("node_id") or node_named(error), failed=True)
+        gpu = gpu_named(error) or place.get("gpu")
+        if gpu and cause in ("gpu", "worker"):
+            cause, note = self.gpus.lose(gpu, cause)
+            self.jobs.notes.extend([note] if note else [])
+        if cause == "memory":
+            cause = self.memory.lose({trial_id, *self._beside(place.get("node_id"))})
+        self.jobs.lose(trial_id, cause, text_of(error), gpu)
+        if trial_id not in self.jobs.interrupted:
+            self.memory.clear(trial_id)
+
+    def lose_all(self, error: OutOfMemoryError) -> None:
+        """Record that a round has ended because a node ran out of memory."""
+        named = [
+            trial_id for trial_id, place in self.places.items() if place.get("node_id", " ") in str(error)
+        ]
+        lost = sorted(named or self.places or self.at_work)
+        cause = self.memory.lose(lost)
+        for trial_id in lost:
+            self.jobs.lose(trial_id, cause, text_of(error))
+            if trial_id not in self.jobs.interrupted:
+                self.memory.clear(trial_id)
+
+    def end(self, trial_id: str) -> None:
+        """Record that a job has left its slot."""
+        self.at_work.discard(trial_id)
+        self.places.pop(trial_id, None)
+
+    def _queue(self, trial_id: str) -> None:
+        self.jobs.running.discard(trial_id)
+        queue = self.jobs.interrupted
+        (queue.appendleft if trial_id in self.memory.suspects else queue.append)(trial_id)
+
+    def _beside(self, node_id: str | None) -> list[str]:
+        return [trial_id for trial_id, place in self.places.items() if place.get("node_id") == node_id]
+
+    def _record_node(self, node_id: str | None, failed: bool) -> None:
+        if self.nodes and node_id:
+            self.nodes.record(node_id, failed)
+            self.jobs.avoided = self.nodes.excluded()
+
+
+class JobSearcher(Searcher):
+    """Ask for a job whenever a slot is free."""
+
+    def __init__(self, workers: Workers) -> None:
+        super().__init__()
+        self.workers = workers
+        self.trial_ids: dict[str, str] = {}  # Tune's: ours
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """Return the next job as Tune's config; None: not now."""
+        job = self.workers.next_job()
         if job is None:
-            return Searcher.FINISHED if self.jobs.finished else None  # type: ignore[return-value]  # a str, says Ray
-        self.live[trial_id] = job.trial_id
+            over = self.workers.jobs.finished or self.workers.round_is_over
+            return Searcher.FINISHED if over else None  # type: ignore[return-value]  # a str, says Ray
+        self.trial_ids[trial_id] = job.trial_id
         return dataclasses.asdict(job)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Frees the slot; what follows from an error was decided in ``JobScheduler.on_trial_error``."""
-        self.live.pop(trial_id)
+        """Free the slot; what follows from an error was decided in ``JobScheduler.on_trial_error``."""
+        self.workers.end(self.trial_ids.pop(trial_id))
 
     def save(self, checkpoint_path: str) -> None:
-        """Writes nothing: reports.jsonl is what a study resumes from."""
+        """Write nothing: reports.jsonl is what a study resumes from."""
         Path(checkpoint_path).touch()
 
     def restore(self, checkpoint_path: str) -> None:
@@ -79,151 +191,103 @@ class JobSearcher(Searcher):
 
 
 class JobScheduler(FIFOScheduler):
-    """Hands reports to the study and stops a trial where the study says so.
+    """Pass reports and losses on, and stop a trial where the study says so.
 
     Args:
-        jobs: The study's decisions.
-        nodes: Which nodes fail whatever they get; None: where trials run is not Tune's to say.
+        workers: To which they are passed.
         share: A trial's resources, for the placement of trials that avoid a node.
     """
 
-    def __init__(self, jobs: Jobs, nodes: BadNodes | None, share: dict[str, float]) -> None:
+    def __init__(self, workers: Workers, share: dict[str, float]) -> None:
         super().__init__()
-        self.jobs, self.nodes, self.share = jobs, nodes, share
-        self.gpus = GpuLosses()
-        self._kills = oom_kills()  # by the kernel, for want of memory; of this host
-        self._gpu_of: dict[str, str] = {}  # a worker's GPU, as its reports name it
+        self.workers, self.share = workers, share
         self._not_offered: deque[TuneTrial] = deque()
 
-    def on_trial_add(self, tune_controller: TuneController, trial: TuneTrial) -> None:
-        """Queues a new trial."""
-        if self.nodes and (avoided := self.nodes.avoided()):
+    def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
+        """Queue a new trial."""
+        nodes = self.workers.nodes
+        if nodes and (avoided := nodes.excluded()):
             elsewhere = [{"ray.io/node-id": f"!in({','.join(sorted(avoided))})"}]
             trial.update_resources(tune.PlacementGroupFactory([self.share], bundle_label_selector=elsewhere))
         self._not_offered.append(trial)
 
-    def choose_trial_to_run(self, tune_controller: TuneController) -> TuneTrial | None:
-        """Offers each trial once."""
+    def choose_trial_to_run(self, tune_controller: Any) -> TuneTrial | None:
+        """Offer each trial once."""
         return self._not_offered.popleft() if self._not_offered else None
 
-    def on_trial_result(
-        self, tune_controller: TuneController, trial: TuneTrial, result: dict[str, Any]
-    ) -> str:
-        """Records the report; STOP ends the job, be it paused, pruned or done."""
-        report = json.loads(result["report"])
-        self._tell_of(result.get("node_id"), failed=report.get("status") == "error")
-        if "gpu" in report:
-            self._gpu_of[_worker_of(trial)] = report["gpu"]
-            self.gpus.succeed(report["gpu"])
-        goes_on = self.jobs.report(trial.config["trial_id"], report)
-        return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
+    def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
+        """Record a report; STOP ends the job, be it paused, pruned or done."""
+        trial_id = trial.config["trial_id"]
+        if "place" in result:
+            self.workers.places[trial_id] = json.loads(result["place"])
+            return TrialScheduler.CONTINUE
+        continues = self.workers.report(trial_id, json.loads(result["report"]))
+        return TrialScheduler.CONTINUE if continues else TrialScheduler.STOP
 
-    def on_trial_error(self, tune_controller: TuneController, trial: TuneTrial) -> None:
-        """Tells the study that a worker is gone, which then makes another job of its trial."""
-        error = _error_of(trial)
-        cause = cause_of(error)
-        if cause == "worker" and is_local() and oom_kills() > self._kills:  # Ray was not the one to kill it
-            cause, self._kills = "memory", oom_kills()
-        if cause == "worker":
-            self._tell_of(_node_of(trial), failed=True)
-        gpu = gpu_named(error) or self._gpu_of.pop(_worker_of(trial), None)
-        if gpu and cause in ("gpu", "worker"):
-            cause, note = self.gpus.lose(gpu, cause)
-            self.jobs.notes.extend([note] if note else [])
-        self.jobs.lose(trial.config["trial_id"], cause, told(error), gpu)
-
-    def _tell_of(self, node_id: str | None, failed: bool) -> None:
-        if self.nodes and node_id:
-            self.nodes.tell(node_id, failed)
-            self.jobs.avoided = self.nodes.avoided()
-
-
-def _worker_of(trial: TuneTrial) -> str:
-    """Returns what names the worker that a trial is on; nothing where it has none yet."""
-    actor = trial.temporary_state.ray_actor
-    return actor._actor_id.hex() if actor else ""
-
-
-def _node_of(trial: TuneTrial) -> str | None:
-    """Returns the id of the node that a trial's worker was on; None: it had none yet."""
-    actor = trial.temporary_state.ray_actor
-    found = ray._private.state.actors(actor._actor_id.hex()) if actor else {}
-    return found.get("Address", {}).get("NodeID") or None
+    def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
+        """Record that a trial's worker is lost; the study then makes another job of the trial."""
+        self.workers.lose(trial.config["trial_id"], _error_of(trial))
 
 
 def _error_of(trial: TuneTrial) -> Exception:
-    """Returns what ended a trial; Tune (2.60) has it in files of this node, its getters look elsewhere."""
+    """Return what ended a trial; Tune (2.60) has it in files of this node, its getters look elsewhere."""
     if trial.pickled_error_file:
         error: Exception = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
         return error
-    return RuntimeError(Path(trial.error_file).read_text() if trial.error_file else "Tune says nothing of it")
+    return RuntimeError(Path(trial.error_file).read_text() if trial.error_file else "Tune gives no reason")
 
 
-class ActorManager(RayActorManager):
-    """Takes a worker that Ray ended for want of memory as lost; of Ray's own (2.60) the whole run dies."""
+class StepCallback(tune.Callback):
+    """Call a function at each turn of Tune's loop, about ten times a second or more.
 
-    def _actor_task_failed(self, tracked_actor_task: TrackedActorTask, exception: Exception) -> None:
-        if isinstance(exception, OutOfMemoryError):
-            exception = RayActorError(error_msg=str(exception))
-        super()._actor_task_failed(tracked_actor_task, exception)
-
-
-class ActorClasses(_ActorClassCache):
-    """Leaves out Tune's runtime environment in a Ray of our own, whose workers have the driver's variables.
-
-    With one, no worker that Ray has started before is taken for a trial (2.60).
+    In the first turn of a round Tune (2.60) copies credentials of object stores from the environment into its
+    workers', and Ray's agent writes that to a log that everybody can read. Workers of a Ray of our own have
+    the driver's environment anyway, so they are hidden for that turn.
     """
 
-    def get(self, trainable_cls: type) -> Any:
-        """Returns the actor class of a trainable."""
-        if is_local() and trainable_cls not in self._cache:
-            self._cache[trainable_cls] = ray.remote(trainable_cls)
-        return super().get(trainable_cls)
-
-
-class Controller(TuneController):
-    """Forgets trials that have ended; Ray's own (2.60) keeps them all, and goes over them."""
-
-    def on_step_end(self) -> None:
-        """Forgets all that have ended but the newest: without any, Tune reads its own files at the end."""
-        super().on_step_end()
-        for trial in [trial for trial in self._trials[:-1] if trial.is_finished()]:
-            self._trials.remove(trial)
-            self._live_trials.discard(trial)  # Tune leaves those with an error there
-            self._stopped_trials.discard(trial)
-            self._failed_trials.discard(trial)
-            self._trials_to_cache.discard(trial)
-            self._trial_metadata.pop(trial.trial_id, None)
-
-
-class StepCallback(TrialProgressCallback):
-    """Calls a function at each turn of Tune's loop, about ten times a second or more.
-
-    It stands in for Tune's own report of progress (2.60), which keeps every trial and its last result.
-    """
-
-    def __init__(self, on_step: Any) -> None:
-        super().__init__()
+    def __init__(self, on_step: Callable[[], None]) -> None:
         self.on_step = on_step
+        self._hidden: dict[str, str] = {}
 
-    def log_result(self, trial: TuneTrial, result: dict[str, Any], error: bool = False) -> None:
-        """Prints nothing, and keeps nothing."""
-
-    def on_trial_complete(
-        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
-    ) -> None:
-        """Prints nothing, and keeps nothing."""
+    def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
+        """Hide credentials from Tune in the first turn."""
+        if iteration == 0 and is_local():
+            self._hidden = {name: os.environ.pop(name) for name in CREDENTIALS if name in os.environ}
 
     def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
-        """Passes the turn on."""
+        """Pass the turn on."""
+        self.restore()
         self.on_step()
+
+    def restore(self) -> None:
+        """Put the credentials back."""
+        os.environ.update(self._hidden)
+        self._hidden = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles callbacks; a live display cannot be
 
 
-def run_jobs(jobs: Jobs, context: TrialContext, *, resources: Resources, on_step: Any) -> None:
-    """Runs all jobs of a study on the connected Ray cluster; returns when none is left.
+class WithoutRaylets:
+    """Standard output without the pages that a thread of Ray's prints about each lost worker (2.60).
+
+    What matters of them is in reports.jsonl.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write text, unless it is from a thread of Ray's."""
+        ours = not threading.current_thread().name.startswith("ray_")
+        return self.stream.write(text) if ours else len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def run_jobs(jobs: Jobs, context: TrialContext, *, resources: Resources, on_step: Callable[[], None]) -> None:
+    """Run all jobs of a study on the connected Ray cluster; return when none is left.
 
     Args:
         jobs: The study's decisions.
@@ -231,10 +295,7 @@ def run_jobs(jobs: Jobs, context: TrialContext, *, resources: Resources, on_step
         resources: How many trials run at once, and what each gets.
         on_step: Called without arguments at each turn of the loop.
     """
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(resources.slots)
-    tune_controller.RayActorManager = ActorManager  # type: ignore[misc]
-    tune_controller._ActorClassCache = ActorClasses  # type: ignore[misc]
-    tune_run.TuneController = Controller  # type: ignore[misc]
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(PENDING_MAX)
     if resources.workers == 1:
         trainable = tune.with_resources(tune.with_parameters(Trial, context=context), resources.of_trial)
     else:
@@ -242,25 +303,49 @@ def run_jobs(jobs: Jobs, context: TrialContext, *, resources: Resources, on_step
             drive, context=context, workers=resources.workers, resources=resources.of_worker
         )
         trainable = tune.with_resources(group, {TRIAL_SLOT: 1})
-    tuner = tune.Tuner(
+    workers = Workers(jobs, Slots(resources), NodeFailures() if resources.workers == 1 else None)
+    step = StepCallback(on_step)
+    while not (jobs.finished or jobs.gave_up):
+        try:
+            with contextlib.redirect_stdout(WithoutRaylets(sys.stdout)):
+                _round(trainable, workers, resources, context.study_dir, step).fit()
+        except (
+            Exception
+        ) as error:  # at the end Tune asks workers that may be gone, reads what it could not write
+            if memory := _out_of_memory(error):
+                workers.lose_all(memory)
+            elif not (jobs.gave_up or jobs.finished):
+                raise
+        finally:
+            step.restore()
+        workers.start_round()
+
+
+def _round(
+    trainable: Any, workers: Workers, resources: Resources, folder: Path, step: StepCallback
+) -> tune.Tuner:
+    """Return one round of a study as Tune runs it."""
+    return tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=JobSearcher(jobs, resources.slots),
-            scheduler=JobScheduler(jobs, BadNodes() if resources.workers == 1 else None, resources.of_worker),
+            search_alg=JobSearcher(workers),
+            scheduler=JobScheduler(workers, resources.of_worker),
             num_samples=-1,  # until the searcher says FINISHED
             reuse_actors=resources.workers == 1,
         ),
         run_config=tune.RunConfig(
             name="ray",
-            storage_path=str(context.study_dir),
+            storage_path=str(folder),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=0),  # a lost trial is another job: Jobs.lose
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # trials write their own
-            callbacks=[StepCallback(on_step)],
+            callbacks=[step],
         ),
     )
-    try:
-        tuner.fit()
-    except Exception:  # at the end Tune asks workers that may be gone, and reads what it could not write
-        if not (jobs.gave_up or jobs.finished):
-            raise
+
+
+def _out_of_memory(error: BaseException | None) -> OutOfMemoryError | None:
+    """Return Ray's error of a killed worker among an exception's causes; Tune (2.60) does not expect it."""
+    while error and not isinstance(error, OutOfMemoryError):
+        error = error.__cause__ or error.__context__
+    return error if isinstance(error, OutOfMemoryError) else None

@@ -23,10 +23,10 @@ from tunefleet.cli import counted, printable, shell
 from tunefleet.files import is_full
 from tunefleet.journal import TrialRecord
 from tunefleet.search.asha import Asha
-from tunefleet.search.bad_nodes import named
 from tunefleet.search.connection import RayWatch
 from tunefleet.search.display import Progress, print_text, shown
 from tunefleet.search.engine import run_jobs
+from tunefleet.search.failures import named
 from tunefleet.search.jobs import Jobs
 from tunefleet.search.mirror import Mirror, storage_of
 from tunefleet.search.options import StudyOptions

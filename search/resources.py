@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterable, Mapping
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 import torch
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from tunefleet.cli import counted
-from tunefleet.search.connection import TRIAL_SLOT, connect
+from tunefleet.search.connection import TRIAL_SLOT, connect, is_local
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.spaces import find_space
 from tunefleet.trainables.device import CONTEXT_BYTES, Levers, choose, why_unusable
 from tunefleet.trainables.host import cpu_count, free_bytes
 
 NODE_SECONDS = 900.0  # an autoscaler's first node may take so long to come up
-NODES_MAX = 1000  # of one kind: an autoscaler may have no limit
+NODES_SECONDS = 5.0  # between looks at a cluster's nodes during a study
+AHEAD = 2  # trials of a cluster that wait for more nodes: an autoscaler starts them
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,11 @@ class Machine:
     trial_slots: float | None = None  # that the cluster offers; None: our own cluster, as many as fit
     nodes: tuple[tuple[float, float], ...] = ()  # CPUs and GPUs of each; none: this host is all there is
     gpu_bytes: int | None = None  # free on the GPU that has least; None: there is none, or it is not known
+    grows: bool = False  # an autoscaler may start more nodes
 
     @property
     def sizes(self) -> tuple[tuple[float, float], ...]:
-        """Returns CPUs and GPUs of each node, this host where there is no cluster."""
+        """Return CPUs and GPUs of each node, this host if there is no cluster."""
         return self.nodes or ((self.cpus, self.gpus),)
 
 
@@ -46,52 +48,77 @@ class Resources:
     cpus_per_trial: float
     gpus_per_trial: float
     workers: int = 1  # that share a trial and its resources
+    slots_max: int | None = None  # on a cluster slots follow its nodes, up to this; None: they are fixed
+    ahead: int = 0  # trials beyond what fits that wait for nodes
     gpu_bytes: int | None = None  # of a GPU that trials share, what each may take; None: all
 
     @property
     def threads(self) -> int:
-        """Returns the threads of one worker."""
+        """Return the threads of one worker."""
         return max(1, int(self.cpus_per_trial / self.workers))
 
     @property
     def of_trial(self) -> dict[str, float]:
-        """Returns the resources of one trial as Tune takes them."""
+        """Return the resources of one trial as Tune takes them."""
         return {"cpu": self.cpus_per_trial} | ({"gpu": self.gpus_per_trial} if self.gpus_per_trial else {})
 
     @property
     def of_worker(self) -> dict[str, float]:
-        """Returns the resources of one worker as Train takes them."""
+        """Return the resources of one worker as Train takes them."""
         of_worker = {"CPU": self.cpus_per_trial / self.workers}
         return of_worker | ({"GPU": self.gpus_per_trial / self.workers} if self.gpus_per_trial else {})
 
 
 def machine(device: str = "auto") -> Machine:
-    """Returns what there is to divide among trials; of an autoscaling cluster, what there may be.
+    """Return what there is to divide among trials; of a cluster, the nodes that are up.
 
     Args:
         device: ``--device``; with cpu there are no GPUs on this host.
+
+    Raises:
+        ValueError: No node came up.
     """
-    if not os.environ.get("RAY_ADDRESS"):
+    if is_local():
         gpus = 0 if device == "cpu" else torch.cuda.device_count()
         return Machine(cpu_count(), gpus, gpu_bytes=free_bytes() if gpus else None)
     connect()
-    sizes = _sizes(row["Resources"] for row in ray.nodes() if row["Alive"])
-    if config := ray._private.state.state.get_cluster_config():  # None without an autoscaler (Ray 2.60)
-        groups = [(group.resources, min(group.max_count, NODES_MAX)) for group in config.node_group_configs]
-        may_be = _sizes(resources for resources, count in groups for _ in range(count))
-        sizes = max(sizes, may_be, key=lambda nodes: sum(map(sum, nodes)))
+    grows = any("ray.io/node-group" in row.get("Labels", {}) for row in ray.nodes())  # ray up's or KubeRay's
+    sizes = node_sizes()
+    if grows and not any(gpus if device == "cuda" else cpus for cpus, gpus in sizes):
+        _wait_for([{"GPU" if device == "cuda" else "CPU": 1}])
+        sizes = node_sizes()
     slots = ray.cluster_resources().get(TRIAL_SLOT, 0)
-    return Machine(sum(cpus for cpus, _ in sizes), sum(gpus for _, gpus in sizes), slots, sizes)
+    return Machine(sum(cpus for cpus, _ in sizes), sum(gpus for _, gpus in sizes), slots, sizes, grows=grows)
 
 
-def _sizes(nodes: Iterable[Mapping[str, float]]) -> tuple[tuple[float, float], ...]:
-    """Returns CPUs and GPUs of the nodes that have any."""
-    sizes = [(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes]
-    return tuple(size for size in sizes if any(size))
+def node_sizes() -> tuple[tuple[float, float], ...]:
+    """Return CPUs and GPUs of the cluster's live nodes that have any."""
+    up = [row["Resources"] for row in ray.nodes() if row["Alive"]]
+    return tuple(size for node in up if any(size := (node.get("CPU", 0), node.get("GPU", 0))))
+
+
+def _wait_for(bundles: list[dict[str, float]]) -> None:
+    """Wait until an autoscaler has started nodes with room for these, which it does for what waits.
+
+    Raises:
+        ValueError: It did not.
+    """
+    group = placement_group(bundles)
+    came = group.wait(NODE_SECONDS)
+    remove_placement_group(group)
+    if not came:
+        raise _no_node("GPU" in bundles[0])
+
+
+def _no_node(gpu: bool) -> ValueError:
+    return ValueError(
+        f"no node with a free {'GPU' if gpu else 'CPU'} within {NODE_SECONDS / 60:.0f} min; "
+        "ray status says what the cluster waits for"
+    )
 
 
 def look_at_device(options: StudyOptions, there: Machine) -> tuple[Levers, Machine]:
-    """Chooses how trials use their device: here, or on a node of the cluster, where they will run.
+    """Choose how trials use their device: here, or on a node of the cluster, where they will run.
 
     Returns:
         The choice, and the machine with what is free on its GPUs.
@@ -112,21 +139,18 @@ def look_at_device(options: StudyOptions, there: Machine) -> tuple[Levers, Machi
     except ray.exceptions.RayTaskError as error:
         raise ValueError(str(error.cause)) from error
     except ray.exceptions.GetTimeoutError as error:
-        raise ValueError(
-            f"no node with a free {'GPU' if on_gpu else 'CPU'} within {NODE_SECONDS / 60:.0f} min; "
-            "ray status says what the cluster waits for"
-        ) from error
+        raise _no_node(on_gpu) from error
     return levers, replace(there, gpu_bytes=free)
 
 
 def _look(device: str, precision: str) -> tuple[Levers, int | None]:
-    """Returns the levers of this process's device, and what is free on its GPU."""
+    """Return the levers of this process's device, and what is free on its GPU."""
     levers = choose(device, precision)
     return levers, torch.cuda.mem_get_info()[0] if levers.device == "cuda" else None
 
 
 def check_device(levers: Levers, there: Machine) -> None:
-    """Raises ValueError where a study's device is not there."""
+    """Raise ValueError if a study's device is not there."""
     if levers.device == "cuda" and not there.gpus:
         why = None if there.nodes else why_unusable()
         raise ValueError(
@@ -136,7 +160,7 @@ def check_device(levers: Levers, there: Machine) -> None:
 
 
 def settle(options: StudyOptions, levers: Levers, there: Machine) -> StudyOptions:
-    """Returns the options with what depends on the machine: workers per trial, and with them the pruner."""
+    """Return the options with what depends on the machine: workers per trial, and with them the pruner."""
     workers = options.workers_per_trial
     if workers is None:
         wanted = find_space(options.space).workers_per_trial
@@ -146,16 +170,41 @@ def settle(options: StudyOptions, levers: Levers, there: Machine) -> StudyOption
 
 
 def plan(options: StudyOptions, levers: Levers, there: Machine) -> Resources:
-    """Divides CPUs and GPUs among trials.
+    """Divide CPUs and GPUs among trials.
 
     Raises:
         ValueError: They do not suffice; shows the arithmetic.
     """
-    cpus, gpus, workers = there.cpus, there.gpus, options.workers_per_trial or 1
-    gpus_per_trial = options.gpus_per_trial
+    workers, gpus_per_trial = options.workers_per_trial or 1, options.gpus_per_trial
     if gpus_per_trial is None:
         share = 1 if workers > 1 else find_space(options.space).gpus_per_trial
         gpus_per_trial = workers * share if levers.device == "cuda" else 0.0
+    if there.grows:
+        there = _grown(there, workers, options.cpus_per_trial or workers, gpus_per_trial)
+    _check_gpus(gpus_per_trial, workers, there.gpus)
+    cpus_per_trial = options.cpus_per_trial or _cpus_per_trial(options, there, gpus_per_trial)
+    fits = _fitting(there.sizes, cpus_per_trial / workers, gpus_per_trial / workers) // workers
+    if fits < 1 or ((options.concurrency or 0) > fits and not there.nodes):
+        raise ValueError(_too_little(options, there, fits, cpus_per_trial, gpus_per_trial))
+    assert options.trials is not None
+    most = max(options.trials, options.final_seeds)
+    if workers > 1 and there.trial_slots is not None:
+        if there.trial_slots < 1:
+            raise ValueError(
+                f"--workers-per-trial={workers} needs the resource {TRIAL_SLOT}, and there is none; start "
+                f"""the head with ray start --head --resources='{{"{TRIAL_SLOT}": {fits}}}'"""
+            )
+        most = min(most, int(there.trial_slots))
+    resources = Resources(min(options.concurrency or fits, most), cpus_per_trial, gpus_per_trial, workers)
+    if not there.nodes or (options.concurrency and workers == 1):
+        return resources  # trials that do not fit yet wait, each for a node
+    if workers > 1:  # a group that does not fit fails after a minute (Ray 2.60)
+        return replace(resources, slots=min(resources.slots, fits), slots_max=resources.slots)
+    return replace(resources, slots_max=most, ahead=AHEAD if there.grows else 0)
+
+
+def _check_gpus(gpus_per_trial: float, workers: int, gpus: float) -> None:
+    """Raise ValueError for a share of GPUs that cannot be had."""
     if gpus_per_trial > gpus:
         raise ValueError(
             f"--gpus-per-trial={gpus_per_trial:g}, but there are {counted(gpus, 'GPU')}; "
@@ -168,45 +217,82 @@ def plan(options: StudyOptions, levers: Levers, there: Machine) -> Resources:
             f"--gpus-per-trial={gpus_per_trial:g} among --workers-per-trial={workers}: each worker takes "
             f"whole GPUs; give a multiple of {workers}"
         )
-    cpus_per_trial = options.cpus_per_trial
-    if cpus_per_trial is None:
-        cpus_per_trial = float(workers)
-        if gpus_per_trial and options.concurrency and len(there.sizes) == 1:
-            cpus_per_trial = max(cpus_per_trial, cpus // options.concurrency)
-        elif gpus_per_trial:
-            shares = [c // fit for c, g in there.sizes if (fit := _by_gpu(g, gpus_per_trial / workers)) >= 1]
-            cpus_per_trial = max(cpus_per_trial, workers * min(shares, default=0.0))
-    fits = _fitting(there, cpus_per_trial / workers, gpus_per_trial / workers) // workers
-    slots = options.concurrency or fits
-    if fits < 1 or slots > fits:
-        asked = f"{slots} × " if options.concurrency else ""
-        need = asked + counted(cpus_per_trial, "CPU")
-        need += f" and {asked}{counted(gpus_per_trial, 'GPU')}" if gpus_per_trial else ""
-        need += f" ({workers} workers each)" if workers > 1 else ""
-        remedy = f"give --concurrency of at most {fits}, or a smaller --cpus-per-trial"
-        if not fits:
-            remedy = f"give --cpus-per-trial of at most {cpus:g}"
-            if options.cpus_per_trial is None and workers > 1:
-                remedy = f"give --workers-per-trial of at most {int(cpus)}"
-            if len(there.sizes) > 1:
-                need += " on one node" if workers == 1 else ""
-                remedy = "; ".join(map(_named, sorted(set(there.sizes))))
-                remedy = f"the nodes have {remedy}: give --cpus-per-trial and --gpus-per-trial that fit"
-        raise ValueError(f"trials need {need}, but there are {_named((cpus, gpus))}; {remedy}")
-    if workers > 1 and there.trial_slots is not None:
-        if there.trial_slots < 1:
-            raise ValueError(
-                f"--workers-per-trial={workers} needs the resource {TRIAL_SLOT}, and there is none; start "
-                f"""the head with ray start --head --resources='{{"{TRIAL_SLOT}": {fits}}}'"""
-            )
-        slots = min(slots, int(there.trial_slots))
-    assert options.trials is not None
-    slots = min(slots, max(options.trials, options.final_seeds))
-    return Resources(slots, cpus_per_trial, gpus_per_trial, workers)
+
+
+def _cpus_per_trial(options: StudyOptions, there: Machine, gpus: float) -> float:
+    """Return one for each worker, or a GPU's share of its node's CPUs."""
+    workers = options.workers_per_trial or 1
+    if gpus and options.concurrency and len(there.sizes) == 1 and not there.grows:
+        return max(float(workers), there.cpus // options.concurrency)
+    shares = [c // fit for c, g in there.sizes if gpus and (fit := _by_gpu(g, gpus / workers)) >= 1]
+    return max(float(workers), workers * min(shares, default=0.0))
+
+
+def _grown(there: Machine, workers: int, cpus: float, gpus: float) -> Machine:
+    """Return the cluster once a trial fits, for which an autoscaler may have to start nodes."""
+    if _fitting(there.sizes, cpus / workers, gpus / workers) >= workers:
+        return there
+    bundle = {"CPU": cpus / workers} | ({"GPU": gpus / workers} if gpus else {})
+    _wait_for([bundle] * workers)
+    return replace(machine(), gpu_bytes=there.gpu_bytes)
+
+
+def _too_little(options: StudyOptions, there: Machine, fits: int, cpus: float, gpus: float) -> str:
+    """Return the arithmetic of trials that need more CPUs or GPUs than there are."""
+    workers = options.workers_per_trial or 1
+    asked = f"{options.concurrency} × " if options.concurrency else ""
+    need = asked + counted(cpus, "CPU")
+    need += f" and {asked}{counted(gpus, 'GPU')}" if gpus else ""
+    need += f" ({workers} workers each)" if workers > 1 else ""
+    remedy = f"give --concurrency of at most {fits}, or a smaller --cpus-per-trial"
+    if not fits:
+        remedy = f"give --cpus-per-trial of at most {there.cpus:g}"
+        if options.cpus_per_trial is None and workers > 1:
+            remedy = f"give --workers-per-trial of at most {int(there.cpus)}"
+        if len(there.sizes) > 1:
+            need += " on one node" if workers == 1 else ""
+            remedy = "; ".join(map(_named, sorted(set(there.sizes))))
+            remedy = f"the nodes have {remedy}: give --cpus-per-trial and --gpus-per-trial that fit"
+    return f"trials need {need}, but there are {_named((there.cpus, there.gpus))}; {remedy}"
+
+
+def waiting(options: StudyOptions, resources: Resources) -> str:
+    """Return a line about trials that were asked for and wait for nodes; nothing if there are none."""
+    if is_local() or not options.concurrency:
+        return ""
+    fits = fitting(resources)
+    if options.concurrency <= fits:
+        return ""
+    return (
+        f"--concurrency={options.concurrency}, and the nodes that are up have room for "
+        f"{counted(fits, 'trial')}: the others wait for nodes"
+    )
+
+
+def fitting(resources: Resources) -> int:
+    """Return how many trials fit on the cluster's nodes as they are now."""
+    share = resources.cpus_per_trial / resources.workers, resources.gpus_per_trial / resources.workers
+    return _fitting(node_sizes(), *share) // resources.workers
+
+
+class Slots:
+    """How many trials may be at work: planned once on a host, following the nodes on a cluster."""
+
+    def __init__(self, resources: Resources) -> None:
+        self.resources, self.slots = resources, resources.slots
+        self._looked_at = -math.inf
+
+    def __call__(self) -> int:
+        """Return their number now; at least one."""
+        most = self.resources.slots_max
+        if most is not None and time.monotonic() - self._looked_at >= NODES_SECONDS:
+            self._looked_at = time.monotonic()
+            self.slots = max(1, min(most, fitting(self.resources) + self.resources.ahead))
+        return self.slots
 
 
 def fit_memory(resources: Resources, peak_bytes: int | None, free: int | None) -> tuple[Resources, str]:
-    """Returns the resources with as many trials on each GPU as its memory holds, and a line where fewer.
+    """Return the resources with as many trials on each GPU as its memory holds, and a line where fewer.
 
     Args:
         resources: As planned.
@@ -239,7 +325,7 @@ def fit_memory(resources: Resources, peak_bytes: int | None, free: int | None) -
 
 
 def _by_gpu(gpus: float, of_worker: float) -> float:
-    """Returns how many workers a node's GPUs hold; Ray gives whole ones, or shares of one."""
+    """Return how many workers a node's GPUs hold; Ray gives whole ones, or shares of one."""
     if not of_worker:
         return math.inf
     return gpus // of_worker if of_worker >= 1 else gpus * (1 // of_worker)
@@ -249,6 +335,6 @@ def _named(size: tuple[float, float]) -> str:
     return f"{counted(size[0], 'CPU')} and {counted(size[1], 'GPU')}"
 
 
-def _fitting(there: Machine, cpus: float, gpus: float) -> int:
-    """Returns how many workers of so many CPUs and GPUs the nodes hold, none of which is divided."""
-    return sum(int(min(math.floor(c / cpus + 1e-9), _by_gpu(g, gpus))) for c, g in there.sizes)
+def _fitting(sizes: tuple[tuple[float, float], ...], cpus: float, gpus: float) -> int:
+    """Return how many workers of so many CPUs and GPUs the nodes hold, none of which is divided."""
+    return sum(int(min(math.floor(c / cpus + 1e-9), _by_gpu(g, gpus))) for c, g in sizes)

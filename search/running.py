@@ -20,10 +20,9 @@ import ray
 from rich.console import Console
 
 from tunefleet.cli import shell
-from tunefleet.search.connection import RayWatch, connect
+from tunefleet.search.connection import RayWatch, connect, is_local
 from tunefleet.search.display import phase, print_text
 from tunefleet.search.lease import NAME as LEASE
-from tunefleet.search.local_ray import is_local
 from tunefleet.search.mirror import bring
 from tunefleet.search.options import RESUMABLE, StudyOptions, flag
 from tunefleet.search.session import Session
@@ -165,6 +164,7 @@ def _checked(request: Request, session: Session) -> int:
         version = earlier.asked.get("data", {}).get("format_version", 1)  # of how images are decoded
         check_sha256(data, options.data, earlier.asked["data_sha256"], version)
     share = resources.plan(options, levers, machine)
+    _say(resources.waiting(options, share), console)
     if machine.nodes:
         check_nodes(options, request.shared, data, levers, console)
     on_a_node = bool(machine.nodes) or levers.device == "cuda"

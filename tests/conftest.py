@@ -18,6 +18,12 @@ ROOT = Path(__file__).parents[1]
 os.environ |= {"WANDB_MODE": "disabled", "WANDB_ERROR_REPORTING": "false"}  # tests of W&B say otherwise
 
 
+def ray_logs(driver):
+    """Returns where a driver's own Ray has its logs."""
+    words = [word for process in driver.children() for word in process.cmdline()]
+    return Path(next(word for word in words if word.startswith("--log_dir=")).partition("=")[2])
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Two threads on a busy core wait for each other: an epoch of ResNet takes 20 times as long."""

@@ -330,7 +330,7 @@ def fill_disk(folder: Path, times: int, undisturbed: Undisturbed) -> Outcome:
                     ballast.write(bytes(1024))
             code, _, err = run.finish()
             said = err.strip()
-            if code != 3 or "no room" not in err or "--resume" not in err or "\n" in said:
+            if code != 3 or "no room" not in err or "tunefleet resume" not in err or "\n" in said:
                 wrong.append(f"exit code {code}: {err[-500:]}")
             (disk / "ballast").unlink()
             run.resume()

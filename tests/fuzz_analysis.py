@@ -15,7 +15,8 @@ import pandas as pd
 
 from tests.fuzz import Command
 from tests.made_study import edit_events, remove_trials, write_study
-from tunefleet.analysis import replay, report, results, wandb_report
+from tunefleet.analysis import report, results, wandb_report
+from tunefleet.benchmarks import replay
 
 NAMES = (
     "study",

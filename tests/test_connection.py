@@ -17,6 +17,8 @@ from tunefleet.search.connection import (
     check_answers,
     check_limits,
     check_token_file,
+    environment,
+    is_local,
 )
 
 
@@ -101,9 +103,32 @@ def test_a_token_that_cannot_be_closed_is_refused(token, monkeypatch):
 def test_a_long_temporary_folder_is_left_for_tmp(monkeypatch):
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setattr("tempfile.gettempdir", lambda: "/" + 95 * "x")
-    assert _local_variables()["RAY_TMPDIR"] == "/tmp"
+    assert _local_variables(0)["RAY_TMPDIR"] == "/tmp"
     monkeypatch.setattr("tempfile.gettempdir", lambda: "/tmp")
-    assert "RAY_TMPDIR" not in _local_variables()
+    assert "RAY_TMPDIR" not in _local_variables(0)
+
+
+def test_only_groups_of_workers_need_a_known_address():
+    assert "RAY_ADDRESS" not in _local_variables(0)
+    variables = _local_variables(2)
+    assert variables["RAY_ADDRESS"].endswith(f":{variables['RAY_GCS_SERVER_PORT']}")
+
+
+@pytest.mark.parametrize(("address", "local"), [(None, True), ("", True), ("local", True), ("auto", False)])
+def test_a_study_joins_a_cluster_only_if_an_address_is_given(monkeypatch, address, local):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address is not None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    assert is_local() is local
+
+
+def test_variables_are_set_for_a_time_and_a_users_own_stay(monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", "mine")
+    monkeypatch.delenv("RAY_NEW", raising=False)
+    with environment({"RAY_TMPDIR": "ours", "RAY_NEW": "1"}):
+        assert (os.environ["RAY_TMPDIR"], os.environ["RAY_NEW"]) == ("mine", "1")
+    assert os.environ["RAY_TMPDIR"] == "mine"
+    assert "RAY_NEW" not in os.environ
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.made_study import write_events, write_study
-from tunefleet.analysis.curves import read
 from tunefleet.analysis.load import load
-from tunefleet.analysis.replay import main as replay
-from tunefleet.analysis.replay import pick, reports_of, scheduler_of
-from tunefleet.analysis.simulate import simulate
-from tunefleet.benchmarks.curves import main, new_options, points
+from tunefleet.benchmarks.curves import read
+from tunefleet.benchmarks.record import main, new_options, points
+from tunefleet.benchmarks.replay import main as replay
+from tunefleet.benchmarks.replay import pick, reports_of, scheduler_of
+from tunefleet.benchmarks.simulate import simulate
 from tunefleet.search.run import main as run
 from tunefleet.search.spaces import SPACES
 

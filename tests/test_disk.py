@@ -20,7 +20,7 @@ from pyarrow import fs
 
 from tunefleet.files import is_full, says_full, write_whole
 from tunefleet.journal import Journal
-from tunefleet.search.faults import cause_of
+from tunefleet.search.failures import cause_of
 
 NOISE = np.random.default_rng(0).integers(0, 256, 2_000_000, dtype=np.uint8)
 

@@ -8,7 +8,7 @@ import pytest
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("imports", ["search", "ray.autoscaler._private.util, search"])
+@pytest.mark.parametrize("imports", ["tunefleet.search", "ray, tunefleet.search"])
 def test_ray_starts_whichever_is_imported_first(imports):
     """Ray settles once how it authenticates; a server that is told otherwise later refuses it."""
     code = (

@@ -5,8 +5,7 @@ import errno
 import pytest
 import torch
 
-from tunefleet.search.bad_nodes import IN_A_ROW, SAME_EVENT_SECONDS, GpuLosses
-from tunefleet.search.faults import cause_of, gpu_named
+from tunefleet.search.failures import IN_A_ROW, SAME_EVENT_SECONDS, GpuFailures, cause_of, gpu_named
 from tunefleet.trainables import host as host_module
 from tunefleet.trainables.device import BrokenGpuError, choose, is_out_of_memory
 from tunefleet.trainables.graph import CaptureError, CaptureMemoryError
@@ -127,7 +126,7 @@ def test_a_lost_workers_cause_and_gpu_are_read_from_the_error():
 @pytest.fixture
 def losses():
     now = [0.0]
-    counted = GpuLosses(clock=lambda: now[0])
+    counted = GpuFailures(clock=lambda: now[0])
     counted.now = now
     return counted
 

@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 
 from tests.made_study import change, remove_trials, write_study
-from tunefleet.analysis import replay, report, results, wandb_report
+from tunefleet.analysis import report, results, wandb_report
 from tunefleet.analysis.load import load
+from tunefleet.benchmarks import replay
 
 FILES = ("study.json", "result.json", "reports.jsonl", "lr_curve.csv")
 BEST = ("best/predictions.parquet", "best/misclassified.npz", "best/first_layer.npy")

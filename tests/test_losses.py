@@ -1,61 +1,180 @@
-"""What the scheduler makes of a lost worker, without Ray: the kernel's kills, GPUs and neighbours."""
+"""What a lost worker means for its trial, its GPU and its neighbours, without Ray."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import OutOfMemoryError
 
-from tunefleet.search.engine import JobScheduler
+from tests.test_jobs import make_jobs
+from tunefleet.search import engine
+from tunefleet.search.engine import JobScheduler, Workers
 
-
-class Jobs:
-    """Notes what it is told."""
-
-    def __init__(self):
-        self.lost, self.notes = [], []
-
-    def lose(self, trial_id, cause, error, gpu=None):
-        self.lost.append((trial_id, cause, gpu))
-
-    def report(self, trial_id, report):
-        return True
+EPOCH = {"epoch": 1, "val_accuracy": 0.5, "diverged": False, "epoch_seconds": 1.0}
+OUT = OutOfMemoryError("2 worker(s) were killed due to the node running low on memory. Node (ID: n1)")
+DIED = RuntimeError("The actor died")
 
 
 @pytest.fixture
 def kills(monkeypatch):
     counted = [5]  # of before the study
     monkeypatch.setattr("tunefleet.search.engine.oom_kills", lambda: counted[0])
-    monkeypatch.setattr("tunefleet.search.engine._node_of", lambda trial: None)
+    monkeypatch.setattr("tunefleet.search.engine.node_named", lambda error: None)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     return counted
 
 
 @pytest.fixture
-def scheduler(kills):
-    return JobScheduler(Jobs(), None, {})
+def workers(kills, tmp_path):
+    """Gives the workers of a study of eight trials, none of which is ever pruned."""
+
+    def make(slots=2, **options):
+        jobs = make_jobs(tmp_path / "reports.jsonl", pruner="none", trials=8, **options)
+        return Workers(jobs, lambda: slots, None)
+
+    return make
 
 
-def trial(trial_id, worker="w1"):
-    actor = SimpleNamespace(_actor_id=SimpleNamespace(hex=lambda: worker))
-    return SimpleNamespace(
-        config={"trial_id": trial_id},
-        temporary_state=SimpleNamespace(ray_actor=actor),
-        pickled_error_file=None,
-        error_file=None,
+def start(workers, **place):
+    """Starts the next job, as Tune does; returns its trial's id."""
+    job = workers.next_job()
+    workers.places[job.trial_id] = {"node_id": "n1"} | place
+    return job.trial_id
+
+
+def lose(workers, trial_id, error=DIED):
+    workers.lose(trial_id, error)
+    workers.end(trial_id)
+
+
+def report(workers, trial_id, epoch=1):
+    continues = workers.report(trial_id, EPOCH | {"epoch": epoch})
+    if not continues:
+        workers.end(trial_id)
+    return continues
+
+
+def lost(workers):
+    events = workers.jobs.journal.read()
+    return [(event["trial_id"], event["lost"]) for event in events if "lost" in event]
+
+
+def test_a_worker_that_the_kernel_killed_for_lack_of_memory_is_no_crash(workers, kills):
+    workers = workers(slots=1)
+    for killed in (0, 1, 0):
+        kills[0] += killed
+        lose(workers, start(workers))
+        workers.memory.suspects.clear()
+    assert [cause for _, cause in lost(workers)] == ["worker", "memory", "worker"]
+
+
+def test_a_lost_worker_names_the_gpu_of_its_place_or_of_its_last_report(workers):
+    workers = workers()
+    first, second = start(workers, gpu="GPU-a"), start(workers)
+    workers.report(second, EPOCH | {"gpu": "GPU-b"})
+    lose(workers, first)
+    lose(workers, second)
+    events = [event for event in workers.jobs.journal.read() if "lost" in event]
+    assert [event["gpu"] for event in events] == ["GPU-a", "GPU-b"]
+
+
+def both_end_fit(workers, small, large):
+    workers.lose_all(OUT)
+    workers.start_round()
+
+
+def one_is_lost_and_the_other_ends_fit(workers, small, large):
+    lose(workers, large, OUT)
+    both_end_fit(workers, small, large)
+
+
+def both_are_lost(workers, small, large):
+    lose(workers, large, OUT)
+    assert workers.next_job() is None  # the other one is still at work
+    lose(workers, small, OUT)
+
+
+def only_the_small_one_is_lost(workers, small, large):
+    lose(workers, small, OUT)
+    assert workers.next_job() is None
+    assert not report(workers, large)  # it has to yield
+
+
+@pytest.mark.parametrize(
+    "kill", [both_end_fit, one_is_lost_and_the_other_ends_fit, both_are_lost, only_the_small_one_is_lost]
+)
+def test_a_small_neighbour_is_never_charged_and_the_large_trial_is_found_alone(workers, kill):
+    """Ray kills either of the two, or both; only trial 0001 needs too much."""
+    workers = workers()
+    small, large = start(workers), start(workers)
+    kill(workers, small, large)
+    alone = []
+    while workers.memory.suspects:
+        alone.append(start(workers))
+        assert workers.next_job() is None  # one at a time
+        if alone[-1] == large:
+            lose(workers, large, OUT)
+        else:
+            report(workers, small)
+    assert set(alone) == {small, large}
+    assert alone.count(large) == 2
+    assert workers.jobs.trials[large].status == "out_of_memory"
+    assert workers.jobs.losses[small]["memory"] == 0
+    assert [cause for trial_id, cause in lost(workers) if trial_id == small].count("memory") == 0
+    assert start(workers)
+    assert start(workers)  # two at a time again
+
+
+def test_a_suspect_that_continues_alone_is_not_stopped_when_it_is_the_last(workers):
+    workers = workers()
+    first, second = start(workers), start(workers)
+    workers.lose_all(OUT)
+    workers.start_round()
+    assert start(workers) == first
+    assert not report(workers, first)
+    assert start(workers) == second
+    assert report(workers, second)
+    assert workers.next_job().trial_id == first
+
+
+def test_a_neighbour_on_another_node_is_no_suspect(workers):
+    workers = workers()
+    first, second = start(workers), start(workers, node_id="n2")
+    lose(workers, first, OUT)
+    assert lost(workers) == [(first, "memory")]
+    assert workers.memory.suspects == {first}
+    assert second in workers.at_work
+
+
+def test_a_round_ends_when_epochs_are_short_and_nothing_is_lost_by_it(workers, monkeypatch):
+    monkeypatch.setattr(engine, "ROUND", 2)
+    workers = workers()
+    first, second = start(workers), start(workers)
+    workers.report(first, EPOCH | {"epoch_seconds": 60.0})  # an idle worker would wait longer than one starts
+    assert report(workers, first, 2)
+    workers._seconds.clear()
+    workers.end(first)
+    assert workers.next_job() is None
+    assert workers.round_is_over
+    assert not report(workers, second)
+    workers.jobs.running.discard(first)
+    workers.jobs.interrupted.append(first)
+    workers.start_round()
+    assert not workers.round_is_over
+    assert [workers.next_job().trial_id for _ in range(2)] == [second, first]
+
+
+def test_tunes_results_and_errors_reach_the_study(workers, tmp_path):
+    workers = workers()
+    job = workers.next_job()
+    scheduler = JobScheduler(workers, {})
+    (tmp_path / "error").write_text("The actor died")
+    trial = SimpleNamespace(
+        config={"trial_id": job.trial_id}, pickled_error_file=None, error_file=str(tmp_path / "error")
     )
-
-
-def test_a_worker_that_the_kernel_killed_for_want_of_memory_is_no_crash(scheduler, kills):
-    scheduler.on_trial_error(None, trial("0000"))
-    kills[0] += 1
-    scheduler.on_trial_error(None, trial("0001"))
-    scheduler.on_trial_error(None, trial("0002"))
-    causes = [cause for _, cause, _ in scheduler.jobs.lost]
-    assert causes == ["worker", "memory", "worker"]
-
-
-def test_a_lost_worker_names_the_gpu_of_its_last_report(scheduler):
-    report = {"report": '{"epoch": 1, "gpu": "GPU-a"}'}
-    scheduler.on_trial_result(None, trial("0000"), report)
-    scheduler.on_trial_error(None, trial("0000"))
-    scheduler.on_trial_error(None, trial("0001", worker="w2"))
-    assert scheduler.jobs.lost == [("0000", "worker", "GPU-a"), ("0001", "worker", None)]
+    place = {"node_id": "n1", "pid": 7}
+    assert scheduler.on_trial_result(None, trial, {"place": json.dumps(place)}) == "CONTINUE"
+    assert workers.places[job.trial_id] == place
+    assert scheduler.on_trial_result(None, trial, {"report": json.dumps(EPOCH)}) == "CONTINUE"
+    scheduler.on_trial_error(None, trial)
+    assert lost(workers) == [(job.trial_id, "worker")]

@@ -11,7 +11,7 @@ from tests.three_nodes import three_nodes
 from tunefleet.analysis.load import load
 from tunefleet.journal import Journal
 from tunefleet.search import nodes
-from tunefleet.search.bad_nodes import IN_A_ROW, BadNodes
+from tunefleet.search.failures import IN_A_ROW, NodeFailures
 from tunefleet.search.provenance import code_sha256, commit, versions
 from tunefleet.trainables.device import Levers
 
@@ -141,17 +141,17 @@ def test_node_that_fails_whatever_it_gets_gets_no_more(cluster, bucket, cli, tmp
 
 
 def test_bad_nodes_are_those_that_failed_in_a_row_while_others_are_there():
-    nodes = BadNodes(alive=lambda: frozenset({"a", "b"}))
+    nodes = NodeFailures(alive=lambda: frozenset({"a", "b"}))
     for failed in (True, True, False, True, True):
-        nodes.tell("a", failed)
-    assert nodes.avoided() == frozenset()
-    nodes.tell("a", True)
-    assert nodes.avoided() == {"a"}
+        nodes.record("a", failed)
+    assert nodes.excluded() == frozenset()
+    nodes.record("a", True)
+    assert nodes.excluded() == {"a"}
     for _ in range(IN_A_ROW):
-        nodes.tell("b", True)
-    assert nodes.avoided() == frozenset()  # nothing would be left
-    nodes.tell("b", False)
-    assert nodes.avoided() == {"a"}
+        nodes.record("b", True)
+    assert nodes.excluded() == frozenset()  # nothing would be left
+    nodes.record("b", False)
+    assert nodes.excluded() == {"a"}
 
 
 def test_outside_a_checkout_the_commit_is_the_environments(monkeypatch):

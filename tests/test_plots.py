@@ -15,9 +15,9 @@ from matplotlib.text import Text
 
 from tests.made_study import EVIL, edit_events, with_changes, write_study
 from tunefleet.analysis import plots, stats
-from tunefleet.analysis.compared import compare
 from tunefleet.analysis.load import load
 from tunefleet.analysis.report import figures
+from tunefleet.benchmarks.compared import compare
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, ray_logs
 
 pytestmark = pytest.mark.ray
 LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
@@ -19,7 +19,7 @@ from tunefleet.search.connection import _token, connect
 import ray
 connect(trial_slots=2)
 ray.get(ray.remote(lambda: 1).options(num_cpus=0).remote())
-print(ray._private.worker._global_node.get_session_dir_path(), _token(), flush=True)
+print(_token(), flush=True)
 input()
 """
 
@@ -30,8 +30,8 @@ def cluster():
     unset = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, "-c", START], env=unset, cwd=ROOT, **pipes)
-    folder, token = process.stdout.readline().split()
-    yield process, Path(folder), token
+    token = process.stdout.readline().strip()
+    yield process, ray_logs(psutil.Process(process.pid)).parent, token
     process.communicate("\n", timeout=60)
 
 

@@ -17,7 +17,18 @@ from tunefleet.search.preflight import (
     largest_peak,
     settle_image_size,
 )
-from tunefleet.search.resources import Machine, Resources, check_device, fit_memory, plan, settle
+from tunefleet.search.resources import (
+    AHEAD,
+    Machine,
+    Resources,
+    Slots,
+    check_device,
+    fit_memory,
+    machine,
+    plan,
+    settle,
+    waiting,
+)
 from tunefleet.search.running import default_folder
 from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.device import CONTEXT_BYTES, Levers, choose
@@ -253,3 +264,83 @@ def test_a_forecast_of_a_gpus_memory_computes_no_features_and_counts_them(data_d
     sample = 88 + 88 * 434 // 1004  # 5.5 batches, and as many to validate as there are in proportion
     assert peak == 1000 + (1438 - sample) * 512 * 4
     assert not (tmp_path / "prepared").exists()
+
+
+def node(cpus, gpus=0, alive=True, **labels):
+    return {"Alive": alive, "Resources": {"CPU": cpus, "GPU": gpus}, "Labels": labels}
+
+
+@pytest.fixture
+def nodes(monkeypatch):
+    """A cluster; its nodes may change."""
+    there = [node(0), node(4), node(2), node(8, alive=False)]
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr("tunefleet.search.resources.connect", lambda: None)
+    monkeypatch.setattr("ray.nodes", lambda: there)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"trial_slot": 16.0})
+    return there
+
+
+def on_cluster(**options):
+    options = settle(StudyOptions(space="softmax", **options), CPU, there := machine())
+    return options, plan(options, CPU, there)
+
+
+def test_slots_follow_the_nodes_of_a_cluster(nodes, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("tunefleet.search.resources.time.monotonic", lambda: now[0])
+    _, resources = on_cluster(trials=9)
+    slots = Slots(resources)
+    assert (resources.slots, slots()) == (6, 6)
+    nodes.append(node(2))
+    assert slots() == 6  # looked a moment ago
+    now[0] += 60
+    assert slots() == 8
+    nodes.append(node(64))
+    now[0] += 60
+    assert slots() == 9  # there are no more trials
+    nodes.clear()
+    now[0] += 60
+    assert slots() == 1
+
+
+def test_where_an_autoscaler_starts_nodes_a_few_trials_wait_for_them(nodes):
+    nodes[0]["Labels"] = {"ray.io/node-group": "head"}
+    _, resources = on_cluster(trials=32)
+    assert resources.slots == 6
+    assert Slots(resources)() == 6 + AHEAD
+
+
+def test_more_trials_at_once_than_fit_now_are_accepted_on_a_cluster_and_said(nodes):
+    options, resources = on_cluster(trials=32, concurrency=16)
+    assert resources.slots == Slots(resources)() == 16
+    assert waiting(options, resources) == (
+        "--concurrency=16, and the nodes that are up have room for 6 trials: the others wait for nodes"
+    )
+    options, resources = on_cluster(trials=32, concurrency=6)
+    assert waiting(options, resources) == ""
+
+
+def test_groups_of_workers_are_no_more_than_fit_since_they_cannot_wait(nodes):
+    options, resources = on_cluster(trials=32, workers_per_trial=2, concurrency=8)
+    assert resources.slots == Slots(resources)() == 3
+    nodes.append(node(4))
+    assert Slots(resources)() == 5
+    assert "have room for 5 trials" in waiting(options, resources)
+
+
+def test_an_autoscaler_starts_the_first_node_and_one_that_a_trial_fits_on(nodes, monkeypatch):
+    asked = []
+
+    def start(bundles):
+        asked.append(bundles)
+        nodes.append(node(sum(bundle["CPU"] for bundle in bundles)))
+
+    monkeypatch.setattr("tunefleet.search.resources._wait_for", start)
+    nodes[:] = [node(0, **{"ray.io/node-group": "head"})]
+    _, resources = on_cluster(cpus_per_trial=3.0)
+    assert asked == [[{"CPU": 1}], [{"CPU": 3.0}]]
+    assert resources.slots == 1
+    nodes[:] = [node(0)]  # started by hand: nobody starts more
+    with pytest.raises(ValueError, match="trials need 1 CPU, but there are 0 CPUs"):
+        on_cluster()

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from tests.made_study import asked, write_events
-from tunefleet.analysis.compared import EXPLAINED, MEASURES, as_text, compare
-from tunefleet.analysis.curves import Curves
-from tunefleet.analysis.replay import (
+from tunefleet.benchmarks.compared import EXPLAINED, MEASURES, as_text, compare
+from tunefleet.benchmarks.curves import Curves
+from tunefleet.benchmarks.replay import (
     REFERENCE,
     SCHEDULERS,
     default_schedulers,
@@ -20,7 +20,7 @@ from tunefleet.analysis.replay import (
     reports_of,
     scheduler_of,
 )
-from tunefleet.analysis.simulate import simulate
+from tunefleet.benchmarks.simulate import simulate
 from tunefleet.search.asha import least_epochs, rung_epochs
 from tunefleet.study import write_study
 

@@ -18,7 +18,7 @@ from tests.test_jobs import make_jobs
 from tunefleet.analysis.load import load
 from tunefleet.analysis.report import main as report
 from tunefleet.journal import Journal
-from tunefleet.search.faults import cause_of, told
+from tunefleet.search.failures import cause_of, text_of
 from tunefleet.search.mirror import Mirror, bring, main, storage_of
 from tunefleet.search.running import check_storage
 from tunefleet.study import write_study
@@ -372,7 +372,7 @@ def test_lost_store_stops_a_study_and_blames_no_trial(tmp_path):
     first, second = jobs.next_job(), jobs.next_job()
     error = StoreError("s3://b/s cannot be used (Access Denied)")
     text = f"ray::Trial.step() (pid=1)\n  File x\ntrainables.storage.StoreError: {error}"
-    jobs.lose(first.trial_id, cause_of(RuntimeError(text)), told(RuntimeError(text)))
+    jobs.lose(first.trial_id, cause_of(RuntimeError(text)), text_of(RuntimeError(text)))
     assert jobs.gave_up == str(error)
     assert jobs.next_job() is None
     assert not jobs.report(second.trial_id, {"epoch": 1, "val_accuracy": 0.5})

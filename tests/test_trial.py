@@ -28,6 +28,7 @@ def worker(data_dir, tmp_path):
         values = TrainConfig("softmax", **({"epochs": 3, "lr": 0.01} | config)).to_dict()
         job = {"trial_id": trial_id, "config": values, "reported": reported, "final": final, "eager": False}
         trial.reset_config(job)
+        assert trial.step() == {"place": "{}"}
         return trial
 
     return make
@@ -55,6 +56,7 @@ def test_next_job_of_a_worker_does_not_see_the_last(worker):
     reused = worker("0002", lr=0.01)
     report_of(reused)
     reused.reset_config(worker("0003", lr=0.05).job)
+    reused.step()
     assert report_of(reused) == alone
 
 

@@ -22,7 +22,13 @@ from ray.train.torch import TorchTrainer, get_device
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from tunefleet.trainables.group import Group
-from tunefleet.trainables.trial import JobRun, TrialContext, failure_report, set_up_worker
+from tunefleet.trainables.trial import (
+    JobRun,
+    TrialContext,
+    failure_report,
+    place_of_worker,
+    set_up_worker,
+)
 
 CONTROLLER_FAILURES = 3  # Ray's default is to try for ever
 
@@ -39,6 +45,7 @@ def drive(job: dict[str, Any], *, context: TrialContext, workers: int, resources
     Raises:
         TrainingFailedError: A worker was lost. The study has the trial go on with another group.
     """
+    tune.report({"place": json.dumps(place_of_worker())})
     own_fault = _failure_name(job["trial_id"])
     context.remove(own_fault)  # of an earlier life
     place = context.storage.url if context.storage else str(context.study_dir)

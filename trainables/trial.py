@@ -197,9 +197,17 @@ def whereabouts(context: TrialContext) -> dict[str, Any]:
     return place | ({"gpu": device.gpu_id()} if context.levers.device == "cuda" else {})
 
 
-def _node_id() -> str | None:
-    """Returns Ray's id of this node; None without Ray."""
-    return ray.get_runtime_context().get_node_id() if ray.is_initialized() else None
+def place_of_worker() -> dict[str, Any]:
+    """Return Ray's ids of this process, and its node: a job's first result, before anything can go wrong."""
+    if not ray.is_initialized():
+        return {}
+    worker = ray.get_runtime_context()
+    return {
+        "node_id": worker.get_node_id(),
+        "worker_id": worker.get_worker_id(),
+        "actor_id": worker.get_actor_id(),
+        "pid": os.getpid(),
+    }
 
 
 class Trial(tune.Trainable):
@@ -215,13 +223,18 @@ class Trial(tune.Trainable):
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Starts or resumes the next job on this worker."""
         self.job = new_config
+        self.placed = False  # whether the study knows where the job is
         self.run: JobRun | None = None  # built in step(), where its failure is the trial's result
         if self.context.levers.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         return True
 
     def step(self) -> dict[str, Any]:
-        """Returns the report of one epoch; a failure of the trial is a report too."""
+        """Return where the job runs, then the report of one epoch; a failure of the trial is a report too."""
+        if not self.placed:
+            self.placed = True
+            gpu_id = {"gpu": device.gpu_id()} if self.context.levers.device == "cuda" else {}
+            return {"place": json.dumps(place_of_worker() | gpu_id)}
         failed = False
         try:
             self.run = self.run or JobRun(self.job, self.context)
@@ -232,5 +245,5 @@ class Trial(tune.Trainable):
             self.run = None
             device.free_memory()
         # As text: Tune (2.60) keeps statistics of every number, 50 kB a trial. Without Tune's "done",
-        # which would pass the study's scheduler by.
-        return {"report": json.dumps(report), "node_id": _node_id()}
+        # with which the result would not reach the study's scheduler.
+        return {"report": json.dumps(report)}

@@ -1,7 +1,7 @@
 import pytest
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError
 
-from tunefleet.search.faults import cause_of, told
+from tunefleet.search.failures import cause_of, text_of
 
 
 @pytest.mark.parametrize(
@@ -36,4 +36,4 @@ def test_cause_is_read_from_what_ray_says(error, cause):
 
 
 def test_empty_lines_are_left_out():
-    assert told(ValueError("one\n\n  \ntwo")) == "one\ntwo"
+    assert text_of(ValueError("one\n\n  \ntwo")) == "one\ntwo"

@@ -2,8 +2,8 @@
 
 ::
 
-    python -m tunefleet.analysis.replay benchmarks/curves/*.csv
-    python -m tunefleet.analysis.replay studies/NAME --workers 8 --orders 200
+    python -m tunefleet.benchmarks.replay benchmarks/curves/*.csv
+    python -m tunefleet.benchmarks.replay studies/NAME --workers 8 --orders 200
 
 Takes the curves of studies without pruner and lets every scheduler search them, with simulated workers
 and in many orders of arrival, the same ones for all. ``stop`` and ``promote`` are search/jobs.py
@@ -30,9 +30,9 @@ import numpy as np
 import pandas as pd
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
-from tunefleet.analysis.compared import EXPLAINED, MEASURES, REFERENCE, as_text, compare, write
-from tunefleet.analysis.curves import Curves, read
-from tunefleet.analysis.simulate import Halving, Report, Scheduler, simulate
+from tunefleet.benchmarks.compared import EXPLAINED, MEASURES, REFERENCE, as_text, compare, write
+from tunefleet.benchmarks.curves import Curves, read
+from tunefleet.benchmarks.simulate import Halving, Report, Scheduler, simulate
 from tunefleet.cli import Parser, counted, exit_code, path_argument, printable, writing
 from tunefleet.journal import Journal, TrialRecord, winner
 from tunefleet.search.asha import Asha, least_epochs, rung_epochs
@@ -267,7 +267,7 @@ def replay(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    parser = Parser(prog="python -m tunefleet.analysis.replay", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m tunefleet.benchmarks.replay", description=__doc__.split("\n")[0])
     parser.add_argument(
         "curves", nargs="+", help="a study without pruner (folder or URL), or a table of benchmarks/curves.py"
     )

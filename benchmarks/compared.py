@@ -15,7 +15,7 @@ import pandas as pd
 from tunefleet.analysis import plots, stats
 
 REFERENCE = "ray_asha"  # what the others are compared with
-MEASURES = ("epochs", "seconds", "regret", "regret_other")  # of one search; analysis/replay.py
+MEASURES = ("epochs", "seconds", "regret", "regret_other")  # of one search; benchmarks/replay.py
 EXPLAINED = """\
 epochs: spent by the whole search; ratio: to ray_asha's. seconds: simulated.
 regret: final val_accuracy of the best curve less that of the one picked, in
