@@ -24,13 +24,13 @@ from rich.console import Console
 import tunefleet.search  # noqa: F401  sets Ray's environment before anything imports Ray
 from tunefleet.analysis.curves import COLUMNS, curves_of, table_of
 from tunefleet.analysis.load import load
-from tunefleet.cli import exit_code
+from tunefleet.cli import exit_code, shown
+from tunefleet.files import write_whole
 from tunefleet.search.flags import add_options, parse_study, study_parser
 from tunefleet.search.launch import Script, resume, start
 from tunefleet.search.options import StudyOptions
-from tunefleet.search.printing import shown
 from tunefleet.search.spaces import described, find_space
-from tunefleet.search.study_file import read_study, write_whole
+from tunefleet.search.study_file import read_study
 from tunefleet.search.suggest import RandomSampler
 from tunefleet.trainables.config import check_integer
 

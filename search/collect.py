@@ -23,6 +23,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from tunefleet.cli import Parser, counted, exit_code, printable
+from tunefleet.files import write_whole
 from tunefleet.search.final import final_results
 from tunefleet.search.journal import Journal, TrialRecord, records, status_of, winner
 from tunefleet.search.study_file import (
@@ -31,7 +32,6 @@ from tunefleet.search.study_file import (
     read_events,
     read_study,
     write_study,
-    write_whole,
 )
 
 OTHER_SECONDS = 30.0  # that another process may take to write the same tables

@@ -35,13 +35,13 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from tunefleet.cli import exit_code, shell
+from tunefleet.cli import exit_code, shell, shown
 from tunefleet.search.final import summarise
 from tunefleet.search.flags import add_options, add_storage, parse_study, study_parser
 from tunefleet.search.journal import TrialRecord, records
 from tunefleet.search.launch import Script, resume, start
 from tunefleet.search.options import StudyOptions
-from tunefleet.search.printing import print_text, rounded, shown
+from tunefleet.search.printing import print_text, rounded
 from tunefleet.search.spaces import find_space
 from tunefleet.search.study_file import lock_of, read_events, read_study, write_study
 from tunefleet.search.wandb_options import add_wandb_flags

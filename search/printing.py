@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,11 +10,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from tunefleet.cli import counted, printable
+from tunefleet.cli import counted, printable, shown
 from tunefleet.models import ARCHITECTURES
 from tunefleet.search.spaces import SPACES
 from tunefleet.search.study_file import read_study
-from tunefleet.trainables.storage import is_url
 
 TERMINAL_SECONDS = 0.5  # between refreshes
 PLAIN_SECONDS = 5.0  # between lines in a log file
@@ -134,14 +132,6 @@ def _shows(character: str, console: Console) -> bool:
     except (UnicodeEncodeError, LookupError):
         return False
     return True
-
-
-def shown(place: Path | str) -> str:
-    """Returns a path as short as the reader's working directory allows; a URL as it is."""
-    if is_url(place):
-        return str(place)
-    relative = os.path.relpath(place)
-    return str(place) if relative.startswith("..") else relative
 
 
 def rounded(value: float, form: str = "f") -> str:

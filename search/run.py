@@ -30,15 +30,16 @@ from typing import Any
 
 from rich.console import Console
 
-from tunefleet.cli import Parser, exit_code, printable, shell
+from tunefleet.cli import Parser, exit_code, printable, shell, shown
+from tunefleet.files import write_whole
 from tunefleet.search.flags import HELP, add_options, add_storage, parse_study, study_parser
 from tunefleet.search.folders import check_free, default_folder
 from tunefleet.search.launch import Script, resume, start
 from tunefleet.search.options import RESUMABLE, StudyOptions
-from tunefleet.search.printing import list_spaces, shown
+from tunefleet.search.printing import list_spaces
 from tunefleet.search.spaces import SPACES
 from tunefleet.search.stopping import say_nothing_written
-from tunefleet.search.study_file import read_study, write_whole
+from tunefleet.search.study_file import read_study
 from tunefleet.search.wandb_options import WandbOptions, add_wandb_flags
 from tunefleet.trainables.config import check_name
 from tunefleet.trainables.storage import is_url

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import ray
 from rich.console import Console
 
-from tunefleet.cli import counted, printable, shell
+from tunefleet.cli import counted, printable, shell, shown
 from tunefleet.search import preflight
 from tunefleet.search.bad_nodes import named
 from tunefleet.search.connection import RayWatch, connect
@@ -24,7 +24,7 @@ from tunefleet.search.launch import Script, read_images
 from tunefleet.search.mirror import Mirror
 from tunefleet.search.nodes import check_nodes
 from tunefleet.search.options import StudyOptions
-from tunefleet.search.printing import phase, print_text, shown
+from tunefleet.search.printing import phase, print_text
 from tunefleet.search.progress import Progress
 from tunefleet.search.resources import (
     Machine,
@@ -38,7 +38,7 @@ from tunefleet.search.resources import (
 )
 from tunefleet.search.study import Study
 from tunefleet.search.wandb_options import WandbOptions
-from tunefleet.search.wandb_sidecar import END_SECONDS, STOP_SECONDS, Sidecar
+from tunefleet.search.wandb_sync import END_SECONDS, STOP_SECONDS, Sidecar
 from tunefleet.trainables.data import ImageData
 from tunefleet.trainables.driver import hidden_by_environment
 from tunefleet.trainables.levers import Levers

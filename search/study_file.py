@@ -6,13 +6,13 @@ Imports nothing heavy: the process that feeds W&B beside a study needs it (searc
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from tunefleet.files import write_whole
 from tunefleet.search.journal import Journal, finite
 
 KEYS = {"space": str, "status": str, "options": dict, "rungs": list}  # that every reader relies on
@@ -69,19 +69,6 @@ def write_study(study_dir: Path, study: dict[str, Any]) -> None:
 
 def _crc(content: str) -> str:
     return f"{zlib.crc32(content.encode()):08x}"
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Write a file, whole or not at all, a power cut included."""
-    temporary = file.with_name(file.name + ".tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_events(study_dir: Path, study: dict[str, Any]) -> list[dict[str, Any]]:

@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 from filelock import FileLock
 
+from tunefleet.files import write_whole
 from tunefleet.search.collect import busy_fraction, collect, main
 from tunefleet.search.journal import Journal, records
-from tunefleet.search.study_file import lock_of, read_study, write_study, write_whole
+from tunefleet.search.study_file import lock_of, read_study, write_study
 
 
 def report(trial_id, epoch, value, **more):

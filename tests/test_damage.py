@@ -20,7 +20,7 @@ from tunefleet.search.journal import Journal
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.run import main as run
 from tunefleet.search.study_file import read_events, read_study, write_study
-from tunefleet.search.wandb_runs import plan
+from tunefleet.search.wandb_sync import runs_of
 
 TRIES = 120  # damages of each file in each state of a study
 
@@ -133,7 +133,7 @@ def readers(monkeypatch, capsys):
     def call(name, folder):
         def plan_runs():
             try:
-                plan(folder)
+                runs_of(folder)
             except ValueError as error:
                 return f"error: {error}\n"
             return ""

@@ -18,10 +18,9 @@ import torch
 from PIL import Image
 from pyarrow import fs
 
-from tunefleet.files import is_full, says_full
+from tunefleet.files import is_full, says_full, write_whole
 from tunefleet.search.faults import cause_of
 from tunefleet.search.journal import Journal
-from tunefleet.search.study_file import write_whole
 
 NOISE = np.random.default_rng(0).integers(0, 256, 2_000_000, dtype=np.uint8)
 

@@ -25,9 +25,7 @@ from tunefleet.search.run import main, parse
 from tunefleet.search.study_file import read_study
 from tunefleet.search.study_file import write_study as write_study_json
 from tunefleet.search.wandb_options import WandbOptions, choose
-from tunefleet.search.wandb_runs import COLUMNS, State, legible, plan, standing
-from tunefleet.search.wandb_sender import reason
-from tunefleet.search.wandb_sidecar import Sidecar
+from tunefleet.search.wandb_sync import COLUMNS, Sidecar, describe, legible, read_state, reason, runs_of
 
 LONGEST_SECONDS = 15  # for a command to end, whatever the server does
 
@@ -133,7 +131,7 @@ def sync(environment):
     def call(*arguments, **variables):
         began = time.monotonic()
         result = subprocess.run(
-            [sys.executable, "-m", "tunefleet.search.wandb_sync", *map(str, arguments)],
+            [sys.executable, "-m", "tunefleet", "sync", *map(str, arguments)],
             env={name: value for name, value in (environment | variables).items() if value is not None},
             capture_output=True,
             text=True,
@@ -318,7 +316,7 @@ def test_torn_offline_run_is_written_anew_and_offline_then_sync_uploads_all(serv
     folder = write_study(tmp_path / "study")
     assert sync(folder, "--offline")[0] == 0
     state = json.loads((folder / "wandb" / "state.json").read_text())
-    del state["offline"]["0000"]  # as after a kill before the file was whole
+    del state["runs"]["0000"]  # as after a kill before the file was whole
     (folder / "wandb" / "state.json").write_text(json.dumps(state))
     (torn,) = folder.glob("wandb/offline-run-*-0000/*.wandb")
     torn.write_bytes(torn.read_bytes()[:7])
@@ -390,9 +388,7 @@ def test_figures_added_later_are_sent_and_rows_are_not_sent_again(server, sync, 
 def test_killed_sync_then_sync_again_brings_each_row_once(server, environment, sync, tmp_path):
     folder = write_study(tmp_path / "study")
     server.seconds = 0.05
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tunefleet.search.wandb_sync", str(folder)], env=environment
-    )
+    process = subprocess.Popen([sys.executable, "-m", "tunefleet", "sync", str(folder)], env=environment)
     while sum(run.rows_received for run in server.runs.values()) < 9:
         assert process.poll() is None
         time.sleep(0.02)
@@ -411,8 +407,7 @@ def test_following_outlives_the_servers_death_and_brings_each_row_once(server, e
         json.dumps(STUDY_JSON | {"status": "running", "wandb": {"mode": "online"}})
     )
     hurried = (
-        "import tunefleet.search.wandb_sender as s, tunefleet.search.wandb_sync as w; "
-        "s.OPEN_RUNS, w.POLL_SECONDS, w.RETRY_SECONDS = 2, 0.1, 0.5"
+        "import tunefleet.search.wandb_sync as w; w.OPEN_RUNS, w.POLL_SECONDS, w.RETRY_SECONDS = 2, 0.1, 0.5"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", f"{hurried}; w.main([{str(folder)!r}, '--follow'])"],
@@ -428,9 +423,8 @@ def test_following_outlives_the_servers_death_and_brings_each_row_once(server, e
     process.stdin.close()
     assert process.wait(LONGEST_SECONDS) == 0
     assert_all_there(server, folder, once=False)  # a row whose answer was lost is sent again, in its place
-    options = choose({"mode": "online", "key": KEY})
-    with_url = State.load(folder, options).file.read_text()
-    assert set(json.loads(with_url)["runs"]) == {"0000", "0001", "0002", "0003", "final-1", "study"}
+    state = json.loads((folder / "wandb" / "state.json").read_text())
+    assert state["runs"].keys() == {"0000", "0001", "0002", "0003", "final-1", "study"}
 
 
 def test_sweep_is_made_once_with_the_trials_as_prior_runs(server, sync, tmp_path):
@@ -480,7 +474,7 @@ def test_long_name_is_cut_to_what_wandb_takes():
 def test_working_directory_that_is_no_utf_8_stops_no_sync(server, environment, tmp_path):
     folder = write_study(tmp_path / "study")
     (here := tmp_path / "no \udcff UTF-8").mkdir()
-    command = [sys.executable, "-m", "tunefleet.search.wandb_sync", str(folder)]
+    command = [sys.executable, "-m", "tunefleet", "sync", str(folder)]
     result = subprocess.run(command, env=environment, cwd=here, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
     assert_all_there(server, folder)
@@ -489,7 +483,7 @@ def test_working_directory_that_is_no_utf_8_stops_no_sync(server, environment, t
 def test_studies_of_one_name_do_not_meet(tmp_path):
     first, second = write_study(tmp_path / "a" / "study"), write_study(tmp_path / "b" / "study")
     write_study_json(second, read_study(second) | {"started_at": 5.0})
-    assert not {run.run_id for run in plan(first)} & {run.run_id for run in plan(second)}
+    assert not {run.run_id for run in runs_of(first)} & {run.run_id for run in runs_of(second)}
 
 
 @pytest.mark.parametrize(
@@ -724,15 +718,13 @@ def test_reason_says_what_stands_against_it(text, words):
     assert words in reason(text, KEY)
 
 
-def test_standing_counts_what_changed_since(tmp_path):
+def test_what_changed_since_counts_as_missing(tmp_path):
     folder = write_study(tmp_path / "study")
     options = choose({"mode": "online", "key": KEY})
-    state = State.load(folder, options)
-    state.runs = {run.key: run.record for run in plan(folder)}
-    state.save()
-    assert standing(folder, options)[1] is False
+    state = read_state(folder, options) | {"runs": {run.key: run.record for run in runs_of(folder)}}
+    assert describe(folder, options, state)[1] is False
     Journal(folder / "reports.jsonl").append(report("0001", 2, 0.5))
-    assert standing(folder, options) == ("1 of 6 runs are not synced", True)
+    assert describe(folder, options, state) == ("1 of 6 runs are not synced", True)
 
 
 STUDY = ["--space", "softmax", "--data", "digits", "--device", "cpu"]
