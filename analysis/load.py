@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import shutil
 import tempfile
 import zipfile
 import zlib
@@ -19,10 +18,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 from pandas.api.types import is_bool_dtype, is_numeric_dtype, is_string_dtype
-from pyarrow import fs
 
 from tunefleet.analysis.text import reason
 from tunefleet.cli import printable, shell
+from tunefleet.store import Store
 
 NEEDED = ("study.json", "trials.csv", "epochs.parquet", "lr_curve.csv")  # of a study, beside best/
 FINAL = "final-"  # trial ids of the winner's retrained seeds begin so
@@ -123,7 +122,7 @@ def load(folder: Path | str) -> Study:
     Raises:
         ValueError: It holds no study, or one that is incomplete or damaged.
     """
-    if "://" in str(folder):
+    if Store(str(folder)).folder is None:
         with tempfile.TemporaryDirectory() as copy:
             study = _load(fetch(str(folder), Path(copy)), str(folder))
         return replace(study, folder=Path(study.name))  # where a report of it goes
@@ -142,19 +141,15 @@ def fetch(url: str, into: Path) -> Path:
     """
     folder = into / url.rstrip("/").rpartition("/")[2]
     (folder / "best").mkdir(parents=True)
+    store = Store(url.rstrip("/"), patience=0)
     try:
-        system, root = fs.FileSystem.from_uri(url.rstrip("/"))
-        found = system.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
-        for info in found:
-            name = info.path.removeprefix(f"{root}/")
+        for name in store.names():
             in_best = name.startswith("best/") and name.count("/") == 1 and not name.endswith(".pt")
-            if info.is_file and (name in NEEDED or in_best):
-                with system.open_input_stream(info.path) as stream, (folder / name).open("wb") as file:
-                    shutil.copyfileobj(stream, file)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise ValueError(
-            f"{url} cannot be read ({reason(error)}); check the address and the credentials"
-        ) from None
+            if name in NEEDED or in_best:
+                store.fetch([name], folder)
+    except (OSError, ValueError) as error:
+        why = reason(error.__cause__ or error)
+        raise ValueError(f"{url} cannot be read ({why}); check the address and the credentials") from None
     return folder
 
 
@@ -227,7 +222,7 @@ def _load(folder: Path, place: str) -> Study:
 
 def _again(place: str) -> str:
     """Return what to do about missing tables."""
-    if "://" in place:  # its driver collects it
+    if Store(place).folder is None:  # its driver collects it
         return f"resume it: {shell('tunefleet', 'resume', place)}"
     return f"write them again: {shell('tunefleet', 'collect', place)}"
 

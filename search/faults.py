@@ -21,7 +21,7 @@ import re
 from typing import Any
 
 from tunefleet.files import says_full
-from tunefleet.trainables.storage import StoreError
+from tunefleet.store import StoreError
 
 MEMORY = ("NODE_OUT_OF_MEMORY", "running low on memory")
 NODE = (

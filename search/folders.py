@@ -12,8 +12,8 @@ from tunefleet.cli import shell
 from tunefleet.search.lease import NAME as LEASE
 from tunefleet.search.options import RESUMABLE, StudyOptions, flag
 from tunefleet.search.study_file import lock_of, read_events, read_study
+from tunefleet.store import BRIEF_SECONDS, Store, reason
 from tunefleet.trainables.data import BUILT_IN, expanded
-from tunefleet.trainables.storage import BRIEF_SECONDS, Storage, is_url, reason, url_under
 
 
 def place_of(options: StudyOptions, folder: Path | None, storage: str | None) -> tuple[StudyOptions, Path]:
@@ -22,7 +22,7 @@ def place_of(options: StudyOptions, folder: Path | None, storage: str | None) ->
     Raises:
         ValueError: Something is there already, or nothing can be written there.
     """
-    if storage and is_url(storage):
+    if storage and Store(storage).folder is None:
         options = dataclasses.replace(options, storage=storage)
     elif storage and folder:
         raise ValueError(f"--storage={storage} is a folder, and so is --study-dir={folder}; give one of them")
@@ -89,17 +89,15 @@ def check_storage(url: str | None, name: str) -> None:
     """Raises ValueError where an object store cannot be written and read, or holds such a study."""
     if url is None:
         return
-    storage = Storage(url_under(url, name), patience=BRIEF_SECONDS)
+    store = Store(url).below(name).patient(BRIEF_SECONDS)
     try:
-        if set(storage.names()) - {LEASE}:
+        if set(store.names()) - {LEASE}:
             raise ValueError(
-                f"{storage.url} holds another study; give another --study-dir name, or: "
-                f"{shell('tunefleet', 'resume', storage.url)}"
+                f"{store.place} holds another study; give another --study-dir name, or: "
+                f"{shell('tunefleet', 'resume', store.place)}"
             )
-        with tempfile.TemporaryDirectory() as folder:
-            (probe := Path(folder) / "probe").write_bytes(b"")
-            storage.put(probe, "probe")
-        storage.remove("probe")
+        store.write(b"", "probe")
+        store.remove("probe")
     except OSError as error:
         why = reason(error.__cause__ or error)
         raise ValueError(

@@ -30,7 +30,6 @@ from tunefleet.search.stopping import Stops
 from tunefleet.search.wandb_options import choose as choose_wandb
 from tunefleet.trainables.data import ImageData, check_sha256, prepare
 from tunefleet.trainables.driver import may_be_used
-from tunefleet.trainables.storage import is_url
 
 SHUTDOWN_SECONDS = 4.0  # for Ray to end its processes; it takes 1
 
@@ -103,7 +102,7 @@ def resume(
         ValueError: There is no study, it is done, or it cannot go on as asked.
     """
     script.stops.change(script.stops.nothing_yet)
-    folder = Path(os.path.realpath(bring(str(place)) if is_url(place) else place))
+    folder = Path(os.path.realpath(bring(str(place))))
     options, content = unfinished(folder, changes)
     wandb_options = choose_wandb(wandb or {}, content.get("wandb"))
     data = read_images(options, script.console)

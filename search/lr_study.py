@@ -36,6 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tunefleet.cli import exit_code, shell, shown
+from tunefleet.files import replacing
 from tunefleet.search.final import summarise
 from tunefleet.search.flags import add_options, add_storage, parse_study, study_parser
 from tunefleet.search.journal import TrialRecord, records
@@ -143,9 +144,8 @@ def finish(folder: Path, console: Console) -> int:
     validation = study["validation_count"]
     chance = 1 / classes + 3 * math.sqrt((1 - 1 / classes) / classes / validation)
     curve = lr_curve(trials, chance)
-    temporary = folder / "lr_curve.csv.tmp"
-    curve.to_csv(temporary, index=False, lineterminator="\n")
-    temporary.replace(folder / "lr_curve.csv")
+    with replacing(folder / "lr_curve.csv") as temporary:
+        curve.to_csv(temporary, index=False, lineterminator="\n")
     best = best_lr(curve)
     at_edge = best is not None and best in (curve.lr.min(), curve.lr.max())
     lock = lock_of(folder)

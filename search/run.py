@@ -41,8 +41,8 @@ from tunefleet.search.spaces import SPACES
 from tunefleet.search.stopping import say_nothing_written
 from tunefleet.search.study_file import read_study
 from tunefleet.search.wandb_options import WandbOptions, add_wandb_flags
+from tunefleet.store import Store
 from tunefleet.trainables.config import check_name
-from tunefleet.trainables.storage import is_url
 
 ALL = "all.json"  # in a folder of the studies of all spaces: what was asked of each
 
@@ -84,7 +84,7 @@ def resume_main(arguments: list[str]) -> int:
 
 def resume_any(place: str, options: dict[str, Any], script: Script, wandb: Mapping[str, Any]) -> int:
     """Continue one study, or those of all spaces in a folder; return the exit code."""
-    if not is_url(place) and (file := Path(place, ALL)).is_file():
+    if (file := Path(place, ALL)).is_file():
         asked = read_asked(file)
         return run_all(file.parent, asked, options, script, wandb=asked["wandb"] | wandb)
     return resume(place, options, script, wandb=wandb)
@@ -184,7 +184,8 @@ def run_all(
                 codes.append(0 if done else resume(study, changes, script, wandb=wandb))
             else:
                 options = StudyOptions(space=space, **(asked["options"] | changes))
-                place = f"{storage.rstrip('/')}/{folder.name}" if storage and is_url(storage) else None
+                is_url = storage and not Store(storage).folder  # else the folder is given already
+                place = Store(storage).below(folder.name).place if is_url else None
                 codes.append(start(options, study, script, dry_run=dry_run, wandb=wandb, storage=place))
         except ValueError as error:  # one space's trouble is not the next one's
             print(f"error: {space}: {printable(str(error))}", file=sys.stderr)

@@ -39,10 +39,10 @@ from tunefleet.search.resources import (
 from tunefleet.search.study import Study
 from tunefleet.search.wandb_options import WandbOptions
 from tunefleet.search.wandb_sync import END_SECONDS, STOP_SECONDS, Sidecar
+from tunefleet.store import StoreError
 from tunefleet.trainables.data import ImageData
 from tunefleet.trainables.driver import hidden_by_environment
 from tunefleet.trainables.levers import Levers
-from tunefleet.trainables.storage import StoreError
 
 T = TypeVar("T")
 
@@ -186,7 +186,7 @@ def carry_out(study: Study, resources: Resources, script: Script, sidecar: Sidec
         f"{study.levers.device} {study.levers.precision} -> {shown(study.place)}",
         options.space,
     )
-    mirror = Mirror(study.folder, study.storage, functools.partial(print_standing, console=console))
+    mirror = Mirror(study.folder, study.store, functools.partial(print_standing, console=console))
     with mirror.running(), study.running(dataclasses.asdict(resources)):
         jobs = study.jobs()
         sidecar.start()

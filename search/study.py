@@ -27,15 +27,14 @@ from tunefleet.search.final import keep_best
 from tunefleet.search.folders import check_free
 from tunefleet.search.jobs import Jobs
 from tunefleet.search.journal import Journal
-from tunefleet.search.mirror import storage_of
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.preflight import Prepared
 from tunefleet.search.provenance import commit, machine_name, versions
 from tunefleet.search.spaces import described, find_space
 from tunefleet.search.study_file import lock_of, read_events, read_study, write_study
+from tunefleet.store import Store
 from tunefleet.trainables.data import ImageData
 from tunefleet.trainables.levers import Levers
-from tunefleet.trainables.storage import Storage
 from tunefleet.trainables.trial import TrialContext, checkpoint_name
 
 
@@ -53,14 +52,14 @@ class Study:
     _ending: threading.Lock = field(default_factory=threading.Lock)
 
     @property
-    def storage(self) -> Storage | None:
-        """Returns the object store that holds the study; None: its folder does."""
-        return storage_of(self.options.storage, self.folder)
+    def store(self) -> Store:
+        """Return what holds the study: its folder, or a URL."""
+        return Store.of_study(self.options.storage, self.folder)
 
     @property
     def place(self) -> Path | str:
         """Returns what names the study on a command line: its folder, or its URL."""
-        return self.storage.url if self.storage else self.folder
+        return self.store.folder or self.store.place
 
     @classmethod
     def create(
@@ -123,13 +122,9 @@ class Study:
             jobs.replay(events)
         except (KeyError, TypeError) as error:  # a journal of the old form has no checksums
             raise ValueError(f"{journal.file} does not fit study.json ({error!r}); restore both") from error
-        for file in (self.folder / "checkpoints").glob("*.pt"):
-            if file.stem not in jobs.trials:  # its start is lost, and another trial will have its number
-                file.unlink()
-        if storage := self.storage:
-            for name in storage.names("checkpoints"):
-                if Path(name).stem not in jobs.trials:  # of a trial whose start was lost with its driver
-                    storage.remove(name)
+        for name in self.store.names("checkpoints"):
+            if Path(name).stem not in jobs.trials:  # its start is lost; another trial will have its number
+                self.store.remove(name)
         return jobs
 
     def context(self, threads: int, gpu_bytes: int | None = None) -> TrialContext:
@@ -141,9 +136,9 @@ class Study:
             levers=self.levers,
             data_dir=Path(self.options.data_dir),
             study_dir=self.folder,
+            store=self.store,
             threads=threads,
             leaves_chance_by=find_space(self.options.space).leaves_chance_by,
-            storage=self.storage,
             gpu_bytes=gpu_bytes,
         )
 
@@ -195,13 +190,12 @@ class Study:
 
     def tidy(self, jobs: Jobs) -> None:
         """Keeps the winner's results and drops what only a resume would need."""
-        if self.storage:
-            seeds = [checkpoint_name(trial.trial_id) for trial in jobs.trials.values() if trial.is_final]
-            for name in (*seeds, *self.storage.names("best")):
-                self.storage.get(name, self.folder / name)
-            for folder in ("best", "checkpoints", "ray"):
-                for name in self.storage.names(folder):
-                    self.storage.remove(name)
+        seeds = [checkpoint_name(trial.trial_id) for trial in jobs.trials.values() if trial.is_final]
+        self.store.fetch([*seeds, *self.store.names("best")], self.folder)
         keep_best(self.folder, jobs.trials)
         for name in ("checkpoints", "ray"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
+        for folder in ("best", "checkpoints", "ray"):
+            for name in self.store.names(folder):
+                if not (self.folder / name).exists():
+                    self.store.remove(name)

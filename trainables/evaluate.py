@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -51,17 +48,8 @@ def evaluate_test(run: TrainingRun, folder: Path | None = None, tag: str = "") -
         wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISCLASSIFIED]
         folder.mkdir(exist_ok=True)
         predictions, misclassified = (folder / name for name in result_files(tag))
-        with _written(misclassified) as file:
-            np.savez(file, index=wrong, images=images[wrong])
-        with _written(predictions) as file:
-            pq.write_table(pa.table(columns), file)
+        with misclassified.open("wb") as stream:
+            np.savez(stream, index=wrong, images=images[wrong])
+        with predictions.open("wb") as stream:
+            pq.write_table(pa.table(columns), stream)
     return float((predicted == labels).mean())
-
-
-@contextlib.contextmanager
-def _written(file: Path) -> Iterator[IO[bytes]]:
-    """Opens a file that takes its name once it is whole."""
-    temporary = file.with_name(f"{file.name}.tmp")
-    with temporary.open("wb") as stream:
-        yield stream
-    temporary.replace(file)

@@ -10,13 +10,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import os
 import sys
 import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -301,18 +300,12 @@ class TrainingRun:
         self.reports = list(state["reports"])
         self.graph = None  # it would write to the optimizer state of before
 
-    def save(self, file: Path) -> None:
-        """Writes a checkpoint whole, then renames it: a kill leaves the old one or the new one."""
-        temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as stream:  # given a path, torch (2.15) hides that the disk is full
-                torch.save(self.state_dict(), stream)
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
+    def save(self, file: Path | IO[bytes]) -> None:
+        """Write a checkpoint."""
+        torch.save(self.state_dict(), file)
 
-    def load(self, file: Path) -> None:
-        """Reads a checkpoint; tensors and plain values only.
+    def load(self, file: Path | IO[bytes]) -> None:
+        """Read a checkpoint; tensors and plain values only.
 
         Raises:
             DamagedCheckpointError: The file is cut off or its bits have changed.
@@ -325,6 +318,8 @@ class TrainingRun:
             raise DamagedCheckpointError(f"{file} cannot be read: {error}") from error
         if damaged:
             raise DamagedCheckpointError(f"{file}: the sum of {damaged} is wrong")
+        if not isinstance(file, Path):
+            file.seek(0)
         # on the CPU, where the states of all generators have to be
         self.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
 
