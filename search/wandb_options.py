@@ -63,13 +63,9 @@ class WandbOptions:
     key: str | None = field(default=None, repr=False)  # None: it is in netrc, or there is none
 
     def __post_init__(self) -> None:
-        names = [(name, getattr(self, name), LONGEST_NAME) for name in ("entity", "group")]
-        names = [(name, text, longest) for name, text, longest in names if text]
-        for name, text, longest in [
-            ("project", self.project, LONGEST_NAME),
-            *names,
-            *(("tags", tag, LONGEST_TAG) for tag in self.tags),
-        ]:
+        names = {"project": self.project, "entity": self.entity or "-", "group": self.group or "-"}
+        texts = [(name, text, LONGEST_NAME) for name, text in names.items()]
+        for name, text, longest in [*texts, *(("tags", tag, LONGEST_TAG) for tag in self.tags)]:
             if not text.isprintable():
                 raise ValueError(f"--wandb-{name}={text} is not possible; give printable characters")
             if not 0 < len(text) <= longest:

@@ -4,6 +4,8 @@ import errno
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -100,6 +102,13 @@ def test_a_write_to_a_folder_that_fails_leaves_the_old_file_and_nothing_else(tmp
 )
 def test_a_url_is_no_folder(place, remote):
     assert (Store(place).folder is None) == remote
+
+
+def test_ground_floor_imports_nothing_heavy():
+    heavy = "{*sys.modules} & {'pyarrow', 'torch', 'ray'}"
+    code = f"import sys; from tunefleet import cli, files, store; print({heavy})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "set()\n"
 
 
 def test_unknown_store_is_an_error_that_says_what_is_known():

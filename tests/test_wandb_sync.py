@@ -319,8 +319,12 @@ def test_torn_offline_run_is_written_anew_and_offline_then_sync_uploads_all(serv
     del state["runs"]["0000"]  # as after a kill before the file was whole
     (folder / "wandb" / "state.json").write_text(json.dumps(state))
     (torn,) = folder.glob("wandb/offline-run-*-0000/*.wandb")
-    torn.write_bytes(torn.read_bytes()[:7])
+    torn.write_bytes(torn.read_bytes()[:7])  # by a copy that was cut off, or the first edition
+    killed = folder / "wandb" / "tmp" / "wandb" / "offline-run-20260101_000000-x-0001"
+    killed.mkdir(parents=True)
+    (killed / "run-x-0001.wandb").write_bytes(b":W&B")
     assert sync(folder, "--offline")[0] == 0
+    assert not (folder / "wandb" / "tmp").exists()
     rows = offline_rows(folder)
     assert {name: found for name, found in rows.items() if found} == expected_rows(folder)
     assert sync(folder)[0] == 0

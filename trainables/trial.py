@@ -83,7 +83,8 @@ class JobRun:
         if run.epochs_done <= self.reported:
             ends = self._ends(run.epoch())
             if self.group.rank == 0 and (self.job["final"] or not ends):  # nobody reads the others' last
-                run.save(checkpoint := io.BytesIO())
+                checkpoint = io.BytesIO()
+                run.save(checkpoint)
                 context.store.write(checkpoint.getbuffer(), checkpoint_name(trial_id))
         report = run.reports[self.reported] | whereabouts(context)
         ends = self._ends(report)

@@ -66,7 +66,8 @@ class Store:
 
     def below(self, name: str) -> Store:
         """Return the store of the study of that name, which may hold what a URL may not."""
-        return replace(self, place=f"{self.place.rstrip('/')}/{quote(name, errors='surrogateescape')}")
+        name = name if self.folder else quote(name, errors="surrogateescape")
+        return replace(self, place=f"{self.place.rstrip('/')}/{name}")
 
     def absolute(self) -> Store:
         """Return the same store for another working directory: a node's."""
