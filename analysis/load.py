@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -14,10 +13,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from pyarrow import fs
 
 from tunefleet.analysis.text import reason
 from tunefleet.cli import printable
+from tunefleet.store import Store
 from tunefleet.study import REACHED, Study
 
 NEEDED = ("study.json", "result.json", "reports.jsonl", "lr_curve.csv")  # of a study, beside best/
@@ -102,7 +101,7 @@ def load(folder: Path | str) -> StudyResults:
     Raises:
         ValueError: It holds no study, or one that is damaged.
     """
-    if "://" not in str(folder):
+    if Store(str(folder)).folder:
         return StudyResults(Path(folder), str(folder))
     with tempfile.TemporaryDirectory() as copy:
         study = StudyResults(fetch(str(folder), Path(copy)), str(folder))
@@ -122,19 +121,15 @@ def fetch(url: str, into: Path) -> Path:
     """
     folder = into / url.rstrip("/").rpartition("/")[2]
     (folder / "best").mkdir(parents=True)
+    store = Store(url.rstrip("/"), patience=0)
     try:
-        system, root = fs.FileSystem.from_uri(url.rstrip("/"))
-        found = system.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
-        for info in found:
-            name = info.path.removeprefix(f"{root}/")
+        for name in store.names():
             in_best = name.startswith("best/") and name.count("/") == 1 and not name.endswith(".pt")
-            if info.is_file and (name in NEEDED or in_best):
-                with system.open_input_stream(info.path) as stream, (folder / name).open("wb") as file:
-                    shutil.copyfileobj(stream, file)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise ValueError(
-            f"{url} cannot be read ({reason(error)}); check the address and the credentials"
-        ) from None
+            if name in NEEDED or in_best:
+                store.fetch([name], folder)
+    except (OSError, ValueError) as error:
+        why = reason(error.__cause__ or error)
+        raise ValueError(f"{url} cannot be read ({why}); check the address and the credentials") from None
     return folder
 
 

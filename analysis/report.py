@@ -38,6 +38,7 @@ from tunefleet.analysis.facts import comparison, facts
 from tunefleet.analysis.load import StudyResults, load
 from tunefleet.analysis.text import clock
 from tunefleet.cli import Parser, counted, exit_code, path_argument, printable, writing
+from tunefleet.files import write_whole
 
 SECTIONS = (
     ("Learning rate", "Everything else fixed, over several seeds.", ["lr_curves"]),
@@ -145,11 +146,8 @@ def _write(told: dict[str, Any], drawn: dict[str, Figure], out: Path) -> Path:
         undefined=jinja2.StrictUndefined,
     )
     page = environment.get_template("report.html.j2").render(EMPTY | told | {"figures": inline})
-    file = out / "report.html"
-    temporary = file.with_name("report.html.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(file)
-    return file
+    write_whole(out / "report.html", page.encode())
+    return out / "report.html"
 
 
 def _themed(svg: str) -> Markup:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from rich.segment import ControlType, Segment
 from rich.table import Table
 from rich.text import Text
 
-from tunefleet.cli import counted, printable
+from tunefleet.cli import counted, printable, shown
 from tunefleet.journal import FAILED, TrialRecord
 from tunefleet.models import ARCHITECTURES
 from tunefleet.search.asha import expected_epochs
@@ -25,7 +24,6 @@ from tunefleet.search.jobs import Jobs
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.spaces import SPACES
 from tunefleet.study import Study
-from tunefleet.trainables.storage import is_url
 
 SHOWN = ("lr", "weight_decay", "momentum", "batch_size", "hidden", "kernel_size", "schedule", "augment")
 TERMINAL_SECONDS = 0.5  # between refreshes
@@ -145,14 +143,6 @@ def _shows(character: str, console: Console) -> bool:
     except (UnicodeEncodeError, LookupError):
         return False
     return True
-
-
-def shown(place: Path | str) -> str:
-    """Return a path as short as the reader's working directory allows; a URL as it is."""
-    if is_url(place):
-        return str(place)
-    relative = os.path.relpath(place)
-    return str(place) if relative.startswith("..") else relative
 
 
 def rounded(value: float, form: str = "f") -> str:

@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from tunefleet.cli import counted, printable, shell
+from tunefleet.cli import counted, printable, shell, shown
 from tunefleet.files import is_full
 from tunefleet.journal import TrialRecord
 from tunefleet.search.asha import Asha
 from tunefleet.search.connection import RayWatch
-from tunefleet.search.display import Progress, print_text, shown
+from tunefleet.search.display import Progress, print_text
 from tunefleet.search.engine import run_jobs
 from tunefleet.search.failures import named
 from tunefleet.search.jobs import Jobs
-from tunefleet.search.mirror import Mirror, storage_of
+from tunefleet.search.mirror import Mirror
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.preflight import Prepared
 from tunefleet.search.provenance import command_line, commit, machine_name, versions
@@ -37,11 +37,11 @@ from tunefleet.search.session import Session
 from tunefleet.search.spaces import find_space
 from tunefleet.search.suggest import described
 from tunefleet.search.wandb_options import WandbOptions
-from tunefleet.search.wandb_sidecar import END_SECONDS, STOP_SECONDS, Sidecar
+from tunefleet.search.wandb_sync import END_SECONDS, STOP_SECONDS, Sidecar
+from tunefleet.store import Store, StoreError
 from tunefleet.study import Study, lock_study, write_result, write_study, write_tables
 from tunefleet.trainables.data import ImageData
 from tunefleet.trainables.device import Levers
-from tunefleet.trainables.storage import Storage, StoreError
 from tunefleet.trainables.trial import TrialContext, checkpoint_name
 
 
@@ -56,14 +56,14 @@ class Ready:
     resources: Resources
 
     @property
-    def storage(self) -> Storage | None:
-        """Return the object store that holds the study; None: its folder does."""
-        return storage_of(self.options.storage, self.folder)
+    def store(self) -> Store:
+        """Return what holds the study: its folder, or a URL."""
+        return Store.of_study(self.options.storage, self.folder)
 
     @property
     def place(self) -> Path | str:
         """Return what names the study on a command line: its folder, or its URL."""
-        return self.storage.url if self.storage else self.folder
+        return self.store.folder or self.store.place
 
 
 def create(ready: Ready, prepared: Prepared) -> None:
@@ -151,7 +151,7 @@ def run(ready: Ready, session: Session, wandb: WandbOptions, changes: Mapping[st
         options.space,
     )
     sidecar = Sidecar(ready.folder, wandb)
-    mirror = Mirror(ready.folder, ready.storage, functools.partial(print_text, console))
+    mirror = Mirror(ready.folder, ready.store, functools.partial(print_text, console))
     with mirror.running(), open_study(ready, wandb, changes) as study:
         scheduler = scheduler_of(ready, study.study)
         sidecar.start()
@@ -225,13 +225,9 @@ def scheduler_of(ready: Ready, study: Study) -> Jobs:
         scheduler.replay(study.events)
     except (KeyError, TypeError) as error:  # a journal of the old form has no checksums
         raise ValueError(f"{study.journal.file} does not fit study.json ({error!r}); restore both") from error
-    for file in (ready.folder / "checkpoints").glob("*.pt"):
-        if file.stem not in scheduler.trials:  # its start is lost, and another trial will have its number
-            file.unlink()
-    if storage := ready.storage:
-        for name in storage.names("checkpoints"):
-            if Path(name).stem not in scheduler.trials:
-                storage.remove(name)
+    for name in ready.store.names("checkpoints"):
+        if Path(name).stem not in scheduler.trials:  # its start is lost; another trial will have its number
+            ready.store.remove(name)
     return scheduler
 
 
@@ -244,25 +240,25 @@ def context_of(ready: Ready) -> TrialContext:
         levers=ready.levers,
         data_dir=Path(ready.options.data_dir),
         study_dir=ready.folder,
+        store=ready.store,
         threads=ready.resources.threads,
         leaves_chance_by=find_space(ready.options.space).leaves_chance_by,
-        storage=ready.storage,
         gpu_bytes=ready.resources.gpu_bytes,
     )
 
 
 def _tidy(ready: Ready, trials: Mapping[str, TrialRecord]) -> None:
     """Keep the winner's results and drop what only a resume would need."""
-    if storage := ready.storage:
-        seeds = [checkpoint_name(trial.trial_id) for trial in trials.values() if trial.is_final]
-        for name in (*seeds, *storage.names("best")):
-            storage.get(name, ready.folder / name)
-        for folder in ("best", "checkpoints", "ray"):
-            for name in storage.names(folder):
-                storage.remove(name)
+    store = ready.store
+    seeds = [checkpoint_name(trial.trial_id) for trial in trials.values() if trial.is_final]
+    store.fetch([*seeds, *store.names("best")], ready.folder)
     keep_best(ready.folder, trials)
     for name in ("checkpoints", "ray"):
         shutil.rmtree(ready.folder / name, ignore_errors=True)
+    for folder in ("best", "checkpoints", "ray"):
+        for name in store.names(folder):
+            if not (ready.folder / name).exists():
+                store.remove(name)
 
 
 def keep_best(folder: Path, trials: Mapping[str, TrialRecord]) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 import ray
 
 from tunefleet.files import says_full
-from tunefleet.trainables.storage import StoreError
+from tunefleet.store import StoreError
 
 MEMORY = ("NODE_OUT_OF_MEMORY", "running low on memory")
 NODE = (

@@ -8,7 +8,6 @@ Ray's object store. All within a minute.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -23,12 +22,13 @@ from rich.console import Console
 from rich.table import Table
 
 from tunefleet.cli import counted
+from tunefleet.files import replacing
 from tunefleet.models.resnet import weights_file
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.provenance import code_sha256, versions
+from tunefleet.store import BRIEF_SECONDS, Store
 from tunefleet.trainables.data import ImageData
 from tunefleet.trainables.device import Levers
-from tunefleet.trainables.storage import BRIEF_SECONDS, Storage, is_url
 
 ANSWER_SECONDS = 45.0  # for all nodes together; a dead one is known to Ray after a minute only
 SENT_MAX = 8 * 2**30  # bytes of images; more belongs on a disk that the nodes share
@@ -50,7 +50,7 @@ class Node:
 class Question:
     """What each node is asked; plain values, so that a node with other code can read it."""
 
-    place: str  # where studies are kept: a folder or a URL
+    store: Store  # where studies are kept
     mark: str  # the name of a file that the driver has written there
     data: Mapping[str, int]  # the decoded images' files and their bytes, by absolute path
     weights: tuple[str, str] | None  # a file and its sha256
@@ -96,13 +96,12 @@ def check_nodes(
             f"the cluster has {len(nodes)} nodes, and studies/ is a folder of this one; give --storage with "
             "a folder that all nodes share, or s3://BUCKET/PREFIX"
         )
-    question, written = _question(options, place, data)
+    question = _question(options, place, data)
     try:
         answers = _ask(nodes, question)
         missing = _written_by(nodes, question)
     finally:
-        for file in written:
-            file.unlink(missing_ok=True)
+        question.store.remove(question.mark)
     problems = [
         f"node {node.name}: {problem}"
         for node in nodes
@@ -115,24 +114,17 @@ def check_nodes(
     _send([node for node in nodes if answers[node.node_id]["lacks"]], answers)
 
 
-def _question(options: StudyOptions, place: str, data: ImageData) -> tuple[Question, list[Path]]:
-    mark, written = f"{MARK}-{uuid.uuid4().hex}", []
-    if not is_url(place):
-        place = str(Path(place).absolute())
-        Path(place).mkdir(parents=True, exist_ok=True)
-        written.append(Path(place) / mark)
-        written[0].write_text("driver")
+def _question(options: StudyOptions, place: str, data: ImageData) -> Question:
+    store, mark = Store(place, patience=BRIEF_SECONDS).absolute(), f"{MARK}-{uuid.uuid4().hex}"
+    store.write(b"driver", mark)
     files = {str(file): file.stat().st_size for file in sorted(Path(data.folder).iterdir())}
     weights = weights_file(str(options.fixed_values()["weights"]))
-    return (
-        Question(
-            place=place,
-            mark=mark,
-            data=files,
-            weights=(str(weights), _sha256(weights)) if weights else None,
-            data_dir=str(Path(options.data_dir).absolute()),
-        ),
-        written,
+    return Question(
+        store=store,
+        mark=mark,
+        data=files,
+        weights=(str(weights), _sha256(weights)) if weights else None,
+        data_dir=str(Path(options.data_dir).absolute()),
     )
 
 
@@ -194,35 +186,19 @@ def answer(question: Question) -> dict[str, Any]:
 
 
 def _leave_mark(question: Question) -> None:
-    node = ray.get_runtime_context().get_node_id()
-    if is_url(question.place):
-        file = Path(question.data_dir) / question.mark
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(node)
-        Storage(question.place.rstrip("/"), patience=BRIEF_SECONDS).put(file, f"{question.mark}/{node}")
-        file.unlink()
-        return
-    mark = Path(question.place) / question.mark
-    if not mark.exists():
+    if question.store.read(question.mark) is None:
         raise OSError("what the driver wrote there is not there")
-    mark.with_name(f"{question.mark}-{node}").write_text(node)
+    question.store.write(b"node", f"{question.mark}-{ray.get_runtime_context().get_node_id()}")
 
 
 def _written_by(nodes: list[Node], question: Question) -> set[str]:
     """Returns the ids of nodes whose mark the driver does not find, and removes the others'."""
     missing = set()
     for node in nodes:
-        if is_url(question.place):
-            storage = Storage(question.place.rstrip("/"), patience=BRIEF_SECONDS)
-            name = f"{question.mark}/{node.node_id}"
-            found = name in storage.names(question.mark)
-            storage.remove(name)
-        else:
-            mark = Path(question.place) / f"{question.mark}-{node.node_id}"
-            found = mark.exists()
-            mark.unlink(missing_ok=True)
-        if not found:
+        name = f"{question.mark}-{node.node_id}"
+        if question.store.read(name) is None:
             missing.add(node.node_id)
+        question.store.remove(name)
     return missing
 
 
@@ -291,9 +267,8 @@ def take(files: list[str], *contents: bytes) -> None:
     for file, content in zip(files, contents, strict=True):
         path = Path(file)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
 
 
 def _print(nodes: list[Node], answers: dict[str, dict[str, Any]], console: Console) -> None:

@@ -16,12 +16,12 @@ import torch
 from ray.tune.search.sample import Categorical, Integer
 from rich.console import Console
 
-from tunefleet.cli import counted
+from tunefleet.cli import counted, shown
 from tunefleet.models import ARCHITECTURES
 from tunefleet.models.building import build
 from tunefleet.models.resnet import output_shape
 from tunefleet.search.asha import expected_epochs
-from tunefleet.search.display import clock, print_text, shown
+from tunefleet.search.display import clock, print_text
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.resources import Machine, Resources
 from tunefleet.search.spaces import default_image_size, find_space

@@ -29,9 +29,9 @@ from typing import Any
 
 from rich.console import Console
 
-from tunefleet.cli import Parser, exit_code, printable, shell
+from tunefleet.cli import Parser, exit_code, printable, shell, shown
 from tunefleet.files import write_whole
-from tunefleet.search.display import list_spaces, shown
+from tunefleet.search.display import list_spaces
 from tunefleet.search.options import (
     HELP,
     RESUMABLE,
@@ -45,9 +45,9 @@ from tunefleet.search.running import check_free, default_folder, resume, start
 from tunefleet.search.session import Session, say_nothing_written
 from tunefleet.search.spaces import SPACES
 from tunefleet.search.wandb_options import WandbOptions, add_wandb_flags
+from tunefleet.store import Store
 from tunefleet.study import read_files
 from tunefleet.trainables.config import check_name
-from tunefleet.trainables.storage import is_url
 
 ALL = "all.json"  # in a folder of the studies of all spaces: what was asked of each
 
@@ -126,7 +126,7 @@ def resume_any(place: str, changes: dict[str, Any], session: Session, wandb: Map
     Raises:
         ValueError: It cannot continue as asked.
     """
-    if is_url(place) or not (file := Path(place, ALL)).is_file():
+    if not (file := Path(place, ALL)).is_file():
         return resume(place, changes, session, wandb=wandb)
     of_all = read_all(file)
     return run_all(file.parent, of_all, changes, session, wandb=of_all["wandb"] | wandb)
@@ -186,7 +186,8 @@ def run_all(
                 codes.append(0 if done else resume(study, changes, session, wandb=wandb))
             else:
                 options = StudyOptions(space=space, **(of_all["options"] | changes))
-                place = f"{storage.rstrip('/')}/{folder.name}" if storage and is_url(storage) else None
+                is_url = storage and not Store(storage).folder  # else the folder is given already
+                place = Store(storage).below(folder.name).place if is_url else None
                 codes.append(start(options, study, session, dry_run=dry_run, wandb=wandb, storage=place))
         except ValueError as error:  # the other spaces' studies can still run
             print(f"error: {space}: {printable(str(error))}", file=sys.stderr)

@@ -28,11 +28,11 @@ from tunefleet.search.options import RESUMABLE, StudyOptions, flag
 from tunefleet.search.session import Session
 from tunefleet.search.wandb_options import WandbOptions
 from tunefleet.search.wandb_options import choose as choose_wandb
+from tunefleet.store import BRIEF_SECONDS, Store, reason
 from tunefleet.study import Study, lock_study
 from tunefleet.trainables.data import BUILT_IN, ImageData, check_sha256, expanded
 from tunefleet.trainables.host import hidden_by_environment
 from tunefleet.trainables.preparation import prepare
-from tunefleet.trainables.storage import BRIEF_SECONDS, Storage, is_url, reason, url_under
 
 T = TypeVar("T")
 
@@ -82,7 +82,7 @@ def start(
         ValueError: The study cannot run as asked; nothing was written.
     """
     shared = storage or (str(folder.absolute().parent) if folder else None)
-    if storage and is_url(storage):
+    if storage and Store(storage).folder is None:
         options = dataclasses.replace(options, storage=storage)
     elif storage and folder:
         raise ValueError(f"--storage={storage} is a folder, and so is --study-dir={folder}; give one of them")
@@ -113,7 +113,7 @@ def resume(
     Raises:
         ValueError: There is no study, it is done, or it cannot continue as asked.
     """
-    folder = Path(os.path.realpath(bring(str(place)) if is_url(place) else place))
+    folder = Path(os.path.realpath(bring(str(place))))
     study = Study(folder)
     fixed = [flag(name) for name in changes if name not in RESUMABLE]
     if fixed and not extend:
@@ -293,17 +293,15 @@ def check_storage(url: str | None, name: str) -> None:
     """Raise ValueError where an object store cannot be written and read, or holds such a study."""
     if url is None:
         return
-    storage = Storage(url_under(url, name), patience=BRIEF_SECONDS)
+    store = Store(url).below(name).patient(BRIEF_SECONDS)
     try:
-        if set(storage.names()) - {LEASE}:
+        if set(store.names()) - {LEASE}:
             raise ValueError(
-                f"{storage.url} holds another study; give another --study-dir name, or: "
-                f"{shell('tunefleet', 'resume', storage.url)}"
+                f"{store.place} holds another study; give another --study-dir name, or: "
+                f"{shell('tunefleet', 'resume', store.place)}"
             )
-        with tempfile.TemporaryDirectory() as folder:
-            (probe := Path(folder) / "probe").write_bytes(b"")
-            storage.put(probe, "probe")
-        storage.remove("probe")
+        store.write(b"", "probe")
+        store.remove("probe")
     except OSError as error:
         why = reason(error.__cause__ or error)
         raise ValueError(

@@ -18,7 +18,7 @@ from tunefleet.journal import Journal
 from tunefleet.search import running
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.run import main as run
-from tunefleet.search.wandb_runs import plan
+from tunefleet.search.wandb_sync import runs_of
 from tunefleet.study import Study, read_study, write_study, write_tables
 
 TRIES = 120  # damages of each file in each state of a study
@@ -129,7 +129,7 @@ def readers(monkeypatch, capsys):
     def call(name, folder):
         def plan_runs():
             try:
-                plan(folder)
+                runs_of(folder)
             except ValueError as error:
                 return f"error: {error}\n"
             return ""

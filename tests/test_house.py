@@ -82,7 +82,7 @@ def test_imports_go_one_way(file):
         if top == "ray" and package == "trainables":
             assert file.name in RAY_IN_TRAINABLES, f"{file} imports {name}"
         if top == "wandb" and package == "search":
-            assert file.name == "wandb_sender.py", f"{file} imports {name}"
+            assert file.name == "wandb_sync.py", f"{file} imports {name}"
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)

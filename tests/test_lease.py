@@ -16,8 +16,8 @@ from tunefleet.search import lease as module
 from tunefleet.search.lease import NAME, Lease, check_lease, read_lease
 from tunefleet.search.mirror import Mirror
 from tunefleet.search.mirror import main as mirror_command
+from tunefleet.store import Store
 from tunefleet.study import write_study
-from tunefleet.trainables.storage import Storage
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def store():
 def storage(store, request):
     """An empty place for one study; an operation is tried for 2 s."""
     store.fault = ""
-    return Storage(f"{store.url}/{request.node.name.partition('[')[0]}/study", patience=2.0)
+    return Store(f"{store.url}/{request.node.name.partition('[')[0]}/study", patience=2.0)
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +111,7 @@ def test_lease_of_another_host_is_taken_once_it_is_stale_and_that_is_said(storag
     lease.take()
     assert 1.0 <= time.monotonic() - began < 4.0
     assert said == [
-        f"{storage.url} is driven by process 7 on other; waiting up to 1 s to see whether it still runs"
+        f"{storage.place} is driven by process 7 on other; waiting up to 1 s to see whether it still runs"
     ]
     lease.release()
 
@@ -148,7 +148,7 @@ def test_driver_that_finds_anothers_lease_has_lost_and_leaves_it_alone(storage):
     lease.take()
     write_lease(storage, pid=7)
     until(lambda: lease.lost)
-    assert lease.lost == f"{storage.url} is now driven by process 7 on other"
+    assert lease.lost == f"{storage.place} is now driven by process 7 on other"
     lease.release()
     assert read_lease(storage)["id"] == "other"
 
@@ -167,13 +167,13 @@ def test_of_two_that_start_at_once_at_most_one_stays(storage, monkeypatch):
 
 
 def test_lease_read_back_as_anothers_is_refused(storage, monkeypatch):
-    write = Storage.write
+    write = Store.write
 
     def write_and_lose(self, content, name):
         write(self, content, name)
         write_lease(storage) if b"other" not in content else None
 
-    monkeypatch.setattr(Storage, "write", write_and_lose)
+    monkeypatch.setattr(Store, "write", write_and_lose)
     with pytest.raises(ValueError, match="is now driven by process"):
         Lease(storage, pytest.fail).take()
 
@@ -193,7 +193,7 @@ def test_store_that_goes_away_and_comes_back_costs_no_lease(store, storage):
     assert lease.trouble() == ""
     store.fault = "403"
     until(lambda: lease.trouble())
-    assert lease.trouble().startswith(f"{storage.url} cannot be used (")
+    assert lease.trouble().startswith(f"{storage.place} cannot be used (")
     assert lease.trouble().endswith("; transfers wait")
     store.fault = ""
     until(lambda: not lease.trouble())
@@ -228,7 +228,6 @@ def test_driver_whose_machine_slept_looks_before_it_puts(storage, tmp_path, monk
     mirror = Mirror(tmp_path, storage)
     with mirror.running():
         write_lease(storage)
-        monkeypatch.setattr(mirror.lease, "_seen", time.time() - 100)
         mirror.update()
     assert mirror.lost
     assert storage.names() == [NAME]
@@ -255,12 +254,12 @@ def test_folder_of_which_the_store_knows_more_is_not_driven(storage, tmp_path):
 
 
 def test_mirror_by_hand_does_not_replace_what_another_driver_has_continued(storage, tmp_path, capsys):
-    place = storage.url.rpartition("/")[0]
+    place = storage.place.rpartition("/")[0]
     for name, events in (("other", 3), ("study", 2)):
         write_journal(tmp_path / name, events)
     options = {"epochs": 4, "pruner": "promote", "storage": place}
     write_study(tmp_path / "study", asked(options=options))
-    storage.put(tmp_path / "other" / "reports.jsonl", "reports.jsonl")
+    storage.write((tmp_path / "other" / "reports.jsonl").read_bytes(), "reports.jsonl")
     assert mirror_command([str(tmp_path / "study")]) == 2
     assert "knows more of the study" in capsys.readouterr().err
     write_lease(storage, **module._host(), pid=os.getppid(), started=module._started(os.getppid()))
@@ -289,7 +288,7 @@ def test_second_driver_is_refused_and_a_killed_ones_study_is_resumed_at_once(sto
     out, err = third.communicate(timeout=60)
     assert third.returncode == 3, err
     assert "waiting" not in out
-    assert NAME not in Storage(f"{store.url}/all/two").names()
+    assert NAME not in Store(f"{store.url}/all/two").names()
 
 
 @pytest.mark.ray
@@ -300,7 +299,7 @@ def test_driver_whose_study_was_taken_over_stops_with_three(store, cli, tmp_path
     driver = cli(*asked, "--study-dir", "lost", "--storage", f"{store.url}/all")
     journal = tmp_path / "lost" / "reports.jsonl"
     until(lambda: journal.exists() and len(Journal(journal).read()) >= 4, 90)
-    write_lease(Storage(f"{store.url}/all/lost"), pid=7)
+    write_lease(Store(f"{store.url}/all/lost"), pid=7)
     began = time.monotonic()
     _, err = driver.communicate(timeout=60)
     assert driver.returncode == 3

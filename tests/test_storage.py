@@ -4,6 +4,8 @@ import errno
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -19,12 +21,12 @@ from tunefleet.analysis.load import load
 from tunefleet.analysis.report import main as report
 from tunefleet.journal import Journal
 from tunefleet.search.failures import cause_of, text_of
-from tunefleet.search.mirror import Mirror, bring, main, storage_of
+from tunefleet.search.mirror import Mirror, bring, main
 from tunefleet.search.running import check_storage
+from tunefleet.store import Store, StoreError
 from tunefleet.study import write_study
 from tunefleet.trainables.device import choose
 from tunefleet.trainables.preparation import prepare
-from tunefleet.trainables.storage import Storage, StoreError, is_url
 from tunefleet.trainables.trial import JobRun, TrialContext
 
 JOB = {
@@ -45,7 +47,7 @@ def bucket():
 @pytest.fixture
 def storage(bucket, request):
     """An empty place for one study."""
-    return Storage(f"{bucket}/{request.node.name.partition('[')[0]}/study")
+    return Store(f"{bucket}/{request.node.name.partition('[')[0]}/study")
 
 
 STUDY = asked(space="softmax", status="stopped")
@@ -64,37 +66,62 @@ def start(folder, trials):
         Journal(folder / "reports.jsonl").append({"trial_id": f"{k:04d}", "epoch": 0, "config": {}})
 
 
-def test_a_file_comes_back_as_it_was_put(storage, tmp_path):
-    (tmp_path / "a").write_bytes(b"one")
-    storage.put(tmp_path / "a", "deep/er/a.txt")
-    (tmp_path / "a").write_bytes(b"two, longer")
-    storage.put(tmp_path / "a", "deep/er/a.txt")
+@pytest.mark.parametrize("kind", ["url", "folder", "folder that is no UTF-8"])
+def test_a_file_comes_back_as_it_was_written(storage, tmp_path, kind):
+    if kind != "url":
+        storage = Store(str(tmp_path / ("n\udcff" if "no" in kind else "n")))
+    storage.write(b"one", "deep/er/a.txt")
+    storage.write(b"two, longer", "deep/er/a.txt")
     assert storage.names() == storage.names("deep") == ["deep/er/a.txt"]
-    assert storage.get("deep/er/a.txt", tmp_path / "new" / "b")
-    assert (tmp_path / "new" / "b").read_bytes() == b"two, longer"
+    assert storage.read("deep/er/a.txt") == b"two, longer"
+    storage.fetch(["deep/er/a.txt", "none"], tmp_path / "new")
+    assert (tmp_path / "new").exists() == (kind == "url")
+    assert kind != "url" or (tmp_path / "new" / "deep" / "er" / "a.txt").read_bytes() == b"two, longer"
     storage.remove("deep/er/a.txt")
     storage.remove("deep/er/a.txt")
-    assert not storage.get("deep/er/a.txt", tmp_path / "b")
+    assert storage.read("deep/er/a.txt") is None
     assert storage.names() == []
+
+
+def test_a_write_to_a_folder_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    store = Store(str(tmp_path))
+    store.write(b"old", "a")
+
+    def fail(file, content):
+        file.open("wb").write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(OSError, match="No space left"):
+        store.write(b"new", "a")
+    assert store.names() == ["a"]
+    assert store.read("a") == b"old"
 
 
 @pytest.mark.parametrize(
     ("place", "remote"), [("s3://b/p", True), ("gs://b", True), ("/mnt/nfs", False), ("file:///mnt", False)]
 )
-def test_urls_are_told_from_folders(place, remote):
-    assert is_url(place) == remote
+def test_a_url_is_no_folder(place, remote):
+    assert (Store(place).folder is None) == remote
+
+
+def test_ground_floor_imports_nothing_heavy():
+    heavy = "{*sys.modules} & {'pyarrow', 'torch', 'ray'}"
+    code = f"import sys; from tunefleet import cli, files, store; print({heavy})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "set()\n"
 
 
 def test_unknown_store_is_an_error_that_says_what_is_known():
     with pytest.raises(ValueError, match="give s3://BUCKET/PREFIX"):
-        Storage("nfs://host/path").names()
+        Store("nfs://host/path").names()
 
 
 def test_mirror_puts_what_changed_and_only_that(storage, tmp_path, monkeypatch):
     write(tmp_path, {"study.json": "{}", "best/config.json": "1", "checkpoints/0000.pt": "x", "a.tmp": "x"})
     mirror, sent = Mirror(tmp_path, storage), []
-    put = Storage.put
-    monkeypatch.setattr(Storage, "put", lambda self, file, name: (sent.append(name), put(self, file, name)))
+    put = Store.write
+    monkeypatch.setattr(Store, "write", lambda self, data, name: (sent.append(name), put(self, data, name)))
     mirror.update()
     assert sent == storage.names() == ["best/config.json", "study.json"]
     write(tmp_path, {"study.json": '{"a": 1}'})
@@ -104,21 +131,21 @@ def test_mirror_puts_what_changed_and_only_that(storage, tmp_path, monkeypatch):
 
 
 def test_store_out_of_reach_is_told_at_the_end(storage, tmp_path, monkeypatch, capsys):
-    options = {"epochs": 4, "pruner": "promote", "storage": storage.url.rpartition("/")[0]}
+    options = {"epochs": 4, "pruner": "promote", "storage": storage.place.rpartition("/")[0]}
     write_study(tmp_path, asked(options=options))
 
     def refuse(*arguments):
-        raise OSError("no route to host")
+        raise StoreError("no route to host")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Storage, "put", refuse)
+        patch.setattr(Store, "write", refuse)
         told = Mirror(tmp_path, storage).finish()
         assert "no route to host" in told
         assert f"tunefleet push {tmp_path}" in told
         assert main([str(tmp_path)]) == 1
         assert capsys.readouterr().err.startswith("error: ")
     assert main([str(tmp_path)]) == 0
-    assert Storage(f"{storage.url.rpartition('/')[0]}/{tmp_path.name}").names() == ["study.json"]
+    assert Store(f"{storage.place.rpartition('/')[0]}/{tmp_path.name}").names() == ["study.json"]
 
 
 def test_a_study_is_brought_back_unless_the_copy_here_knows_more(storage, tmp_path, monkeypatch):
@@ -127,28 +154,28 @@ def test_a_study_is_brought_back_unless_the_copy_here_knows_more(storage, tmp_pa
     write_study(tmp_path / "driver", STUDY)
     start(tmp_path / "driver", 2)
     Mirror(tmp_path / "driver", storage).update()
-    storage.put(tmp_path / "driver" / "study.json", "checkpoints/0000.pt")
-    folder = bring(storage.url + "/")
+    storage.write(b"x", "checkpoints/0000.pt")
+    folder = bring(storage.place + "/")
     assert sorted(file.name for file in folder.iterdir()) == ["reports.jsonl", "study.json"]
     assert len(Journal(folder / "reports.jsonl").read()) == 2
     start(folder, 1)
-    bring(storage.url)
+    bring(storage.place)
     assert len(Journal(folder / "reports.jsonl").read()) == 2
     start(folder, 3)
-    bring(storage.url)
+    bring(storage.place)
     assert len(Journal(folder / "reports.jsonl").read()) == 3
     with pytest.raises(ValueError, match="holds no study"):
-        bring(f"{storage.url}/nothing")
+        bring(f"{storage.place}/nothing")
     whole = {file.name: file.read_bytes() for file in folder.iterdir()}
     for name in ("study.json", "reports.jsonl"):
         content = storage.read(name)
         storage.write(content.replace(b'"', b"'", 1), name)
-        with pytest.raises(ValueError, match=rf"^{storage.url}\S* ({name} line 1 )?(cannot|is)"):
-            bring(storage.url)
+        with pytest.raises(ValueError, match=rf"^{storage.place}\S* ({name} line 1 )?(cannot|is)"):
+            bring(storage.place)
         storage.write(content, name)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
     with pytest.raises(ValueError, match="names no study"):
-        bring(f"{storage.url}/..")
+        bring(f"{storage.place}/..")
 
 
 @pytest.mark.parametrize("name", ["a#1", "a?b", "two words", "ü中", "100%", "[x] '$(y)' \"z\"", "a%20b"])
@@ -159,13 +186,13 @@ def test_name_of_a_study_may_hold_what_a_url_may_not(bucket, tmp_path, monkeypat
     write(tmp_path / name, {"n\udcff": "a user's own file"})
     write_study(tmp_path / name, STUDY)
     start(tmp_path / name, 1)
-    storage = storage_of(place, tmp_path / name)
-    assert not any(character in storage.url for character in " #?\n'\"$")
+    storage = Store.of_study(place, tmp_path / name)
+    assert not any(character in storage.place for character in " #?\n'\"$")
     with (mirror := Mirror(tmp_path / name, storage)).running():
         assert mirror.finish() == ""
     with pytest.raises(ValueError, match="holds another study"):
         check_storage(place, name)
-    folder = bring(storage.url)
+    folder = bring(storage.place)
     assert folder == Path("studies") / name
     assert len(Journal(folder / "reports.jsonl").read()) == 1
     assert sorted(storage.names()) == ["n\\udcff", "reports.jsonl", "study.json"]
@@ -180,22 +207,20 @@ def test_name_in_a_url_leads_to_no_other_folder(bucket, name):
 def test_no_name_in_a_store_leads_out_of_the_folder(storage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path, {"study.json": "{}"})
-    storage.put(tmp_path / "study.json", "study.json")
-    monkeypatch.setattr(Storage, "names", lambda *arguments: ["study.json", "best/../../../evil"])
+    storage.write(b"{}", "study.json")
+    monkeypatch.setattr(Store, "names", lambda *arguments: ["study.json", "best/../../../evil"])
     with pytest.raises(ValueError, match="outside the study"):
-        bring(storage.url)
+        bring(storage.place)
     assert not (tmp_path / "studies").exists()
 
 
 def test_a_trial_goes_on_upon_another_node(storage, data_dir, tmp_path):
     data, levers = prepare("digits", data_dir), choose("cpu", "fp32")
 
-    def node(name, storage=storage):
-        return TrialContext(data, levers, tmp_path / name, tmp_path / "driver" / name, 1, None, storage)
+    def node(name, store=storage):
+        return TrialContext(data, levers, tmp_path / name, tmp_path / "driver", store, 1, None)
 
-    alone = node("alone", None)
-    for folder in ("checkpoints", "best"):
-        (alone.study_dir / folder).mkdir(parents=True)
+    alone = node("alone", Store(str(tmp_path / "driver")))
 
     def report(run):
         return next(report for report in iter(run.report, None) if "phase" not in report)
@@ -212,8 +237,8 @@ def test_a_trial_goes_on_upon_another_node(storage, data_dir, tmp_path):
     assert told[2]["test_accuracy"] == expected[2]["test_accuracy"]
     names = ["best/misclassified-0000.npz", "best/predictions-0000.parquet", "checkpoints/0000.pt"]
     assert storage.names() == names
-    left = [file for name in ("first", "second") for file in (tmp_path / name / "studies").rglob("*.*")]
-    assert left == []  # no node keeps a copy
+    assert Store(str(tmp_path / "driver")).names() == names  # of the study in a folder
+    assert not (tmp_path / "first").exists()  # no node keeps a copy
 
 
 @pytest.mark.ray
@@ -229,11 +254,11 @@ def test_study_in_a_store_is_complete_there_and_goes_on_from_there(bucket, cli, 
         time.sleep(0.05)
     stopped.send_signal(signal.SIGINT)
     assert stopped.wait(30) == 3
-    assert f"--resume {bucket}/all/there" in stopped.stderr.read()
+    assert f"tunefleet resume {bucket}/all/there" in stopped.stderr.read()
     shutil.rmtree(tmp_path / "there")  # the driver's machine is gone
     resumed = cli("--resume", f"{bucket}/all/there", "--wandb", "off")
     assert resumed.wait(120) == 0, resumed.stderr.read()
-    names = Storage(f"{bucket}/all/there").names()
+    names = Store(f"{bucket}/all/there").names()
     assert {"study.json", "reports.jsonl", "trials.csv", "epochs.parquet", "best/checkpoint.pt"} <= set(names)
     assert not [name for name in names if name.startswith(("checkpoints/", "ray/")) or "final-1" in name]
     monkeypatch.chdir(tmp_path)
@@ -277,24 +302,21 @@ def store():
 
 @pytest.fixture
 def hurried(monkeypatch):
-    monkeypatch.setattr("tunefleet.trainables.storage.WAIT_SECONDS", 0.05)
+    monkeypatch.setattr("tunefleet.store.WAIT_SECONDS", 0.05)
 
 
 @pytest.mark.parametrize(
     ("fault", "operation"),
     [
-        *(("403", operation) for operation in ("put", "get", "names", "remove", "read", "write")),
-        *((fault, operation) for fault in ("refused", "503", "hang") for operation in ("put", "get")),
+        *(("403", operation) for operation in ("names", "remove", "read", "write")),
+        *((fault, operation) for fault in ("refused", "503", "hang") for operation in ("write", "read")),
     ],
 )
-def test_store_that_is_away_for_a_while_is_waited_for(store, hurried, tmp_path, fault, operation):
+def test_store_that_is_away_for_a_while_is_waited_for(store, hurried, fault, operation):
     store.fault = ""
-    (file := tmp_path / "a").write_bytes(b"one")
-    storage = Storage(f"{store.url}/{fault}/{operation}", patience=60.0)
-    storage.put(file, "a")
+    storage = Store(f"{store.url}/{fault}/{operation}", patience=60.0)
+    storage.write(b"one", "a")
     do = {
-        "put": lambda: storage.put(file, "b"),
-        "get": lambda: storage.get("a", tmp_path / "c"),
         "names": storage.names,
         "remove": lambda: storage.remove("a"),
         "read": lambda: storage.read("a"),
@@ -304,12 +326,10 @@ def test_store_that_is_away_for_a_while_is_waited_for(store, hurried, tmp_path, 
     threading.Timer(0.5, setattr, [store, "fault", ""]).start()
     result = do[operation]()
     assert store.fault == ""
-    expected = {"get": True, "names": ["a"], "read": b"one"}
+    expected = {"names": ["a"], "read": b"one"}
     assert result == expected.get(operation)
-    names = {"put": ["a", "b"], "write": ["a", "b"], "remove": []}
+    names = {"write": ["a", "b"], "remove": []}
     assert storage.names() == names.get(operation, ["a"])
-    assert operation != "get" or (tmp_path / "c").read_bytes() == b"one"
-    assert list(tmp_path.glob("*.tmp")) == []
 
 
 @pytest.mark.parametrize(
@@ -322,56 +342,52 @@ def test_store_that_is_away_for_a_while_is_waited_for(store, hurried, tmp_path, 
         ("hang", "Timeout was reached"),
     ],
 )
-def test_store_that_stays_away_is_an_error_that_blames_no_trial(store, hurried, tmp_path, fault, words):
+def test_store_that_stays_away_is_an_error_that_blames_no_trial(store, hurried, fault, words):
     store.fault = fault
-    (file := tmp_path / "a").write_bytes(b"one")
     began = time.monotonic()
     with pytest.raises(StoreError) as caught:
-        Storage(f"{store.url}/away", patience=1.0).put(file, "a")
+        Store(f"{store.url}/away", patience=1.0).write(b"one", "a")
     store.fault = ""
     assert time.monotonic() - began < 25  # a hang is bounded
     assert str(caught.value) == f"{store.url}/away cannot be used ({words})"
     assert cause_of(pickle.loads(pickle.dumps(caught.value))) == "store"
 
 
-def test_other_store_that_hangs_is_given_up(hurried, tmp_path, monkeypatch):
-    monkeypatch.setattr("tunefleet.trainables.storage.HANG_SECONDS", 0.2)
+def test_other_store_that_hangs_is_given_up(hurried, monkeypatch):
+    monkeypatch.setattr("tunefleet.store.HANG_SECONDS", 0.2)
     released = threading.Event()
 
     hanging = SimpleNamespace(type_name="other", get_file_info=lambda path: released.wait(30))
-    monkeypatch.setattr("tunefleet.trainables.storage._open", lambda url: (hanging, "root"))
+    monkeypatch.setattr("tunefleet.store._open", lambda url: (hanging, "root"))
     began = time.monotonic()
     with pytest.raises(StoreError, match="no answer within 0 s"):
-        Storage("other://root", patience=0.5).get("a", tmp_path / "a")
+        Store("other://root", patience=0.5).read("a")
     assert time.monotonic() - began < 5
     released.set()
 
 
 def test_full_disk_of_this_machine_is_not_the_stores_fault(store, hurried, tmp_path, monkeypatch):
     store.fault = ""
-    (file := tmp_path / "a").write_bytes(b"one")
-    storage = Storage(f"{store.url}/full", patience=60.0)
-    storage.put(file, "a")
+    storage = Store(f"{store.url}/full", patience=60.0)
+    storage.write(b"one", "a")
 
-    def full(source, target):
+    def full(file, content):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("shutil.copyfileobj", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     began = time.monotonic()
     with pytest.raises(OSError, match="No space left") as caught:
-        storage.get("a", tmp_path / "b")
+        storage.fetch(["a"], tmp_path / "copy")
     assert not isinstance(caught.value, StoreError)
-    with pytest.raises(FileNotFoundError):
-        storage.put(tmp_path / "missing", "b")
     assert time.monotonic() - began < 5
-    assert sorted(tmp_path.iterdir()) == [file]
+    assert list((tmp_path / "copy").iterdir()) == []
 
 
 def test_lost_store_stops_a_study_and_blames_no_trial(tmp_path):
     jobs = make_jobs(tmp_path / "reports.jsonl")
     first, second = jobs.next_job(), jobs.next_job()
     error = StoreError("s3://b/s cannot be used (Access Denied)")
-    text = f"ray::Trial.step() (pid=1)\n  File x\ntrainables.storage.StoreError: {error}"
+    text = f"ray::Trial.step() (pid=1)\n  File x\ntunefleet.store.StoreError: {error}"
     jobs.lose(first.trial_id, cause_of(RuntimeError(text)), text_of(RuntimeError(text)))
     assert jobs.gave_up == str(error)
     assert jobs.next_job() is None
@@ -398,7 +414,7 @@ def test_study_outlives_a_store_that_is_away_and_stops_with_three_where_it_stays
         "--storage",
         f"{store.url}/all",
     )
-    impatient = "from tunefleet.trainables.storage import Storage; Storage.__init__.__defaults__ = (15.0,)"
+    impatient = "from tunefleet.store import Store; Store.__init__.__defaults__ = (15.0,)"
     study = cli(*asked, before=impatient)
     journal = tmp_path / "s" / "reports.jsonl"
 
@@ -431,6 +447,6 @@ def test_study_outlives_a_store_that_is_away_and_stops_with_three_where_it_stays
     resumed = cli("--resume", "s", "--wandb", "off")
     _, err = resumed.communicate(timeout=120)
     assert (resumed.returncode, err) == (0, "")
-    storage = Storage(f"{store.url}/all/s")
+    storage = Store(f"{store.url}/all/s")
     assert storage.read("reports.jsonl") == journal.read_bytes()
     assert "lease.json" not in storage.names()

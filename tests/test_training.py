@@ -349,32 +349,5 @@ def test_a_checkpoint_on_features_holds_the_head_alone(start):
     assert len(names) == 2  # weight and bias of its linear layer
 
 
-@pytest.fixture
-def broken_save(start, tmp_path, monkeypatch):
-    """Saves epoch 1, then fails in the middle of saving epoch 2."""
-    run = start("softmax")
-    run.epoch()
-    run.save(tmp_path / "checkpoint.pt")
-    run.epoch()
-
-    def fail(state, stream):
-        stream.write(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        run.save(tmp_path / "checkpoint.pt")
-    return tmp_path
-
-
-def test_a_failed_save_leaves_the_old_checkpoint(broken_save):
-    state = torch.load(broken_save / "checkpoint.pt", weights_only=True)
-    assert len(state["reports"]) == 1
-
-
-def test_a_failed_save_leaves_nothing_else(broken_save):
-    assert [path.name for path in broken_save.iterdir()] == ["checkpoint.pt"]
-
-
 def test_a_last_batch_of_one_image_trains(start):
     start("resnet_softmax_updatable", batch_size=71).train_epoch()  # 72 images: 71 and 1

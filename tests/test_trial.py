@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
+from tunefleet.store import Store
 from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.device import BrokenGpuError, choose
 from tunefleet.trainables.graph import CaptureError, CaptureMemoryError
@@ -20,7 +21,8 @@ def worker(data_dir, tmp_path):
     """Makes workers of a softmax study of digits; Ray's part of a Trainable is not started."""
     for name in ("checkpoints", "best"):
         (tmp_path / name).mkdir()
-    context = TrialContext(prepare("digits", data_dir), choose("cpu", "fp32"), data_dir, tmp_path, 1, 10)
+    data, levers = prepare("digits", data_dir), choose("cpu", "fp32")
+    context = TrialContext(data, levers, data_dir, tmp_path, Store(str(tmp_path)), 1, 10)
 
     def make(trial_id="0000", reported=0, final=False, **config):
         trial = Trial.__new__(Trial)
@@ -226,6 +228,7 @@ def test_a_seed_that_diverges_is_tested_all_the_same(worker):
 
 def test_a_bug_is_reported_with_its_traceback(worker, tmp_path):
     (tmp_path / "checkpoints").rmdir()
+    (tmp_path / "checkpoints").write_text("a file where a folder has to be")
     report = report_of(worker())
     assert report["status"] == "error"
     assert "Traceback" in report["error"]

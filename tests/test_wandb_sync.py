@@ -23,9 +23,7 @@ from tests.wandb_server import KEY, WandbServer
 from tunefleet.journal import Journal
 from tunefleet.search.run import main, parse
 from tunefleet.search.wandb_options import WandbOptions, choose
-from tunefleet.search.wandb_runs import COLUMNS, State, legible, plan, standing
-from tunefleet.search.wandb_sender import reason
-from tunefleet.search.wandb_sidecar import Sidecar
+from tunefleet.search.wandb_sync import COLUMNS, Sidecar, describe, legible, read_state, reason, runs_of
 from tunefleet.study import REPORTED, read_study, write_tables
 from tunefleet.study import write_study as write_study_json
 
@@ -129,7 +127,7 @@ def sync(environment):
     def call(*arguments, **variables):
         began = time.monotonic()
         result = subprocess.run(
-            [sys.executable, "-m", "tunefleet.search.wandb_sync", *map(str, arguments)],
+            [sys.executable, "-m", "tunefleet", "sync", *map(str, arguments)],
             env={name: value for name, value in (environment | variables).items() if value is not None},
             capture_output=True,
             text=True,
@@ -314,11 +312,15 @@ def test_torn_offline_run_is_written_anew_and_offline_then_sync_uploads_all(serv
     folder = write_study(tmp_path / "study")
     assert sync(folder, "--offline")[0] == 0
     state = json.loads((folder / "wandb" / "state.json").read_text())
-    del state["offline"]["0000"]  # as after a kill before the file was whole
+    del state["runs"]["0000"]  # as after a kill before the file was whole
     (folder / "wandb" / "state.json").write_text(json.dumps(state))
     (torn,) = folder.glob("wandb/offline-run-*-0000/*.wandb")
-    torn.write_bytes(torn.read_bytes()[:7])
+    torn.write_bytes(torn.read_bytes()[:7])  # by a copy that was cut off, or the first edition
+    killed = folder / "wandb" / "tmp" / "wandb" / "offline-run-20260101_000000-x-0001"
+    killed.mkdir(parents=True)
+    (killed / "run-x-0001.wandb").write_bytes(b":W&B")
     assert sync(folder, "--offline")[0] == 0
+    assert not (folder / "wandb" / "tmp").exists()
     rows = offline_rows(folder)
     assert {name: found for name, found in rows.items() if found} == expected_rows(folder)
     assert sync(folder)[0] == 0
@@ -386,9 +388,7 @@ def test_figures_added_later_are_sent_and_rows_are_not_sent_again(server, sync, 
 def test_killed_sync_then_sync_again_brings_each_row_once(server, environment, sync, tmp_path):
     folder = write_study(tmp_path / "study")
     server.seconds = 0.05
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tunefleet.search.wandb_sync", str(folder)], env=environment
-    )
+    process = subprocess.Popen([sys.executable, "-m", "tunefleet", "sync", str(folder)], env=environment)
     while sum(run.rows_received for run in server.runs.values()) < 9:
         assert process.poll() is None
         time.sleep(0.02)
@@ -407,8 +407,7 @@ def test_following_outlives_the_servers_death_and_brings_each_row_once(server, e
         json.dumps(STUDY_JSON | {"status": "running", "wandb": {"mode": "online"}})
     )
     hurried = (
-        "import tunefleet.search.wandb_sender as s, tunefleet.search.wandb_sync as w; "
-        "s.OPEN_RUNS, w.POLL_SECONDS, w.RETRY_SECONDS = 2, 0.1, 0.5"
+        "import tunefleet.search.wandb_sync as w; w.OPEN_RUNS, w.POLL_SECONDS, w.RETRY_SECONDS = 2, 0.1, 0.5"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", f"{hurried}; w.main([{str(folder)!r}, '--follow'])"],
@@ -423,9 +422,8 @@ def test_following_outlives_the_servers_death_and_brings_each_row_once(server, e
     process.stdin.close()
     assert process.wait(LONGEST_SECONDS) == 0
     assert_all_there(server, folder, once=False)  # a row whose answer was lost is sent again, in its place
-    options = choose({"mode": "online", "key": KEY})
-    with_url = State.load(folder, options).file.read_text()
-    assert set(json.loads(with_url)["runs"]) == {"0000", "0001", "0002", "0003", "final-1", "study"}
+    state = json.loads((folder / "wandb" / "state.json").read_text())
+    assert state["runs"].keys() == {"0000", "0001", "0002", "0003", "final-1", "study"}
 
 
 def test_sweep_is_made_once_with_the_trials_as_prior_runs(server, sync, tmp_path):
@@ -455,7 +453,9 @@ def test_hostile_name_of_a_study_is_only_a_group(server, sync, tmp_path, name, g
     folder = folder.rename(place / name)
     study = read_study(folder)
     options = study["options"] | {"data": "/data/\udcfe\n"}
-    write_study_json(folder, study | {"options": options, "data": {"classes": ["a\nb", "[\udcfd] $1 %"]}})
+    write_study_json(
+        folder, study | {"options": options, "data": {"name": "d", "classes": ["a\nb", "[\udcfd] $1 %"]}}
+    )
     code, out, err, _ = sync(folder)
     assert (code, err) == (0, "")
     assert out == f"all 6 runs are in me/tunefleet, group {group}\n"
@@ -475,7 +475,7 @@ def test_long_name_is_cut_to_what_wandb_takes():
 def test_working_directory_that_is_no_utf_8_stops_no_sync(server, environment, tmp_path):
     folder = write_study(tmp_path / "study")
     (here := tmp_path / "no \udcff UTF-8").mkdir()
-    command = [sys.executable, "-m", "tunefleet.search.wandb_sync", str(folder)]
+    command = [sys.executable, "-m", "tunefleet", "sync", str(folder)]
     result = subprocess.run(command, env=environment, cwd=here, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
     assert_all_there(server, folder)
@@ -484,7 +484,7 @@ def test_working_directory_that_is_no_utf_8_stops_no_sync(server, environment, t
 def test_studies_of_one_name_do_not_meet(tmp_path):
     first, second = write_study(tmp_path / "a" / "study"), write_study(tmp_path / "b" / "study")
     write_study_json(second, read_study(second) | {"started_at": 5.0})
-    assert not {run.run_id for run in plan(first)} & {run.run_id for run in plan(second)}
+    assert not {run.run_id for run in runs_of(first)} & {run.run_id for run in runs_of(second)}
 
 
 @pytest.mark.parametrize(
@@ -719,15 +719,13 @@ def test_reason_says_what_stands_against_it(text, words):
     assert words in reason(text, KEY)
 
 
-def test_standing_counts_what_changed_since(tmp_path):
+def test_what_changed_since_counts_as_missing(tmp_path):
     folder = write_study(tmp_path / "study")
     options = choose({"mode": "online", "key": KEY})
-    state = State.load(folder, options)
-    state.runs = {run.key: run.record for run in plan(folder)}
-    state.save()
-    assert standing(folder, options)[1] is False
+    state = read_state(folder, options) | {"runs": {run.key: run.record for run in runs_of(folder)}}
+    assert describe(folder, options, state)[1] is False
     Journal(folder / "reports.jsonl").append(report("0001", 2, 0.5))
-    assert standing(folder, options) == ("1 of 6 runs are not synced", True)
+    assert describe(folder, options, state) == ("1 of 6 runs are not synced", True)
 
 
 STUDY = ["--space", "softmax", "--data", "digits", "--device", "cpu"]
@@ -753,7 +751,7 @@ def test_server_that_dies_in_mid_study_leaves_the_study_whole(server, cli, ray_d
     out, err = (process := cli(*STUDY, *few, "--study-dir", "study")).communicate(timeout=SECONDS)
     assert (process.returncode, err) == (0, "")
     folder = tmp_path / "study"
-    assert json.loads((folder / "study.json").read_text())["status"] == "done"
+    assert json.loads((folder / "result.json").read_text())["status"] == "done"
     last = out.strip().splitlines()[-1]
     assert "runs are not synced (" in last
     assert last.endswith("; to upload: tunefleet sync study")

@@ -10,7 +10,6 @@ seconds to start (Ray 2.60): a trial of one worker is never made of it.
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from typing import Any
 
@@ -47,8 +46,7 @@ def drive(job: dict[str, Any], *, context: TrialContext, workers: int, resources
     """
     tune.report({"place": json.dumps(place_of_worker())})
     own_fault = _failure_name(job["trial_id"])
-    context.remove(own_fault)  # of an earlier life
-    place = context.storage.url if context.storage else str(context.study_dir)
+    context.store.remove(own_fault)  # of an earlier attempt
     trainer = TorchTrainer(
         _train,
         train_loop_config={"job": job, "context": context},
@@ -57,7 +55,7 @@ def drive(job: dict[str, Any], *, context: TrialContext, workers: int, resources
         ),
         run_config=RunConfig(
             name=f"{job['trial_id']}-{uuid.uuid4().hex}",  # Train would resume an equal name
-            storage_path=f"{place}/ray/groups",
+            storage_path=f"{context.store.place}/ray/groups",
             callbacks=[TuneReportCallback()],  # type: ignore[list-item]  # Ray 2.60 types the old API
             failure_config=FailureConfig(  # type: ignore[call-arg]  # the same
                 max_failures=0, controller_failure_limit=CONTROLLER_FAILURES
@@ -67,10 +65,10 @@ def drive(job: dict[str, Any], *, context: TrialContext, workers: int, resources
     try:
         trainer.fit()
     except TrainingFailedError:
-        told = context.fetch(own_fault)
-        if told is None:
+        report = context.store.read(own_fault)
+        if report is None:
             raise
-        tune.report({"report": told.read_text()})
+        tune.report({"report": report.decode()})
 
 
 def _train(settings: dict[str, Any]) -> None:
@@ -89,11 +87,7 @@ def _train(settings: dict[str, Any]) -> None:
     except Exception as error:
         if not _is_lost_partner(error):
             report = failure_report(error, job, context)  # or it raises what is no trial's fault
-            name = _failure_name(job["trial_id"])
-            partial = context.file(name).with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(report))
-            partial.replace(context.file(name))
-            context.keep(name)
+            context.store.write(json.dumps(report).encode(), _failure_name(job["trial_id"]))
         raise
 
 

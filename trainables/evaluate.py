@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tunefleet.files import replacing
 from tunefleet.trainables.data import load_split
 from tunefleet.trainables.training import TrainingRun
 
@@ -49,8 +48,8 @@ def evaluate_test(run: TrainingRun, folder: Path | None = None, tag: str = "") -
         wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISCLASSIFIED]
         folder.mkdir(exist_ok=True)
         predictions, misclassified = (folder / name for name in result_files(tag))
-        with replacing(misclassified) as temporary, temporary.open("wb") as stream:
+        with misclassified.open("wb") as stream:
             np.savez(stream, index=wrong, images=images[wrong])
-        with replacing(predictions) as temporary:
-            pq.write_table(pa.table(columns), temporary)
+        with predictions.open("wb") as stream:
+            pq.write_table(pa.table(columns), stream)
     return float((predicted == labels).mean())

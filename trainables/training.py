@@ -15,7 +15,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tunefleet.cli import Parser
-from tunefleet.files import replacing
 from tunefleet.trainables.config import FIELD_TYPES, TrainConfig, check_integer
 from tunefleet.trainables.data import DATA_DIR, ImageData
 from tunefleet.trainables.device import Levers, choose, has_convolution, micro_batch, use_exact_fp32
@@ -295,12 +294,11 @@ class TrainingRun:
         self.reports = list(state["reports"])
         self.graph = None  # it would write to the optimizer state of before
 
-    def save(self, file: Path) -> None:
-        """Write a checkpoint whole, then rename it: a kill leaves the old one or the new one."""
-        with replacing(file) as temporary, temporary.open("wb") as stream:
-            torch.save(self.state_dict(), stream)  # given a path, torch (2.15) hides that the disk is full
+    def save(self, file: Path | IO[bytes]) -> None:
+        """Write a checkpoint."""
+        torch.save(self.state_dict(), file)
 
-    def load(self, file: Path) -> None:
+    def load(self, file: Path | IO[bytes]) -> None:
         """Read a checkpoint; tensors and plain values only.
 
         Raises:
@@ -314,6 +312,8 @@ class TrainingRun:
             raise DamagedCheckpointError(f"{file} cannot be read: {error}") from error
         if damaged:
             raise DamagedCheckpointError(f"{file}: the checksum of {damaged} is wrong")
+        if not isinstance(file, Path):
+            file.seek(0)
         # on the CPU, where the states of all generators have to be
         self.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
 

@@ -8,10 +8,11 @@ old one, so a trial of ours may be several of Tune's (search/jobs.py says why).
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import io
 import json
 import os
 import socket
+import tempfile
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 from ray import tune
 
 from tunefleet.files import is_full
+from tunefleet.store import Store, StoreError
 from tunefleet.trainables import device
 from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import ImageData
@@ -29,7 +31,6 @@ from tunefleet.trainables.device import Levers
 from tunefleet.trainables.evaluate import evaluate_test, result_files
 from tunefleet.trainables.graph import CaptureError
 from tunefleet.trainables.group import Group
-from tunefleet.trainables.storage import Storage, StoreError
 from tunefleet.trainables.training import ALONE, DamagedCheckpointError, TrainingRun
 
 
@@ -40,39 +41,11 @@ class TrialContext:
     data: ImageData
     levers: Levers
     data_dir: Path
-    study_dir: Path  # the driver's; the workers', too, where there is no storage
+    study_dir: Path  # the driver's
+    store: Store  # what the study's nodes share
     threads: int  # of the CPU, per trial
     leaves_chance_by: int | None
-    storage: Storage | None = None  # None: study_dir is on a disk that all nodes see
     gpu_bytes: int | None = None  # of a GPU that several trials share: what one may take; None: all
-
-    def file(self, name: str) -> Path:
-        """Returns where a file of the study lies on this node."""
-        if self.storage is None:
-            return self.study_dir / name
-        copy = hashlib.sha256(self.storage.url.encode()).hexdigest()[:16]
-        file = self.data_dir / "studies" / copy / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return file
-
-    def fetch(self, name: str) -> Path | None:
-        """Returns the file as the study's nodes last kept it; None where there is none."""
-        file = self.file(name)
-        if self.storage is not None and not self.storage.get(name, file):
-            return None
-        return file if file.exists() else None
-
-    def keep(self, name: str) -> None:
-        """Lets the study's other nodes have a file that was written here; no copy stays."""
-        if self.storage is not None:
-            self.storage.put(self.file(name), name)
-            self.file(name).unlink()
-
-    def remove(self, name: str) -> None:
-        """Removes a file of the study, here and for all nodes."""
-        self.file(name).unlink(missing_ok=True)
-        if self.storage is not None:
-            self.storage.remove(name)
 
 
 def checkpoint_name(trial_id: str) -> str:
@@ -90,10 +63,10 @@ class JobRun:
     def __init__(self, job: dict[str, Any], context: TrialContext, group: Group = ALONE) -> None:
         self.job, self.context, self.group = job, context, group
         self.announced = False  # that the test split comes next
-        self.run, checkpoint = self._new_run(), context.fetch(checkpoint_name(job["trial_id"]))
-        if checkpoint:
+        self.run, checkpoint = self._new_run(), context.store.read(checkpoint_name(job["trial_id"]))
+        if checkpoint is not None:
             try:
-                self.run.load(checkpoint)
+                self.run.load(io.BytesIO(checkpoint))
             except DamagedCheckpointError:
                 self.run = self._new_run()
         # Of a missing, damaged or older one the same seed trains the same epochs again.
@@ -110,8 +83,9 @@ class JobRun:
         if run.epochs_done <= self.reported:
             ends = self._ends(run.epoch())
             if self.group.rank == 0 and (self.job["final"] or not ends):  # nobody reads the others' last
-                run.save(context.file(checkpoint_name(trial_id)))
-                context.keep(checkpoint_name(trial_id))
+                checkpoint = io.BytesIO()
+                run.save(checkpoint)
+                context.store.write(checkpoint.getbuffer(), checkpoint_name(trial_id))
         report = run.reports[self.reported] | whereabouts(context)
         ends = self._ends(report)
         if ends and self.job["final"] and not self.announced:
@@ -121,10 +95,10 @@ class JobRun:
         if ends:
             report["status"] = "diverged" if report["diverged"] else "done"
             if self.job["final"] and self.group.rank == 0:  # diverged, too: a mean without it would flatter
-                tag = f"-{trial_id}"
-                report["test_accuracy"] = evaluate_test(run, context.file("best"), tag)
-                for name in result_files(tag):
-                    context.keep(f"best/{name}")
+                with tempfile.TemporaryDirectory() as folder:
+                    report["test_accuracy"] = evaluate_test(run, Path(folder), f"-{trial_id}")
+                    for name in result_files(f"-{trial_id}"):
+                        context.store.write(Path(folder, name).read_bytes(), f"best/{name}")
         return report
 
     def _ends(self, report: dict[str, Any]) -> bool:

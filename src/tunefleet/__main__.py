@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import signal
 import sys
 from typing import NoReturn
@@ -62,8 +61,6 @@ def script(*arguments: str) -> NoReturn:
         from tunefleet.search.session import leave
 
         leave(code)
-    if "tunefleet.search.wandb_sync" in sys.modules:
-        os._exit(code)  # a process that had printed its result once did not end; wandb 0.31 (NOTES.md)
     sys.exit(code)
 
 

@@ -143,6 +143,14 @@ def _quoted(word: str) -> str:
     return f"$'{printable(escaped)}'"
 
 
+def shown(place: Path | str) -> str:
+    """Return a path as short as the reader's working directory allows; a URL, which is text, as it is."""
+    if isinstance(place, str):
+        return place
+    relative = os.path.relpath(place)
+    return str(place) if relative.startswith("..") else relative
+
+
 def counted(count: float, noun: str, plural: str = "") -> str:
     """Return 1 trial, 2 trials, 10,000 trials, 0.5 GPUs."""
     shown = f"{count:,}" if isinstance(count, int) else f"{count:g}"

@@ -1,4 +1,7 @@
-"""Files that are written whole or not at all, and disks that are full."""
+"""Full disks, and files that are written whole.
+
+A study that meets a full disk stops and can be resumed: no trial is to blame.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import contextlib
 import errno
 import os
 import re
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,8 +39,11 @@ def says_full(text: str) -> bool:
 
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Context manager: give a path beside a file, which becomes that file unless the body raises."""
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    """Context manager: yield a temporary name; what is written there replaces the file, if no error comes.
+
+    Each writer has a name of its own: two processes, or a writer that was given up, never mix.
+    """
+    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
         temporary.replace(file)

@@ -1,0 +1,217 @@
+"""A study's files, in a folder that all nodes see or under a URL of an object store, through pyarrow.fs.
+
+A store has no appending and no cheap renaming: a whole file appears at once or not at all. So whole files are
+written, in a folder under a temporary name that is moved, under a URL at once. A URL that is out of reach,
+refuses a request or does not answer is tried again for minutes: that costs a study time and no trial.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import quote
+
+from tunefleet.files import is_full, replacing
+
+if TYPE_CHECKING:  # most studies are in a folder, and its import takes a while
+    from pyarrow import fs
+
+PATIENCE_SECONDS = 600.0  # for which an operation is tried again
+BRIEF_SECONDS = 5.0  # the same where a person waits for the answer
+WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 30.0  # after the first failure, doubled up to the longest
+HANG_SECONDS = 60.0  # without an answer, besides what the bytes take
+SLOWEST = 250_000  # bytes a second
+S3_ATTEMPTS = 3  # of the AWS SDK per request, 3 s each without an answer; its default takes 99 s (pyarrow 26)
+
+T = TypeVar("T")
+
+
+class StoreError(OSError):
+    """A store could not be used for so long that the study has to stop; no trial is to blame."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """The files of one study; only the place travels between processes.
+
+    Each method raises StoreError where a URL could not be used for as long as its patience, and OSError where
+    this machine's disk is to blame.
+
+    Args:
+        place: A folder, or a URL that ``pyarrow.fs`` knows: ``s3://bucket/prefix/NAME``, ``gs://…``.
+            Credentials and AWS_ENDPOINT_URL come from the environment of each node, as for any client.
+        patience: Seconds for which each operation on a URL is tried again.
+    """
+
+    place: str
+    patience: float = PATIENCE_SECONDS
+
+    @classmethod
+    def of_study(cls, storage: str | None, folder: Path) -> Store:
+        """Return where a study is kept, given its ``--storage`` URL, if any, and its folder."""
+        return cls(storage).below(folder.name) if storage else cls(str(folder))
+
+    @property
+    def folder(self) -> Path | None:
+        """Return the folder; None: it is a URL, and the driver works on a copy."""
+        if "://" in self.place and not self.place.startswith("file://"):
+            return None
+        return Path(self.place.removeprefix("file://"))
+
+    def below(self, name: str) -> Store:
+        """Return the store of the study of that name, which may hold what a URL may not."""
+        name = name if self.folder else quote(name, errors="surrogateescape")
+        return replace(self, place=f"{self.place.rstrip('/')}/{name}")
+
+    def absolute(self) -> Store:
+        """Return the same store for another working directory: a node's."""
+        return replace(self, place=str(self.folder.absolute())) if self.folder else self
+
+    def patient(self, seconds: float) -> Store:
+        """Return the same store with another patience."""
+        return replace(self, patience=seconds)
+
+    def write(self, content: bytes | memoryview, name: str) -> None:
+        """Write a file whole, in place of what was there."""
+        if self.folder:
+            file = self.folder / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(file) as temporary:
+                temporary.write_bytes(content)
+            return
+
+        def put(system: fs.FileSystem, path: str) -> None:
+            with system.open_output_stream(path) as target:
+                target.write(content)
+
+        self._try(put, name, len(content))
+
+    def read(self, name: str) -> bytes | None:
+        """Return a file's content; None where there is no such file."""
+        if self.folder:
+            file = self.folder / name
+            return file.read_bytes() if file.exists() else None
+
+        def get(system: fs.FileSystem, path: str) -> bytes | None:
+            if not system.get_file_info(path).is_file:
+                return None
+            with system.open_input_stream(path) as source:
+                return bytes(source.read())
+
+        info = self._try(lambda system, path: system.get_file_info(path), name)
+        return self._try(get, name, info.size) if info.is_file else None
+
+    def names(self, under: str = "") -> list[str]:
+        """Return the names of all files, or of those in a folder of the store."""
+        if self.folder:
+            files = (file for file in (self.folder / under).rglob("*") if file.is_file())
+            return sorted(file.relative_to(self.folder).as_posix() for file in files)
+
+        def look(system: fs.FileSystem, path: str) -> list[str]:
+            from pyarrow import fs
+
+            found = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+            return [info.path for info in found if info.is_file]
+
+        paths = self._try(look, under)
+        return sorted(path.removeprefix(f"{_open(self.place)[1]}/") for path in paths)
+
+    def remove(self, name: str) -> None:
+        """Remove a file; nothing happens where there is none."""
+        if self.folder:
+            (self.folder / name).unlink(missing_ok=True)
+            return
+
+        def delete(system: fs.FileSystem, path: str) -> None:
+            if system.get_file_info(path).is_file:
+                system.delete_file(path)
+
+        self._try(delete, name)
+
+    def fetch(self, names: Iterable[str], folder: Path) -> None:
+        """Copy files under a URL to a folder of this machine, each whole; a folder's are there already."""
+        for name in () if self.folder else names:
+            if (content := self.read(name)) is not None:
+                Store(str(folder)).write(content, name)
+
+    def _try(self, action: Callable[[fs.FileSystem, str], T], name: str, size: int = 0) -> T:
+        """Return what an operation on a name of a URL returns, repeating it while the store fails."""
+        end, wait = time.monotonic() + self.patience, WAIT_SECONDS
+        while True:
+            try:
+                system, root = _open(self.place)
+                path = f"{root}/{name}".rstrip("/")
+                if system.type_name == "s3":  # its own requests end
+                    return action(system, path)
+                return within(HANG_SECONDS + size / SLOWEST, partial(action, system, path))
+            except OSError as error:
+                if is_full(error) or error.filename:  # a file of this machine
+                    raise
+                left = end - time.monotonic()
+                if left <= 0:
+                    raise StoreError(f"{self.place} cannot be used ({reason(error)})") from error
+                time.sleep(min(wait, left))
+                wait = min(2 * wait, LONGEST_WAIT_SECONDS)
+
+
+def within(seconds: float, action: Callable[[], T]) -> T:
+    """Return what a function returns within some seconds.
+
+    Raises:
+        TimeoutError: It does not return, and its thread is left behind.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(action())
+        except BaseException as error:  # noqa: BLE001  raised below, in the thread that waits
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="limited", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise TimeoutError(f"no answer within {seconds:.0f} s")
+    return results[0]
+
+
+def reason(error: BaseException) -> str:
+    """Return why a store failed, in a few words."""
+    text = " ".join(str(error).split())
+    aws = re.search(r"AWS Error (.+?) during \w+ operation: (?:curlCode: \d+, )?([^;(]*)", text)
+    if aws is None:
+        return text[:200]
+    return aws[2].strip().removesuffix("No response body.") or aws[1]
+
+
+@lru_cache
+def _open(url: str) -> tuple[fs.FileSystem, str]:
+    """Return the file system of a URL, and the path in it.
+
+    Raises:
+        ValueError: pyarrow knows no such store.
+        OSError: It cannot be reached, or a library of its client is missing.
+    """
+    from pyarrow import fs
+
+    try:
+        system, path = fs.FileSystem.from_uri(url)  # asks S3 for the bucket's region: may fail for the moment
+    except ValueError as error:  # pyarrow's ArrowInvalid
+        raise ValueError(
+            f"{url} is no storage that can be opened ({reason(error)}); give s3://BUCKET/PREFIX, or a folder "
+            "that all nodes share"
+        ) from error
+    if system.type_name == "s3":
+        make, (options,) = system.__reduce__()
+        system = make(options | {"retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS)})
+    return system, path.rstrip("/")
