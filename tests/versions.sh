@@ -2,7 +2,7 @@
 # Which versions of Ray and Python does the engine run on? Makes an environment for each, runs the tests of the
 # engine and of resuming in it, removes it, and prints a table for docs/versions.md.
 #   bash tests/versions.sh                        all of it; some 15 minutes and 8 GB of disk at a time
-#   bash tests/versions.sh 3.11:2.51.2            one of them
+#   bash tests/versions.sh 3.11:2.52.1            one of them
 # Needs the Pythons on PATH as python3.11, python3.12, python3.13, or pyenv's, and a package index.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -38,7 +38,7 @@ row() { # Python and Ray: a line of the table
     grep -qE '^[0-9]+ passed' "$log" && ! grep -qE '^(FAILED|ERROR)' "$log"
 }
 
-[ $# = 0 ] && set -- 3.11:2.51.2 3.11:2.60.0 3.12:2.60.0 3.13:2.60.0
+[ $# = 0 ] && set -- 3.11:2.52.1 3.11:2.60.0 3.12:2.60.0 3.13:2.60.0
 failed=0
 printf '%s, commit %s\n\n' "$(date -u +%F)" "$(git rev-parse --short HEAD)"
 printf '| Python | Ray | torch | tests | seconds |\n|---|---|---|---|---|\n'
