@@ -18,14 +18,17 @@ python_of() { # 3.12 -> a command
 }
 
 install_in() { # environment, Python, Ray
+    grep -v '^ray==' constraints.txt >"$scratch/constraints.txt"
     "$(python_of "$2")" -m venv "$1" &&
-        "$1/bin/pip" install --no-cache-dir "ray[default,tune,train]==$3" -e '.[dev]'
+        "$1/bin/pip" install --quiet --upgrade pip &&
+        "$1/bin/pip" install --quiet --no-cache-dir -c "$scratch/constraints.txt" \
+            "ray[default,tune,train]==$3" -e '.[dev]'
 }
 
 row() { # Python and Ray: a line of the table
     local python=$1 ray=$2 log="$scratch/log" began=$SECONDS tests
     if ! install_in "$scratch/venv" "$python" "$ray" >"$log" 2>&1; then
-        echo "| $python | $ray | - | not installed: $(tail -1 "$log") | - |"
+        echo "| $python | $ray | - | not installed: $(grep -m1 ERROR "$log") | - |"
     else
         tests=$(timeout "$SECONDS_MAX" "$scratch/venv/bin/python" -m pytest -q -p no:cacheprovider "${TESTS[@]}" 2>&1)
         echo "$tests" >"$log"
