@@ -13,8 +13,11 @@ SECONDS_MAX=1200 # of the tests in one environment
 scratch=$(mktemp -d "${TMPDIR:-/var/tmp}/versions-XXXX")
 trap 'rm -rf "$scratch"' EXIT
 
-python_of() { # 3.12 -> a command
-    command -v "python$1" || ls -d ~/.pyenv/versions/"$1".*/bin/python 2>/dev/null | tail -1
+python_of() { # 3.12 -> a command; pyenv's python3.12 on PATH may be a stub that only says where it is
+    local python
+    for python in "python$1" ~/.pyenv/versions/"$1".*/bin/python; do
+        "$python" -c '' 2>/dev/null && echo "$python" && return
+    done
 }
 
 install_in() { # environment, Python, Ray
