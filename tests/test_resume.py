@@ -153,4 +153,4 @@ def test_two_drivers_of_one_study_are_refused(cli, tmp_path):
     first.send_signal(signal.SIGTERM)
     code, _, err = finish(first)
     assert code == 3, err
-    assert "--resume study" in err
+    assert "resume study" in err

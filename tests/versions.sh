@@ -8,7 +8,7 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 unset PYTHONPATH PYTHONHOME VIRTUAL_ENV
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
-TESTS=(tests/test_engine.py tests/test_losses.py tests/test_failures.py tests/test_resume.py tests/test_nodes.py)
+TESTS=(tests/test_engine.py tests/test_losses.py tests/test_failures.py tests/test_resume.py)
 SECONDS_MAX=1200 # of the tests in one environment
 scratch=$(mktemp -d "${TMPDIR:-/var/tmp}/versions-XXXX")
 trap 'rm -rf "$scratch"' EXIT
