@@ -123,26 +123,26 @@ class Workers:
             self.jobs.notes.extend([note] if note else [])
         if cause == "memory":
             cause = self.memory.lose({trial_id, *self._beside(place.get("node_id"))})
-        self.jobs.lose(trial_id, cause, text_of(error), gpu)
-        if trial_id not in self.jobs.interrupted:
-            self.memory.clear(trial_id)
+        self._lose(trial_id, cause, error, gpu)
 
     def lose_all(self, error: OutOfMemoryError) -> None:
         """Record that a round has ended because a node ran out of memory."""
-        named = [
-            trial_id for trial_id, place in self.places.items() if place.get("node_id", " ") in str(error)
-        ]
-        lost = sorted(named or self.places or self.at_work)
+        nodes = {place.get("node_id") for place in self.places.values()}
+        named = next((node_id for node_id in nodes if node_id and node_id in str(error)), None)
+        lost = sorted(self._beside(named) or self.places or self.at_work)
         cause = self.memory.lose(lost)
         for trial_id in lost:
-            self.jobs.lose(trial_id, cause, text_of(error))
-            if trial_id not in self.jobs.interrupted:
-                self.memory.clear(trial_id)
+            self._lose(trial_id, cause, error)
 
     def end(self, trial_id: str) -> None:
         """Record that a job has left its slot."""
         self.at_work.discard(trial_id)
         self.places.pop(trial_id, None)
+
+    def _lose(self, trial_id: str, cause: str, error: Exception, gpu: str | None = None) -> None:
+        self.jobs.lose(trial_id, cause, text_of(error), gpu)
+        if trial_id not in self.jobs.interrupted:
+            self.memory.clear(trial_id)
 
     def _queue(self, trial_id: str) -> None:
         self.jobs.running.discard(trial_id)

@@ -13,7 +13,7 @@
   without; of the first kind, all trials do.
 - ``worker``: the process died otherwise. The trial continues, ``--max-failures`` times.
 
-The texts are those of Ray 2.51 to 2.60.
+The texts are those of Ray 2.52 to 2.60.
 """
 
 from __future__ import annotations
