@@ -1,4 +1,4 @@
-"""Which scheduler finds a good configuration in the fewest epochs? Schedulers replayed on recorded curves.
+"""Which scheduler finds a good configuration in the fewest epochs? Replays on recorded curves.
 
 ::
 
@@ -6,7 +6,7 @@
     python -m tunefleet.benchmarks.replay studies/NAME --workers 8 --orders 200
 
 Takes the curves of studies without pruner and lets every scheduler search them, with simulated workers
-and in many orders of arrival, the same ones for all. ``stop`` and ``promote`` are search/jobs.py
+and in many orders of arrival, the same ones for all. ``stop`` and ``promote`` are search/scheduler.py
 itself, ``ray_asha`` is Ray's own class, so what is compared is what runs; hence, alone in analysis/, this
 file imports search and ray. No cluster is started. Prints a table per family and number of workers, and
 writes replay.png and replay.json into --out. ASHA: Li et al. 2020, "A System for Massively Parallel
@@ -32,11 +32,11 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from tunefleet.benchmarks.compared import EXPLAINED, MEASURES, REFERENCE, as_text, compare, write
 from tunefleet.benchmarks.curves import Curves, read
-from tunefleet.benchmarks.simulate import Halving, Report, Scheduler, simulate
+from tunefleet.benchmarks.simulate import Halving, ReplayedScheduler, Report, simulate
 from tunefleet.cli import Parser, counted, exit_code, path_argument, printable, writing
 from tunefleet.journal import Journal, TrialRecord, winner
 from tunefleet.search.asha import Asha, least_epochs, rung_epochs
-from tunefleet.search.jobs import Jobs
+from tunefleet.search.scheduler import Scheduler
 
 MOST_ORDERS = 100_000  # all are in memory at once
 TOP = "top_"  # a scheduler's name with the number that goes on
@@ -100,12 +100,12 @@ class NoJournal(Journal):
 
 
 class OfOurs:
-    """What decides in a study of ours: search/jobs.py."""
+    """What decides in a study of ours: search/scheduler.py."""
 
     def __init__(
         self, order: Sequence[int], rungs: tuple[int, ...], eta: int, epochs: int, *, pruner: str
     ) -> None:
-        self._jobs = Jobs(
+        self._jobs = Scheduler(
             suggest=lambda number, _: {"configuration": order[number]} if number < len(order) else None,
             asha=Asha(rungs, eta),
             pruner=pruner,
@@ -127,14 +127,14 @@ class OfOurs:
         return self._jobs.report(self._trial_ids[configuration], report)
 
 
-Make = Callable[[Sequence[int], tuple[int, ...], int, int], Scheduler]  # order, rungs, eta, epochs
+Make = Callable[[Sequence[int], tuple[int, ...], int, int], ReplayedScheduler]  # order, rungs, eta, epochs
 
 
-def _halving(order: Sequence[int], rungs: tuple[int, ...], eta: int, epochs: int) -> Scheduler:
+def _halving(order: Sequence[int], rungs: tuple[int, ...], eta: int, epochs: int) -> ReplayedScheduler:
     return Halving(order, rungs, [max(1, len(order) // eta**k) for k in range(1, len(rungs) + 1)])
 
 
-def _random(order: Sequence[int], rungs: tuple[int, ...], eta: int, epochs: int) -> Scheduler:
+def _random(order: Sequence[int], rungs: tuple[int, ...], eta: int, epochs: int) -> ReplayedScheduler:
     return Halving(order, (), ())
 
 

@@ -35,11 +35,11 @@ from tunefleet.benchmarks.measured import Measured, measure
 from tunefleet.benchmarks.probe import probe, spread
 from tunefleet.benchmarks.task import Task
 from tunefleet.cli import Parser, exit_code
-from tunefleet.search.provenance import commit, machine_name, versions
 from tunefleet.trainables.config import check_integer, check_name
 from tunefleet.trainables.data import DATA_DIR, load_split
 from tunefleet.trainables.host import cpu_count
 from tunefleet.trainables.preparation import prepare
+from tunefleet.trainables.provenance import commit, machine_name, versions
 
 RESULTS = Path(__file__).with_name("results")
 STEADY = 0.15  # by which fraction probes may vary before a ratio says nothing

@@ -13,7 +13,7 @@ import numpy as np
 Report = dict[str, Any]  # of one epoch, as a trial sends it: epoch, val_accuracy, val_loss, status at the end
 
 
-class Scheduler(Protocol):
+class ReplayedScheduler(Protocol):
     """Decides which of N configurations, numbered from 0, is trained next, and for how long."""
 
     def next(self) -> int | None:
@@ -24,7 +24,7 @@ class Scheduler(Protocol):
 
 
 def simulate(
-    scheduler: Scheduler, reports: list[list[Report]], seconds: list[list[float]], workers: int
+    scheduler: ReplayedScheduler, reports: list[list[Report]], seconds: list[list[float]], workers: int
 ) -> tuple[np.ndarray, float]:
     """Run a search with workers that do nothing but take their time.
 

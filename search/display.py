@@ -20,8 +20,8 @@ from tunefleet.cli import counted, printable, shown
 from tunefleet.journal import FAILED, TrialRecord
 from tunefleet.models import ARCHITECTURES
 from tunefleet.search.asha import expected_epochs
-from tunefleet.search.jobs import Jobs
 from tunefleet.search.options import StudyOptions
+from tunefleet.search.scheduler import Scheduler
 from tunefleet.search.spaces import SPACES
 from tunefleet.study import Study
 
@@ -175,7 +175,7 @@ class Progress:
 
     def __init__(
         self,
-        jobs: Jobs,
+        jobs: Scheduler,
         options: StudyOptions,
         slots: int,
         console: Console,
@@ -275,7 +275,7 @@ class Progress:
         }
 
 
-def counts(trials: list[TrialRecord], jobs: Jobs) -> Counter[str]:
+def counts(trials: list[TrialRecord], jobs: Scheduler) -> Counter[str]:
     """Return how many trials are running, paused (or pruned, once the search is over), done, …."""
     left = "pruned" if jobs.search_is_over or jobs.pruner == "stop" else "paused"
     return Counter(
@@ -290,7 +290,7 @@ def finals(facts: dict[str, Any]) -> str:
     return f"{done} of {counted(facts['final_seeds'], 'seed')} done, {running - testing} training{tested}"
 
 
-def epochs_of(jobs: Jobs) -> int:
+def epochs_of(jobs: Scheduler) -> int:
     """Return the epochs reported so far, the final seeds' included."""
     return sum(trial.epoch for trial in jobs.trials.values())
 

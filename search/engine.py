@@ -1,7 +1,7 @@
 """Run a study's jobs on Ray Tune: one job is one Tune trial on a reused worker.
 
 Tune starts workers, places them on CPUs, GPUs and nodes, and notices when one is lost. What they do is
-decided by ``Jobs``, to which a searcher and a scheduler pass everything on. Three traps of Ray 2.60:
+decided by ``Scheduler``, to which a searcher and a scheduler pass everything on. Three traps of Ray 2.60:
 
 - With ``reuse_actors`` Tune gives a just-freed worker to a pending trial whose own worker is still starting,
   and kills that one: short trials then all run on one worker. So each trial is offered once, and the searcher
@@ -9,7 +9,7 @@ decided by ``Jobs``, to which a searcher and a scheduler pass everything on. Thr
 - A custom searcher gets one pending trial, so workers start one after another, unless
   ``TUNE_MAX_PENDING_TRIALS_PG`` says otherwise.
 - ``fit()`` keeps every trial and goes over all of them, and it ends where Ray kills a worker for lack of
-  memory. So a study is several rounds of ``fit()``; between them there is nothing but what ``Jobs`` knows.
+  memory. So a study is several rounds of ``fit()``; between them there is only what ``Scheduler`` knows.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from tunefleet.search.failures import (
     node_named,
     text_of,
 )
-from tunefleet.search.jobs import Job, Jobs
 from tunefleet.search.resources import Resources, Slots
+from tunefleet.search.scheduler import Job, Scheduler
 from tunefleet.trainables.ddp import drive
 from tunefleet.trainables.host import oom_kills
 from tunefleet.trainables.trial import Trial, TrialContext
@@ -63,7 +63,7 @@ class Workers:
         nodes: Excludes nodes; None: where trials run is not Tune's to say.
     """
 
-    def __init__(self, jobs: Jobs, slots: Callable[[], int], nodes: NodeFailures | None) -> None:
+    def __init__(self, jobs: Scheduler, slots: Callable[[], int], nodes: NodeFailures | None) -> None:
         self.jobs, self._slots, self.nodes = jobs, slots, nodes
         self.gpus, self.memory = GpuFailures(), MemoryFailures()
         self._kills = oom_kills()  # by the kernel, for lack of memory; of this host
@@ -178,7 +178,7 @@ class JobSearcher(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Free the slot; what follows from an error was decided in ``JobScheduler.on_trial_error``."""
+        """Free the slot; what follows from an error was decided in ``TuneScheduler.on_trial_error``."""
         self.workers.end(self.trial_ids.pop(trial_id))
 
     def save(self, checkpoint_path: str) -> None:
@@ -190,7 +190,7 @@ class JobSearcher(Searcher):
         raise NotImplementedError("studies resume from reports.jsonl")
 
 
-class JobScheduler(FIFOScheduler):
+class TuneScheduler(FIFOScheduler):
     """Pass reports and losses on, and stop a trial where the study says so.
 
     Args:
@@ -286,7 +286,9 @@ class WithoutRaylets:
         return getattr(self.stream, name)
 
 
-def run_jobs(jobs: Jobs, context: TrialContext, *, resources: Resources, on_step: Callable[[], None]) -> None:
+def run_jobs(
+    jobs: Scheduler, context: TrialContext, *, resources: Resources, on_step: Callable[[], None]
+) -> None:
     """Run all jobs of a study on the connected Ray cluster; return when none is left.
 
     Args:
@@ -329,7 +331,7 @@ def _round(
         trainable,
         tune_config=tune.TuneConfig(
             search_alg=JobSearcher(workers),
-            scheduler=JobScheduler(workers, resources.of_worker),
+            scheduler=TuneScheduler(workers, resources.of_worker),
             num_samples=-1,  # until the searcher says FINISHED
             reuse_actors=resources.workers == 1,
         ),
@@ -337,7 +339,7 @@ def _round(
             name="ray",
             storage_path=str(folder),
             verbose=0,
-            failure_config=tune.FailureConfig(max_failures=0),  # a lost trial is another job: Jobs.lose
+            failure_config=tune.FailureConfig(max_failures=0),  # a lost trial is another job: Scheduler.lose
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # trials write their own
             callbacks=[step],
         ),

@@ -22,17 +22,16 @@ import torch
 from tunefleet.cli import counted, printable, shell, shown
 from tunefleet.files import is_full
 from tunefleet.journal import TrialRecord
+from tunefleet.mirror import Mirror
 from tunefleet.search.asha import Asha
 from tunefleet.search.connection import RayWatch
 from tunefleet.search.display import Progress, print_text
 from tunefleet.search.engine import run_jobs
 from tunefleet.search.failures import named
-from tunefleet.search.jobs import Jobs
-from tunefleet.search.mirror import Mirror
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.preflight import Prepared
-from tunefleet.search.provenance import command_line, commit, machine_name, versions
 from tunefleet.search.resources import Resources
+from tunefleet.search.scheduler import Scheduler
 from tunefleet.search.session import Session
 from tunefleet.search.spaces import find_space
 from tunefleet.search.suggest import described
@@ -42,6 +41,7 @@ from tunefleet.store import Store, StoreError
 from tunefleet.study import Study, lock_study, write_result, write_study, write_tables
 from tunefleet.trainables.data import ImageData
 from tunefleet.trainables.device import Levers
+from tunefleet.trainables.provenance import command_line, commit, machine_name, versions
 from tunefleet.trainables.trial import TrialContext, checkpoint_name
 
 
@@ -205,12 +205,12 @@ def open_study(ready: Ready, wandb: WandbOptions, changes: Mapping[str, Any]) ->
         study.end(status)
 
 
-def scheduler_of(ready: Ready, study: Study) -> Jobs:
+def scheduler_of(ready: Ready, study: Study) -> Scheduler:
     """Return the study's decisions as of the end of its journal; drop checkpoints of no trial."""
     options = ready.options
     assert options.trials is not None
     assert options.pruner is not None
-    scheduler = Jobs(
+    scheduler = Scheduler(
         suggest=options.suggest,
         asha=Asha(options.rungs, options.eta),
         pruner=options.pruner,

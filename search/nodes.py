@@ -25,10 +25,10 @@ from tunefleet.cli import counted
 from tunefleet.files import replacing
 from tunefleet.models.resnet import weights_file
 from tunefleet.search.options import StudyOptions
-from tunefleet.search.provenance import code_sha256, versions
 from tunefleet.store import BRIEF_SECONDS, Store
 from tunefleet.trainables.data import ImageData
 from tunefleet.trainables.device import Levers
+from tunefleet.trainables.provenance import code_sha256, versions
 
 ANSWER_SECONDS = 45.0  # for all nodes together; a dead one is known to Ray after a minute only
 SENT_MAX = 8 * 2**30  # bytes of images; more belongs on a disk that the nodes share

@@ -20,10 +20,10 @@ import ray
 from rich.console import Console
 
 from tunefleet.cli import shell
+from tunefleet.lease import NAME as LEASE
+from tunefleet.mirror import bring
 from tunefleet.search.connection import RayWatch, connect, is_local
 from tunefleet.search.display import phase, print_text
-from tunefleet.search.lease import NAME as LEASE
-from tunefleet.search.mirror import bring
 from tunefleet.search.options import RESUMABLE, StudyOptions, flag
 from tunefleet.search.session import Session
 from tunefleet.search.wandb_options import WandbOptions

@@ -26,7 +26,8 @@ from tests.fuzz_analysis import NAMES, VALUES
 from tests.test_damage import DAMAGES
 from tests.test_wandb_sync import STUDY_JSON
 from tests.test_wandb_sync import write_study as write_trials
-from tunefleet.search import collect, lr_study, mirror, run, wandb_sync
+from tunefleet import collect, mirror
+from tunefleet.search import lr_study, run, wandb_sync
 from tunefleet.search.options import HELP, StudyOptions, flag
 from tunefleet.search.spaces import SPACES
 from tunefleet.study import Study, write_result, write_study

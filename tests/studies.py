@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tunefleet.search.execution import Ready, context_of, create, open_study, scheduler_of
-from tunefleet.search.jobs import Jobs
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.preflight import prepare as preflight
 from tunefleet.search.resources import Machine, Resources, settle
+from tunefleet.search.scheduler import Scheduler
 from tunefleet.search.wandb_options import WandbOptions
 from tunefleet.trainables.device import Levers, choose
 from tunefleet.trainables.preparation import prepare
@@ -18,7 +18,7 @@ from tunefleet.trainables.trial import TrialContext
 @contextmanager
 def digits_study(
     folder: Path, options: StudyOptions, resources: Resources, levers: Levers | None = None
-) -> Iterator[tuple[Jobs, TrialContext]]:
+) -> Iterator[tuple[Scheduler, TrialContext]]:
     """Creates a study of digits, or opens it again, and ends it however the body ends."""
     levers, data = levers or choose("cpu", "fp32"), prepare("digits", Path(options.data_dir))
     options = settle(options, levers, Machine(resources.slots, resources.gpus_per_trial))

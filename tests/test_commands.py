@@ -7,7 +7,7 @@ import pytest
 
 from tests.test_wandb_sync import STUDY_JSON, write_study
 from tunefleet.collect import main as collect
-from tunefleet.search.mirror import main as mirror
+from tunefleet.mirror import main as mirror
 from tunefleet.search.wandb_sync import main as wandb_sync
 from tunefleet.study import write_study as write_study_json
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from tunefleet.journal import Journal
 from tunefleet.search.asha import Asha
 from tunefleet.search.display import PLAIN_SECONDS, Progress, counts, describe, line, table
-from tunefleet.search.jobs import Jobs
 from tunefleet.search.options import StudyOptions
+from tunefleet.search.scheduler import Scheduler
 from tunefleet.search.suggest import suggest
 
 
@@ -20,7 +20,7 @@ def jobs(tmp_path):
     from ray import tune
 
     ranges = {"lr": tune.loguniform(1e-4, 1e-1)}
-    jobs = Jobs(
+    jobs = Scheduler(
         suggest=functools.partial(suggest, "random", ranges, {"lr": 0.01}, 0),
         asha=Asha((1, 3), 3),
         pruner="promote",

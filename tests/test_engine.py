@@ -1,4 +1,4 @@
-"""Jobs through Ray Tune on real workers: who runs where, and what survives. One cluster for the file."""
+"""Scheduler through Ray Tune on real workers: who runs where, and what survives. One cluster for the file."""
 
 import gc
 import itertools

@@ -8,7 +8,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("models", "trainables", "search", "analysis", "benchmarks")
-GROUND = {"cli", "collect", "files", "journal", "store", "study"}  # of src/tunefleet; anybody may import it
+GROUND = {
+    "cli",
+    "collect",
+    "files",
+    "journal",
+    "lease",
+    "mirror",
+    "store",
+    "study",
+}  # of src/tunefleet; anybody may import it
 FILES = sorted(
     file.relative_to(ROOT)
     for folder in (*(ROOT / package for package in PACKAGES), ROOT / "src/tunefleet")

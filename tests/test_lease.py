@@ -11,11 +11,11 @@ import pytest
 
 from tests.made_study import asked
 from tests.object_store import faulty_store
+from tunefleet import lease as module
 from tunefleet.journal import Journal
-from tunefleet.search import lease as module
-from tunefleet.search.lease import NAME, Lease, check_lease, read_lease
-from tunefleet.search.mirror import Mirror
-from tunefleet.search.mirror import main as mirror_command
+from tunefleet.lease import NAME, Lease, check_lease, read_lease
+from tunefleet.mirror import Mirror
+from tunefleet.mirror import main as mirror_command
 from tunefleet.store import Store
 from tunefleet.study import write_study
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import OutOfMemoryError
 
-from tests.test_jobs import make_jobs
+from tests.test_scheduler import make_jobs
 from tunefleet.search import engine
-from tunefleet.search.engine import JobScheduler, Workers
+from tunefleet.search.engine import TuneScheduler, Workers
 
 EPOCH = {"epoch": 1, "val_accuracy": 0.5, "diverged": False, "epoch_seconds": 1.0}
 OUT = OutOfMemoryError("2 worker(s) were killed due to the node running low on memory. Node (ID: n1)")
@@ -167,7 +167,7 @@ def test_a_round_ends_when_epochs_are_short_and_nothing_is_lost_by_it(workers, m
 def test_tunes_results_and_errors_reach_the_study(workers, tmp_path):
     workers = workers()
     job = workers.next_job()
-    scheduler = JobScheduler(workers, {})
+    scheduler = TuneScheduler(workers, {})
     (tmp_path / "error").write_text("The actor died")
     trial = SimpleNamespace(
         config={"trial_id": job.trial_id}, pickled_error_file=None, error_file=str(tmp_path / "error")

@@ -12,8 +12,8 @@ from tunefleet.analysis.load import load
 from tunefleet.journal import Journal
 from tunefleet.search import nodes
 from tunefleet.search.failures import IN_A_ROW, NodeFailures
-from tunefleet.search.provenance import code_sha256, commit, versions
 from tunefleet.trainables.device import Levers
+from tunefleet.trainables.provenance import code_sha256, commit, versions
 
 CPU = Levers("cpu", "fp32", True, 2**20)
 CUDA = Levers("cuda", "bf16", True, None)

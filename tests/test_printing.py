@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 
 from tests.made_study import asked, edit_events, write_events
-from tunefleet import collect
-from tunefleet.search import lr_study, mirror, run, wandb_sync
+from tunefleet import collect, mirror
+from tunefleet.search import lr_study, run, wandb_sync
 from tunefleet.search.display import phase, print_result
 from tunefleet.study import write_study
 from tunefleet.trainables import training

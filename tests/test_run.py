@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from tests.made_study import asked
-from tunefleet.search import mirror, wandb_sync
+from tunefleet import mirror
+from tunefleet.search import wandb_sync
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.run import main
 from tunefleet.search.spaces import SPACES

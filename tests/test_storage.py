@@ -16,12 +16,12 @@ import pytest
 
 from tests.made_study import asked
 from tests.object_store import faulty_store, object_store
-from tests.test_jobs import make_jobs
+from tests.test_scheduler import make_jobs
 from tunefleet.analysis.load import load
 from tunefleet.analysis.report import main as report
 from tunefleet.journal import Journal
+from tunefleet.mirror import Mirror, bring, main
 from tunefleet.search.failures import cause_of, text_of
-from tunefleet.search.mirror import Mirror, bring, main
 from tunefleet.search.running import check_storage
 from tunefleet.store import Store, StoreError
 from tunefleet.study import write_study

@@ -2,7 +2,7 @@
 
 The worker outlives its trials (``reuse_actors``): torch is imported, the device initialised and the
 data opened once per worker. A promotion is a new Tune trial that goes on from the checkpoint of the
-old one, so a trial of ours may be several of Tune's (search/jobs.py says why).
+old one, so a trial of ours may be several of Tune's (search/scheduler.py says why).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ COMMANDS = {  # name: module and function, summary
     "wandb-report": ("analysis.wandb_report:main", "write or upload a W&B report of studies"),
     "results": ("analysis.results:main", "print a table of studies, and their commands"),
     "sync": ("search.wandb_sync:main", "upload a study's runs to W&B"),
-    "push": ("search.mirror:main", "upload a study's folder to its object store"),
+    "push": ("mirror:main", "upload a study's folder to its object store"),
     "collect": ("collect:main", "write a study's tables from its journal"),
     "train": ("trainables.training:main", "train one configuration in this process, without Ray"),
 }

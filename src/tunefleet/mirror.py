@@ -21,8 +21,8 @@ from urllib.parse import unquote
 
 from tunefleet.cli import Parser, exit_code, printable, shell
 from tunefleet.journal import Journal
-from tunefleet.search.lease import NAME as LEASE
-from tunefleet.search.lease import Lease, check_lease
+from tunefleet.lease import NAME as LEASE
+from tunefleet.lease import Lease, check_lease
 from tunefleet.store import BRIEF_SECONDS, Store, StoreError, within
 from tunefleet.study import ASKED, lock_study, parse, read_study
 

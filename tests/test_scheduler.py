@@ -11,7 +11,7 @@ from ray import tune
 
 from tunefleet.journal import Journal, records, winner
 from tunefleet.search.asha import PRUNERS, Asha, least_epochs, rung_epochs
-from tunefleet.search.jobs import Jobs
+from tunefleet.search.scheduler import Scheduler
 from tunefleet.search.suggest import SEARCHERS, suggest
 
 EPOCHS, ETA, TRIALS, FINAL_SEEDS = 9, 3, 12, 2
@@ -34,7 +34,7 @@ def make_jobs(file, *, pruner="promote", searcher="random", trials=TRIALS, value
     rungs = () if pruner == "none" else RUNGS
     settings = {"fixed": FIXED, "final_seeds": FINAL_SEEDS, "max_failures": 3, "journal": Journal(file)}
     settings |= others
-    jobs = Jobs(suggest=suggestion, asha=Asha(rungs, ETA), pruner=pruner, trials=trials, **settings)
+    jobs = Scheduler(suggest=suggestion, asha=Asha(rungs, ETA), pruner=pruner, trials=trials, **settings)
     jobs.observed = seen
     return jobs
 

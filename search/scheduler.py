@@ -38,7 +38,7 @@ class Job:
     eager: bool = False  # its steps are not to be captured as a CUDA graph
 
 
-class Jobs:
+class Scheduler:
     """The state of one study.
 
     Args:
