@@ -49,9 +49,9 @@ def commit() -> str | None:
 
 def code_sha256() -> str:
     """Return a hash of the code that a trial runs; a cluster's nodes must have the same."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).parents[1]  # of the package
     files = sorted(
-        file for package in ("models", "trainables", "search") for file in (root / package).glob("*.py")
+        file for part in (".", "models", "trainables", "search") for file in (root / part).glob("*.py")
     )
     digest = hashlib.sha256()
     for file in files:
