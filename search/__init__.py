@@ -25,7 +25,7 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # search/run.py answers Ctrl-C within seconds
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # Tune's own snapshots are never read
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    # glibc gives freed activations back to the kernel after every micro-batch, and has them zeroed anew
+    # glibc gives freed activations back to the kernel after every micro-batch, and has them zeroed again
     # for the next: up to a third of convnet's step (NOTES.md). Bytes.
     "MALLOC_MMAP_THRESHOLD_": str(256 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),

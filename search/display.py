@@ -99,14 +99,14 @@ def list_spaces(console: Console) -> int:
 
 @contextlib.contextmanager
 def phase(console: Console, text: str) -> Iterator[Callable[[str, int, int], None]]:
-    """Show what is going on before there are trials: in place in a terminal, as lines elsewhere.
+    """Context manager: show a phase before the trials, in place in a terminal, as lines elsewhere.
 
     Args:
         console: Where to.
-        text: What is going on.
+        text: The phase.
 
-    Gives ``progress(step, done, total)``, which shows a part of it and its count of images; 0 of 0 where
-    there is none.
+    Gives ``progress(step, done, total)``, which shows a part of the phase and its count of images; 0 of 0 for
+    a part without one.
     """
     began = last = time.monotonic()
     text = printable(text)

@@ -191,7 +191,7 @@ class JobSearcher(Searcher):
 
 
 class TuneScheduler(FIFOScheduler):
-    """Pass reports and losses on, and stop a trial where the study says so.
+    """Pass reports and losses on, and stop a trial when the study does.
 
     Args:
         workers: To which they are passed.

@@ -110,7 +110,7 @@ class OpenStudy:
             self._lock.release()
             raise
         self._began = time.time()
-        if torn := self.study.journal.mend():
+        if torn := self.study.journal.drop_torn_line():
             print(f"reports.jsonl: dropped its last line, of which only {torn} bytes had been written")
 
     def begin(self, run: Mapping[str, Any]) -> None:

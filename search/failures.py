@@ -123,7 +123,7 @@ class NodeFailures:
 
 
 class GpuFailures:
-    """Count the workers lost on each GPU. Ray chooses a trial's GPU, so none is excluded: the user is told.
+    """Count the workers lost on each GPU. Ray chooses a trial's GPU, so a bad one is only reported.
 
     Args:
         clock: Seconds.

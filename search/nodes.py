@@ -58,7 +58,7 @@ class Question:
 
 
 def worker_nodes() -> list[Node]:
-    """Returns the live nodes of the connected cluster that have CPUs or GPUs to offer."""
+    """Return the live nodes of the connected cluster that have CPUs or GPUs to offer."""
     nodes = [
         Node(
             row["NodeID"],
@@ -75,7 +75,7 @@ def worker_nodes() -> list[Node]:
 def check_nodes(
     options: StudyOptions, place: str | None, data: ImageData, levers: Levers, console: Console
 ) -> None:
-    """Prints a table of the cluster's nodes; sends images and weights to those that lack them.
+    """Print a table of the cluster's nodes; sends images and weights to those that lack them.
 
     Args:
         options: The study's.
@@ -129,11 +129,11 @@ def _question(options: StudyOptions, place: str, data: ImageData) -> Question:
 
 
 def _ask(nodes: list[Node], question: Question) -> dict[str, dict[str, Any]]:
-    """Returns each node's answer by its id; ``{"failed": why}`` of one that gave none."""
+    """Return each node's answer by its id; ``{"failed": why}`` of one that gave none."""
     refs = {
-        answer.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)).remote(
-            question
-        ): node
+        answer_question.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+        ).remote(question): node
         for node in nodes
     }
     done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=ANSWER_SECONDS)
@@ -154,9 +154,9 @@ def _ask(nodes: list[Node], question: Question) -> dict[str, dict[str, Any]]:
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def answer(question: Question) -> dict[str, Any]:
-    """Says how things stand on this node."""
-    told: dict[str, Any] = {
+def answer_question(question: Question) -> dict[str, Any]:
+    """Return what this node has and sees."""
+    answer: dict[str, Any] = {
         "versions": versions(),
         "code": code_sha256(),
         "gpus": torch.cuda.device_count(),
@@ -167,22 +167,22 @@ def answer(question: Question) -> dict[str, Any]:
     try:
         _leave_mark(question)
     except (OSError, ValueError) as error:
-        told["storage"] = str(error).partition("\n")[0]
+        answer["storage"] = str(error).partition("\n")[0]
     try:
         Path(question.data_dir).mkdir(parents=True, exist_ok=True)
-        told["free"] = shutil.disk_usage(question.data_dir).free
+        answer["free"] = shutil.disk_usage(question.data_dir).free
     except OSError as error:
-        told["free"], told["data_dir"] = 0, str(error)
+        answer["free"], answer["data_dir"] = 0, str(error)
     for file, size in question.data.items():
         if not Path(file).exists() or Path(file).stat().st_size != size:
-            told["lacks"].append(file)
+            answer["lacks"].append(file)
     if question.weights:
         file, sha256 = question.weights
         if not Path(file).exists():
-            told["lacks"].append(file)
+            answer["lacks"].append(file)
         elif _sha256(Path(file)) != sha256:
-            told["weights"] = file
-    return told
+            answer["weights"] = file
+    return answer
 
 
 def _leave_mark(question: Question) -> None:
@@ -192,7 +192,7 @@ def _leave_mark(question: Question) -> None:
 
 
 def _written_by(nodes: list[Node], question: Question) -> set[str]:
-    """Returns the ids of nodes whose mark the driver does not find, and removes the others'."""
+    """Return the ids of nodes whose mark the driver does not find, and removes the others'."""
     missing = set()
     for node in nodes:
         name = f"{question.mark}-{node.node_id}"
@@ -202,39 +202,39 @@ def _written_by(nodes: list[Node], question: Question) -> set[str]:
     return missing
 
 
-def _problems(node: Node, told: dict[str, Any], levers: Levers, unseen: bool, place: str) -> list[str]:
-    """Returns what stands against trials on a node, each with its remedy."""
-    if "failed" in told:
-        return [told["failed"]]
+def _problems(node: Node, answer: dict[str, Any], levers: Levers, unseen: bool, place: str) -> list[str]:
+    """Return why trials could not run on a node, each reason with its remedy."""
+    if "failed" in answer:
+        return [answer["failed"]]
     found = []
     ours = versions()
     differing = [
-        f"{name} {told['versions'][name]}, not {ours[name]}"
+        f"{name} {answer['versions'][name]}, not {ours[name]}"
         for name in ours
-        if told["versions"].get(name) != ours[name]
+        if answer["versions"].get(name) != ours[name]
     ]
     if differing:
         found.append(f"has {', '.join(differing)}; install the same with constraints.txt")
-    if told["code"] != code_sha256():
+    if answer["code"] != code_sha256():
         found.append("has other code than the driver; copy it there, or ray job submit --working-dir .")
-    if told["storage"] or unseen:
-        reason = told["storage"] or "the driver does not see what it wrote"
+    if answer["storage"] or unseen:
+        reason = answer["storage"] or "the driver does not see what it wrote"
         found.append(f"cannot use --storage={place} ({reason}); give one that all nodes share, or s3://…")
-    if told.get("data_dir") or told["free"] < FREE_MIN:
-        reason = told.get("data_dir") or f"{told['free'] / 1e9:.1f} GB free"
+    if answer.get("data_dir") or answer["free"] < FREE_MIN:
+        reason = answer.get("data_dir") or f"{answer['free'] / 1e9:.1f} GB free"
         found.append(f"has no room under --data-dir ({reason}); give a folder on a larger disk")
-    if levers.device == "cuda" and told["gpus"] < node.gpus:
+    if levers.device == "cuda" and answer["gpus"] < node.gpus:
         found.append(
-            f"offers {counted(node.gpus, 'GPU')} to Ray, and torch sees {told['gpus']}; install a driver "
+            f"offers {counted(node.gpus, 'GPU')} to Ray, and torch sees {answer['gpus']}; install a driver "
             "that fits torch's CUDA, or give --device cpu"
         )
-    if told["weights"]:
-        found.append(f"has other weights under {told['weights']}; remove them, and the driver's are sent")
+    if answer["weights"]:
+        found.append(f"has other weights under {answer['weights']}; remove them, and the driver's are sent")
     return found
 
 
 def _send(nodes: list[Node], answers: dict[str, dict[str, Any]]) -> None:
-    """Sends the files that nodes lack, each once into the object store.
+    """Send the files that nodes lack, each once into the object store.
 
     Raises:
         ValueError: There is too much to send, or a node cannot write it.
@@ -263,7 +263,7 @@ def _send(nodes: list[Node], answers: dict[str, dict[str, Any]]) -> None:
 
 @ray.remote(num_cpus=0)
 def take(files: list[str], *contents: bytes) -> None:
-    """Writes files on this node, each whole."""
+    """Write files on this node, each whole."""
     for file, content in zip(files, contents, strict=True):
         path = Path(file)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -274,15 +274,15 @@ def take(files: list[str], *contents: bytes) -> None:
 def _print(nodes: list[Node], answers: dict[str, dict[str, Any]], console: Console) -> None:
     table = Table("node", "CPUs", "GPUs", "free GB", "torch", "lacks", box=None, pad_edge=False)
     for node in nodes:
-        told = answers[node.node_id]
-        known = "failed" not in told
-        lacks = counted(len(told["lacks"]), "file") if known and told["lacks"] else "-"
+        answer = answers[node.node_id]
+        known = "failed" not in answer
+        lacks = counted(len(answer["lacks"]), "file") if known and answer["lacks"] else "-"
         table.add_row(
             node.name,
             f"{node.cpus:g}",
             f"{node.gpus:g}",
-            f"{told['free'] / 1e9:.0f}" if known else "?",
-            told["versions"]["torch"] if known else "?",
+            f"{answer['free'] / 1e9:.0f}" if known else "?",
+            answer["versions"]["torch"] if known else "?",
             lacks,
         )
     console.print(table)

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from tunefleet.cli import shell
 from tunefleet.lease import NAME as LEASE
-from tunefleet.mirror import bring
+from tunefleet.mirror import fetch_study
 from tunefleet.search.connection import RayWatch, connect, is_local
 from tunefleet.search.display import phase, print_text
 from tunefleet.search.options import RESUMABLE, StudyOptions, flag
@@ -113,7 +113,7 @@ def resume(
     Raises:
         ValueError: There is no study, it is done, or it cannot continue as asked.
     """
-    folder = Path(os.path.realpath(bring(str(place))))
+    folder = Path(os.path.realpath(fetch_study(str(place))))
     study = Study(folder)
     fixed = [flag(name) for name in changes if name not in RESUMABLE]
     if fixed and not extend:

@@ -163,7 +163,7 @@ class Stops:
     def _listening(self) -> Iterator[Callable[[], None]]:
         """Take signals where this is the main thread; elsewhere they are somebody else's.
 
-        Gives the function that does so anew.
+        Gives the function that installs the handlers again.
         """
 
         def note(number: int, frame: Any) -> None:

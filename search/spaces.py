@@ -131,7 +131,7 @@ SPACES: dict[str, Space] = {
     ),
     # 3·hidden channels, whose number is most of the time; one layer sees no more than its kernel, so 7;
     # momentum is the published one, since without it nothing gets going in these epochs; without warm-up
-    # the best lr stand where some seeds diverge (docs/decisions.md)
+    # the best lr lie where some seeds diverge (docs/decisions.md)
     "convnet": Space(
         {
             "lr": tune.loguniform(1e-3, 3e-2),
@@ -161,7 +161,7 @@ SPACES: dict[str, Space] = {
         0.76,
         epochs=27,
     ),
-    # features are computed once, so epochs are cheap; augmenting would compute them anew in each
+    # features are computed once, so epochs are cheap; augmenting would compute them again in each
     "resnet_softmax": Space(
         _resnet(0.99),
         _published(1e-4, 0.99, 128, 0.001),

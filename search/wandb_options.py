@@ -154,7 +154,7 @@ def take_flags(options: MutableMapping[str, Any]) -> dict[str, Any]:
 def find_key(key: str | None) -> tuple[str, str]:
     """Return the key that W&B would find, and where: the environment's, or its server's in netrc.
 
-    Both are empty where there is none; for a token file, its path stands for the key.
+    Both are empty where there is none; of a token file it is the path.
     """
     if key:
         return key, "WANDB_API_KEY"

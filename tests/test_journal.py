@@ -42,7 +42,7 @@ def test_what_is_appended_is_read_in_order(journal):
 
 def test_journal_of_no_study_is_empty(journal):
     assert journal.read() == []
-    journal.mend()
+    journal.drop_torn_line()
     assert not journal.file.exists()
 
 
@@ -66,7 +66,7 @@ def test_torn_last_line_is_left_out_then_cut_off(journal, cut):
     assert len(last) > cut
     journal.file.write_bytes(whole[:-cut])  # cut=1: all but its line end
     assert journal.read() == EVENTS[:2]
-    journal.mend()
+    journal.drop_torn_line()
     assert journal.file.read_bytes() == whole[: -len(last)]
     journal.append(EVENTS[2])
     assert journal.file.read_bytes() == whole
@@ -75,13 +75,13 @@ def test_torn_last_line_is_left_out_then_cut_off(journal, cut):
 def test_mending_a_whole_journal_changes_nothing(journal):
     write(journal)
     before = journal.file.read_bytes()
-    journal.mend()
+    journal.drop_torn_line()
     assert journal.file.read_bytes() == before
 
 
 def test_mending_a_journal_of_one_torn_line_empties_it(journal):
     journal.file.write_text('{"trial_id": "00')
-    journal.mend()
+    journal.drop_torn_line()
     assert journal.file.read_bytes() == b""
 
 

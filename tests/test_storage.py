@@ -20,7 +20,7 @@ from tests.test_scheduler import make_jobs
 from tunefleet.analysis.load import load
 from tunefleet.analysis.report import main as report
 from tunefleet.journal import Journal
-from tunefleet.mirror import Mirror, bring, main
+from tunefleet.mirror import Mirror, fetch_study, main
 from tunefleet.search.failures import cause_of, text_of
 from tunefleet.search.running import check_storage
 from tunefleet.store import Store, StoreError
@@ -155,27 +155,27 @@ def test_a_study_is_brought_back_unless_the_copy_here_knows_more(storage, tmp_pa
     start(tmp_path / "driver", 2)
     Mirror(tmp_path / "driver", storage).update()
     storage.write(b"x", "checkpoints/0000.pt")
-    folder = bring(storage.place + "/")
+    folder = fetch_study(storage.place + "/")
     assert sorted(file.name for file in folder.iterdir()) == ["reports.jsonl", "study.json"]
     assert len(Journal(folder / "reports.jsonl").read()) == 2
     start(folder, 1)
-    bring(storage.place)
+    fetch_study(storage.place)
     assert len(Journal(folder / "reports.jsonl").read()) == 2
     start(folder, 3)
-    bring(storage.place)
+    fetch_study(storage.place)
     assert len(Journal(folder / "reports.jsonl").read()) == 3
     with pytest.raises(ValueError, match="holds no study"):
-        bring(f"{storage.place}/nothing")
+        fetch_study(f"{storage.place}/nothing")
     whole = {file.name: file.read_bytes() for file in folder.iterdir()}
     for name in ("study.json", "reports.jsonl"):
         content = storage.read(name)
         storage.write(content.replace(b'"', b"'", 1), name)
         with pytest.raises(ValueError, match=rf"^{storage.place}\S* ({name} line 1 )?(cannot|is)"):
-            bring(storage.place)
+            fetch_study(storage.place)
         storage.write(content, name)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
     with pytest.raises(ValueError, match="names no study"):
-        bring(f"{storage.place}/..")
+        fetch_study(f"{storage.place}/..")
 
 
 @pytest.mark.parametrize("name", ["a#1", "a?b", "two words", "ü中", "100%", "[x] '$(y)' \"z\"", "a%20b"])
@@ -192,7 +192,7 @@ def test_name_of_a_study_may_hold_what_a_url_may_not(bucket, tmp_path, monkeypat
         assert mirror.finish() == ""
     with pytest.raises(ValueError, match="holds another study"):
         check_storage(place, name)
-    folder = bring(storage.place)
+    folder = fetch_study(storage.place)
     assert folder == Path("studies") / name
     assert len(Journal(folder / "reports.jsonl").read()) == 1
     assert sorted(storage.names()) == ["n\\udcff", "reports.jsonl", "study.json"]
@@ -201,7 +201,7 @@ def test_name_of_a_study_may_hold_what_a_url_may_not(bucket, tmp_path, monkeypat
 @pytest.mark.parametrize("name", ["%2E%2E", "..%2Fevil", "%2Fetc"])
 def test_name_in_a_url_leads_to_no_other_folder(bucket, name):
     with pytest.raises(ValueError, match="names no study"):
-        bring(f"{bucket}/{name}")
+        fetch_study(f"{bucket}/{name}")
 
 
 def test_no_name_in_a_store_leads_out_of_the_folder(storage, tmp_path, monkeypatch):
@@ -210,7 +210,7 @@ def test_no_name_in_a_store_leads_out_of_the_folder(storage, tmp_path, monkeypat
     storage.write(b"{}", "study.json")
     monkeypatch.setattr(Store, "names", lambda *arguments: ["study.json", "best/../../../evil"])
     with pytest.raises(ValueError, match="outside the study"):
-        bring(storage.place)
+        fetch_study(storage.place)
     assert not (tmp_path / "studies").exists()
 
 

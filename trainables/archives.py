@@ -80,7 +80,7 @@ class Archive:
         self.kept: _KeepingStream | None = None
 
     def check(self, listing: Listing) -> None:
-        """Add images and folders to the listing; writes nothing.
+        """Add images and folders to the listing; write nothing.
 
         Raises:
             SourceError: The archive is truncated, or holds a member that is unsafe (absolute, `..`, a link, a

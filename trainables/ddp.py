@@ -3,7 +3,7 @@
 The Tune trial is a driver that takes a ``trial_slot`` and no CPU; the group's workers take the CPUs
 and GPUs. There are as many slots as groups fit, so drivers can never fill a cluster on which their
 workers then find no place. Rank 0 writes the checkpoint before each report, as trainables/trial.py
-does, so a trial may go on with one worker or with several. A group costs nine processes and 20
+does, so a trial may continue with one worker or with several. A group costs nine processes and 20
 seconds to start (Ray 2.60): a trial of one worker is never made of it.
 """
 
@@ -33,7 +33,7 @@ CONTROLLER_FAILURES = 3  # Ray's default is to try for ever
 
 
 def drive(job: dict[str, Any], *, context: TrialContext, workers: int, resources: dict[str, float]) -> None:
-    """Runs a job on a group of workers; a Tune trial.
+    """Run a job on a group of workers; a Tune trial.
 
     Args:
         job: As ``Trial`` takes it.
@@ -42,7 +42,7 @@ def drive(job: dict[str, Any], *, context: TrialContext, workers: int, resources
         resources: Of one worker, ``{"CPU", "GPU"}``.
 
     Raises:
-        TrainingFailedError: A worker was lost. The study has the trial go on with another group.
+        TrainingFailedError: A worker was lost. The study continues the trial with another group.
     """
     tune.report({"place": json.dumps(place_of_worker())})
     own_fault = _failure_name(job["trial_id"])
@@ -92,7 +92,7 @@ def _train(settings: dict[str, Any]) -> None:
 
 
 def _is_lost_partner(error: Exception) -> bool:
-    """Returns whether a collective failed because another worker is gone; gloo has no class of its own."""
+    """Return whether a collective failed because another worker is gone; gloo has no class of its own."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 

@@ -1,7 +1,7 @@
 """How does a Ray worker run a trial? One epoch per step(), a checkpoint before each report.
 
 The worker outlives its trials (``reuse_actors``): torch is imported, the device initialised and the
-data opened once per worker. A promotion is a new Tune trial that goes on from the checkpoint of the
+data opened once per worker. A promotion is a new Tune trial that continues from the checkpoint of the
 old one, so a trial of ours may be several of Tune's (search/scheduler.py says why).
 """
 
@@ -49,7 +49,7 @@ class TrialContext:
 
 
 def checkpoint_name(trial_id: str) -> str:
-    """Returns where in a study a trial's checkpoint lies."""
+    """Return where in a study a trial's checkpoint lies."""
     return f"checkpoints/{trial_id}.pt"
 
 
@@ -73,7 +73,7 @@ class JobRun:
         self.reported: int = min(job["reported"], self.run.epochs_done)
 
     def report(self) -> dict[str, Any]:
-        """Trains an epoch, unless one waits to be reported, and returns its report.
+        """Train an epoch, unless one waits to be reported, and return its report.
 
         Before the test split is evaluated, which may take minutes, comes ``{"phase": "testing"}``.
         """
@@ -102,7 +102,7 @@ class JobRun:
         return report
 
     def _ends(self, report: dict[str, Any]) -> bool:
-        """Returns whether a report is the trial's last."""
+        """Return whether a report is the trial's last."""
         return bool(report["diverged"]) or report["epoch"] == self.run.config.epochs
 
     def _new_run(self) -> TrainingRun:
@@ -116,7 +116,7 @@ class JobRun:
 
 
 def set_up_worker(context: TrialContext) -> None:
-    """Divides this process's node and GPU as planned."""
+    """Divide this process's node and GPU as planned."""
     torch.set_num_threads(context.threads)  # Ray sets OMP_NUM_THREADS=1 for 0 to 1 CPUs (2.60)
     if context.levers.device == "cuda":
         device.gpu_id()
@@ -125,7 +125,7 @@ def set_up_worker(context: TrialContext) -> None:
 
 
 def failure_report(error: Exception, job: dict[str, Any], context: TrialContext) -> dict[str, Any]:
-    """Returns the report of a trial that ends by an exception.
+    """Return the report of a trial that ends by an exception.
 
     Raises:
         BrokenGpuError: The exception has left this process's GPU unusable. The trial is not at its end: it
@@ -148,7 +148,7 @@ def failure_report(error: Exception, job: dict[str, Any], context: TrialContext)
 
 
 def _memory_line(error: Exception, job: dict[str, Any], context: TrialContext) -> str:
-    """Returns what a trial needed, what there is, and what to set."""
+    """Return what a trial needed, what there is, and what to set."""
     sizes = {name: job["config"].get(name) for name in ("batch_size", "hidden", "kernel_size", "image_size")}
     which = ", ".join(f"{name} {value}" for name, value in sizes.items() if value is not None)
     reason = str(error).partition(" If reserved but")[0].partition("\n")[0]
@@ -166,7 +166,7 @@ def _memory_line(error: Exception, job: dict[str, Any], context: TrialContext) -
 
 
 def whereabouts(context: TrialContext) -> dict[str, Any]:
-    """Returns the process, node and GPU that a report comes from."""
+    """Return the process, node and GPU that a report comes from."""
     place = {"pid": os.getpid(), "node": socket.gethostname()}
     return place | ({"gpu": device.gpu_id()} if context.levers.device == "cuda" else {})
 
@@ -188,14 +188,14 @@ class Trial(tune.Trainable):
     """Runs jobs one after another, each on one worker."""
 
     def setup(self, config: dict[str, Any], context: TrialContext | None = None) -> None:
-        """Starts or resumes the job; Tune calls it once per worker."""
+        """Start or resumes the job; Tune calls it once per worker."""
         assert context is not None
         self.context = context
         set_up_worker(context)
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Starts or resumes the next job on this worker."""
+        """Start or resumes the next job on this worker."""
         self.job = new_config
         self.placed = False  # whether the study knows where the job is
         self.run: JobRun | None = None  # built in step(), where its failure is the trial's result

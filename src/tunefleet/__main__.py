@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
 
 
 def script(*arguments: str) -> NoReturn:
-    """Run the command line of this process, after words that a script stands for; exit."""
+    """Run the command line of this process, after the command that a script is for; exit."""
     code = main([*arguments, *sys.argv[1:]])
     sys.stdout.flush()
     sys.stderr.flush()

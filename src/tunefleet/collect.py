@@ -18,7 +18,7 @@ from tunefleet.study import RunningError, cut, lock_study, read_files, write_tab
 
 
 def collect(folder: Path, keep_lines: int | None) -> str:
-    """Write a study's tables; return how it stands, in a line.
+    """Write a study's tables; return its state, in a line.
 
     Args:
         folder: The study's; it may be running.

@@ -1,6 +1,6 @@
 """reports.jsonl: what happened in a study, one JSON line per event, appended before anything acts on it.
 
-Six kinds of line, told apart by their keys, in the order in which the study saw them:
+Six kinds of line, distinguished by their keys, in the order in which they happened:
 
 - a process begins to run the study: ``{"run": {…}}``, what differs from study.json and from earlier runs
 - a trial starts: ``{"trial_id", "epoch": 0, "config"}``
@@ -126,7 +126,7 @@ class Journal:
         command = shell("tunefleet", "collect", "--keep-lines", whole, self.file.parent)
         return f"restore the file from a copy, or give up what follows: {command}"
 
-    def mend(self) -> int:
+    def drop_torn_line(self) -> int:
         """Cut off a torn last line, before more are appended; return how many bytes it had."""
         if torn := self.torn():
             os.truncate(self.file, self.file.stat().st_size - torn)
@@ -244,7 +244,7 @@ class TrialRecord:
     trial_id: str
     config: dict[str, Any]
     reports: dict[int, dict[str, Any]] = field(default_factory=dict)  # by epoch
-    status: str | None = None  # done, diverged, out_of_memory, error; None: may go on
+    status: str | None = None  # done, diverged, out_of_memory, error; None: may continue
     error: str | None = None
 
     @property

@@ -187,7 +187,7 @@ def ahead(store: Store, folder: Path) -> int:
     return len(there) - len(here)
 
 
-def bring(place: str) -> Path:
+def fetch_study(place: str) -> Path:
     """Return the folder of a study; one under a URL is copied to studies/NAME first, to continue there.
 
     A copy that is there already and knows more of the study is left as it is.
@@ -233,7 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
     def push() -> int:
         store = Store.of_study(read_study(folder)["options"].get("storage"), folder).patient(BRIEF_SECONDS)
         if store.folder:
-            raise ValueError(f"{folder} has no storage; it was begun without --storage URL")
+            raise ValueError(f"{folder} has no storage; it was started without --storage URL")
         mirror, lock = Mirror(folder, store), lock_study(folder)
         try:
             with mirror.running():

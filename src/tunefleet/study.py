@@ -1,9 +1,9 @@
-"""A study's folder, seen from Python: what was asked, what happened, what came of it.
+"""A study's folder, seen from Python: what was asked, what happened, and the results.
 
 study.json holds what was asked at the start and is written once; what is asked later is an event of the
 journal. result.json holds status and results for people and other programs, written by the process that holds
 the study's lock; only its status, seconds and count of events are read here, since everything else follows
-from the journal. Folders of the first edition, whose study.json holds all of it, are read alike.
+from the journal. Folders of the first edition, whose study.json holds everything, are read alike.
 """
 
 from __future__ import annotations
