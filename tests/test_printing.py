@@ -66,6 +66,24 @@ def test_a_result_is_printed_in_every_encoding(encoding, sign, tmp_path):
     assert f"0.5000 {sign} 0.0141 sd" in text()
 
 
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"options": {"points": [{"lr": 0.1}], "fix": {"momentum": 0.9}}},
+        {"options": {"fix": {"momentum": 0.9}}, "ranges": {"lr": {}}},
+    ],
+)
+def test_what_was_sampled_or_fixed_is_printed(chosen, tmp_path):
+    options = {"epochs": 1, "pruner": "none"} | chosen["options"]
+    make_study(tmp_path)
+    write_study(tmp_path, asked(space="softmax", rungs=[], **(chosen | {"options": options})))
+    screen, text = console()
+    print_result(tmp_path, screen)
+    assert "  lr 0.1000\n" in text() or "  lr 0.1\n" in text()
+    assert "  momentum 0.9" in text()
+    assert "batch_size" not in text()
+
+
 def test_one_is_not_plural(tmp_path):
     make_study(tmp_path)
     edit_events(tmp_path, lambda event: None if event["trial_id"] == "final-2" else event)
