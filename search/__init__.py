@@ -11,7 +11,7 @@ import tempfile
 
 _ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",  # set explicitly, or every start prints a warning (Ray 2.60)
-    "RAY_AIR_NEW_OUTPUT": "0",  # Tune's boxes; search/progress.py shows the study
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune's boxes; search/display.py shows the study
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a relative --data means the same in a worker
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",  # or raylets' texts come again at the end, unfiltered (engine.py)
@@ -26,7 +26,7 @@ _ENVIRONMENT = {
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # Tune's own snapshots are never read
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     # glibc gives freed activations back to the kernel after every micro-batch, and has them zeroed again
-    # for the next: up to a third of convnet's step (NOTES.md). Bytes.
+    # for the next: up to a third of convnet's step (docs/log). Bytes.
     "MALLOC_MMAP_THRESHOLD_": str(256 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
 }

@@ -135,7 +135,7 @@ class Scheduler:
 
         Args:
             trial_id: The trial.
-            cause: As search/faults.py names it.
+            cause: As search/failures.py names it.
             error: Its text.
             gpu: The UUID of the worker's GPU; None: it had none.
         """

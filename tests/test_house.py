@@ -1,6 +1,7 @@
 """Who may import whom, and who may see the test images: read from the source, with ast."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -350,3 +351,38 @@ def test_a_long_function_is_found_and_its_docstring_is_not_counted():
 @pytest.mark.parametrize("package", [*PACKAGES, "src/tunefleet"])
 def test_a_folder_has_at_most_20_files(package):
     assert len([file for file in (ROOT / package).glob("*.py") if not file.is_symlink()]) <= 20
+
+
+TEXTS = [
+    file
+    for pattern in (
+        "*.md",
+        "*/*.md",
+        "*/*.py",
+        "src/tunefleet/*.py",
+        "benchmarks/*.sh",
+        "cluster/*",
+        ".ci/run",
+    )
+    for file in ROOT.glob(pattern)
+    if file.is_file() and file.name != "CHANGELOG.md"  # history names what was there
+]
+NAMED = re.compile(
+    r"(?<![\w/.{}-])((?:src/tunefleet|search|trainables|models|analysis|benchmarks|tests|cluster|docs)/"
+    r"[\w/.-]*\.(?:py|md|sh|yaml|j2)|[A-Z]{4,}\.md)"
+)
+
+
+def missing_files(text: str) -> list[str]:
+    """Returns the files of this repository that a text names and that are not there."""
+    return [name for name in NAMED.findall(text) if not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize("file", TEXTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_a_file_that_is_named_is_there(file):
+    assert missing_files(file.read_text("utf-8")) == []
+
+
+def test_a_file_that_is_not_there_is_found():
+    gone = "search/" + "stopping.py"
+    assert missing_files(f"see {gone} and search/run.py, README.md, studies/x/best/model.pt") == [gone]

@@ -63,7 +63,7 @@ def outcome(job, epoch):
 
 
 def has_work(jobs):
-    """Says whether a free worker could have been given something, by the rules of DESIGN.md."""
+    """Says whether a free worker could have been given something, by the rules of ASHA."""
     if len(jobs.searched) < jobs.max_trials:
         return True
     return jobs.pruner == "promote" and jobs.asha.promotable() is not None

@@ -1,4 +1,4 @@
-"""What is searched, against the table of DESIGN.md."""
+"""What is searched, against the table of the course report."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from tunefleet.search.spaces import SPACES, find_space, fixed_values
 from tunefleet.search.suggest import described, grid_values
 from tunefleet.trainables.config import TrainConfig
 
-# DESIGN.md, "The thirteen architectures": weight_decay, momentum, batch_size, lr, hidden, kernel_size,
+# The report's thirteen architectures: weight_decay, momentum, batch_size, lr, hidden, kernel_size,
 # optimizer, accuracy; a dash there is None here
 PUBLISHED = {
     "softmax": (0, 0, 512, 0.01, None, None, "sgd", 0.4002),
