@@ -175,7 +175,7 @@ def default_schedulers(count: int, rungs: tuple[int, ...], eta: int, epochs: int
 
 
 def pick(seen: np.ndarray, reports: list[list[Report]], order: Sequence[int]) -> int | None:
-    """Return the configuration that a study would call its best (src/tunefleet/journal.py); None: all diverged.
+    """Return the configuration that a study would call its best (journal.winner); None: all diverged.
 
     Args:
         seen: Epochs that each configuration saw, ``(N,)``.
