@@ -426,7 +426,7 @@ def schedulers(table: pd.DataFrame) -> Figure:
     """Draw regret against epochs spent of schedulers that searched the same curves.
 
     Args:
-        table: Of analysis/compared.py: a row per family, workers and scheduler.
+        table: Of benchmarks/replay.py: a row per family, workers and scheduler.
 
     Returns:
         A row per family and a column per number of workers.

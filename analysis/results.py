@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tunefleet.analysis.load import load
 from tunefleet.analysis.text import number, percent, spread_digits, words
-from tunefleet.cli import Parser, exit_code, path_argument, shell
+from tunefleet.cli import Parser, exit_code, path_argument, printable, shell
+from tunefleet.study import read_study
 
 # The course report's, of CIFAR-10's test images; its ResNets began with ImageNet weights
 PUBLISHED = {
@@ -119,10 +119,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="tunefleet results", description=__doc__.split("\n")[0])
     parser.add_argument("study", nargs="+", type=path_argument, help="a study's folder; each becomes a row")
     options = parser.parse_args(arguments)
-    return exit_code(lambda: _print([load(study).facts for study in options.study]))
+    return exit_code(lambda: _print([read_study(folder) for folder in options.study]))
 
 
-def _print(studies: list[dict[str, Any]]) -> int:
+def _print(found: list[dict[str, Any]]) -> int:
+    studies = [printable(study) | {"command": study["command"]} for study in found]  # shell quotes its words
     searches = [study for study in studies if not study["options"].get("points")]  # no learning-rate studies
     print(table(searches), "\n```sh", *(command(study) for study in searches), "```", sep="\n")
     return 0

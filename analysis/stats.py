@@ -20,7 +20,6 @@ IMPORTANCE_MIN = 8  # trials; fewer say nothing
 IMPORTANCE_MAX = 200  # trials in a sample; a forest's time grows with their square
 IMPORTANCE_REPEATS = 10  # bootstrap samples of the trials, whose spread is the uncertainty
 IMPORTANCE_TREES = 16  # of each sample's forest: 160 in all, where optuna alone grows 64
-RESAMPLES = 10_000  # of a bootstrap: the ends of an interval then differ by a hundredth of its width
 
 
 def best_so_far(epochs: pd.DataFrame) -> pd.DataFrame:
@@ -163,28 +162,6 @@ def class_accuracy(counts: np.ndarray) -> pd.DataFrame:
         interval = stats.binomtest(k, n).proportion_ci(0.95, method="wilson")
         rows.append((n, k / n, interval.low, interval.high))
     return pd.DataFrame(rows, columns=["images", "accuracy", "low", "high"])
-
-
-def bootstrap_means(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Return the means of bootstrap samples (Efron 1979), from which any function of them has an interval.
-
-    Args:
-        values: ``(n, k)``, k measures of the same n cases, which are drawn together: a difference or a
-            ratio of two columns is a paired one.
-        generator: Of the drawing.
-
-    Returns:
-        ``(RESAMPLES, k)``.
-    """
-    n = len(values)
-    counts = generator.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
-    return np.asarray(counts @ values / n)
-
-
-def interval95(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the 2.5th and the 97.5th percentile of each column of ``(samples, k)``."""
-    low, high = np.percentile(samples, (2.5, 97.5), axis=0)
-    return low, high
 
 
 def distribution(described: dict[str, Any]) -> Any:

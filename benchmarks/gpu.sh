@@ -160,7 +160,7 @@ lr() { # space: its learning-rate study, or an extension of that
 tables() { # of the studies that are finished
     local study done=()
     for study in "$WORK"/rows/*/; do if is_done "$study"; then done+=("$study"); fi; done
-    if [ ${#done[@]} -gt 0 ]; then "$PYTHON" -m analysis.results "${done[@]}"; fi
+    if [ ${#done[@]} -gt 0 ]; then "$PYTHON" -m tunefleet.analysis.results "${done[@]}"; fi
     if compgen -G "$WORK/lr/*/lr_curve.csv" >/dev/null; then tail -n +1 "$WORK"/lr/*/lr_curve.csv; fi
 }
 
@@ -201,8 +201,8 @@ run_part() { # name
         kill)
             measured kill env GPU_TESTS_DATA="$DATA" GPU_TESTS_DATA_DIR="$WORK/cache" "$PYTHON" \
                 -m pytest tests/gpu/test_studies.py -k killed -q -s -p no:cacheprovider ;;
-        epoch) measured epoch "$PYTHON" -m benchmarks.gpu decode epoch decode-folder "${shared[@]}" ;;
-        share) measured share "$PYTHON" -m benchmarks.gpu share "${shared[@]}" ;;
+        epoch) measured epoch "$PYTHON" -m tunefleet.benchmarks.gpu decode epoch decode-folder "${shared[@]}" ;;
+        share) measured share "$PYTHON" -m tunefleet.benchmarks.gpu share "${shared[@]}" ;;
         rows) studies rows ${ROWS:-$ORDER} ;;
         lr) studies lr ${ROWS:-$LR_ORDER} ;;
     esac

@@ -17,7 +17,7 @@ from tests.made_study import EVIL, edit_events, with_changes, write_study
 from tunefleet.analysis import plots, stats
 from tunefleet.analysis.load import load
 from tunefleet.analysis.report import figures
-from tunefleet.benchmarks.compared import compare
+from tunefleet.benchmarks.replay import compare
 
 
 @pytest.fixture

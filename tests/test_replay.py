@@ -7,20 +7,27 @@ import numpy as np
 import pytest
 
 from tests.made_study import asked, write_events
-from tunefleet.benchmarks.compared import EXPLAINED, MEASURES, as_text, compare
 from tunefleet.benchmarks.curves import Curves
 from tunefleet.benchmarks.replay import (
-    REFERENCE,
-    SCHEDULERS,
-    default_schedulers,
+    EXPLAINED,
+    MEASURES,
+    RESAMPLES,
+    as_text,
+    bootstrap_means,
+    compare,
     main,
     pick,
     regrets,
     replay,
     reports_of,
-    scheduler_of,
 )
-from tunefleet.benchmarks.simulate import simulate
+from tunefleet.benchmarks.schedulers import (
+    REFERENCE,
+    SCHEDULERS,
+    default_schedulers,
+    scheduler_of,
+    simulate,
+)
 from tunefleet.search.asha import least_epochs, rung_epochs
 from tunefleet.study import write_study
 
@@ -137,11 +144,10 @@ def test_top_k_compares_once():
     assert run("top_1", ranked_curves(9, 9))[0] == [1, 1, 1, 1, 1, 1, 1, 1, 9]
 
 
-def test_default_k_are_three_a_ninth_and_what_halvings_epochs_allow():
-    # 64 + 21 · 2 + 7 · 6 + 2 · 18 = 184 epochs, of which 120 are left after the first rung: 4 · 26 = 104
-    names = default_schedulers(64, (1, 3, 9), 3, 27)
-    assert names == ["ray_asha", "stop", "promote", "halving", "top_3", "top_4", "top_7", "random"]
-    assert default_schedulers(2, (), 3, 1) == ["ray_asha", "stop", "promote", "halving", "top_1", "random"]
+def test_default_k_are_three_and_a_ninth():
+    names = default_schedulers(64, 3)
+    assert names == ["ray_asha", "stop", "promote", "halving", "top_3", "top_7", "random"]
+    assert default_schedulers(2, 3) == ["ray_asha", "stop", "promote", "halving", "top_1", "random"]
 
 
 @pytest.mark.parametrize("name", EVERYONE)
@@ -289,6 +295,7 @@ def test_same_seed_gives_the_same_results(tmp_path, capsys):
         (["--schedulers", "promot"], "--schedulers promot is unknown; choose from: ray_asha, stop"),
         (["--schedulers", "top_0"], "--schedulers top_0 is unknown"),
         (["--orders", "0"], "--orders=0 is not possible"),
+        (["--seed", "-1"], "--seed=-1 is not possible; give at least 0"),
         (["--workers", "2", "-1"], "--workers=-1 is not possible"),
         (["--eta", "1"], "--eta=1 is not possible"),
         (["--grace", "4"], "--grace=4 exceeds"),
@@ -320,3 +327,15 @@ def test_ray_asha_is_rays_own_class_and_starts_no_cluster():
     scheduler = scheduler_of(REFERENCE)([0], (1,), 3, 3)
     assert type(scheduler._ray) is AsyncHyperBandScheduler
     assert not ray.is_initialized()
+
+
+def test_bootstrap_draws_rows_whole_and_spreads_as_the_standard_error():
+    values = np.random.default_rng(1).normal(5, 2, 400)
+    samples = bootstrap_means(np.column_stack([values, 2 * values]), np.random.default_rng(0))
+    assert samples.shape == (RESAMPLES, 2)
+    assert samples[:, 1] == pytest.approx(2 * samples[:, 0])
+    error = values.std() / math.sqrt(400)
+    assert samples[:, 0].std() == pytest.approx(error, rel=0.03)
+    low, high = np.percentile(samples, (2.5, 97.5), axis=0)
+    assert (high - low)[0] == pytest.approx(2 * 1.96 * error, rel=0.05)
+    assert low[0] < values.mean() < high[0]

@@ -7,16 +7,13 @@ import pandas as pd
 import pytest
 
 from tunefleet.analysis.stats import (
-    RESAMPLES,
     best_so_far,
-    bootstrap_means,
     boundary_share,
     choice_index,
     class_accuracy,
     confused_pairs,
     confusion,
     importance,
-    interval95,
     largest_of_blocks,
     rung_survival,
     top,
@@ -122,15 +119,3 @@ def test_choices_are_found_as_a_csv_file_writes_them():
     assert [choice_index(choices, value) for value in (0, 1e-5, "cosine", "False")] == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="none of the choices"):
         choice_index(choices, 0.3)
-
-
-def test_bootstrap_draws_rows_whole_and_spreads_as_the_standard_error():
-    values = np.random.default_rng(1).normal(5, 2, 400)
-    samples = bootstrap_means(np.column_stack([values, 2 * values]), np.random.default_rng(0))
-    assert samples.shape == (RESAMPLES, 2)
-    assert samples[:, 1] == pytest.approx(2 * samples[:, 0])
-    error = values.std() / math.sqrt(400)
-    assert samples[:, 0].std() == pytest.approx(error, rel=0.03)
-    low, high = interval95(samples)
-    assert (high - low)[0] == pytest.approx(2 * 1.96 * error, rel=0.05)
-    assert low[0] < values.mean() < high[0]

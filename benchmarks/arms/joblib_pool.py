@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from joblib import Parallel, delayed
 
-from tunefleet.benchmarks.our_trial import OurTrial
+from tunefleet.benchmarks.arms.our_trial import OurTrial
 from tunefleet.benchmarks.task import Row, Task
 from tunefleet.trainables.data import ImageData
 

@@ -9,7 +9,7 @@ import torch
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
-from tunefleet.benchmarks.our_trial import OurTrial
+from tunefleet.benchmarks.arms.our_trial import OurTrial
 from tunefleet.benchmarks.task import Row, Task
 from tunefleet.trainables.data import ImageData
 
