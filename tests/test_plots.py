@@ -91,7 +91,7 @@ def test_parallel_lines_end_at_val_accuracy(study):
     ends = sorted(path.vertices[-1, 1] for drawn in axes.collections for path in drawn.get_paths())
     assert len(ends) == 11
     assert (ends[0], ends[-1]) == (0, 1)
-    assert {"35%", "57%"} <= {text.get_text() for text in axes.texts}  # trials 0 and 11 at epoch 1
+    assert {"35.0%", "57.0%"} <= {text.get_text() for text in axes.texts}  # trials 0 and 11 at epoch 1
 
 
 def test_confusion_names_rows_and_counts(study):
