@@ -24,7 +24,7 @@ STEADY = 10.0  # the machine's speed
 
 
 def rows(*found):
-    """Returns rows of (trial, epoch, val_accuracy, seconds)."""
+    """Return rows of (trial, epoch, val_accuracy, seconds)."""
     return [dict(zip(("trial", "epoch", "val_accuracy", "finished_at"), row, strict=True)) for row in found]
 
 
@@ -164,7 +164,7 @@ def test_allocator_is_that_of_a_study_where_our_code_trains():
 
 
 def orphan():
-    """Returns a process whose parent has just ended."""
+    """Return a process whose parent has just ended."""
     return psutil.Process(int(subprocess.check_output("sleep 60 > /dev/null & echo $!", shell=True)))
 
 
@@ -211,7 +211,7 @@ def test_time_per_trial_is_that_of_first_reports():
     assert scale.ms_per_trial(found) == pytest.approx((10.0, 20.0))
 
 
-def test_a_long_study_is_told_by_medians_of_its_runs(monkeypatch, capsys):
+def test_a_long_study_is_reported_as_medians_of_its_runs(monkeypatch, capsys):
     found = iter(
         [
             scale.numbers((8.0, 12.0), (400.0, 500.0), 2.5),
@@ -227,7 +227,7 @@ def test_a_long_study_is_told_by_medians_of_its_runs(monkeypatch, capsys):
     assert lines[-1].split() == ["median", "8.00", "10.00", "1.12", "400.00", "440.00", "1.10", "2.50"]
 
 
-def test_no_op_accuracies_tell_trials_apart():
+def test_no_op_accuracies_differ_between_trials():
     assert len({no_op_accuracy(trial, 1) for trial in range(32)}) == 32
     assert all(0 <= no_op_accuracy(trial, 9) <= 1 for trial in range(2000))
 
@@ -250,7 +250,7 @@ def test_wrong_argument_is_one_line(arguments, said, tmp_path, capsys):
 
 
 def test_readme_has_the_table_of_the_results_that_are_kept():
-    listed = ["git", "-C", str(ROOT), "ls-files", "benchmarks/results/*.json"]  # a user's own are not told of
+    listed = ["git", "-C", str(ROOT), "ls-files", "benchmarks/results/*.json"]  # not a user's own
     files = subprocess.check_output(listed, text=True).split()
     assert files
     assert compare.table([compare.read(ROOT / file) for file in files]) in (ROOT / "README.md").read_text()

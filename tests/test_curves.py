@@ -29,7 +29,7 @@ def events_of(folder):
 
 
 def change_configs(folder, **values):
-    """Has other values in the trials' configurations, one for each trial."""
+    """Change values of the trials' configurations, one for each trial."""
     events = [event for event in events_of(folder) if not event["trial_id"].startswith("final")]
     for event in events:
         if event["epoch"] == 0:
@@ -189,7 +189,7 @@ def test_bad_input_is_one_line_and_writes_nothing(arguments, needle, tmp_path, m
 
 @pytest.fixture(scope="module")
 def recorded(data_dir, tmp_path_factory):
-    """Records six configurations with two seeds over four epochs, then runs the same search with promote."""
+    """Record six configurations with two seeds over four epochs, then run the same search with promote."""
     import ray
 
     folder = tmp_path_factory.mktemp("recorded")

@@ -37,14 +37,14 @@ EVERYONE = [*SCHEDULERS, "top_1"]
 
 
 def curves_of(*seeds, seconds=None):
-    """Builds curves from each seed's configurations, each of them a list of val_accuracy."""
+    """Build curves from each seed's configurations, each of them a list of val_accuracy."""
     accuracy = np.array(seeds, dtype=float)
     took = np.ones_like(accuracy) if seconds is None else np.broadcast_to(seconds, accuracy.shape)
     return Curves("made", tuple(range(len(seeds))), accuracy, 1 - accuracy, took)
 
 
 def run(name, curves, *, order=None, workers=1, eta=3):
-    """Returns the epochs that each configuration saw with seed 0, the seconds, and the pick."""
+    """Return the epochs that each configuration saw with seed 0, the seconds, and the pick."""
     count, epochs = curves.accuracy.shape[1:]
     order = list(range(count)) if order is None else order
     reports, seconds = reports_of(curves, 0)
@@ -60,8 +60,8 @@ def ranked_curves(count, epochs):
     )
 
 
-def test_halving_waits_for_all_at_the_rung_and_picks_what_goes_on():
-    # B leads after one epoch and goes on: 3 + 2 epochs, though A would have ended as the best
+def test_halving_waits_for_all_at_the_rung_and_picks_what_continues():
+    # B leads after one epoch and continues: 3 + 2 epochs, though A would have ended as the best
     assert run("halving", curves_of([A, B, C])) == ([1, 3, 1], 5, 1)
 
 
@@ -85,7 +85,7 @@ def test_seconds_are_those_of_each_epoch():
     took = [[1.0, 1.0, 1.0], [2.0, 3.0, 4.0], [1.0, 1.0, 1.0]]
     # two workers, nobody pruned: A ends at 3, C follows it until 6; B takes 2 + 3 + 4 = 9
     assert run("random", curves_of([A, B, C], seconds=took), workers=2) == ([3, 3, 3], 9, 0)
-    # halving: A until 1, C until 2, B until 2; B goes on for 3 + 4
+    # halving: A until 1, C until 2, B until 2; B continues for 3 + 4
     assert run("halving", curves_of([A, B, C], seconds=took), workers=2)[1] == 9
     assert run("halving", curves_of([A, B, C], seconds=took), workers=1)[1] == 4 + 7
 
@@ -114,9 +114,9 @@ def test_promote_is_ours_and_waits_for_three():
     assert run("promote", curves_of([A, B, C])) == ([1, 3, 1], 5, 1)
 
 
-def test_promote_lets_a_late_best_go_on_at_the_end():
+def test_promote_continues_a_late_best_at_the_end():
     curves = curves_of([A, B, C, (0.9, 0.91, 0.92)])
-    # the quota of 4 // 3 went to B when C arrived; D goes on when nothing else is left
+    # the quota of 4 // 3 went to B when C arrived; D continues when nothing else is left
     assert run("promote", curves) == ([1, 3, 1, 3], 8, 3)
 
 
@@ -245,7 +245,7 @@ def test_text_fits_80_columns():
 
 
 def write_curves(folder, seeds=2):
-    """Writes a study without pruner of configurations A, B and C; returns its place."""
+    """Write a study without pruner of configurations A, B and C; returns its place."""
     write_study(folder, asked(rungs=[], options={"epochs": 3, "pruner": "none"}))
     events = []
     for seed in range(seeds):

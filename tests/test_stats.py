@@ -81,7 +81,7 @@ def test_importance_finds_what_decides():
     assert importance(table, ranges).equals(found)
 
 
-def test_importance_of_few_or_equal_trials_is_not_told():
+def test_importance_of_few_or_equal_trials_is_left_out():
     table = pd.DataFrame({"lr": [0.1] * 20, "val_accuracy": [0.5] * 20})
     ranges = {"lr": {"low": 1e-4, "high": 1.0, "log": True}}
     assert importance(table, ranges) is None
