@@ -1,4 +1,4 @@
-"""What does a report say in words, tables and images? A study's tables in, plain values out."""
+"""Make a report's words, tables and images from a study's tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from tunefleet.analysis import results, stats
 from tunefleet.analysis.load import StudyResults
-from tunefleet.analysis.text import clock, listed, number, percent, spread_digits, words
+from tunefleet.analysis.text import clock, listed, mean_and_spread, number, percent, words
 from tunefleet.cli import counted, printable, shell
 
 GROUPS = {
@@ -28,23 +28,23 @@ COMPARED = (
     "trial that is not pruned (of all trials together). Minutes: of the whole study."
 )
 SHOWN_WEIGHTS = 64  # filters
-PIXELS = 200  # of an image's longer side: two for each of the page's, since screens are fine
-FIRST_ROWS = 200  # of the trials' table: what is seen at once, and all that is seen without JavaScript
+PIXELS = 200  # of an image's longer side: two for each CSS pixel, for high-resolution screens
+FIRST_ROWS = 200  # of the trials' table, shown at first, and all that is shown without JavaScript
 
 
 def facts(study: StudyResults) -> dict[str, Any]:
-    """Return what the page says in words, tables and images."""
-    told, best = study.facts, study.facts.get("best")
+    """Return the words, tables and images of a study's page."""
+    known, best = study.facts, study.facts.get("best")
     config = best["config"] if best else {}
     return {
-        "title": f"{told['space']} on {told['data']['name']}"
+        "title": f"{known['space']} on {known['data']['name']}"
         + (", by learning rate" if study.lr_curve is not None else ""),
-        "subtitle": f"A study of {counted(told['trials'], 'trial')}, status {told['status']}"
-        + (f", on {told['machine']}." if told.get("machine") else "."),
+        "subtitle": f"A study of {counted(known['trials'], 'trial')}, status {known['status']}"
+        + (f", on {known['machine']}." if known.get("machine") else "."),
         "cards": cards(study),
         "best": [(name, plain(config[name])) for name in study.hyperparameters if name in config],
         "best_text": f"Trial {best['trial_id']}, chosen by its validation accuracy of "
-        f"{number(best['val_accuracy'])} on {counted(told['validation_count'], 'image')}."
+        f"{number(best['val_accuracy'])} on {counted(known['validation_count'], 'image')}."
         if best
         else "",
         "edges": _edges(study),
@@ -57,16 +57,16 @@ def facts(study: StudyResults) -> dict[str, Any]:
         ),
         "mistakes": (mistakes := _mistakes(study)),
         "mistakes_text": f"The {counted(len(mistakes), 'mistake')} that the winner's first seed made with "
-        "most confidence: true class, then what it said and how sure it was.",
+        "most confidence: true class, predicted class and its probability.",
         **_trials(study),
-        "footer": f"Code {told['commit']}, {', '.join(f'{k} {v}' for k, v in told['versions'].items())}; "
-        f"seed {told['seed']}, data {told['data_sha256'][:12]}, split {told['split_sha256'][:12]}. "
-        f"Command: {shell(*words(told['command']))}",
+        "footer": f"Code {known['commit']}, {', '.join(f'{k} {v}' for k, v in known['versions'].items())}; "
+        f"seed {known['seed']}, data {known['data_sha256'][:12]}, split {known['split_sha256'][:12]}. "
+        f"Command: {shell(*words(known['command']))}",
     }
 
 
 def comparison(studies: list[StudyResults]) -> dict[str, Any]:
-    """Return what the page of several studies says: a table for each group of architectures."""
+    """Return the words and tables of several studies' page: a table for each group of architectures."""
     searches = [study for study in studies if study.lr_curve is None]
     groups: dict[str, list[list[str]]] = {name: [] for name in GROUPS}
     for study in searches:
@@ -119,17 +119,16 @@ def _group(space: str) -> str:
 
 def cards(study: StudyResults) -> list[tuple[str, str]]:
     """Return the numbers at a report's top: what each is, and its value."""
-    shown, told = [], study.facts
-    best, final, test = told.get("best"), told.get("final"), study.test_accuracy
+    shown, known = [], study.facts
+    best, final, test = known.get("best"), known.get("final"), study.test_accuracy
     if final and test:
         seeds = counted(len(final["seeds"]), "fresh seed")
         diverged = f", {len(final['diverged'])} of them diverged" if final.get("diverged") else ""
-        digits = spread_digits(100 * (test["sd"] or 0), 2)
-        spread = "" if test["sd"] is None else f" ± {100 * test['sd']:.{digits}f}"
+        mean, spread, digits = mean_and_spread(test)
         shown.append(
             (
                 f"test accuracy, mean{' ± sd' if spread else ''} of {seeds}{diverged}",
-                f"{percent(test['mean'], digits)}{spread} %",
+                f"{mean}{spread} %",
             )
         )
         if test["interval95"]:
@@ -137,11 +136,11 @@ def cards(study: StudyResults) -> list[tuple[str, str]]:
             shown.append(("95 % interval of that mean", f"{low} to {high} %"))
     if best:
         shown.append(("best validation accuracy", f"{percent(best['val_accuracy'], 2)} %"))
-    counts = ", ".join(f"{count:,} {status}" for status, count in told["statuses"].items())
+    counts = ", ".join(f"{count:,} {status}" for status, count in known["statuses"].items())
     shown += [
-        (f"trials: {counts}" if counts else "trials", f"{told['trials']:,}"),
-        (f"epochs spent, of {told['epochs_unpruned']:,} without pruning", f"{told['epochs_spent']:,}"),
-        ("search and fresh seeds together" if final else "the search", clock(told["seconds"])),
+        (f"trials: {counts}" if counts else "trials", f"{known['trials']:,}"),
+        (f"epochs spent, of {known['epochs_unpruned']:,} without pruning", f"{known['epochs_spent']:,}"),
+        ("search and fresh seeds together" if final else "the search", clock(known["seconds"])),
     ]
     return shown
 
@@ -158,7 +157,7 @@ def _edges(study: StudyResults) -> list[tuple[str, str, str]]:
 
 
 def _trials(study: StudyResults) -> dict[str, Any]:
-    """Return the table of all trials; hyperparameters that all of them share are said in one line."""
+    """Return the table of all trials; hyperparameters that all of them share become one line."""
     table = study.trials
     outcome = list(table.columns).index("node")
     shared = [
@@ -168,7 +167,7 @@ def _trials(study: StudyResults) -> dict[str, Any]:
     ]
     if len(table):
         first = table.iloc[0]
-        told = [f"{name} {plain(first[name])}" for name in shared if plain(first[name])]
+        same = [f"{name} {plain(first[name])}" for name in shared if plain(first[name])]
         table = table.drop(columns=shared)
     cells = [[plain(value) for value in table[name].tolist()] for name in table.columns]
     rows = [list(row) for row in zip(*cells, strict=True)]
@@ -176,7 +175,7 @@ def _trials(study: StudyResults) -> dict[str, Any]:
         "columns": [(str(name), _is_number(table[name])) for name in table.columns],
         "rows": rows,
         "first_rows": rows[:FIRST_ROWS],
-        "shared": ", ".join(told) if rows else "",
+        "shared": ", ".join(same) if rows else "",
     }
 
 
@@ -185,9 +184,9 @@ def _mistakes(study: StudyResults) -> list[tuple[str, str, str, str]]:
         return []
     index, images = study.misclassified
     rows = study.predictions.set_index("index").loc[index]
-    truth, said = ([study.classes[label] for label in rows[name]] for name in ("label", "predicted"))
+    truth, predicted = ([study.classes[label] for label in rows[name]] for name in ("label", "predicted"))
     sure = [f"{percent(confidence)}\u00a0%" for confidence in rows.confidence]
-    return list(zip(map(_png, images), truth, said, sure, strict=True))
+    return list(zip(map(_png, images), truth, predicted, sure, strict=True))
 
 
 def _png(image: np.ndarray) -> str:

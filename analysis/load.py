@@ -30,9 +30,9 @@ RESTORE = "restore it, or delete it to leave it out"
 
 
 class StudyResults(Study):
-    """A study with what a report shows of it; README.md, "A study folder", says what each file is.
+    """A study with what its report shows; README.md, "A study folder", describes each file.
 
-    Texts are printable (tunefleet.cli): a class may be named by bytes that are no UTF-8.
+    Texts are printable (tunefleet.cli): a class may have a name of bytes that are not UTF-8.
 
     Raises:
         ValueError: The folder holds no study, or a damaged one.

@@ -19,27 +19,27 @@ from matplotlib.axis import Axis
 from matplotlib.collections import LineCollection
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, Formatter, LogLocator, MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, PercentFormatter
 
 from tunefleet.analysis import stats
 from tunefleet.analysis.load import StudyResults
-from tunefleet.analysis.text import decimals, number
+from tunefleet.analysis.text import number
 from tunefleet.cli import counted, printable
+from tunefleet.journal import LOST
 
-INK, GRID = "#101114", "#d9dadd"  # stand for the page's text and rule colours
+INK, GRID = "#101114", "#d9dadd"  # markers for the page's text and rule colours
 BLUE, ORANGE, GREEN, PINK, GREY = "#3b82d0", "#e07b00", "#1a9a6c", "#c8558f", "#8a8f98"  # Okabe-Ito's, toned
 SERIES = (BLUE, ORANGE, GREEN, PINK, "#7a5fd0")
 MARKERS = "os^Dv"
-WIDTH, HEIGHT = 6.6, 3.5  # inches; wider ones have letters that a phone makes too small
+WIDTH, HEIGHT = 6.6, 3.5  # inches; of a wider one the letters are too small on a phone
 MANY = 400  # lines or points from which a figure is drawn as pixels inside its SVG
 NUMBERED = 20  # classes of a confusion matrix with its counts
 NAMED = 40  # classes that have their names on an axis
 WORST = 20  # classes, pairs of them or studies that are named where all are too many
-DOTTED = 60  # epochs up to which a curve's points are told apart
+DOTTED = 60  # epochs up to which a curve's points are drawn large
 CELLS = 200  # of a larger matrix' side
 CHOICES = 12  # of a list that have a tick each
 ACROSS = 7  # hyperparameters beside each other in parallel coordinates
-DIVERGED = ("diverged", "error", "out_of_memory")
 KINDS = {  # of trials: colour, line, marker, width
     "pruned": (GREY, "solid", ".", 0.8),
     "all epochs": (BLUE, "solid", ".", 1.4),
@@ -78,21 +78,6 @@ STYLE: Any = {  # rcParams; matplotlib types each key
 }
 
 
-class Percent(Formatter):
-    """Labels of fractions in percent, with as many decimals as the ticks need: 22.5 %, not 22 %."""
-
-    _decimals = 0
-
-    def format_ticks(self, values: Any) -> list[str]:
-        """Return the labels of all ticks of an axis."""
-        self._decimals = decimals([100 * float(value) for value in values])
-        return super().format_ticks(values)
-
-    def __call__(self, x: float, pos: int | None = None) -> str:
-        """Return the label of one of them."""
-        return f"{100 * x:.{self._decimals}f}%"
-
-
 def style(texts: list[str]) -> Any:
     """Return STYLE, with further fonts for the characters of texts that its own font lacks."""
     families = [STYLE["font.family"]]
@@ -112,8 +97,13 @@ def _drawn_by(family: str, character: str) -> bool:
     return font_manager.get_font(file).get_char_index(ord(character)) != 0
 
 
-def winner_curves(study: StudyResults) -> Figure:
-    """Draw loss and accuracy of the winner's trial, and of its seeds on their training images."""
+def winner_curves(study: StudyResults) -> Figure | None:
+    """Draw loss and accuracy of the winner's trial, and of its seeds on their training images.
+
+    None where no trial has succeeded.
+    """
+    if not study.facts["best"]:
+        return None
     figure, (loss, accuracy) = _axes(1, 2)
     best = study.epochs[study.epochs.trial_id == study.facts["best"]["trial_id"]]
     for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
@@ -126,7 +116,7 @@ def winner_curves(study: StudyResults) -> Figure:
         axes.plot(best.epoch, validation, color=BLUE, marker=mark, label="winner, validation")
         axes.set(xlabel="epoch", ylabel=name)
         _whole(axes.xaxis)
-    _percent(accuracy)
+    _percent(accuracy.yaxis)
     _legend_below(figure, accuracy)
     return figure
 
@@ -165,7 +155,7 @@ def all_curves(study: StudyResults) -> Figure:
         axes.axvline(rung, color=GRID, linewidth=1.2, zorder=0.5)
     axes.set(xlabel="epoch (vertical lines: rungs)", ylabel="val_accuracy")
     _whole(axes.xaxis)
-    _percent(axes)
+    _percent(axes.yaxis)
     _legend_below(figure, axes)
     return figure
 
@@ -188,7 +178,7 @@ def best_so_far(study: StudyResults) -> Figure:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 3M, and no 1e6 beside the axis
     _whole(by_epochs.xaxis)
     by_epochs.set(ylabel="val_accuracy")
-    _percent(by_epochs)
+    _percent(by_epochs.yaxis)
     _legend_below(figure, by_epochs)
     return figure
 
@@ -198,8 +188,7 @@ def rung_survival(study: StudyResults) -> Figure:
     figure, axes = _axes(height=2.8)
     rungs = study.facts["rungs"]
     table = stats.rung_survival(study.trials, rungs, study.facts["options"]["epochs"])
-    names = [f"{epoch}" for epoch in table.epoch]
-    bars = axes.bar(names, table.reached, color=BLUE, width=0.6)
+    bars = axes.bar([str(epoch) for epoch in table.index], table, color=BLUE, width=0.6)
     axes.bar_label(bars, fmt="{:,.0f}", color=INK, padding=2)
     axes.set(xlabel="epoch", ylabel="trials that reached it")
     _whole(axes.yaxis)
@@ -267,10 +256,10 @@ def _parallel(axes: Axes, places: dict[str, tuple[np.ndarray, Ticks]], good: np.
 def _reached(values: np.ndarray) -> tuple[np.ndarray, Ticks]:
     """Return the heights and ticks of val_accuracy, whose axis goes from its lowest to its highest value."""
     low, high = float(values.min()), float(values.max())
+    low_text, high_text = (PercentFormatter(1).format_pct(end, high - low) for end in (low, high))
     if low == high:
-        return np.full(len(values), 0.5), [(0.5, Percent().format_ticks([low])[0])]
-    ends = Percent().format_ticks([low, high])
-    return (values - low) / (high - low), list(zip((0.0, 1.0), ends, strict=True))
+        return np.full(len(values), 0.5), [(0.5, low_text)]
+    return (values - low) / (high - low), [(0.0, low_text), (1.0, high_text)]
 
 
 def importance(study: StudyResults) -> Figure | None:
@@ -283,7 +272,7 @@ def importance(study: StudyResults) -> Figure | None:
     axes.barh(rows.name, rows["mean"], xerr=rows.sd, color=BLUE, ecolor=INK, height=0.6)
     axes.set(xlabel="share of variance explained (lines: sd over bootstrap samples)")
     axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(Percent())
+    _percent(axes.xaxis)
     axes.grid(axis="y", visible=False)
     return figure
 
@@ -310,7 +299,7 @@ def confusion(study: StudyResults) -> Figure | None:
         axes.set(xlim=(-0.5, len(counts) - 0.5), ylim=(len(counts) - 0.5, -0.5))
         across = "" if width == 1 else f" (largest of {width} × {width} cells)"
         bar = figure.colorbar(image, label=f"share of the true class{across}", shrink=0.6)
-        bar.ax.yaxis.set_major_formatter(Percent())
+        _percent(bar.ax.yaxis)
         axes.set(xlabel="predicted, by number", ylabel="true class, by number")
         return figure
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
@@ -362,8 +351,7 @@ def class_accuracy(study: StudyResults) -> Figure | None:
         figure, (whole, axes) = _axes(2, 1, height=sum(heights), height_ratios=heights)
         whole.ecdf(table.accuracy, color=BLUE)
         whole.set(xlabel=f"accuracy of {counted(len(table), 'class', 'classes')}", ylabel="classes up to it")
-        for axis in (whole.xaxis, whole.yaxis):
-            axis.set_major_formatter(Percent())
+        _percent(whole.xaxis, whole.yaxis)
         table = table.head(WORST)
         axes.set_title(f"the {len(table)} classes with the lowest accuracy", loc="left")
     error = np.abs(np.vstack([table.accuracy - table.low, table.high - table.accuracy]))
@@ -373,7 +361,7 @@ def class_accuracy(study: StudyResults) -> Figure | None:
     axes.set_yticks(range(len(table)), table.name)
     axes.set_ylim(len(table) - 0.5, -0.5)
     axes.set(xlabel="accuracy on test images (lines: Wilson's 95 % interval)")
-    axes.xaxis.set_major_formatter(Percent())
+    _percent(axes.xaxis)
     return figure
 
 
@@ -387,14 +375,14 @@ def lr_curves(studies: list[StudyResults]) -> Figure | None:
     for k, study in enumerate(studies):
         curve, colour, marker = study.lr_curve, SERIES[k % len(SERIES)], MARKERS[(k + k // 5) % 5]
         assert curve is not None
-        told, label = curve.dropna(subset="mean"), f"{_label(study)} ({counted(curve.seeds.max(), 'seed')})"
-        axes.fill_between(told.lr, told.low, told.high, color=colour, alpha=0.15, linewidth=0)
-        axes.plot(told.lr, told["mean"], color=colour, marker=marker, markersize=4, label=label)
+        shown, label = curve.dropna(subset="mean"), f"{_label(study)} ({counted(curve.seeds.max(), 'seed')})"
+        axes.fill_between(shown.lr, shown.low, shown.high, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(shown.lr, shown["mean"], color=colour, marker=marker, markersize=4, label=label)
         lost = curve[curve.verdict == "diverged"]
         axes.plot(lost.lr, [lowest] * len(lost), "x", color=colour)
     axes.set_xscale("log")
     axes.set(xlabel="lr (bands: 95 % interval over seeds; crosses: diverged)", ylabel="val_accuracy")
-    _percent(axes)
+    _percent(axes.yaxis)
     _legend_below(figure, axes)
     return figure
 
@@ -418,7 +406,7 @@ def accuracy_against_seconds(studies: list[StudyResults]) -> Figure | None:
     axes.margins(x=0.2, y=0.12)
     _log_x(axes)
     axes.set(xlabel="seconds of the whole study (lines: sd over fresh seeds)", ylabel="test accuracy")
-    _percent(axes)
+    _percent(axes.yaxis)
     return figure
 
 
@@ -426,7 +414,7 @@ def schedulers(table: pd.DataFrame) -> Figure:
     """Draw regret against epochs spent of schedulers that searched the same curves.
 
     Args:
-        table: Of benchmarks/compared.py: a row per family, workers and scheduler.
+        table: Of benchmarks/replay.py: a row per family, workers and scheduler.
 
     Returns:
         A row per family and a column per number of workers.
@@ -458,7 +446,7 @@ def schedulers(table: pd.DataFrame) -> Figure:
                 axes.errorbar(row["epochs"], row[measure], **errors, **drawn, label=label)
         axes.set_title(f"{_short(str(family), 24)}, {at_once} at once")
         axes.set_xlabel("epochs spent")
-        _percent(axes)
+        _percent(axes.yaxis)
     for axes in grid.flat:
         _log_x(axes)
     for axes in grid[:, 0]:
@@ -475,8 +463,9 @@ def _axes(
     return figure, figure.subplots(rows, columns, **others)
 
 
-def _percent(axes: Axes) -> None:
-    axes.yaxis.set_major_formatter(Percent())
+def _percent(*axis: Axis) -> None:
+    for each in axis:
+        each.set_major_formatter(PercentFormatter(1))
 
 
 def _whole(axis: Axis) -> None:
@@ -515,7 +504,7 @@ def _legend_below(figure: Figure, axes: Axes) -> None:
 
 
 def _kind(status: str) -> str:
-    if status in DIVERGED:
+    if status in LOST:
         return "diverged or failed"
     return "all epochs" if status == "done" else "pruned"
 
@@ -538,7 +527,7 @@ def _against(axes: Axes, table: pd.DataFrame, name: str, described: Range, good:
         look: Any = {"color": colour, "markersize": size, "alpha": _alpha(len(table)), "rasterized": many}
         axes.plot(x[chosen], table.val_accuracy[chosen], marker, **look)
     axes.set_xlabel(name)
-    _percent(axes)
+    _percent(axes.yaxis)
 
 
 def _choices(values: pd.Series, described: Range) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What came out of a study, fit to show? One HTML file that needs nothing else, and its figures.
+"""Write a report of a study: one HTML file that needs nothing else, and its figures.
 
 ::
 
@@ -42,10 +42,10 @@ from tunefleet.files import write_whole
 
 SECTIONS = (
     ("Learning rate", "Everything else fixed, over several seeds.", ["lr_curves"]),
-    ("The winner", "How the best trial learnt, and its fresh seeds, if any.", ["winner_curves"]),
+    ("The winner", "Learning curves of the best trial, and of its fresh seeds, if any.", ["winner_curves"]),
     (
         "The search",
-        "What was tried, what it cost, and who was let go on.",
+        "What was tried, what it cost, and which trials continued.",
         ["all_curves", "best_so_far", "rung_survival"],
     ),
     (
@@ -56,7 +56,7 @@ SECTIONS = (
     ),
     (
         "On the test images",
-        "The winner's first fresh seed, on images that no choice has seen.",
+        "The winner's first fresh seed, on images that were used for no choice.",
         ["confusion", "confused_pairs", "class_accuracy"],
     ),
     ("What it cost", "All of a study: its search and its fresh seeds.", ["accuracy_against_seconds"]),
@@ -72,39 +72,18 @@ CAPTIONS = {
     "importance": "fANOVA importance (optuna) for validation accuracy at the first rung.",
     "confusion": "Test images by true and predicted class; colour: their share of the true class.",
     "confused_pairs": "The most frequent confusions of test images.",
-    "class_accuracy": "Test accuracy of each class, and how far few images leave it open.",
+    "class_accuracy": "Test accuracy of each class, with its interval.",
     "accuracy_against_seconds": "Test accuracy of each study against the time it took.",
     "lr_curves": "Validation accuracy against the learning rate.",
 }
-EMPTY: dict[str, Any] = {  # what a page may leave out
-    **dict.fromkeys(("subtitle", "best_text", "weights_text", "mistakes_text", "footer", "shared"), ""),
-    **dict.fromkeys(
-        ("cards", "best", "tables", "edges", "weights", "mistakes", "columns", "rows", "first_rows"), ()
-    ),
-    "sections": SECTIONS,
-    "captions": CAPTIONS,
-}
+OF_SEVERAL = ("accuracy_against_seconds", "lr_curves")  # figures that compare studies
 
 
 def figures(study: StudyResults) -> dict[str, Figure]:
     """Return every figure that the study has the data for, by name."""
-    drawers: dict[str, Callable[[StudyResults], Figure | None]] = {
-        "all_curves": plots.all_curves,
-        "best_so_far": plots.best_so_far,
-        "rung_survival": plots.rung_survival,
-        "hyperparameters": plots.hyperparameters,
-        "parallel_coordinates": plots.parallel_coordinates,
-        "importance": plots.importance,
-        "confusion": plots.confusion,
-        "confused_pairs": plots.confused_pairs,
-        "class_accuracy": plots.class_accuracy,
-        "lr_curves": lambda study: plots.lr_curves([study]),
-    }
-    if study.epochs.empty:
-        drawers = {"lr_curves": drawers["lr_curves"]}
-    elif study.facts.get("best"):
-        drawers = {"winner_curves": plots.winner_curves, **drawers}
-    drawn = {name: draw(study) for name, draw in drawers.items()}
+    drawn = {"lr_curves": plots.lr_curves([study])}
+    if not study.epochs.empty:
+        drawn |= {name: getattr(plots, name)(study) for name in CAPTIONS if name not in OF_SEVERAL}
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
@@ -122,14 +101,11 @@ def write(studies: list[StudyResults], out: Path) -> Path:
     with mpl.rc_context(plots.style(texts)):
         if len(studies) == 1:
             return _write(facts(studies[0]), figures(studies[0]), out)
-        compared = {
-            "accuracy_against_seconds": plots.accuracy_against_seconds(studies),
-            "lr_curves": plots.lr_curves(studies),
-        }
+        compared = {name: getattr(plots, name)(studies) for name in OF_SEVERAL}
         return _write(comparison(studies), {name: f for name, f in compared.items() if f is not None}, out)
 
 
-def _write(told: dict[str, Any], drawn: dict[str, Figure], out: Path) -> Path:
+def _write(content: dict[str, Any], drawn: dict[str, Figure], out: Path) -> Path:
     folder = out / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     inline = {}
@@ -140,12 +116,10 @@ def _write(told: dict[str, Any], drawn: dict[str, Figure], out: Path) -> Path:
             figure.savefig(folder / f"{name}.png", dpi=160, facecolor="white")
         (folder / f"{name}.svg").write_text(buffer.getvalue(), encoding="utf-8")
         inline[name] = _themed(buffer.getvalue())
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
+    page = environment.get_template("report.html.j2").render(
+        content, figures=inline, sections=SECTIONS, captions=CAPTIONS
     )
-    page = environment.get_template("report.html.j2").render(EMPTY | told | {"figures": inline})
     write_whole(out / "report.html", page.encode())
     return out / "report.html"
 
@@ -193,9 +167,8 @@ def _report(options: argparse.Namespace) -> int:
             if (trials := len(study.trials)) >= 1000:
                 took = clock(to_optuna.TRIAL_SECONDS * trials)
                 print(f"adding {counted(trials, 'trial')} takes about {took}", file=sys.stderr)
-            new = to_optuna.write(study, options.optuna)
-            said = "added to" if new else "is already in"
-            print(printable(f"{study.folder}: {said} {to_optuna.shown(options.optuna)}"))
+            verb = "added to" if to_optuna.write(study, options.optuna) else "is already in"
+            print(printable(f"{study.folder}: {verb} {to_optuna.shown(options.optuna)}"))
         return 0
     out = options.out or (studies[0].folder if len(studies) == 1 else Path("report"))
     with writing(out):

@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tunefleet.analysis.load import load
-from tunefleet.analysis.text import number, percent, spread_digits, words
-from tunefleet.cli import Parser, exit_code, path_argument, shell
+from tunefleet.analysis.text import mean_and_spread, number, words
+from tunefleet.cli import Parser, exit_code, path_argument, printable, shell
+from tunefleet.study import read_study
 
 # The course report's, of CIFAR-10's test images; its ResNets began with ImageNet weights
 PUBLISHED = {
@@ -34,11 +34,11 @@ PUBLISHED = {
     "resnet_mymodel_updatable": 0.8007,
     "resnet_finetune": 0.8312,
 }
-TOLD = (
+SHOWN = (
     *("optimizer", "lr", "weight_decay", "momentum", "batch_size", "schedule", "augment"),
     *("label_smoothing", "warmup_epochs", "hidden", "kernel_size", "image_size"),
 )
-UNTOLD = {  # not used, or CIFAR-10's own
+HIDDEN = {  # not used, or CIFAR-10's own
     "optimizer": "sgd",
     "augment": "none",
     "momentum": 0.0,
@@ -65,10 +65,9 @@ def row(study: dict[str, Any]) -> list[str]:
     accuracy = "no seed was tested"
     if final and final["test_accuracy"]:
         test, count = final["test_accuracy"], len(final["seeds"])
-        digits = spread_digits(100 * (test["sd"] or 0), 2)
-        spread = "" if test["sd"] is None else f" ± {100 * test['sd']:.{digits}f}"
+        mean, spread, _ = mean_and_spread(test)
         diverged = f", {len(final['diverged'])} diverged" if final["diverged"] else ""
-        accuracy = f"**{percent(test['mean'], digits)}**{spread} ({count}{diverged})"
+        accuracy = f"**{mean}**{spread} ({count}{diverged})"
     config = best["config"] if best else {}
     backbone = Path(str(config.get("weights", "none"))).name
     return [
@@ -80,8 +79,8 @@ def row(study: dict[str, Any]) -> list[str]:
         WEIGHTS.get(backbone, backbone) if study["space"].startswith("resnet") else "",
         ", ".join(
             f"{name} {number(config[name], 3)}"
-            for name in TOLD
-            if config.get(name) not in (None, UNTOLD.get(name))
+            for name in SHOWN
+            if config.get(name) not in (None, HIDDEN.get(name))
         ),
         number(study["seconds"] / 60, 2),
         str(study.get("machine") or ""),
@@ -92,7 +91,7 @@ def row(study: dict[str, Any]) -> list[str]:
 def table(studies: list[dict[str, Any]]) -> str:
     """Return the Markdown table: a row per study in PUBLISHED's order, "not run" where there is none.
 
-    Studies of other spaces stand at the end.
+    Studies of other spaces are last.
     """
     rows = [list(COLUMNS), ["---"] * len(COLUMNS)]
     for name, published in PUBLISHED.items():
@@ -119,10 +118,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="tunefleet results", description=__doc__.split("\n")[0])
     parser.add_argument("study", nargs="+", type=path_argument, help="a study's folder; each becomes a row")
     options = parser.parse_args(arguments)
-    return exit_code(lambda: _print([load(study).facts for study in options.study]))
+    return exit_code(lambda: _print([read_study(folder) for folder in options.study]))
 
 
-def _print(studies: list[dict[str, Any]]) -> int:
+def _print(found: list[dict[str, Any]]) -> int:
+    studies = [printable(study) | {"command": study["command"]} for study in found]  # shell quotes its words
     searches = [study for study in studies if not study["options"].get("points")]  # no learning-rate studies
     print(table(searches), "\n```sh", *(command(study) for study in searches), "```", sep="\n")
     return 0

@@ -1,4 +1,4 @@
-"""Which numbers does a report show, and how are they worked out? Plain tables in, plain tables out."""
+"""Compute the numbers of a report: plain tables in, plain tables out."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from scipy import stats
 from tunefleet.analysis.load import StudyResults
 
 EDGE = 0.1  # of a range's width, at either end: a best value there asks for a wider range
-TOP = 0.25  # of the trials: those that a boundary share and a preferred value speak of
-IMPORTANCE_MIN = 8  # trials; fewer say nothing
+TOP = 0.25  # of the trials, from which boundary shares are computed
+IMPORTANCE_MIN = 8  # trials
 IMPORTANCE_MAX = 200  # trials in a sample; a forest's time grows with their square
 IMPORTANCE_REPEATS = 10  # bootstrap samples of the trials, whose spread is the uncertainty
 IMPORTANCE_TREES = 16  # of each sample's forest: 160 in all, where optuna alone grows 64
-RESAMPLES = 10_000  # of a bootstrap: the ends of an interval then differ by a hundredth of its width
 
 
 def best_so_far(epochs: pd.DataFrame) -> pd.DataFrame:
-    """Return what the search had found when.
+    """Return the best val_accuracy over the course of a search.
 
     Args:
         epochs: One row per report: trial_id, epoch, val_accuracy, epoch_seconds, finished_at.
@@ -45,17 +44,15 @@ def best_so_far(epochs: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def rung_survival(trials: pd.DataFrame, rungs: list[int], epochs: int) -> pd.DataFrame:
-    """Return how many trials reached each rung, and how many saw an epoch beyond it.
+def rung_survival(trials: pd.DataFrame, rungs: list[int], epochs: int) -> pd.Series:
+    """Return how many trials reached each rung and, last, the end, by epoch.
 
     Args:
         trials: With a column epochs, the last one reported.
         rungs: Epochs at which trials are compared.
-        epochs: Of a trial that is never pruned; the last row.
+        epochs: Of a trial that is never pruned.
     """
-    rows = [(rung, int((trials.epochs >= rung).sum()), int((trials.epochs > rung).sum())) for rung in rungs]
-    rows.append((epochs, int((trials.epochs >= epochs).sum()), 0))
-    return pd.DataFrame(rows, columns=["epoch", "reached", "went_on"])
+    return pd.Series({epoch: int((trials.epochs >= epoch).sum()) for epoch in (*rungs, epochs)})
 
 
 def comparable(study: StudyResults) -> pd.DataFrame:
@@ -101,7 +98,7 @@ def importance(table: pd.DataFrame, ranges: dict[str, Any]) -> pd.DataFrame | No
         return None
     distributions = {name: distribution(described) for name, described in ranges.items()}
     generator = np.random.default_rng(0)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # a line for each study, else
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # not a line for each study
     samples = []
     for seed in range(IMPORTANCE_REPEATS):
         sample = table.iloc[generator.integers(0, len(table), min(len(table), IMPORTANCE_MAX))]
@@ -163,28 +160,6 @@ def class_accuracy(counts: np.ndarray) -> pd.DataFrame:
         interval = stats.binomtest(k, n).proportion_ci(0.95, method="wilson")
         rows.append((n, k / n, interval.low, interval.high))
     return pd.DataFrame(rows, columns=["images", "accuracy", "low", "high"])
-
-
-def bootstrap_means(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Return the means of bootstrap samples (Efron 1979), from which any function of them has an interval.
-
-    Args:
-        values: ``(n, k)``, k measures of the same n cases, which are drawn together: a difference or a
-            ratio of two columns is a paired one.
-        generator: Of the drawing.
-
-    Returns:
-        ``(RESAMPLES, k)``.
-    """
-    n = len(values)
-    counts = generator.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
-    return np.asarray(counts @ values / n)
-
-
-def interval95(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the 2.5th and the 97.5th percentile of each column of ``(samples, k)``."""
-    low, high = np.percentile(samples, (2.5, 97.5), axis=0)
-    return low, high
 
 
 def distribution(described: dict[str, Any]) -> Any:

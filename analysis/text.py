@@ -1,11 +1,10 @@
-"""How is a name, a number or a command written for people? What a study's tables hold -> text."""
+"""Write names, numbers and commands for people."""
 
 from __future__ import annotations
 
 import math
 import shlex
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 
@@ -54,16 +53,11 @@ def spread_digits(sd: float | None, least: int) -> int:
     return least if not sd else max(least, min(12, math.ceil(-math.log10(sd))))
 
 
-def decimals(values: Sequence[float], most: int = 12) -> int:
-    """Return the smallest number of decimals that shows each value as it is.
-
-    Rounding then moves none of them by more than a thousandth of their smallest difference.
-    """
-    rising = sorted(set(values))
-    steps = [b - a for a, b in pairwise(rising)] or [abs(value) for value in rising]
-    return next(
-        (n for n in range(most) if all(abs(round(v, n) - v) <= min(steps) / 1000 for v in rising)), most
-    )
+def mean_and_spread(test: dict[str, Any]) -> tuple[str, str, int]:
+    """Return a test accuracy's mean in percent, " ± sd" or nothing, and their number of decimals."""
+    digits = spread_digits(100 * (test["sd"] or 0), 2)
+    spread = "" if test["sd"] is None else f" ± {100 * test['sd']:.{digits}f}"
+    return percent(test["mean"], digits), spread, digits
 
 
 def clock(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""How does optuna-dashboard read a study? As an Optuna study in a database that optuna opens."""
+"""Export a study to a database that Optuna and optuna-dashboard open."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from tunefleet.analysis import stats
 from tunefleet.analysis.load import StudyResults
 from tunefleet.analysis.text import listed, reason, words
 from tunefleet.cli import shell
+from tunefleet.journal import LOST
 
 TABLES = {"studies", "trials", "version_info", "alembic_version"}  # in every database of optuna's
 TRIAL_SECONDS = 0.03  # that SQLite takes to add one (optuna 4 and 5)
 STATES = {
-    **dict.fromkeys(("done",), TrialState.COMPLETE),
-    **dict.fromkeys(("pruned",), TrialState.PRUNED),
-    **dict.fromkeys(("diverged", "out_of_memory", "error"), TrialState.FAIL),
+    "done": TrialState.COMPLETE,
+    "pruned": TrialState.PRUNED,
+    **dict.fromkeys(LOST, TrialState.FAIL),
     **dict.fromkeys(("running", "paused"), TrialState.RUNNING),
 }
 
@@ -55,7 +56,7 @@ def write(study: StudyResults, url: str) -> bool:
             exported.set_user_attr("test_accuracy", study.test_accuracy)
             exported.set_user_attr("command", shell(*words(study.facts["command"])))
             exported.add_trials(trials)
-        except BaseException:  # a Ctrl-C, too, leaves no half of a study
+        except BaseException:  # a Ctrl-C, too, must not leave half a study
             optuna.delete_study(study_name=study.name, storage=storage)
             raise
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, ImportError) as error:
@@ -114,13 +115,13 @@ def frozen_trials(study: StudyResults) -> list[FrozenTrial]:
                 f"{shell('tunefleet', 'collect', study.folder)}"
             )
         seen = reports.get(row["trial_id"], study.epochs.head(0))
-        told = {n: d for n, d in distributions.items() if not pd.isna(row[n])}
+        sampled = {n: d for n, d in distributions.items() if not pd.isna(row[n])}
         state = STATES[row["status"]]
         trial = optuna.trial.create_trial(
             state=state,
             value=row["val_accuracy"] if state in (TrialState.COMPLETE, TrialState.PRUNED) else None,
-            params={n: stats.param(row[n], d) for n, d in told.items()},
-            distributions=told,
+            params={n: stats.param(row[n], d) for n, d in sampled.items()},
+            distributions=sampled,
             user_attrs={name: _plain(row[name]) for name in ("status", "rung", "epochs", "seconds", "node")},
             intermediate_values={
                 int(epoch): float(value)
@@ -136,7 +137,7 @@ def frozen_trials(study: StudyResults) -> list[FrozenTrial]:
 
 
 def _distribution(study: StudyResults, name: str) -> Any:
-    """Return a range; of a study that names none, what its trials have of it."""
+    """Return a range; of a study without ranges, that of its trials' values."""
     described = study.facts.get("ranges", {}).get(name)
     if described:
         return stats.distribution(described)
@@ -147,7 +148,7 @@ def _distribution(study: StudyResults, name: str) -> Any:
 
 
 def _content(trials: list[FrozenTrial]) -> list[tuple[Any, ...]]:
-    """Return what makes two exports the same study; not every database keeps times to the microsecond."""
+    """Return what two exports of a study have in common; not every database keeps microseconds."""
     return [(t.state, t.values, t.params, t.intermediate_values, t.user_attrs) for t in trials]
 
 
@@ -156,4 +157,4 @@ def _plain(value: Any) -> Any:
 
 
 def _time(seconds: float) -> datetime.datetime:
-    return datetime.datetime.fromtimestamp(float(seconds))  # Optuna's times are local and say no zone
+    return datetime.datetime.fromtimestamp(float(seconds))  # Optuna's times are local and have no zone

@@ -1,4 +1,4 @@
-"""How does TensorBoard read a study? Event files: a run per trial, and the HParams plugin's own records."""
+"""Export a study as TensorBoard's event files: a run per trial, and the HParams plugin's records."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pandas as pd
 
 from tunefleet.analysis.load import StudyResults
 from tunefleet.cli import INSTALL
+from tunefleet.journal import LOST
 
 METRICS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "epoch_seconds")
-FAILED = ("diverged", "error", "out_of_memory")
-GOING_ON = ("running", "paused")
-EVENTS = "events.out.tfevents."  # a name that TensorBoard looks for begins so
+UNFINISHED = ("running", "paused")
+EVENTS = "events.out.tfevents."  # the beginning of names that TensorBoard looks for
 
 
 def write(study: StudyResults, out: Path) -> Path:
@@ -60,9 +60,9 @@ def _write_runs(study: StudyResults, folder: Path) -> None:
         times = rows.finished_at - rows.epoch_seconds
         events = []
         if trial_id in trials.index:
-            told = {name: _plain(trials.at[trial_id, name]) for name in study.hyperparameters}
-            values = {name: value for name, value in told.items() if value is not None}
-            start = summary_v2.hparams_pb(values, str(trial_id), float(times.iloc[0]))
+            values = trials.loc[trial_id, study.hyperparameters].dropna().to_dict()
+            plain = {n: value.item() if hasattr(value, "item") else value for n, value in values.items()}
+            start = summary_v2.hparams_pb(plain, str(trial_id), float(times.iloc[0]))
             events.append(_event(float(times.iloc[0]), summary=start))
         events += _scalars(rows)
         if trial_id in trials.index:
@@ -84,7 +84,7 @@ def _write_run(folder: Path, events: list[Any]) -> None:
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     folder.mkdir(parents=True)
-    with (folder / f"{EVENTS}0.tunefleet").open("wb") as stream:  # of their writer class, each has a thread
+    with (folder / f"{EVENTS}0.tunefleet").open("wb") as stream:  # each of their writer class has a thread
         writer = RecordWriter(stream)
         for event in (_event(events[0].wall_time, file_version="brain.Event:2"), *events):
             writer.write(event.SerializeToString())
@@ -108,10 +108,10 @@ def _end(status: str, at: float) -> list[Any]:
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
-    if status in GOING_ON:
+    if status in UNFINISHED:
         return []
     ended = plugin_data_pb2.SessionEndInfo(
-        status=api_pb2.STATUS_FAILURE if status in FAILED else api_pb2.STATUS_SUCCESS, end_time_secs=at
+        status=api_pb2.STATUS_FAILURE if status in LOST else api_pb2.STATUS_SUCCESS, end_time_secs=at
     )
     described = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=ended))
     value = Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=described, tensor=metadata.NULL_TENSOR)
@@ -125,7 +125,7 @@ def _event(at: float, **content: Any) -> Any:
 
 
 def _domain(study: StudyResults, name: str) -> Any:
-    """Return a range as the plugin knows it; of older and learning-rate studies, the values seen."""
+    """Return a range as the plugin has it; of older and learning-rate studies, the values that occur."""
     from tensorboard.plugins.hparams import summary_v2
 
     described = study.facts.get("ranges", {}).get(name)
@@ -138,10 +138,3 @@ def _domain(study: StudyResults, name: str) -> Any:
     elif len(kinds) > 1:
         values = [str(value) for value in values]
     return summary_v2.Discrete(list(dict.fromkeys(values)))
-
-
-def _plain(value: Any) -> Any:
-    """Return a cell as the plugin takes it: a bool, number or text; None where it is empty."""
-    if pd.isna(value):
-        return None
-    return value.item() if hasattr(value, "item") else value

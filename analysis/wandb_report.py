@@ -1,4 +1,4 @@
-"""How do studies look on W&B? One W&B Report, with a section per study, for people who have the runs there.
+"""Write or upload a W&B Report, with a section per study, for those who have the runs on W&B.
 
 ::
 
@@ -117,8 +117,10 @@ def headline(wr: Any, study: StudyResults) -> list[Any]:
     blocks = [wr.UnorderedList(items=[f"{value}: {name}" for name, value in cards(study)])]
     if best:
         config = best["config"]
-        told = ", ".join(f"{name} {plain(config[name])}" for name in study.hyperparameters if name in config)
-        blocks.append(wr.P(f"Best configuration, trial {best['trial_id']}: {told}."))
+        values = ", ".join(
+            f"{name} {plain(config[name])}" for name in study.hyperparameters if name in config
+        )
+        blocks.append(wr.P(f"Best configuration, trial {best['trial_id']}: {values}."))
     return blocks
 
 
@@ -158,7 +160,7 @@ def _name(study: StudyResults) -> str:
 
 
 def save(studies: list[StudyResults], *, entity: str, project: str, groups: list[str]) -> str:
-    """Upload the report and returns its address.
+    """Upload the report; return its address.
 
     Raises:
         ValueError: No key, no such project, or a server that does not answer.

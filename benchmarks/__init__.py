@@ -1,1 +1,1 @@
-"""Is it better than the obvious way? Epochs timed against it, and curves for schedulers to search."""
+"""Compare tunefleet with the obvious ways: whole studies, epochs, schedulers, long studies, a GPU."""

@@ -1,4 +1,4 @@
-"""Learning curves of a study without pruner: what each trial reached, had nobody stopped it."""
+"""Read the learning curves of a study without pruner."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def read(place: str) -> Curves:
                 if trial.status != "diverged" or epoch < trial.epoch:
                     accuracy[at], loss[at] = report["val_accuracy"], report.get("val_loss") or np.nan
             if trial.status in FAILED:
-                seconds[s, n, trial.epoch] = 0.0  # how long the epoch took in which it failed is not known
+                seconds[s, n, trial.epoch] = 0.0  # the time of the epoch in which it failed is unknown
     if np.isnan(accuracy[:, :, -1]).all(axis=1).any():
         raise ValueError(f"{study.name}: every configuration diverged, so there is no best one")
     return Curves(study.name, tuple(seeds), accuracy, loss, seconds)
 
 
 def _check(name: str, configuration: int, seed: int, trial: TrialRecord | None, epochs: int) -> None:
-    """Raise ValueError where a curve is missing, or ends before its time though its trial was not lost."""
+    """Raise ValueError where a curve is missing, or ends early though its trial was not lost."""
     which = f"{name}: configuration {configuration}, seed {seed}"
     if trial is None or sorted(trial.reports) != list(range(1, trial.epoch + 1)):
         raise ValueError(f"{which} lacks an epoch; {HOW}")

@@ -14,18 +14,18 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tunefleet.benchmarks.families import published
-from tunefleet.benchmarks.obvious import obvious_network
-from tunefleet.trainables.config import check_integer, check_name
+from tunefleet.benchmarks.families import FIX
+from tunefleet.benchmarks.obvious import obvious_network, obvious_optimizer
+from tunefleet.cli import Parser, exit_code
+from tunefleet.search.spaces import find_space, fixed_values
+from tunefleet.trainables.config import TrainConfig, check_integer, check_name
 from tunefleet.trainables.data import DATA_DIR, ImageData, load_split, split_validation
 from tunefleet.trainables.device import Levers, choose
 from tunefleet.trainables.preparation import prepare
@@ -52,23 +52,14 @@ class ObviousRun:
     def __init__(self, like: TrainingRun, images: Tensor, y: Tensor) -> None:
         self.config, self.device = like.config, like.device
         self.images, self.y = images.to(self.device), y.to(self.device)
-        mean, std = like.pipeline.mean, like.pipeline.std
-        self.mean = torch.tensor(mean, device=self.device).view(1, 3, 1, 1)
-        self.std = torch.tensor(std, device=self.device).view(1, 3, 1, 1)
+        mean_std = (like.pipeline.mean, like.pipeline.std)
+        self.mean, self.std = (torch.tensor(x, device=self.device).view(1, 3, 1, 1) for x in mean_std)
         self.network = obvious_network(like.config, len(like.data.classes)).to(self.device)
         ours = [*like.model.parameters(), *like.model.buffers()]
         for mine, theirs in zip([*self.network.parameters(), *self.network.buffers()], ours, strict=True):
             mine.data.copy_(theirs)
-        c = self.config
-        if c.optimizer == "adam":
-            self.optimizer: torch.optim.Optimizer = torch.optim.Adam(
-                self.network.parameters(), lr=c.lr, weight_decay=c.weight_decay
-            )
-        else:
-            self.optimizer = torch.optim.SGD(
-                self.network.parameters(), lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay
-            )
-        self.generator = torch.Generator().manual_seed(c.seed)
+        self.optimizer = obvious_optimizer(self.config, self.network)
+        self.generator = torch.Generator().manual_seed(self.config.seed)
 
     def train_epoch(self) -> tuple[Tensor, Tensor]:
         """Return summed loss and number of correct predictions, like TrainingRun's."""
@@ -99,87 +90,86 @@ class ObviousRun:
         return correct / len(y)
 
 
-@dataclass(frozen=True)
-class Bench:
-    """Settings and data of the whole run."""
-
-    data: ImageData
-    data_dir: Path
-    levers: Levers
-    weights: str
-    images: str  # auto, all or a number
-    clock: Callable[[], float]  # seconds
-
-    def pair(self, name: str, seed: int) -> tuple[TrainingRun, ObviousRun]:
-        """Build both arms over the same images, a random part of the training split or all of it."""
-        config = published(name, epochs=ACCURACY_EPOCHS, weights=self.weights, seed=seed)
-        ours = TrainingRun(config, self.data, self.levers, self.data_dir)
-        images, labels = load_split(self.data, "train")
-        train, _ = split_validation(labels)
-        if self.images == "auto":
-            batches = BATCHES[name]
-            wanted = len(train) if batches is None else batches * config.batch_size
-        else:
-            wanted = len(train) if self.images == "all" else int(self.images)
-        if wanted < len(train):
-            chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:wanted]
-            train = train[chosen.numpy()]
-            x = ours.inputs.train_x[chosen]
-            x = x.to(memory_format=torch.channels_last) if _is_channels_last(ours.inputs.train_x) else x
-            ours.inputs = replace(ours.inputs, train_x=x, train_y=ours.inputs.train_y[chosen])
-        return ours, ObviousRun(ours, torch.from_numpy(images[train]), torch.from_numpy(labels[train]))
-
-    def compare_seconds(self, name: str, repeat: int) -> None:
-        """Print one row: seconds of both arms, and the median of the pairs' ratios."""
-        arms: tuple[Any, Any] = self.pair(name, seed=0)
-        seconds: tuple[list[float], list[float]] = ([], [])
-        losses = [0.0, 0.0]
-        for turn in range(repeat + 1):
-            for arm in (0, 1) if turn % 2 == 0 else (1, 0):
-                began = self.clock()
-                losses[arm] = arms[arm].train_epoch()[0].item()  # waits for the device
-                seconds[arm].append(self.clock() - began)
-        ours, obvious = (times[1:] for times in seconds)  # the first turn warms caches and allocators
-        ratios = [theirs / mine for mine, theirs in zip(ours, obvious, strict=True)]
-        count = len(arms[0].inputs.train_y)
-        scale = len(split_validation(load_split(self.data, "train")[1])[0]) / count
-        mine, theirs = statistics.median(ours), statistics.median(obvious)
-        print(
-            f"{name:26}{count:7}{arms[0].micro_batch:7}{mine:9.2f}{theirs:9.2f}"
-            f"{scale * mine:9.1f}{scale * theirs:9.1f}"
-            f"{statistics.median(ratios):8.2f}  {min(ratios):.2f}..{max(ratios):.2f}"
-            f"   {losses[0] / count:.4f} {losses[1] / count:.4f}",
-            flush=True,
-        )
-
-    def compare_accuracy(self, name: str) -> None:
-        """Print val_accuracy of both arms after a few epochs, over seeds."""
-        images, labels = load_split(self.data, "train")
-        _, val = split_validation(labels)
-        x, y = torch.from_numpy(images[val]), torch.from_numpy(labels[val])
-        found: tuple[list[float], list[float]] = ([], [])
-        for seed in SEEDS:
-            ours, obvious = self.pair(name, seed)
-            for _ in range(ACCURACY_EPOCHS):
-                ours.train_epoch()
-                obvious.train_epoch()
-            correct = ours.evaluate(ours.inputs.val_x, ours.inputs.val_y)[1]
-            found[0].append(correct.item() / len(y))
-            found[1].append(obvious.accuracy(x, y))
-        (a, sd_a), (b, sd_b) = ((statistics.mean(arm), statistics.stdev(arm)) for arm in found)
-        print(
-            f"{name:26}{len(ours.inputs.train_y):7}   {a:.4f} ± {sd_a:.4f}   {b:.4f} ± {sd_b:.4f}", flush=True
-        )
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tunefleet.benchmarks.epoch", description=__doc__.split("\n")[0]
+def published(architecture: str, *, weights: str, seed: int = 0) -> TrainConfig:
+    """Return the published best of an architecture, without what only one arm has."""
+    fixed = fixed_values(
+        architecture, epochs=ACCURACY_EPOCHS, image_size=32, weights=weights, seed=seed, fix=FIX
     )
+    return TrainConfig.from_dict(fixed | dict(find_space(architecture, FIX).published))
+
+
+def both_runs(
+    name: str, seed: int, data: ImageData, levers: Levers, options: argparse.Namespace
+) -> tuple[TrainingRun, ObviousRun]:
+    """Build both arms over the same images, a random part of the training split or all of it."""
+    config = published(name, weights=options.weights, seed=seed)
+    ours = TrainingRun(config, data, levers, options.data_dir)
+    images, labels = load_split(data, "train")
+    train, _ = split_validation(labels)
+    wanted = len(train)
+    if options.images == "auto":
+        wanted = (BATCHES[name] or len(train)) * config.batch_size
+    elif options.images != "all":
+        wanted = int(options.images)
+    if wanted < len(train):
+        chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:wanted]
+        train, whole = train[chosen.numpy()], ours.inputs.train_x
+        x = whole[chosen]
+        if x.dim() == 4 and whole.is_contiguous(memory_format=torch.channels_last):
+            x = x.to(memory_format=torch.channels_last)
+        ours.inputs = replace(ours.inputs, train_x=x, train_y=ours.inputs.train_y[chosen])
+    return ours, ObviousRun(ours, torch.from_numpy(images[train]), torch.from_numpy(labels[train]))
+
+
+def seconds_line(name: str, data: ImageData, levers: Levers, options: argparse.Namespace) -> str:
+    """Return one row: seconds of both arms, and the median of the pairs' ratios."""
+    arms = both_runs(name, 0, data, levers, options)
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    seconds: tuple[list[float], list[float]] = ([], [])
+    losses = [0.0, 0.0]
+    for turn in range(options.repeat + 1):
+        for k in (0, 1) if turn % 2 == 0 else (1, 0):
+            began = clock()
+            losses[k] = arms[k].train_epoch()[0].item()  # waits for the device
+            seconds[k].append(clock() - began)
+    ours, obvious = (times[1:] for times in seconds)  # the first turn warms caches and allocators
+    ratios = [theirs / mine for mine, theirs in zip(ours, obvious, strict=True)]
+    count = len(arms[0].inputs.train_y)
+    scale = len(split_validation(load_split(data, "train")[1])[0]) / count
+    mine, theirs = statistics.median(ours), statistics.median(obvious)
+    return (
+        f"{name:26}{count:7}{arms[0].micro_batch:7}{mine:9.2f}{theirs:9.2f}"
+        f"{scale * mine:9.1f}{scale * theirs:9.1f}"
+        f"{statistics.median(ratios):8.2f}  {min(ratios):.2f}..{max(ratios):.2f}"
+        f"   {losses[0] / count:.4f} {losses[1] / count:.4f}"
+    )
+
+
+def accuracy_line(name: str, data: ImageData, levers: Levers, options: argparse.Namespace) -> str:
+    """Return val_accuracy of both arms after a few epochs, over seeds."""
+    images, labels = load_split(data, "train")
+    _, val = split_validation(labels)
+    x, y = torch.from_numpy(images[val]), torch.from_numpy(labels[val])
+    found: tuple[list[float], list[float]] = ([], [])
+    for seed in SEEDS:
+        ours, obvious = both_runs(name, seed, data, levers, options)
+        for _ in range(ACCURACY_EPOCHS):
+            ours.train_epoch()
+            obvious.train_epoch()
+        correct = ours.evaluate(ours.inputs.val_x, ours.inputs.val_y)[1]
+        found[0].append(correct.item() / len(y))
+        found[1].append(obvious.accuracy(x, y))
+    means = "".join(f"   {statistics.mean(arm):.4f} ± {statistics.stdev(arm):.4f}" for arm in found)
+    return f"{name:26}{len(ours.inputs.train_y):7}{means}"
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Return the checked options.
+
+    Raises:
+        ValueError: One is impossible.
+    """
+    parser = Parser(prog="python -m tunefleet.benchmarks.epoch", description=__doc__.split("\n")[0])
     parser.add_argument("architectures", nargs="*", metavar="ARCH", help=f"of: {', '.join(BATCHES)}")
     parser.add_argument("--data", default="cifar10", help="cifar10, digits, or an image folder or archive")
     parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="cache folder (%(default)s)")
@@ -195,49 +185,41 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", default="none", help="of ResNets: imagenet, none or a path")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--precision", default="auto", help="of ours: auto, fp32 or bf16")
-    return parser
+    options = parser.parse_args(arguments)
+    options.architectures = options.architectures or list(BATCHES)
+    for name in options.architectures:
+        check_name("ARCH", name, BATCHES)
+    check_integer("--threads", options.threads, 1)
+    check_integer("--repeat", options.repeat, 0)
+    if options.images not in ("auto", "all") and not (options.images.isdigit() and int(options.images)):
+        raise ValueError(f"--images={options.images} is not possible; give auto, all or a number")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Time both arms of every named architecture."""
-    options = _parser().parse_args(arguments)
-    try:
-        names = options.architectures or list(BATCHES)
-        for name in names:
-            check_name("ARCH", name, BATCHES)
-        check_integer("--threads", options.threads, 1)
-        check_integer("--repeat", options.repeat, 0)
-        if options.images not in ("auto", "all") and not (options.images.isdigit() and int(options.images)):
-            raise ValueError(f"--images={options.images} is not possible; give auto, all or a number")
-        data = prepare(options.data, options.data_dir)
-        if data.image_shape != (3, 32, 32):
-            raise ValueError(f"--data={options.data} has images {data.image_shape}; give one of 3×32×32")
-        levers = choose(options.device, options.precision)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options = parse(arguments)
+    data = prepare(options.data, options.data_dir)
+    if data.image_shape != (3, 32, 32):
+        raise ValueError(f"--data={options.data} has images {data.image_shape}; give one of 3×32×32")
+    levers = choose(options.device, options.precision)
     torch.set_num_threads(options.threads)
     capability = torch.backends.cpu.get_cpu_capability()
     print(f"torch {torch.__version__}, {capability}, {options.threads} thread(s), data {data.name}")
     print(f"levers {levers.to_dict()}")
-    clock = time.process_time if options.cpu_time else time.perf_counter
-    bench = Bench(data, options.data_dir, levers, options.weights, options.images, clock)
     if options.repeat:
         print(f"\n{'':40}{'s measured':>18}{'s per whole epoch':>18}{'obvious / ours':>16}   train_loss")
-        print(
-            f"{'architecture':26}{'images':>7}{'micro':>7}"
-            + f"{'ours':>9}{'obvious':>9}" * 2
-            + f"{'ratio':>8}  range"
-        )
-        for name in names:
-            bench.compare_seconds(name, options.repeat)
+        arms = f"{'ours':>9}{'obvious':>9}" * 2
+        print(f"{'architecture':26}{'images':>7}{'micro':>7}{arms}{'ratio':>8}  range")
+        for name in options.architectures:
+            print(seconds_line(name, data, levers, options), flush=True)
     if options.accuracy:
         print(f"\nval_accuracy after {ACCURACY_EPOCHS} epochs, mean ± sd over {len(SEEDS)} seeds")
         print(f"{'architecture':26}{'images':>7}   {'ours':18}obvious")
-        for name in names:
-            bench.compare_accuracy(name)
+        for name in options.architectures:
+            print(accuracy_line(name, data, levers, options), flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -1,12 +1,12 @@
-"""How much of a device does training use? Eager and captured steps, several trials at once, decoding.
+"""Measure how much of a device training uses: eager and captured steps, several trials at once, decoding.
 
 ::
 
     python -m tunefleet.benchmarks.gpu epoch --data cifar10-jpeg.tar.xz --weights resnet18-imagenet.pth
     python -m tunefleet.benchmarks.gpu decode share --data cifar10-jpeg.tar.xz
 
-Each line is printed as soon as it is measured. benchmarks/gpu.sh calls it with bounds; on a processor it
-runs, too, where nothing is captured.
+Each line is printed as soon as it is measured. benchmarks/gpu.sh calls it with time limits. It also
+runs on a CPU, where nothing is captured.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ CASES = [Case(space) for space in SPACES] + [
 
 
 def timed_run(case: Case, data: ImageData, levers: Levers, data_dir: Path, weights: str) -> TrainingRun:
-    """Return a run on a sample of inputs, which are kept nowhere; an epoch of it has some steps."""
+    """Return a run on a sample of inputs, which are not cached; its epoch has STEPS."""
     config, frozen = case.config(weights, levers.device), ARCHITECTURES[case.space].frozen
     steps = STEPS["small" if ARCHITECTURES[case.space].cut is None or frozen else "ResNet"][levers.cuda_graph]
     inputs, _ = sample_inputs(config, data, levers, data_dir, steps * config.batch_size)
@@ -84,7 +84,7 @@ def timed_run(case: Case, data: ImageData, levers: Levers, data_dir: Path, weigh
 
 
 def images_per_second(run: TrainingRun) -> float:
-    """Return the speed of whole epochs without evaluation, the copies at their beginning included."""
+    """Return the speed of whole epochs without evaluation, including the copies at their beginning."""
     seconds = []
     for _ in range(REPEATS + 1):
         began = time.perf_counter()
@@ -159,7 +159,7 @@ def share(
     weights: str,
     spaces: list[str],
 ) -> None:
-    """Is one of several trials on a device: trains each space alone, in twos and in fours."""
+    """Run one of several trials on a device: train each space alone, in twos and in fours."""
     torch.set_num_threads(1)
     for at, space in enumerate(spaces):
         run = timed_run(Case(space), data, levers, data_dir, weights)
@@ -190,7 +190,7 @@ def share_lines(
     for worker in workers:
         worker.join()
     if any(worker.exitcode for worker in workers):
-        raise ValueError("a trial failed; its error stands above")
+        raise ValueError("a trial failed; see its error above")
     yield f"images/s of several trials at once on one device, {'captured' if levers.cuda_graph else 'eager'}"
     yield f"{'space':28}" + "".join(f"{count:>10}" for count in AT_ONCE) + f"{'gain':>8}"
     for at, space in enumerate(spaces):
@@ -205,12 +205,12 @@ def share_lines(
 
 
 def decode_lines(source: str, data_dir: Path, *, unpack: bool) -> Iterator[str]:
-    """Yield the seconds in which all images are decoded, into an empty folder.
+    """Yield the seconds that decoding all images into an empty folder takes.
 
     Args:
         source: Of the images.
         data_dir: Where they are then cached.
-        unpack: The source is an archive: unpack it first, and decode from a folder, into one that goes.
+        unpack: Of an archive, unpack it first, and decode from a folder into a temporary one.
     """
     if unpack and not Path(source).is_file():
         return
@@ -244,7 +244,7 @@ def _lines(what: str, options: Namespace) -> Iterator[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print what was asked for, line by line."""
+    """Print the measurements that were chosen, line by line."""
     parser = Parser(prog="python -m tunefleet.benchmarks.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("what", nargs="+", choices=("decode", "epoch", "share", "decode-folder"))
     parser.add_argument("--data", default="cifar10", help="cifar10, digits, or a folder or archive of images")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that is to be measured on a machine with one GPU:  bash benchmarks/gpu.sh PART…
+# Measure what a machine with one GPU can tell:  bash benchmarks/gpu.sh PART…
 #   tests   tests/gpu                                                                      2 min at most
 #   epoch   decoding; images/s and share of the peak of every space, eager and captured    1
 #   kill    kill -9 in the middle of a study of real images, --resume, compared            1
@@ -7,16 +7,16 @@
 #   rows    the table of all thirteen spaces: a search and three fresh seeds each          9
 #   lr      lr against accuracy, for the five spaces whose backbone is trained             5
 # Each part ends at its bound and leaves in $OUT what it has by then, eight files of 16 MiB at most: log.txt,
-# PART.txt, and of rows and lr tables.txt, studies.tar.xz (what the next run needs) and best.tar.xz (predictions).
+# PART.txt, and of rows and lr tables.txt, studies.tar.xz (the next run needs it) and best.tar.xz (predictions).
 # What an earlier run left in $RESULTS is skipped: finished studies; of the other parts, those that ended well at
-# this commit. A study that the bound stopped goes on; one whose best lr stood at the edge of its grid is extended.
+# this commit. A study that the bound stopped is resumed; one whose best lr is at the edge of its grid is extended.
 #
 # On a bare machine without Ray and a network (Python 3.12, torch 2.11), everything travels in .gpu/:
 #   here:   bash ../shared/gpu/pack.sh; git describe --always --dirty --abbrev=12 > .gpu/commit
 #   there:  carry [".gpu"], command  bash benchmarks/gpu.sh tests epoch kill   (timeout_s 330)
 #           carry [".gpu"], command  bash benchmarks/gpu.sh rows               (timeout_s 600)
 #   between: mkdir -p .gpu/results; cp FILES_AT/*.txt FILES_AT/studies.tar.xz .gpu/results/
-# Without .gpu/unpack.sh it takes the Python and the images that it is given, by environment:
+# Without .gpu/unpack.sh Python, images and the rest come from the environment:
 #   OUT (benchmarks/results/gpu)  RESULTS (.gpu/results)  WORK (/tmp/tunefleet-gpu)  PYTHON (python3)
 #   DATA (/tmp/data/cifar10-jpeg.tar.xz)  WEIGHTS (/tmp/data/resnet18-imagenet.pth)  DEVICE (cuda)
 #   LANES (4): studies at once, since half of a short study is the start of its processes
@@ -37,7 +37,7 @@ export DATA=${DATA:-/tmp/data/cifar10-jpeg.tar.xz} WEIGHTS=${WEIGHTS:-/tmp/data/
 declare -A BOUNDS=([tests]=120 [epoch]=60 [kill]=60 [share]=60 [rows]=540 [lr]=300)
 STOP_SECONDS=${STOP_SECONDS:-20} # in which a study that is stopped has to end
 # The longest first, so that the lanes end together. lr and, where the published one is far from the others, a
-# width or two are left to search; the rest was found by hand (docs/gpu.md).
+# width or two are left to search; the other values were found by hand (docs/gpu.md).
 TUNED="momentum=0.9 weight_decay=0.0005 batch_size=128 augment=crop_flip label_smoothing=0 warmup_epochs=0.5"
 declare -A FLAGS=(
     [resnet_softmax_updatable]="--trials 3 --epochs 8 --fix $TUNED"
@@ -80,7 +80,7 @@ bounded() { # seconds, command…: SIGINT at the bound, SIGKILL some seconds lat
         env --default-signal=INT "$@"
 }
 
-keep() { # all studies so far: what the next run needs in one archive, what people look at in another
+keep() { # all studies so far: the next run needs it in one archive, what people look at in another
     "$PYTHON" - <<'P'
 import contextlib, os, pathlib, tarfile
 out, work = pathlib.Path(os.environ["OUT"]), pathlib.Path(os.environ["WORK"])
@@ -160,7 +160,7 @@ lr() { # space: its learning-rate study, or an extension of that
 tables() { # of the studies that are finished
     local study done=()
     for study in "$WORK"/rows/*/; do if is_done "$study"; then done+=("$study"); fi; done
-    if [ ${#done[@]} -gt 0 ]; then "$PYTHON" -m analysis.results "${done[@]}"; fi
+    if [ ${#done[@]} -gt 0 ]; then "$PYTHON" -m tunefleet.analysis.results "${done[@]}"; fi
     if compgen -G "$WORK/lr/*/lr_curve.csv" >/dev/null; then tail -n +1 "$WORK"/lr/*/lr_curve.csv; fi
 }
 
@@ -201,8 +201,8 @@ run_part() { # name
         kill)
             measured kill env GPU_TESTS_DATA="$DATA" GPU_TESTS_DATA_DIR="$WORK/cache" "$PYTHON" \
                 -m pytest tests/gpu/test_studies.py -k killed -q -s -p no:cacheprovider ;;
-        epoch) measured epoch "$PYTHON" -m benchmarks.gpu decode epoch decode-folder "${shared[@]}" ;;
-        share) measured share "$PYTHON" -m benchmarks.gpu share "${shared[@]}" ;;
+        epoch) measured epoch "$PYTHON" -m tunefleet.benchmarks.gpu decode epoch decode-folder "${shared[@]}" ;;
+        share) measured share "$PYTHON" -m tunefleet.benchmarks.gpu share "${shared[@]}" ;;
         rows) studies rows ${ROWS:-$ORDER} ;;
         lr) studies lr ${ROWS:-$LR_ORDER} ;;
     esac

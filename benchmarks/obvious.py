@@ -1,4 +1,4 @@
-"""What network does one write first? The textbook's order of layers, for what ours is compared with."""
+"""What network and optimizer does one write first? The textbook's, for ours to be compared with."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ SIDE = 32  # pixels, of the images
 
 
 class Frozen(nn.Module):
-    """A network whose output is computed anew each time and trains nothing."""
+    """A network that is not trained; its output is computed again for each batch."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Frozen:
-        """Stays as it is: BatchNorm's statistics are the trained ones."""
+        """Stay in evaluation mode: BatchNorm keeps the trained statistics."""
         return self
 
     @torch.no_grad()
@@ -33,10 +33,10 @@ class Frozen(nn.Module):
 def obvious_network(config: TrainConfig, classes: int) -> nn.Module:
     """Build Conv → ReLU → MaxPool networks for images ``(N, 3, 32, 32)``; they return logits.
 
-    Parameters stand in the order of ours, so that weights can be copied over.
+    Parameters are in the order of ours, so that weights can be copied.
 
     Args:
-        config: The trial; hidden and kernel_size must be given where the architecture has them.
+        config: The trial; hidden and kernel_size must be set where the architecture has them.
         classes: How many logits.
 
     Raises:
@@ -57,20 +57,28 @@ def obvious_network(config: TrainConfig, classes: int) -> nn.Module:
     if name == "twolayernn":
         return nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE**2, h), nn.ReLU(), nn.Linear(h, classes))
     if name == "convnet":
-        side = (SIDE + 1 - k) // 2
-        return nn.Sequential(
-            *(nn.Conv2d(3, 3 * h, k), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Flatten(), nn.Linear(3 * h * side**2, classes)),
-        )
+        features = 3 * h * ((SIDE + 1 - k) // 2) ** 2
+        convolution = (nn.Conv2d(3, 3 * h, k), nn.ReLU(), nn.MaxPool2d(2))
+        return nn.Sequential(*convolution, nn.Flatten(), nn.Linear(features, classes))
     if name == "mymodel":
         side = SIDE
         for _ in range(3):
             side = (side + 3 - k) // 2
         return nn.Sequential(
-            *(nn.Conv2d(3, h, k, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(h, 2 * h, k, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(2 * h, 4 * h, k, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(
+                layer
+                for before, after in ((3, h), (h, 2 * h), (2 * h, 4 * h))
+                for layer in (nn.Conv2d(before, after, k, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+            ),
             *(nn.Flatten(), nn.Linear(4 * h * side**2, 5 * h), nn.ReLU(), nn.Dropout(0.2)),
             *(nn.Linear(5 * h, 50), nn.ReLU(), nn.Dropout(0.2), nn.Linear(50, classes)),
         )
     raise ValueError(f"there is no obvious network of {name}")
+
+
+def obvious_optimizer(c: TrainConfig, network: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer of a trial over the parameters that are trained."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    if c.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=c.lr, weight_decay=c.weight_decay)
+    return torch.optim.SGD(parameters, lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay)

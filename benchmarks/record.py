@@ -5,7 +5,7 @@
     python -m tunefleet.benchmarks.record --space softmax --trials 64 --study-dir studies/softmax-curves
 
 Runs a study without pruner, for benchmarks/replay.py: random configurations of a space after its published
-best, each with several seeds. Its folder is resumed like any other. Exit codes as of ``tunefleet search``.
+best, each with several seeds. ``tunefleet resume`` resumes it, ``tunefleet search`` has the same exit codes.
 """
 
 from __future__ import annotations
@@ -31,44 +31,23 @@ OPTIONS = (
 )
 
 
-def points(space: str, fix: dict[str, Any] | None, count: int, seed: int, seeds: int) -> list[dict[str, Any]]:
-    """Return the configurations of a study, each with all seeds before the next one.
-
-    Args:
-        space: Whose ranges are sampled; its published best comes first.
-        fix: Values that are not sampled.
-        count: How many configurations.
-        seed: Of the sampling, and the first of the configurations' own.
-        seeds: How many each configuration has.
-
-    Raises:
-        ValueError: The space is unknown, or nothing is left to sample.
-    """
-    row = find_space(space, fix)
-    if not row.ranges:
-        raise ValueError("--fix leaves nothing to sample; leave a value out")
-    drawn = [suggest("random", row.ranges, row.published, seed, k, []) or {} for k in range(count)]
-    return [point | {"seed": seed + k} for point in drawn for k in range(seeds)]
-
-
 def new_options(do: argparse.Namespace, given: dict[str, Any]) -> StudyOptions:
-    """Return the options of a new study.
+    """Return the options of a new study: each configuration with all seeds before the next one.
 
     Raises:
-        ValueError: A value is impossible.
+        ValueError: A value is impossible, or nothing is left to sample.
     """
     if not do.space:
         raise ValueError("give --space NAME, or --resume DIR")
     check_integer("--seeds", do.seeds, 1)
-    asked = StudyOptions(space=do.space, **given)  # checks --trials and --seed, and has their defaults
-    assert asked.trials is not None
-    return StudyOptions(
-        space=do.space,
-        points=points(do.space, asked.fix, asked.trials, asked.seed, do.seeds),
-        pruner="none",
-        final_seeds=0,
-        **given,
-    )
+    checked = StudyOptions(space=do.space, **given)  # has the defaults, too
+    assert checked.trials is not None
+    row, seed = find_space(do.space, checked.fix), checked.seed
+    if not row.ranges:
+        raise ValueError("--fix leaves nothing to sample; leave a value out")
+    drawn = [suggest("random", row.ranges, row.published, seed, k, []) or {} for k in range(checked.trials)]
+    points = [point | {"seed": seed + k} for point in drawn for k in range(do.seeds)]
+    return StudyOptions(space=do.space, points=points, pruner="none", final_seeds=0, **given)
 
 
 def main(arguments: list[str] | None = None) -> int:

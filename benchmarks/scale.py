@@ -1,4 +1,4 @@
-"""Does a study of thousands of trials stay as fast and as small as it began?
+"""Does a study of thousands of trials stay as fast and as small as it was at its beginning?
 
 Runs a study whose trials train nothing, with the default pruner, and prints milliseconds per trial and the
 driver's memory at its beginning and its end, and the size of the study's folder; writes nothing else. A
@@ -10,13 +10,12 @@ hundred trials take a second, less than a neighbour's burst on a shared machine:
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import psutil
@@ -27,29 +26,15 @@ from tunefleet.cli import Parser, exit_code
 from tunefleet.trainables.config import check_integer
 from tunefleet.trainables.data import DATA_DIR
 
-WINDOW = 100  # trials whose time is taken together
+WINDOW = 100  # trials whose time is measured together
 SETTLED = 100  # trials after which workers are up and everything is imported
 EPOCHS = 3  # of a trial that is promoted to the end
-SAMPLE_SECONDS = 0.2  # between looks at the driver's memory
+SAMPLE_SECONDS = 0.2  # between two samples of the driver's memory
 COLUMNS = ("ms", "at end", "times", "MiB", "at end", "times", "folder")  # times: end / beginning
 
 
-@dataclasses.dataclass(frozen=True)
-class Scaled:
-    """What a long study took; pairs are (after SETTLED trials, at the end)."""
-
-    ms_per_trial: tuple[float, float]
-    driver_mib: tuple[float, float]  # anonymous; libraries become its own when its workers end
-    folder_mib: float
-
-    def row(self) -> tuple[float, ...]:
-        """Return the numbers of a line of the table, in the order of COLUMNS."""
-        pairs = ((begin, end, end / begin) for begin, end in (self.ms_per_trial, self.driver_mib))
-        return (*itertools.chain(*pairs), self.folder_mib)
-
-
-def run(trials: int, data: str, data_dir: Path) -> Scaled:
-    """Run a study of trials that only report.
+def run(trials: int, data: str, data_dir: Path) -> tuple[float, ...]:
+    """Run a study of trials that only report; return a row of the table, in the order of COLUMNS.
 
     Raises:
         RuntimeError: It failed; the end of what it printed.
@@ -74,16 +59,19 @@ def run(trials: int, data: str, data_dir: Path) -> Scaled:
         command = [sys.executable, "-m", "tunefleet.benchmarks.arms", "ours", f"{name}/task", f"{name}/rows"]
         with Path(name, "printed").open("w") as out:
             process = psutil.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
-            samples = [*_memory(process, folder / "study" / "reports.jsonl")]
+            memory = [*_memory(process, folder / "study" / "reports.jsonl")]
         if process.wait() != 0:
             raise RuntimeError(Path(name, "printed").read_text()[-3000:])
         rows = json.loads(Path(name, "rows").read_text())
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return Scaled(ms_per_trial(rows), (samples[0], samples[-1]), size / 2**20)
+    return numbers(ms_per_trial(rows), (memory[0], memory[-1]), size / 2**20)
 
 
 def _memory(process: psutil.Popen, journal: Path) -> Iterable[float]:
-    """Yield MiB of a process now and then, from the time when its study has settled."""
+    """Yield anonymous MiB of a process now and then, from the time when its study has settled.
+
+    Libraries are left out: they become the driver's own when its workers exit.
+    """
     while True:
         try:
             process.wait(SAMPLE_SECONDS)
@@ -92,7 +80,7 @@ def _memory(process: psutil.Popen, journal: Path) -> Iterable[float]:
             if not journal.exists() or journal.read_bytes().count(b'"config"') < SETTLED:
                 continue
             memory = process.memory_info()
-            if used := memory.rss - memory.shared:  # 0 when it is about to end
+            if used := memory.rss - memory.shared:  # 0 when it is about to exit
                 yield used / 2**20
 
 
@@ -103,8 +91,13 @@ def ms_per_trial(rows: list[Row]) -> tuple[float, float]:
     return 1000 * first / WINDOW, 1000 * (times[-1] - times[-1 - WINDOW]) / WINDOW
 
 
-def _line(name: str, numbers: Iterable[float]) -> str:
-    return f"{name:6}" + "".join(f"{number:10.2f}" for number in numbers)
+def numbers(ms: tuple[float, float], mib: tuple[float, float], folder_mib: float) -> tuple[float, ...]:
+    """Return a row of the table from pairs (after SETTLED trials, at the end)."""
+    return (*ms, ms[1] / ms[0], *mib, mib[1] / mib[0], folder_mib)
+
+
+def _line(name: str, row: Sequence[float]) -> str:
+    return f"{name:6}" + "".join(f"{number:10.2f}" for number in row)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -121,9 +114,9 @@ def main(arguments: list[str] | None = None) -> int:
     print("run   " + "".join(f"{column:>10}" for column in COLUMNS))
     rows = []
     for number in range(options.repeat):
-        rows.append(run(options.trials, options.data, options.data_dir).row())
+        rows.append(run(options.trials, options.data, options.data_dir))
         print(_line(str(number + 1), rows[-1]), flush=True)
-    print(_line("median", map(statistics.median, zip(*rows, strict=True))))
+    print(_line("median", [*map(statistics.median, zip(*rows, strict=True))]))
     return 0
 
 

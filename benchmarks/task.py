@@ -1,4 +1,7 @@
-"""What is one arm of a benchmark asked to do, and what does it answer? Both are JSON files."""
+"""What is an arm asked to run, and what does it report? A Task as a JSON file, and rows.
+
+Nothing here imports ``search``, which sets variables of Ray and Tune: the other arms have Tune's defaults.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +21,20 @@ Row = dict[str, Any]  # a report: trial, epoch, val_accuracy (fraction), finishe
 
 @dataclass(frozen=True)
 class Task:
-    """A study that every arm runs, the same for all.
+    """A study that every arm runs.
 
     Attributes:
-        arm: Who runs it.
+        arm: Name of the arm.
         configurations: The trials, as fields of TrainConfig, in the order in which they start.
         epochs: Of each trial, at most.
         pruning: Whether each arm prunes, in its own way.
         no_op: Whether trials only report, and train nothing.
-        data: A folder of images whose decoded copy lies under data_dir.
+        data: A data set, or a folder of images, whose decoded copy lies under data_dir.
         data_dir: The cache folder.
         workers: Trials at once.
         device: cpu or cuda.
-        precision: fp32 or bf16, of arms that train by our code.
-        folder: Where the arm may write; it is empty.
+        precision: fp32 or bf16, of arms that train with our code.
+        folder: An empty one, where the arm may write.
     """
 
     arm: str
@@ -70,5 +73,5 @@ def no_op_accuracy(trial: int, epoch: int) -> float:
 
 
 def row(trial: int, epoch: int, val_accuracy: float | None) -> Row:
-    """Return a report of now."""
+    """Return a report that was finished now."""
     return {"trial": trial, "epoch": epoch, "val_accuracy": val_accuracy, "finished_at": time.time()}

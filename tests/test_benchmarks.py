@@ -12,25 +12,24 @@ import psutil
 import pytest
 import torch
 
-from tunefleet.benchmarks import families, run, scale, table
-from tunefleet.benchmarks.measured import Measured, adopting_orphans, check_same_work, environment
+from tunefleet.benchmarks import compare, families, scale
+from tunefleet.benchmarks.compare import Measured, adopted_orphans, check_same_work, environment
 from tunefleet.benchmarks.obvious import obvious_network
-from tunefleet.benchmarks.probe import probe, spread
 from tunefleet.benchmarks.task import Task, no_op_accuracy
 from tunefleet.models.building import build, build_args
 from tunefleet.trainables.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
-STEADY = {"gflops": 50.0, "gbytes": 10.0}
+STEADY = 10.0  # the machine's speed
 
 
 def rows(*found):
-    """Returns rows of (trial, epoch, val_accuracy, seconds)."""
+    """Return rows of (trial, epoch, val_accuracy, seconds)."""
     return [dict(zip(("trial", "epoch", "val_accuracy", "finished_at"), row, strict=True)) for row in found]
 
 
 def measured(seconds, *found, steady=STEADY):
-    return Measured(seconds, 2 * seconds, rows(*found), [STEADY, dict(steady)], 0.1)
+    return Measured(seconds, 2 * seconds, rows(*found), (STEADY, steady))
 
 
 def task(**changes):
@@ -90,13 +89,15 @@ def test_best_is_of_last_reports_and_the_target_of_any():
     done = measured(9.0, (0, 1, 0.5, 1.0), (0, 2, 0.3, 2.0), (1, 1, 0.4, 3.0), (2, 1, None, 4.0))
     assert done.best == 0.4
     assert done.seconds_until(0.4) == 1.0
-    assert done.seconds_until(0.6) is None
-    assert done.first_and_last == (1.0, 4.0)
+    assert done.seconds_until(0.6) == math.inf
+    assert done.seconds_until(None) == 9.0
+    assert done.to_dict(0.4)["reports_at"] == [1.0, 4.0]
+    assert done.to_dict(0.4)["seconds_counted"] == 1.0
 
 
 def test_ratio_is_taken_within_a_repetition():
     both = {"ours": [measured(2.0), measured(4.0)], "tutorial": [measured(10.0), measured(40.0)]}
-    assert run.ratios(both, "tutorial", None) == [5.0, 10.0]
+    assert compare.ratios(both, "tutorial", None) == [5.0, 10.0]
 
 
 def test_race_ends_at_the_tutorials_best_which_all_its_runs_reached():
@@ -104,36 +105,34 @@ def test_race_ends_at_the_tutorials_best_which_all_its_runs_reached():
         "ours": [measured(9, (0, 1, 0.61, 2.0)), measured(9, (0, 1, 0.5, 1.0), (1, 1, 0.6, 4.0))],
         "tutorial": [measured(9, (0, 1, 0.62, 8.0)), measured(9, (0, 1, 0.6, 6.0))],
     }
-    target = run.target_of(families.FAMILIES["study"], both)
+    target = compare.target_of(families.FAMILIES["study"], both)
     assert target == 0.6
-    assert run.ratios(both, "tutorial", target) == [4.0, 1.5]
-    assert run.target_of(families.FAMILIES["softmax"], both) is None
-    assert run.seconds_of(measured(9, (0, 1, 0.1, 1.0)), 0.6) == math.inf
+    assert compare.ratios(both, "tutorial", target) == [4.0, 1.5]
+    assert compare.target_of(families.FAMILIES["softmax"], both) is None
 
 
 def test_interval_covers_the_median_and_nothing_beyond_the_values():
-    low, high = run.interval95([1.0, 2.0, 3.0, 4.0, 5.0])
+    low, high = compare.interval95([1.0, 2.0, 3.0, 4.0, 5.0])
     assert 1.0 <= low < 3.0 < high <= 5.0
-    assert run.interval95([2.0]) == (2.0, 2.0)
+    assert compare.interval95([2.0]) == (2.0, 2.0)
 
 
-def test_repetitions_of_an_unsteady_machine_have_no_ratio(capsys):
-    found, slow = (0, 1, 0.5, 1.0), STEADY | {"gflops": 40.0}
+def test_repetitions_of_an_unsteady_machine_have_no_ratio():
+    found, slow = (0, 1, 0.5, 1.0), 0.8 * STEADY
     both = {
         "ours": [measured(2.0, found), measured(2.0, found), measured(2.0, found, steady=slow)],
         "tutorial": [measured(10.0, found), measured(12.0, found, steady=slow), measured(14.0, found)],
     }
-    run.print_table(families.FAMILIES["softmax"], both)
-    printed = capsys.readouterr().out
-    assert "5.00  5.00 to 5.00, n = 1" in printed
-    assert "tutorial: 2 of 3 repetitions have no ratio: the machine's gflops varied by up to 20%" in printed
-    kept = run.result(replace(families.FAMILIES["softmax"], trials=7), run.parse([]), both)
-    assert kept["arms"]["ours"][0]["reports_at"] == [1.0, 1.0]
+    family = replace(families.FAMILIES["softmax"], trials=7)
+    kept = compare.result(family, compare.parse([]), both)
     assert kept["trials"] == 7  # as run, not as the family has it
     assert kept["ratios"]["tutorial"]["values"] == [5.0]
+    assert kept["unsteady"] == [
+        "tutorial: 2 of 3 repetitions have no ratio: the machine's speed varied by up to 20%"
+    ]
+    assert "| 2 | 5.00 (5.00 to 5.00, n = 1) |" in compare.table([kept])
     del both["tutorial"][0], both["ours"][0]
-    run.print_table(families.FAMILIES["softmax"], both)
-    assert "n = " not in capsys.readouterr().out
+    assert "| 2 | unsteady |" in compare.table([compare.result(family, compare.parse([]), both)])
 
 
 @pytest.mark.parametrize(
@@ -146,12 +145,12 @@ def test_unsteady_repetitions_are_made_up_for(steady_after, repeat, runs, tmp_pa
         order.append(asked.arm)
         unsteady = asked.arm == "ours" and len(order) <= 2 * steady_after
         found = ((trial, 2, 0.5, 1.0) for trial in range(len(asked.configurations)))
-        return measured(1.0, *found, steady=STEADY | ({"gbytes": 1.0} if unsteady else {}))
+        return measured(1.0, *found, steady=1.0 if unsteady else STEADY)
 
-    monkeypatch.setattr(run, "measure", stand_in)
-    monkeypatch.setattr(run, "probe", lambda: STEADY)
+    monkeypatch.setattr(compare, "measure", stand_in)
+    monkeypatch.setattr(compare, "probe", lambda: STEADY)
     small = f"ours joblib --trials 2 --epochs 2 --repeat {repeat} --data digits".split()
-    code = run.main([*small, "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "out")])
+    code = compare.main([*small, "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "out")])
     assert code == 0
     assert order == (["ours", "joblib", "joblib", "ours"] * 3)[: 2 * runs]
     kept = json.loads((tmp_path / "out" / "softmax.json").read_text())
@@ -165,28 +164,25 @@ def test_allocator_is_that_of_a_study_where_our_code_trains():
 
 
 def orphan():
-    """Returns a process whose parent has just ended."""
+    """Return a process whose parent has just ended."""
     return psutil.Process(int(subprocess.check_output("sleep 60 > /dev/null & echo $!", shell=True)))
 
 
 def test_orphans_are_adopted_only_while_an_arm_runs():
     # a raylet's workers that pytest had adopted stayed for over a minute after it, and then as zombies
-    with adopting_orphans():
+    with adopted_orphans():  # and waits for them
         ours = orphan()
         assert ours.ppid() == os.getpid()
+        ours.kill()
+    assert not ours.is_running()
     others = orphan()
     assert others.ppid() != os.getpid()
-    for process in (ours, others):
-        process.kill()
-    ours.wait()
+    others.kill()
 
 
-def test_spread_is_a_fraction_of_the_median():
-    assert spread([10.0, 9.0, 11.0]) == pytest.approx(0.2)
-
-
-def test_probe_measures_something():
-    assert all(value > 0 for value in probe().values())
+def test_the_machines_speed_varies_by_a_fraction_of_the_median():
+    assert compare.variation(measured(1.0, steady=9.0), measured(1.0, steady=11.0)) == pytest.approx(0.2)
+    assert compare.probe() > 0
 
 
 @pytest.mark.parametrize(
@@ -215,15 +211,15 @@ def test_time_per_trial_is_that_of_first_reports():
     assert scale.ms_per_trial(found) == pytest.approx((10.0, 20.0))
 
 
-def test_a_long_study_is_told_by_medians_of_its_runs(monkeypatch, capsys):
+def test_a_long_study_is_reported_as_medians_of_its_runs(monkeypatch, capsys):
     found = iter(
         [
-            ((8.0, 12.0), (400.0, 500.0), 2.5),
-            ((10.0, 10.0), (400.0, 420.0), 2.0),
-            ((8.0, 9.0), (400.0, 440.0), 3.0),
+            scale.numbers((8.0, 12.0), (400.0, 500.0), 2.5),
+            scale.numbers((10.0, 10.0), (400.0, 420.0), 2.0),
+            scale.numbers((8.0, 9.0), (400.0, 440.0), 3.0),
         ]
     )
-    monkeypatch.setattr(scale, "run", lambda trials, data, data_dir: scale.Scaled(*next(found)))
+    monkeypatch.setattr(scale, "run", lambda trials, data, data_dir: next(found))
     assert scale.main(["--trials", "300"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
@@ -231,7 +227,7 @@ def test_a_long_study_is_told_by_medians_of_its_runs(monkeypatch, capsys):
     assert lines[-1].split() == ["median", "8.00", "10.00", "1.12", "400.00", "440.00", "1.10", "2.50"]
 
 
-def test_no_op_accuracies_tell_trials_apart():
+def test_no_op_accuracies_differ_between_trials():
     assert len({no_op_accuracy(trial, 1) for trial in range(32)}) == 32
     assert all(0 <= no_op_accuracy(trial, 9) <= 1 for trial in range(2000))
 
@@ -246,7 +242,7 @@ def test_no_op_accuracies_tell_trials_apart():
     ],
 )
 def test_wrong_argument_is_one_line(arguments, said, tmp_path, capsys):
-    code = run.main([*arguments, "--data-dir", str(tmp_path / "data")])
+    code = compare.main([*arguments, "--data-dir", str(tmp_path / "data")])
     error = capsys.readouterr().err
     assert code == 2
     assert error.count("\n") == 1
@@ -254,10 +250,10 @@ def test_wrong_argument_is_one_line(arguments, said, tmp_path, capsys):
 
 
 def test_readme_has_the_table_of_the_results_that_are_kept():
-    listed = ["git", "-C", str(ROOT), "ls-files", "benchmarks/results/*.json"]  # a user's own are not told of
+    listed = ["git", "-C", str(ROOT), "ls-files", "benchmarks/results/*.json"]  # not a user's own
     files = subprocess.check_output(listed, text=True).split()
     assert files
-    assert table.table([table.read(str(ROOT / file)) for file in files]) in (ROOT / "README.md").read_text()
+    assert compare.table([compare.read(ROOT / file) for file in files]) in (ROOT / "README.md").read_text()
 
 
 def test_table_says_what_was_compared(tmp_path, capsys):
@@ -274,7 +270,7 @@ def test_table_says_what_was_compared(tmp_path, capsys):
         "ratios": {"tutorial": {"median": 2.0, "interval95": [1.0, 3.0], "values": [1.0, 3.0]}},
     }
     (file := tmp_path / "study.json").write_text(json.dumps(found))
-    assert table.main([str(file)]) == 0
+    assert compare.main(["--table", str(file)]) == 0
     head, _, line = capsys.readouterr().out.splitlines()
     assert head == "| trials | numbers | ours, s | tutorial | joblib |"
     assert line == (
@@ -282,7 +278,7 @@ def test_table_says_what_was_compared(tmp_path, capsys):
         "| 2.00 (1.00 to 3.00, n = 2) | unsteady |"
     )
     file.write_text("{}")
-    assert table.main([str(file)]) == 2
+    assert compare.main(["--table", str(file)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert f"{file} is no result" in error
@@ -297,7 +293,7 @@ def test_arms_that_train_by_our_code_find_the_same(tmp_path):
         [
             sys.executable,
             "-m",
-            "tunefleet.benchmarks.run",
+            "tunefleet.benchmarks.compare",
             *arms,
             *(f"--{name}={value}" for name, value in small.items()),
         ],

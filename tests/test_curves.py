@@ -10,10 +10,10 @@ from tests.conftest import ROOT
 from tests.made_study import write_events, write_study
 from tunefleet.analysis.load import load
 from tunefleet.benchmarks.curves import read
-from tunefleet.benchmarks.record import main, new_options, points
+from tunefleet.benchmarks.record import main, new_options
 from tunefleet.benchmarks.replay import main as replay
-from tunefleet.benchmarks.replay import pick, reports_of, scheduler_of
-from tunefleet.benchmarks.simulate import simulate
+from tunefleet.benchmarks.replay import pick, reports_of
+from tunefleet.benchmarks.schedulers import scheduler_of, simulate
 from tunefleet.search.run import main as run
 from tunefleet.search.spaces import SPACES
 
@@ -29,7 +29,7 @@ def events_of(folder):
 
 
 def change_configs(folder, **values):
-    """Has other values in the trials' configurations, one for each trial."""
+    """Change values of the trials' configurations, one for each trial."""
     events = [event for event in events_of(folder) if not event["trial_id"].startswith("final")]
     for event in events:
         if event["epoch"] == 0:
@@ -138,6 +138,11 @@ def test_committed_curves_are_of_64_configurations_with_two_seeds_over_27_epochs
     assert read(str(ROOT / "benchmarks/curves" / name)).accuracy.shape == (2, 64, 27)
 
 
+def points(space, fix, count, seed, seeds):
+    given = {"trials": count, "seed": seed} | ({"fix": fix} if fix else {})
+    return new_options(Namespace(space=space, seeds=seeds), given).points
+
+
 def test_points_are_the_published_best_then_random_ones_each_with_every_seed():
     made = points("twolayernn", None, count=4, seed=7, seeds=2)
     assert [point["seed"] for point in made] == [7, 8] * 4
@@ -149,7 +154,7 @@ def test_points_are_the_published_best_then_random_ones_each_with_every_seed():
     fixed = points("convnet", {"hidden": 16, "kernel_size": 3}, count=2, seed=0, seeds=1)
     assert all("hidden" not in point and "lr" in point for point in fixed)
     with pytest.raises(ValueError, match="leaves nothing to sample"):
-        points("softmax", dict.fromkeys(SPACES["softmax"].ranges, 0.1), count=2, seed=0, seeds=1)
+        points("softmax", dict(SPACES["softmax"].published), count=2, seed=0, seeds=1)
 
 
 def test_recording_is_a_study_without_pruner_and_final_seeds():
@@ -184,7 +189,7 @@ def test_bad_input_is_one_line_and_writes_nothing(arguments, needle, tmp_path, m
 
 @pytest.fixture(scope="module")
 def recorded(data_dir, tmp_path_factory):
-    """Records six configurations with two seeds over four epochs, then runs the same search with promote."""
+    """Record six configurations with two seeds over four epochs, then run the same search with promote."""
     import ray
 
     folder = tmp_path_factory.mktemp("recorded")

@@ -50,7 +50,7 @@ print("test_accuracy 0.5")
 
 @pytest.fixture
 def script(tmp_path):
-    """Runs the script with studies that are only played; returns its process, and the calls of studies."""
+    """Run the script with studies that are only played; returns its process, and the calls of studies."""
     play, python = tmp_path / "play.py", tmp_path / "python"
     play.write_text(PLAYED)
     python.write_text(

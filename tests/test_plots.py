@@ -17,7 +17,7 @@ from tests.made_study import EVIL, edit_events, with_changes, write_study
 from tunefleet.analysis import plots, stats
 from tunefleet.analysis.load import load
 from tunefleet.analysis.report import figures
-from tunefleet.benchmarks.compared import compare
+from tunefleet.benchmarks.replay import compare
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def study(tmp_path):
 
 
 def points(axes):
-    """Returns what was plotted, line by line, as lists of (x, y)."""
+    """Return what was plotted, line by line, as lists of (x, y)."""
     return [list(zip(*(np.round(part, 6) for part in line.get_data()), strict=True)) for line in axes.lines]
 
 
@@ -52,7 +52,7 @@ def test_every_axis_names_its_quantity(study, draw):
     assert shown[0].get_ylabel()
 
 
-def test_winner_and_its_seeds_are_told_apart(study):
+def test_winner_and_its_seeds_look_different(study):
     figure = plots.winner_curves(study)
     _, accuracy = figure.axes
     seed_1, seed_2, training, validation = points(accuracy)
@@ -69,7 +69,7 @@ def test_pruned_and_diverged_trials_look_different(study):
     assert pruned.get_color() != whole.get_color()
 
 
-def test_rung_survival_counts_stand_on_the_bars(study):
+def test_rung_survival_counts_are_on_the_bars(study):
     axes = plots.rung_survival(study).axes[0]
     assert [bar.get_height() for bar in axes.patches] == [12, 3]
     assert [text.get_text() for text in axes.texts] == ["12", "3"]
@@ -91,7 +91,7 @@ def test_parallel_lines_end_at_val_accuracy(study):
     ends = sorted(path.vertices[-1, 1] for drawn in axes.collections for path in drawn.get_paths())
     assert len(ends) == 11
     assert (ends[0], ends[-1]) == (0, 1)
-    assert {"35%", "57%"} <= {text.get_text() for text in axes.texts}  # trials 0 and 11 at epoch 1
+    assert {"35.0%", "57.0%"} <= {text.get_text() for text in axes.texts}  # trials 0 and 11 at epoch 1
 
 
 def test_confusion_names_rows_and_counts(study):
@@ -124,7 +124,7 @@ def test_interval_of_equal_regrets_is_drawn_in_spite_of_rounding():
     plots.schedulers(table).savefig(io.BytesIO())
 
 
-def test_schedulers_are_told_apart_and_drawn_at_epochs_and_regret():
+def test_schedulers_look_different_and_are_drawn_at_epochs_and_regret():
     found = np.random.default_rng(0).uniform(0.1, 0.2, (3, 2, 20, 4))
     found[..., 0] = np.array([300, 180, 170])[:, None, None]
     names = ["ray_asha", "promote", "top_4"]
@@ -216,7 +216,7 @@ def test_seconds_have_ticks_with_their_own_values(study, seconds):
     assert all(float(label.replace(",", "")) == pytest.approx(place) for place, label in found)
 
 
-def test_of_many_studies_those_are_named_than_which_none_is_faster_and_better(study):
+def test_of_many_studies_those_are_named_unless_another_is_faster_and_better(study):
     final = study.facts["final"]
     studies = [
         with_changes(
@@ -272,7 +272,7 @@ def test_names_of_all_kinds_are_drawn_without_a_warning_and_stay_apart(tmp_path)
     assert {r"line\nbreak", r"caf\xe9", "100 %", "[bold]"} <= set(shown)
 
 
-def test_names_that_begin_alike_are_told_apart_by_their_number():
+def test_names_that_begin_alike_are_distinct_by_their_number():
     names = ["Passer domesticus female", "Passer domesticus male", "Passer montanus"]
     assert plots._shorts(names) == ["Passer domesti… #0", "Passer domesti… #1", "Passer montanus"]
 

@@ -7,16 +7,13 @@ import pandas as pd
 import pytest
 
 from tunefleet.analysis.stats import (
-    RESAMPLES,
     best_so_far,
-    bootstrap_means,
     boundary_share,
     choice_index,
     class_accuracy,
     confused_pairs,
     confusion,
     importance,
-    interval95,
     largest_of_blocks,
     rung_survival,
     top,
@@ -42,10 +39,9 @@ def test_best_so_far_follows_the_clock_and_not_the_table():
     assert table.best.tolist() == [0.3, 0.4, 0.5, 0.5, 0.5]
 
 
-def test_rung_survival_counts_who_came_and_who_went_on():
+def test_rung_survival_counts_the_trials_that_came_so_far():
     trials = pd.DataFrame({"epochs": [1, 1, 1, 3, 3, 9, 0]})
-    table = rung_survival(trials, [1, 3], 9)
-    assert table.to_dict("list") == {"epoch": [1, 3, 9], "reached": [6, 3, 1], "went_on": [3, 1, 0]}
+    assert rung_survival(trials, [1, 3], 9).to_dict() == {1: 6, 3: 3, 9: 1}
 
 
 def test_boundary_share_is_of_the_logarithm_where_the_range_is():
@@ -85,7 +81,7 @@ def test_importance_finds_what_decides():
     assert importance(table, ranges).equals(found)
 
 
-def test_importance_of_few_or_equal_trials_is_not_told():
+def test_importance_of_few_or_equal_trials_is_left_out():
     table = pd.DataFrame({"lr": [0.1] * 20, "val_accuracy": [0.5] * 20})
     ranges = {"lr": {"low": 1e-4, "high": 1.0, "log": True}}
     assert importance(table, ranges) is None
@@ -122,15 +118,3 @@ def test_choices_are_found_as_a_csv_file_writes_them():
     assert [choice_index(choices, value) for value in (0, 1e-5, "cosine", "False")] == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="none of the choices"):
         choice_index(choices, 0.3)
-
-
-def test_bootstrap_draws_rows_whole_and_spreads_as_the_standard_error():
-    values = np.random.default_rng(1).normal(5, 2, 400)
-    samples = bootstrap_means(np.column_stack([values, 2 * values]), np.random.default_rng(0))
-    assert samples.shape == (RESAMPLES, 2)
-    assert samples[:, 1] == pytest.approx(2 * samples[:, 0])
-    error = values.std() / math.sqrt(400)
-    assert samples[:, 0].std() == pytest.approx(error, rel=0.03)
-    low, high = interval95(samples)
-    assert (high - low)[0] == pytest.approx(2 * 1.96 * error, rel=0.05)
-    assert low[0] < values.mean() < high[0]

@@ -4,7 +4,6 @@ import pytest
 
 from tunefleet.analysis.text import (
     clock,
-    decimals,
     listed,
     number,
     percent,
@@ -58,16 +57,6 @@ def test_a_spread_is_0_only_where_all_values_are_equal():
     for sd, digits in ((None, 2), (0.0, 2), (1.23, 2), (0.006, 3), (0.0001, 4)):
         assert spread_digits(sd, 2) == digits
         assert not sd or float(f"{sd:.{digits}f}") > 0
-
-
-def test_decimals_tell_each_value_from_its_neighbours_and_from_rounder_ones():
-    assert decimals([20.0, 25.0, 30.0]) == 0
-    assert decimals([22.5, 25.0, 27.5]) == 1
-    assert decimals([10.02, 10.04, 10.06]) == 2
-    assert decimals([0.1 + 0.2, 0.4]) == 1  # a sum that is not 0.3
-    assert decimals([97.021, 97.043]) == 3
-    assert decimals([17.4123, 78.4]) == 1  # the ends of a range, which need no more
-    assert decimals([]) == decimals([0.0]) == decimals([50.0]) == 0
 
 
 def test_clock_carries_into_minutes():

@@ -18,14 +18,14 @@ def folder(tmp_path):
 
 
 def read(run):
-    """Returns the accumulator of one run's event files."""
+    """Return the accumulator of one run's event files."""
     found = event_accumulator.EventAccumulator(str(run), size_guidance={"scalars": 0})
     found.Reload()
     return found
 
 
 def plugin(run, tag):
-    """Returns the HParams plugin's record of a kind in one run."""
+    """Return the HParams plugin's record of a kind in one run."""
     return metadata.__dict__[f"parse_{tag}_plugin_data"](
         read(run).SummaryMetadata(f"_hparams_/{tag}").plugin_data.content
     )
@@ -57,10 +57,10 @@ def test_hparams_plugin_gets_ranges_values_and_ends(folder):
     lr, schedule = plugin(out, "experiment").hparam_infos
     assert (lr.name, lr.domain_interval.min_value, lr.domain_interval.max_value) == ("lr", 1e-4, 0.1)
     assert (schedule.name, list(schedule.domain_discrete)) == ("schedule", ["constant", "cosine"])
-    told = load(folder).trials.set_index("trial_id").loc["0005"]
+    row = load(folder).trials.set_index("trial_id").loc["0005"]
     start = plugin(out / "0005", "session_start_info")
-    assert start.hparams["lr"].number_value == told.lr
-    assert start.hparams["schedule"].string_value == told.schedule
+    assert start.hparams["lr"].number_value == row.lr
+    assert start.hparams["schedule"].string_value == row.schedule
     assert start.start_time_secs == 50.0  # its first epoch ended at 51 and took a second
     ended = {run: plugin(out / run, "session_end_info") for run in ("0005", "0008", "0009")}
     assert ended["0005"].status == api_pb2.STATUS_FAILURE  # diverged

@@ -1,4 +1,4 @@
-"""The ways to run the same trials. Each file is one.
+"""The ways to run the same trials, one per file.
 
 ``python -m tunefleet.benchmarks.arms NAME TASK ROWS`` runs it.
 """

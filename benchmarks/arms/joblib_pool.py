@@ -1,11 +1,11 @@
-"""The least that can be done: joblib hands our training code to processes of one thread each."""
+"""joblib, the simplest way: our training code in processes of one thread each."""
 
 from __future__ import annotations
 
 import torch
 from joblib import Parallel, delayed
 
-from tunefleet.benchmarks.our_trial import OurTrial
+from tunefleet.benchmarks.arms.our_trial import OurTrial
 from tunefleet.benchmarks.task import Row, Task
 from tunefleet.trainables.data import ImageData
 
@@ -13,8 +13,8 @@ from tunefleet.trainables.data import ImageData
 def train(task: Task, data: ImageData | None, trial: int) -> list[Row]:
     """Train one configuration to its end."""
     torch.set_num_threads(1)
-    at_work = OurTrial(task, data, trial)
-    return [at_work.epoch() for _ in range(task.epochs)]
+    ours = OurTrial(task, data, trial)
+    return [ours.epoch() for _ in range(task.epochs)]
 
 
 def run(task: Task) -> list[Row]:

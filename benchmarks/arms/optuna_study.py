@@ -1,16 +1,16 @@
-"""Optuna in one process, a trial at a time on all cores, by our training code; the arm names the pruner."""
+"""Optuna in one process: one trial at a time on all cores, our training code; the arm names the pruner."""
 
 from __future__ import annotations
 
 import optuna
 import torch
 
-from tunefleet.benchmarks.our_trial import OurTrial
+from tunefleet.benchmarks.arms.our_trial import OurTrial
 from tunefleet.benchmarks.task import Row, Task
 
 
 def pruner(task: Task) -> optuna.pruners.BasePruner:
-    """Return what an arm prunes by."""
+    """Return an arm's pruner."""
     if not task.pruning:
         return optuna.pruners.NopPruner()
     if task.arm == "optuna-halving":
@@ -27,10 +27,10 @@ def run(task: Task) -> list[Row]:
 
     def objective(trial: optuna.Trial) -> float:
         index = trial.suggest_int("trial", 0, len(task.configurations) - 1)
-        at_work = OurTrial(task, data, index)
+        ours = OurTrial(task, data, index)
         accuracy = 0.0
         for _ in range(task.epochs):
-            reported = at_work.epoch()
+            reported = ours.epoch()
             rows.append(reported)
             accuracy = reported["val_accuracy"] or 0.0
             trial.report(accuracy, reported["epoch"])

@@ -9,7 +9,7 @@ import torch
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
-from tunefleet.benchmarks.our_trial import OurTrial
+from tunefleet.benchmarks.arms.our_trial import OurTrial
 from tunefleet.benchmarks.task import Row, Task
 from tunefleet.trainables.data import ImageData
 
@@ -18,7 +18,7 @@ class PlainTrial(tune.Trainable):
     """One epoch per step."""
 
     def setup(self, config: dict[str, Any], task: Task | None = None, data: ImageData | None = None) -> None:
-        """Start the first trial of this worker."""
+        """Start this worker's first trial."""
         assert task is not None
         self.task, self.data = task, data
         torch.set_num_threads(1)
@@ -26,17 +26,17 @@ class PlainTrial(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Start the next one."""
-        self.at_work = OurTrial(self.task, self.data, new_config["trial"])
+        self.ours = OurTrial(self.task, self.data, new_config["trial"])
         return True
 
     def step(self) -> dict[str, Any]:
         """Train an epoch."""
-        reported = self.at_work.epoch()
+        reported = self.ours.epoch()
         return {**reported, "done": reported["epoch"] == self.task.epochs}
 
 
 class Rows(tune.Callback):
-    """Collects reports as they come."""
+    """Collect the trials' reports."""
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
@@ -44,7 +44,7 @@ class Rows(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """Keep what is ours of a result."""
+        """Keep our columns of a result."""
         self.rows.append({key: result[key] for key in ("trial", "epoch", "val_accuracy", "finished_at")})
 
 

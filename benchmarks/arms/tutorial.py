@@ -1,4 +1,4 @@
-"""A port of Ray's tune-pytorch-cifar, whose way of training most studies on Ray Tune have.
+"""A port of Ray's tune-pytorch-cifar, whose training loop most studies on Ray Tune have.
 
 Kept: a dataset with transforms and two DataLoaders per trial, the loop with ``.item()`` in each step, a
 checkpoint with each report, Tune's defaults, one worker process per trial, ASHA with its reduction
@@ -20,11 +20,11 @@ import torch
 from PIL import Image
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
-from torch import nn, optim
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 
-from tunefleet.benchmarks.obvious import obvious_network
+from tunefleet.benchmarks.obvious import obvious_network, obvious_optimizer
 from tunefleet.benchmarks.task import Row, Task, no_op_accuracy, row
 from tunefleet.trainables.data import ImageData, load_split, split_validation
 
@@ -32,7 +32,7 @@ LOADER_WORKERS = {"cpu": 0, "cuda": 4}  # processes per DataLoader
 
 
 class ImagesInMemory(Dataset[tuple[Any, int]]):
-    """What torchvision.datasets.CIFAR10 is: arrays, made a PIL image and transformed one by one."""
+    """Like torchvision.datasets.CIFAR10: each image of an array becomes a PIL image and is transformed."""
 
     def __init__(self, data: ImageData) -> None:
         images, self.labels = load_split(data, "train")
@@ -62,12 +62,7 @@ def train_cifar(config: dict[str, Any], task: Task) -> None:
     torch.manual_seed(c.seed)
     net = obvious_network(c, len(data.classes)).to(device)
     criterion = nn.CrossEntropyLoss()
-    parameters = [p for p in net.parameters() if p.requires_grad]
-    optimizer: optim.Optimizer
-    if c.optimizer == "adam":
-        optimizer = optim.Adam(parameters, lr=c.lr, weight_decay=c.weight_decay)
-    else:
-        optimizer = optim.SGD(parameters, lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay)
+    optimizer = obvious_optimizer(c, net)
     trainset = ImagesInMemory(data)
     train, val = (Subset(trainset, part.tolist()) for part in split_validation(trainset.labels))
     workers = LOADER_WORKERS[task.device]

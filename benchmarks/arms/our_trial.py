@@ -1,4 +1,4 @@
-"""What do well-made peers run, too? Our training code, without our engine."""
+"""A trial that trains with tunefleet's code, without its engine: what well-made peers run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tunefleet.trainables.training import TrainingRun
 
 
 class OurTrial:
-    """A trial by tunefleet's training code."""
+    """One trial of a task."""
 
     def __init__(self, task: Task, data: ImageData | None, trial: int) -> None:
         self.trial, self.epochs_done = trial, 0
@@ -22,9 +22,8 @@ class OurTrial:
             self.run = TrainingRun(task.config(trial), data, levers, Path(task.data_dir))
 
     def epoch(self) -> Row:
-        """Train and evaluates an epoch, or only says so."""
+        """Train and evaluate an epoch; of a no-op trial, only report one."""
         self.epochs_done += 1
         if self.run is None:
             return row(self.trial, self.epochs_done, no_op_accuracy(self.trial, self.epochs_done))
-        accuracy = self.run.epoch()["val_accuracy"]
-        return row(self.trial, self.epochs_done, accuracy)
+        return row(self.trial, self.epochs_done, self.run.epoch()["val_accuracy"])
