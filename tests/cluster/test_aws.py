@@ -137,6 +137,10 @@ def test_a_study_outlives_the_loss_of_a_spot_worker(cloud):
     assert "use_internal_ips: false" in told
     file.write_text(told.replace("use_internal_ips: false", "use_internal_ips: true"))  # the one difference
 
+    says, ours = lab.checkout / "search/execution.py", " at once, "
+    assert says.read_text().count(ours) == 1
+    says.write_text(says.read_text().replace(ours, " on this checkout, "))  # is the shipped code what runs?
+
     lab.run("ray", "up", "-y", FILE, env=AWS, timeout=180)
     lab.start("ray", "dashboard", FILE, env=AWS)
     lab.run("ray", "exec", FILE, f'python -c "{TWO_GPUS}"', env=AWS, timeout=60)
@@ -147,19 +151,23 @@ def test_a_study_outlives_the_loss_of_a_spot_worker(cloud):
 
     storage = lab.shared / "studies"
     storage.mkdir()
+    output = lab.folder / "job.log"
     job = lab.start(
         *("ray", "job", "submit", "--address", "http://127.0.0.1:8265", "--working-dir", "src", "--"),
         *("python", "-m", "tunefleet", "search", "softmax", "--data", "digits", "--storage", storage),
         *("--trials", 12, "--epochs", 27, "--final-seeds", 1, "--pruner", "none"),
         *("--device", "cpu", "--gpus-per-trial", 1, "--cpus-per-trial", 2),  # one trial per worker
+        *("--concurrency", 2),  # else the cluster grows to its 8 workers
         env=AWS,
+        stdout=output.open("wb"),
     )
     (study,) = until(lambda: [file.parent for file in storage.glob("*/study.json")], 120)
     until(lambda: len({report["node"] for report in reports(study)}) == 2, 120)
     lost = workers[0]
     before = len(reports(study))
     cloud.inside(lambda: boto3.client("ec2").terminate_instances(InstanceIds=[lost["InstanceId"]]))
-    assert job.wait(240) == 0
+    assert job.wait(240) == 0, output.read_text()
+    assert " on this checkout, " in output.read_text()
 
     with (study / "trials.csv").open() as table:
         trials = list(csv.DictReader(table))
