@@ -143,7 +143,7 @@ def test_killed_worker_costs_nothing_that_was_reported_and_a_failing_trial_is_no
     trial, failing = records(events).values()
     assert (trial.status, failing.status) == ("done", "error")
     assert "Traceback" in failing.error
-    of_failing = [event for event in events if event["trial_id"] == failing.trial_id]
+    of_failing = [event for event in events if event.get("trial_id") == failing.trial_id]
     assert len(of_failing) == 2  # start and end
     assert list(trial.reports) == list(range(1, 41))
     pids = [trial.reports[epoch]["pid"] for epoch in trial.reports]
