@@ -132,7 +132,7 @@ def test_node_that_fails_whatever_it_gets_gets_no_more(cluster, bucket, cli, tmp
     )
     out, error = process.communicate(timeout=150)
     assert (process.returncode, error) == (1, ""), out
-    assert f"got no more: {socket.gethostname()} ({broken.node_id})" in out
+    assert f"nodes excluded after repeated failures: {socket.gethostname()} ({broken.node_id})" in out
     facts = load(f"{bucket}/all/broken").facts
     statuses = facts["statuses"]
     failed = statuses["error"] + facts["lost_workers"].get("worker", 0)  # where it was slow to come up, too
