@@ -212,8 +212,10 @@ def test_what_torch_has_to_judge_is_one_line_and_writes_nothing(
 
 @pytest.mark.ray
 def test_error_beside_ray_leaves_nothing_of_it(cli, tmp_path):
+    (tmp_path / "w.pth").write_text("no weights")
     command = cli(
-        "--space", "softmax", "--data", "digits", "--gpus-per-trial", 64, "--study-dir", tmp_path / "s"
+        *("--space", "resnet_softmax", "--data", "digits", "--image-size", 32),
+        *("--weights", tmp_path / "w.pth", "--study-dir", tmp_path / "s"),
     )
     known: dict[psutil.Process, str] = {}
     while command.poll() is None:
