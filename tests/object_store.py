@@ -13,6 +13,8 @@ import boto3
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 from werkzeug.serving import make_server
 
+from tunefleet import store as store_module
+
 BUCKET = "studies"
 HANG_SECONDS = 120
 REFUSAL = (
@@ -90,6 +92,7 @@ def faulty_store() -> Iterator[Store]:
         "AWS_EC2_METADATA_DISABLED": "true",
     }
     reset = urllib.request.Request(f"{variables['AWS_ENDPOINT_URL']}/moto-api/reset", method="POST")
+    store_module._open.cache_clear()  # the same URL is another server's now
     with mock.patch.dict(os.environ, variables):
         urllib.request.urlopen(reset).close()  # moto keeps what an earlier store of this process held
         boto3.client("s3").create_bucket(Bucket=BUCKET)
