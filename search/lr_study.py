@@ -33,7 +33,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from tunefleet.cli import exit_code, shell, shown
+from tunefleet.cli import exit_code, kept_environment, shell, shown
 from tunefleet.files import write_whole
 from tunefleet.journal import TrialRecord
 from tunefleet.search.display import print_text, rounded
@@ -253,6 +253,7 @@ def extension(folder: Path) -> list[dict[str, Any]]:
     return [*points, *points_of(points[0], lrs, sorted({point["seed"] for point in points}))]
 
 
+@kept_environment()
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     do, given = parse(arguments)

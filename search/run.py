@@ -29,7 +29,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tunefleet.cli import Parser, exit_code, printable, shell, shown
+from tunefleet.cli import Parser, exit_code, kept_environment, printable, shell, shown
 from tunefleet.files import write_whole
 from tunefleet.search.display import list_spaces
 from tunefleet.search.options import (
@@ -68,6 +68,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, An
     return do, options
 
 
+@kept_environment()
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line of ``tunefleet search``; return the exit code."""
     do, options = parse(arguments)
@@ -75,6 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     return session.stops.run(lambda: exit_code(lambda: search(do, options, session)))
 
 
+@kept_environment()
 def resume_main(arguments: list[str] | None = None) -> int:
     """Run the command line of ``tunefleet resume``; return the exit code."""
     parser = Parser(prog="tunefleet resume", description="Continue a stopped or killed study.")

@@ -40,7 +40,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from tunefleet.cli import Parser, exit_code, printable, shell, shown
+from tunefleet.cli import Parser, exit_code, kept_environment, printable, shell, shown
 from tunefleet.files import is_full, says_full, write_whole
 from tunefleet.journal import TrialRecord
 from tunefleet.search.wandb_options import (
@@ -528,6 +528,7 @@ def sync(given: dict[str, Any]) -> int:
     return int(missing)
 
 
+@kept_environment()
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = Parser(prog="tunefleet sync", description=__doc__.split("\n")[0])

@@ -8,6 +8,9 @@ import time
 import pytest
 from rich.console import Console
 
+from tests.made_study import write_study as make_study
+from tunefleet.search import lr_study, wandb_sync
+from tunefleet.search import run as search
 from tunefleet.search.connection import RayWatch, _children, _is_alive
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.running import Request, run
@@ -144,6 +147,25 @@ def test_handlers_are_afterwards_as_they_were():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     Stops().run(lambda: 0)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        lambda folder: search.main(["softmax", "--study-dir", folder]),
+        lambda folder: search.resume_main([folder]),
+        lambda folder: lr_study.main(["--space", "softmax", "--study-dir", folder]),
+        lambda folder: wandb_sync.main([folder]),
+    ],
+    ids=["search", "resume", "lr-study", "sync"],
+)
+def test_the_environment_is_afterwards_as_it_was(command, monkeypatch, tmp_path):
+    make_study(tmp_path / "study")  # which no new study may overwrite, and which is done
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    before = dict(os.environ)
+    assert command(str(tmp_path / "study")) in (1, 2)
+    assert dict(os.environ) == before
 
 
 def test_a_child_is_found_by_its_name_and_seen_to_end():

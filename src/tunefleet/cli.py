@@ -29,6 +29,18 @@ def end_at_once(number: int, frame: Any) -> None:
     os._exit(3)
 
 
+@contextlib.contextmanager
+def kept_environment() -> Iterator[None]:
+    """Context manager, and decorator: the environment is afterwards as it was before."""
+    before = os.environ.copy()
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser without argparse's page of usage before each error."""
 
