@@ -170,7 +170,6 @@ class Progress:
     Args:
         jobs: The study.
         options: What was asked for.
-        slots: How many trials run at once.
         console: Where to; a terminal gets the table, anything else plain lines.
         trouble: Returns what the study waits for, in a few words; nothing where it does not.
     """
@@ -179,11 +178,10 @@ class Progress:
         self,
         jobs: Scheduler,
         options: StudyOptions,
-        slots: int,
         console: Console,
         trouble: Callable[[], str] = lambda: "",
     ) -> None:
-        self.jobs, self.options, self.slots, self.console = jobs, options, slots, console
+        self.jobs, self.options, self.console = jobs, options, console
         self.trouble = trouble
         live = console.is_terminal and not console.is_dumb_terminal
         self.live = Live(console=console, auto_refresh=False, transient=True) if live else None
@@ -266,7 +264,6 @@ class Progress:
             "rungs": {rung: len(values) for rung, values in jobs.asha.values.items()},
             "started": len(jobs.searched),
             "trials": jobs.max_trials,
-            "slots": self.slots,
             "epochs": done,
             "expected_epochs": total,
             "epochs_per_second": rate,
@@ -278,18 +275,23 @@ class Progress:
 
 
 def counts(trials: list[TrialRecord], jobs: Scheduler) -> Counter[str]:
-    """Return how many trials are running, paused (or pruned, once the search is over), done, …."""
+    """Return how many trials are starting, running, paused (once the search is over: pruned), done, …."""
     left = "pruned" if jobs.search_is_over or jobs.pruner == "stop" else "paused"
-    return Counter(
-        trial.status or ("running" if trial.trial_id in jobs.running else left) for trial in trials
-    )
+
+    def state_of(trial: TrialRecord) -> str:
+        if trial.status or trial.trial_id not in jobs.running:
+            return trial.status or left
+        return "starting" if trial.trial_id in jobs.starting else "running"
+
+    return Counter(map(state_of, trials))
 
 
 def finals(facts: dict[str, Any]) -> str:
     """Return how far the winner's seeds are."""
-    done, running, testing = facts["finals"]["done"], facts["finals"]["running"], facts["testing"]
+    seeds, testing = facts["finals"], facts["testing"]
     tested = f", {testing} on the test images" if testing else ""
-    return f"{done} of {counted(facts['final_seeds'], 'seed')} done, {running - testing} training{tested}"
+    training = seeds["starting"] + seeds["running"] - testing
+    return f"{seeds['done']} of {counted(facts['final_seeds'], 'seed')} done, {training} training{tested}"
 
 
 def epochs_of(jobs: Scheduler) -> int:
@@ -335,8 +337,8 @@ def table(facts: dict[str, Any]) -> Group:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold")
     grid.add_column()
-    grid.add_row("trials", f"{facts['started']} of {facts['trials']} started, {facts['slots']} at once")
-    states = ("running", "paused", "pruned", "done", "diverged", "out_of_memory", "error")
+    grid.add_row("trials", f"{facts['started']} of {facts['trials']} started")
+    states = ("starting", "running", "paused", "pruned", "done", "diverged", "out_of_memory", "error")
     waiting = "" if facts["epochs_per_second"] else "; no epoch done yet"
     grid.add_row("", ", ".join(f"{numbers[state]} {state}" for state in states if numbers[state]) + waiting)
     if facts["phase"] == "final":

@@ -92,6 +92,11 @@ class Workers:
             self.at_work.add(job.trial_id)
         return job
 
+    def place(self, trial_id: str, place: dict[str, Any]) -> None:
+        """Record which worker has a trial."""
+        self.places[trial_id] = place
+        self.jobs.starting.discard(trial_id)
+
     def report(self, trial_id: str, report: dict[str, Any]) -> bool:
         """Record a report; return whether the worker continues with this trial."""
         place = self.places.setdefault(trial_id, {})
@@ -219,7 +224,7 @@ class TuneScheduler(FIFOScheduler):
         """Record a report; STOP ends the job, be it paused, pruned or done."""
         trial_id = trial.config["trial_id"]
         if "place" in result:
-            self.workers.places[trial_id] = json.loads(result["place"])
+            self.workers.place(trial_id, json.loads(result["place"]))
             return TrialScheduler.CONTINUE
         continues = self.workers.report(trial_id, json.loads(result["report"]))
         return TrialScheduler.CONTINUE if continues else TrialScheduler.STOP

@@ -155,7 +155,7 @@ def run(ready: Ready, session: Session, wandb: WandbOptions, changes: Mapping[st
     with mirror.running(), open_study(ready, wandb, changes) as study:
         scheduler = scheduler_of(ready, study.study)
         sidecar.start()
-        with Progress(scheduler, options, ready.resources.slots, console, mirror.trouble) as progress:
+        with Progress(scheduler, options, console, mirror.trouble) as progress:
 
             def stop(reason: str) -> int:
                 scheduler.journal.close()

@@ -85,6 +85,7 @@ class Scheduler:
         self.trials: dict[str, TrialRecord] = {}
         self.searched: list[TrialRecord] = []  # of these, without the winner's seeds
         self.running: set[str] = set()
+        self.starting: set[str] = set()  # of these, those that no worker has yet
         self.interrupted: deque[str] = deque()  # at work when the driver died; they go first
         self.search_is_over = False
         self.finished = False
@@ -112,6 +113,7 @@ class Scheduler:
     def report(self, trial_id: str, report: dict[str, Any]) -> bool:
         """Record a worker's report; return whether the worker should continue this trial."""
         trial = self.trials[trial_id]
+        self.starting.discard(trial_id)
         if "phase" in report:
             self.phases[trial_id] = report["phase"]
             if self.gave_up:
@@ -246,6 +248,7 @@ class Scheduler:
     def _job(self, trial_id: str) -> Job:
         trial = self.trials[trial_id]
         self.running.add(trial_id)
+        self.starting.add(trial_id)
         self.phases.pop(trial_id, None)
         eager = self.all_eager or trial_id in self.eager
         return Job(trial_id, trial.config, trial.epoch, trial.is_final, eager)
