@@ -436,9 +436,10 @@ def sweep_config(study: dict[str, Any], name: str) -> dict[str, Any]:
         integers = isinstance(domain["low"], int) and isinstance(domain["high"], int)
         kind = "log_uniform_values" if domain["log"] else "int_uniform" if integers else "uniform"
         parameters[parameter] = {"distribution": kind, "min": domain["low"], "max": domain["high"]}
-    if points := study["options"].get("points"):  # a learning-rate study
-        for parameter in ("lr", "seed"):
-            parameters[parameter] = {"values": sorted({point[parameter] for point in points})}
+    points = study["options"].get("points") or []  # of a learning-rate study
+    for parameter in dict.fromkeys(name for point in points for name in point):
+        values = {point[parameter] for point in points if parameter in point}
+        parameters[parameter] = {"values": sorted(values)}
     metric = {"name": "val_accuracy", "goal": "maximize"}
     return {"name": name, "method": "random", "metric": metric, "parameters": parameters}
 

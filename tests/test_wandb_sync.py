@@ -23,7 +23,16 @@ from tests.wandb_server import KEY, WandbServer
 from tunefleet.journal import Journal
 from tunefleet.search.run import main, parse
 from tunefleet.search.wandb_options import WandbOptions, choose
-from tunefleet.search.wandb_sync import COLUMNS, Sidecar, describe, legible, read_state, reason, runs_of
+from tunefleet.search.wandb_sync import (
+    COLUMNS,
+    Sidecar,
+    describe,
+    legible,
+    read_state,
+    reason,
+    runs_of,
+    sweep_config,
+)
 from tunefleet.study import REPORTED, read_study, write_tables
 from tunefleet.study import write_study as write_study_json
 
@@ -424,6 +433,13 @@ def test_following_outlives_the_servers_death_and_brings_each_row_once(server, e
     assert_all_there(server, folder, once=False)  # a row whose answer was lost is sent again, in its place
     state = json.loads((folder / "wandb" / "state.json").read_text())
     assert state["runs"].keys() == {"0000", "0001", "0002", "0003", "final-1", "study"}
+
+
+def test_a_sweep_of_given_points_has_their_values():
+    points = [{"lr": 0.1}, {"lr": 0.01, "augment": "crop"}]
+    study = {"ranges": {}, "options": {"points": points}}
+    parameters = sweep_config(study, "a name")["parameters"]
+    assert parameters == {"lr": {"values": [0.01, 0.1]}, "augment": {"values": ["crop"]}}
 
 
 def test_sweep_is_made_once_with_the_trials_as_prior_runs(server, sync, tmp_path):
