@@ -40,7 +40,7 @@ class StudyResults(Study):
 
     def __init__(self, folder: Path, place: str) -> None:
         super().__init__(folder)
-        for name, described in self.asked.get("ranges", {}).items():
+        for name, described in self.spec.get("ranges", {}).items():
             if not _is_range(described) or name not in self.trials:
                 raise ValueError(
                     f"{place}/study.json has an impossible range of {name}; restore it from a copy"

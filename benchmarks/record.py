@@ -31,23 +31,23 @@ OPTIONS = (
 )
 
 
-def new_options(do: argparse.Namespace, given: dict[str, Any]) -> StudyOptions:
+def new_options(flags: argparse.Namespace, given: dict[str, Any]) -> StudyOptions:
     """Return the options of a new study: each configuration with all seeds before the next one.
 
     Raises:
         ValueError: A value is impossible, or nothing is left to sample.
     """
-    if not do.space:
+    if not flags.space:
         raise ValueError("give --space NAME, or --resume DIR")
-    check_integer("--seeds", do.seeds, 1)
-    checked = StudyOptions(space=do.space, **given)  # has the defaults, too
+    check_integer("--seeds", flags.seeds, 1)
+    checked = StudyOptions(space=flags.space, **given)  # has the defaults, too
     assert checked.trials is not None
-    row, seed = find_space(do.space, checked.fix), checked.seed
+    row, seed = find_space(flags.space, checked.fix), checked.seed
     if not row.ranges:
         raise ValueError("--fix leaves nothing to sample; leave a value out")
     drawn = [suggest("random", row.ranges, row.published, seed, k, []) or {} for k in range(checked.trials)]
-    points = [point | {"seed": seed + k} for point in drawn for k in range(do.seeds)]
-    return StudyOptions(space=do.space, points=points, pruner="none", final_seeds=0, **given)
+    points = [point | {"seed": seed + k} for point in drawn for k in range(flags.seeds)]
+    return StudyOptions(space=flags.space, points=points, pruner="none", final_seeds=0, **given)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,13 +55,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = study_parser("python -m tunefleet.benchmarks.record", __doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=SEEDS, help="per configuration (default: %(default)s)")
     add_options(parser, OPTIONS)
-    do, given = parse_study(parser, arguments)
+    flags, given = parse_study(parser, arguments)
     session, off = Session(Console()), {"mode": "off"}
 
     def record() -> int:
-        if do.resume:
-            return resume(do.resume, given, session)
-        return start(new_options(do, given), do.study_dir, session, dry_run=do.dry_run, wandb=off)
+        if flags.resume:
+            return resume(flags.resume, given, session)
+        return start(new_options(flags, given), flags.study_dir, session, dry_run=flags.dry_run, wandb=off)
 
     return session.stops.run(lambda: exit_code(record))
 

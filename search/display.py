@@ -44,9 +44,9 @@ def print_result(folder: Path, console: Console) -> int:
         print_line(f" beat chance ({_counts(study['statuses'])})", "no trial")
         return 1
     print_line(f" {rounded(best['val_accuracy'])}, trial {best['trial_id']}:", "best val_accuracy")
-    asked = study["options"]
-    chosen = study.get("ranges") or (asked.get("points") or [{}])[0]
-    for name in [name for name in {**chosen, **(asked.get("fix") or {})} if name in best["config"]]:
+    options = study["options"]
+    chosen = study.get("ranges") or (options.get("points") or [{}])[0]
+    for name in [name for name in {**chosen, **(options.get("fix") or {})} if name in best["config"]]:
         value = best["config"][name]
         print_line(f"  {name} {rounded(value, 'g') if isinstance(value, float) else value}")
     if final and final["test_accuracy"]:

@@ -196,7 +196,7 @@ def open_study(ready: Ready, wandb: WandbOptions, changes: Mapping[str, Any]) ->
             "resources": dataclasses.asdict(ready.resources),
             "wandb": wandb.remembered(),
         }
-        if ready.levers.to_dict() != study.study.asked["levers"]:  # resumed on another device
+        if ready.levers.to_dict() != study.study.spec["levers"]:  # resumed on another device
             run["levers"] = ready.levers.to_dict()
         study.begin(run)
         yield study

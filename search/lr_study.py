@@ -152,8 +152,8 @@ def finish(folder: Path, console: Console) -> int:
 
 def curve_of(study: Study) -> pd.DataFrame:
     """Return ``lr_curve`` of a learning-rate study."""
-    classes = len(study.asked["data"]["classes"])
-    chance = 1 / classes + 3 * math.sqrt((1 - 1 / classes) / classes / study.asked["validation_count"])
+    classes = len(study.spec["data"]["classes"])
+    chance = 1 / classes + 3 * math.sqrt((1 - 1 / classes) / classes / study.spec["validation_count"])
     return lr_curve(list(study.records.values()), chance)
 
 
@@ -208,26 +208,26 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, An
     return parse_study(parser, arguments)
 
 
-def new_options(do: argparse.Namespace, given: dict[str, Any]) -> StudyOptions:
+def new_options(flags: argparse.Namespace, given: dict[str, Any]) -> StudyOptions:
     """Return the options of a new learning-rate study.
 
     Raises:
         ValueError: A value is impossible.
     """
-    if not do.space:
+    if not flags.space:
         raise ValueError("give --space NAME, --resume DIR or --extend DIR")
-    config, inherited = configuration(do.space, do.source)
-    check_integer("--seeds", do.seeds, 1)
-    lrs = sorted(set(do.lrs or lr_grid(config["lr"])))
+    config, inherited = configuration(flags.space, flags.source)
+    check_integer("--seeds", flags.seeds, 1)
+    lrs = sorted(set(flags.lrs or lr_grid(config["lr"])))
     for lr in lrs:
         check_number("--lrs", lr, 0, math.inf, low_allowed=False)
     given = inherited | given
-    given.setdefault("epochs", math.ceil(find_space(do.space).epochs * EPOCHS_SHARE))
+    given.setdefault("epochs", math.ceil(find_space(flags.space).epochs * EPOCHS_SHARE))
     epochs = given["epochs"]
     seed = given.get("seed", 0)
     return StudyOptions(
-        space=do.space,
-        points=points_of(config, lrs, list(range(seed, seed + do.seeds))),
+        space=flags.space,
+        points=points_of(config, lrs, list(range(seed, seed + flags.seeds))),
         pruner="promote",
         eta=2,
         grace=math.ceil(epochs / 2),  # the only rung: its double is not below the epochs
@@ -243,7 +243,7 @@ def extension(folder: Path) -> list[dict[str, Any]]:
         ValueError: It is no finished learning-rate study, or its best lies inside the grid.
     """
     study = Study(folder)
-    points = study.asked["options"].get("points")
+    points = study.spec["options"].get("points")
     best = best_lr(curve_of(study)) if study.status == "done" and points else None
     if best is None:
         raise ValueError(
@@ -256,21 +256,23 @@ def extension(folder: Path) -> list[dict[str, Any]]:
 @kept_environment()
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    do, given = parse(arguments)
+    flags, given = parse(arguments)
     session = Session(Console(), RESUME, finish)
-    return session.stops.run(lambda: exit_code(lambda: run(do, given, session)))
+    return session.stops.run(lambda: exit_code(lambda: run(flags, given, session)))
 
 
-def run(do: argparse.Namespace, given: dict[str, Any], session: Session) -> int:
+def run(flags: argparse.Namespace, given: dict[str, Any], session: Session) -> int:
     """Run what was asked for; return the exit code.
 
     Raises:
         ValueError: It cannot run as asked.
     """
-    if do.extend:
-        changes = given | {"points": extension(do.extend), "trials": None}
-        return resume(do.extend, changes, session, wandb=do.wandb, extend=True)
-    if do.resume:
-        return resume(do.resume, given, session, wandb=do.wandb)
-    options = new_options(do, given)
-    return start(options, do.study_dir, session, dry_run=do.dry_run, wandb=do.wandb, storage=do.storage)
+    if flags.extend:
+        changes = given | {"points": extension(flags.extend), "trials": None}
+        return resume(flags.extend, changes, session, wandb=flags.wandb, extend=True)
+    if flags.resume:
+        return resume(flags.resume, given, session, wandb=flags.wandb)
+    options = new_options(flags, given)
+    return start(
+        options, flags.study_dir, session, dry_run=flags.dry_run, wandb=flags.wandb, storage=flags.storage
+    )

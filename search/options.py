@@ -282,12 +282,12 @@ def parse_study(
 
     What to do has W&B's flags and key in its ``wandb``.
     """
-    do, unknown = parser.parse_known_args(arguments)
+    flags, unknown = parser.parse_known_args(arguments)
     for word in unknown:
         name = word.lstrip("-").partition("=")[0].replace("-", "_")
         if name in FIELD_TYPES and word.startswith("--"):
             parser.error(f"{word} is a hyperparameter; to give it to every trial: --fix {name}=VALUE")
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    do.wandb = take_flags(vars(do))
-    return do, {name: vars(do).pop(name) for name in HELP if name in do}
+    flags.wandb = take_flags(vars(flags))
+    return flags, {name: vars(flags).pop(name) for name in HELP if name in flags}

@@ -43,7 +43,7 @@ SAMPLED_MEMBERS = 1000  # of an archive, to estimate how many it holds
 START_SECONDS = 8  # Ray, its first workers and its end, on two cores
 
 
-def settle_image_size(options: StudyOptions, levers: Levers, there: Machine) -> StudyOptions:
+def settle_image_size(options: StudyOptions, levers: Levers, machine: Machine) -> StudyOptions:
     """Return the options with an image size: as given, or the space's best that there is room for.
 
     Each trial on a GPU has the inputs there; together they may take half of what is free, and the disk has
@@ -59,7 +59,7 @@ def settle_image_size(options: StudyOptions, levers: Levers, there: Machine) -> 
         disk = shutil.disk_usage(
             next(p for p in Path(options.data_dir).absolute().parents if p.exists())
         ).free
-        room = min(disk, math.inf if there.gpu_bytes is None else there.gpu_bytes / 2 / trials)
+        room = min(disk, math.inf if machine.gpu_bytes is None else machine.gpu_bytes / 2 / trials)
         fitting = (s for s in SIZES if s <= wanted and count * input_bytes(options.space, s, levers) <= room)
         wanted = next(fitting, SIZES[-1])
     return replace(options, image_size=wanted)

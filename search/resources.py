@@ -69,7 +69,7 @@ class Resources:
         return of_worker | ({"GPU": self.gpus_per_trial / self.workers} if self.gpus_per_trial else {})
 
 
-def machine(device: str = "auto") -> Machine:
+def find_machine(device: str = "auto") -> Machine:
     """Return what there is to divide among trials; of a cluster, the nodes that are up.
 
     Args:
@@ -117,7 +117,7 @@ def _no_node(gpu: bool) -> ValueError:
     )
 
 
-def look_at_device(options: StudyOptions, there: Machine) -> tuple[Levers, Machine]:
+def look_at_device(options: StudyOptions, machine: Machine) -> tuple[Levers, Machine]:
     """Choose how trials use their device: here, or on a node of the cluster, where they will run.
 
     Returns:
@@ -126,10 +126,10 @@ def look_at_device(options: StudyOptions, there: Machine) -> tuple[Levers, Machi
     Raises:
         ValueError: The device is not there, or no node came up.
     """
-    if not there.nodes:
-        return choose(options.device, options.precision), there
-    on_gpu = options.device == "cuda" or (options.device == "auto" and there.gpus > 0)
-    if on_gpu and not there.gpus:
+    if not machine.nodes:
+        return choose(options.device, options.precision), machine
+    on_gpu = options.device == "cuda" or (options.device == "auto" and machine.gpus > 0)
+    if on_gpu and not machine.gpus:
         raise ValueError("--device=cuda, but no node of the cluster has a GPU; give --device cpu")
     task: Any = ray.remote(_look).options(**({"num_gpus": 1} if on_gpu else {"num_cpus": 1}))
     try:
@@ -140,7 +140,7 @@ def look_at_device(options: StudyOptions, there: Machine) -> tuple[Levers, Machi
         raise ValueError(str(error.cause)) from error
     except ray.exceptions.GetTimeoutError as error:
         raise _no_node(on_gpu) from error
-    return levers, replace(there, gpu_bytes=free)
+    return levers, replace(machine, gpu_bytes=free)
 
 
 def _look(device: str, precision: str) -> tuple[Levers, int | None]:
@@ -149,27 +149,27 @@ def _look(device: str, precision: str) -> tuple[Levers, int | None]:
     return levers, torch.cuda.mem_get_info()[0] if levers.device == "cuda" else None
 
 
-def check_device(levers: Levers, there: Machine) -> None:
+def check_device(levers: Levers, machine: Machine) -> None:
     """Raise ValueError if a study's device is not there."""
-    if levers.device == "cuda" and not there.gpus:
-        why = None if there.nodes else why_unusable()
+    if levers.device == "cuda" and not machine.gpus:
+        why = None if machine.nodes else why_unusable()
         raise ValueError(
             f"the study trains on {levers.device}, and there is no GPU{f': {why}' if why else ''}; resume it "
             "where there is one, or give --device cpu (numbers may then differ)"
         )
 
 
-def settle(options: StudyOptions, levers: Levers, there: Machine) -> StudyOptions:
+def settle(options: StudyOptions, levers: Levers, machine: Machine) -> StudyOptions:
     """Return the options with what depends on the machine: workers per trial, and with them the pruner."""
     workers = options.workers_per_trial
     if workers is None:
         wanted = find_space(options.space).workers_per_trial
-        workers = wanted if levers.device == "cuda" and there.gpus >= wanted else 1
+        workers = wanted if levers.device == "cuda" and machine.gpus >= wanted else 1
     pruner = options.pruner or ("stop" if workers > 1 else "promote")  # a group is costly to start again
     return replace(options, workers_per_trial=workers, pruner=pruner)
 
 
-def plan(options: StudyOptions, levers: Levers, there: Machine) -> Resources:
+def plan(options: StudyOptions, levers: Levers, machine: Machine) -> Resources:
     """Divide CPUs and GPUs among trials.
 
     Raises:
@@ -179,28 +179,28 @@ def plan(options: StudyOptions, levers: Levers, there: Machine) -> Resources:
     if gpus_per_trial is None:
         share = 1 if workers > 1 else find_space(options.space).gpus_per_trial
         gpus_per_trial = workers * share if levers.device == "cuda" else 0.0
-    if there.grows:
-        there = _grown(there, workers, options.cpus_per_trial or workers, gpus_per_trial)
-    _check_gpus(gpus_per_trial, workers, there.gpus)
-    cpus_per_trial = options.cpus_per_trial or _cpus_per_trial(options, there, gpus_per_trial)
-    fits = _fitting(there.sizes, cpus_per_trial / workers, gpus_per_trial / workers) // workers
-    if fits < 1 or ((options.concurrency or 0) > fits and not there.nodes):
-        raise ValueError(_too_little(options, there, fits, cpus_per_trial, gpus_per_trial))
+    if machine.grows:
+        machine = _grown(machine, workers, options.cpus_per_trial or workers, gpus_per_trial)
+    _check_gpus(gpus_per_trial, workers, machine.gpus)
+    cpus_per_trial = options.cpus_per_trial or _cpus_per_trial(options, machine, gpus_per_trial)
+    fits = _fitting(machine.sizes, cpus_per_trial / workers, gpus_per_trial / workers) // workers
+    if fits < 1 or ((options.concurrency or 0) > fits and not machine.nodes):
+        raise ValueError(_too_little(options, machine, fits, cpus_per_trial, gpus_per_trial))
     assert options.trials is not None
     most = max(options.trials, options.final_seeds)
-    if workers > 1 and there.trial_slots is not None:
-        if there.trial_slots < 1:
+    if workers > 1 and machine.trial_slots is not None:
+        if machine.trial_slots < 1:
             raise ValueError(
                 f"--workers-per-trial={workers} needs the resource {TRIAL_SLOT}, and there is none; start "
                 f"""the head with ray start --head --resources='{{"{TRIAL_SLOT}": {fits}}}'"""
             )
-        most = min(most, int(there.trial_slots))
+        most = min(most, int(machine.trial_slots))
     resources = Resources(min(options.concurrency or fits, most), cpus_per_trial, gpus_per_trial, workers)
-    if not there.nodes or (options.concurrency and workers == 1):
+    if not machine.nodes or (options.concurrency and workers == 1):
         return resources  # trials that do not fit yet wait, each for a node
     if workers > 1:  # a group that does not fit fails after a minute (Ray 2.60)
         return replace(resources, slots=min(resources.slots, fits), slots_max=resources.slots)
-    return replace(resources, slots_max=most, ahead=AHEAD if there.grows else 0)
+    return replace(resources, slots_max=most, ahead=AHEAD if machine.grows else 0)
 
 
 def _check_gpus(gpus_per_trial: float, workers: int, gpus: float) -> None:
@@ -219,41 +219,41 @@ def _check_gpus(gpus_per_trial: float, workers: int, gpus: float) -> None:
         )
 
 
-def _cpus_per_trial(options: StudyOptions, there: Machine, gpus: float) -> float:
+def _cpus_per_trial(options: StudyOptions, machine: Machine, gpus: float) -> float:
     """Return one for each worker, or a GPU's share of its node's CPUs."""
     workers = options.workers_per_trial or 1
-    if gpus and options.concurrency and len(there.sizes) == 1 and not there.grows:
-        return max(float(workers), there.cpus // options.concurrency)
-    shares = [c // fit for c, g in there.sizes if gpus and (fit := _by_gpu(g, gpus / workers)) >= 1]
+    if gpus and options.concurrency and len(machine.sizes) == 1 and not machine.grows:
+        return max(float(workers), machine.cpus // options.concurrency)
+    shares = [c // fit for c, g in machine.sizes if gpus and (fit := _by_gpu(g, gpus / workers)) >= 1]
     return max(float(workers), workers * min(shares, default=0.0))
 
 
-def _grown(there: Machine, workers: int, cpus: float, gpus: float) -> Machine:
+def _grown(machine: Machine, workers: int, cpus: float, gpus: float) -> Machine:
     """Return the cluster once a trial fits, for which an autoscaler may have to start nodes."""
-    if _fitting(there.sizes, cpus / workers, gpus / workers) >= workers:
-        return there
+    if _fitting(machine.sizes, cpus / workers, gpus / workers) >= workers:
+        return machine
     bundle = {"CPU": cpus / workers} | ({"GPU": gpus / workers} if gpus else {})
     _wait_for([bundle] * workers)
-    return replace(machine(), gpu_bytes=there.gpu_bytes)
+    return replace(find_machine(), gpu_bytes=machine.gpu_bytes)
 
 
-def _too_little(options: StudyOptions, there: Machine, fits: int, cpus: float, gpus: float) -> str:
+def _too_little(options: StudyOptions, machine: Machine, fits: int, cpus: float, gpus: float) -> str:
     """Return the arithmetic of trials that need more CPUs or GPUs than there are."""
     workers = options.workers_per_trial or 1
-    asked = f"{options.concurrency} × " if options.concurrency else ""
-    need = asked + counted(cpus, "CPU")
-    need += f" and {asked}{counted(gpus, 'GPU')}" if gpus else ""
+    times = f"{options.concurrency} × " if options.concurrency else ""
+    need = times + counted(cpus, "CPU")
+    need += f" and {times}{counted(gpus, 'GPU')}" if gpus else ""
     need += f" ({workers} workers each)" if workers > 1 else ""
     remedy = f"give --concurrency of at most {fits}, or a smaller --cpus-per-trial"
     if not fits:
-        remedy = f"give --cpus-per-trial of at most {there.cpus:g}"
+        remedy = f"give --cpus-per-trial of at most {machine.cpus:g}"
         if options.cpus_per_trial is None and workers > 1:
-            remedy = f"give --workers-per-trial of at most {int(there.cpus)}"
-        if len(there.sizes) > 1:
+            remedy = f"give --workers-per-trial of at most {int(machine.cpus)}"
+        if len(machine.sizes) > 1:
             need += " on one node" if workers == 1 else ""
-            remedy = "; ".join(map(_named, sorted(set(there.sizes))))
+            remedy = "; ".join(map(_named, sorted(set(machine.sizes))))
             remedy = f"the nodes have {remedy}: give --cpus-per-trial and --gpus-per-trial that fit"
-    return f"trials need {need}, but there are {_named((there.cpus, there.gpus))}; {remedy}"
+    return f"trials need {need}, but there are {_named((machine.cpus, machine.gpus))}; {remedy}"
 
 
 def waiting(options: StudyOptions, resources: Resources) -> str:

@@ -61,19 +61,19 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, An
     add_storage(parser)
     add_options(parser, HELP)
     add_wandb_flags(parser)
-    do, options = parse_study(parser, arguments)
-    if do.name and do.space:
-        parser.error(f"--space={do.space} and {do.name}; give one of them")
-    do.space = do.space or do.name
-    return do, options
+    flags, options = parse_study(parser, arguments)
+    if flags.name and flags.space:
+        parser.error(f"--space={flags.space} and {flags.name}; give one of them")
+    flags.space = flags.space or flags.name
+    return flags, options
 
 
 @kept_environment()
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line of ``tunefleet search``; return the exit code."""
-    do, options = parse(arguments)
+    flags, options = parse(arguments)
     session = Session(Console())
-    return session.stops.run(lambda: exit_code(lambda: search(do, options, session)))
+    return session.stops.run(lambda: exit_code(lambda: search(flags, options, session)))
 
 
 @kept_environment()
@@ -83,43 +83,45 @@ def resume_main(arguments: list[str] | None = None) -> int:
     parser.add_argument("study", help="its folder or URL")
     add_options(parser, RESUMABLE)
     add_wandb_flags(parser)
-    do, options = parse_study(parser, arguments)
+    flags, options = parse_study(parser, arguments)
     session = Session(Console())
-    return session.stops.run(lambda: exit_code(lambda: resume_any(do.study, options, session, do.wandb)))
+    return session.stops.run(
+        lambda: exit_code(lambda: resume_any(flags.study, options, session, flags.wandb))
+    )
 
 
-def search(do: argparse.Namespace, options: dict[str, Any], session: Session) -> int:
+def search(flags: argparse.Namespace, options: dict[str, Any], session: Session) -> int:
     """Run what was asked for; return the exit code.
 
     Raises:
         ValueError: It cannot run as asked.
     """
-    if do.list_spaces:
+    if flags.list_spaces:
         return list_spaces(session.console)
-    if do.resume:
-        if do.space or do.study_dir or do.storage:
+    if flags.resume:
+        if flags.space or flags.study_dir or flags.storage:
             raise ValueError(
                 "--resume takes space, folder and storage from the study; leave --space, --study-dir and "
                 "--storage out"
             )
-        if do.dry_run:
+        if flags.dry_run:
             raise ValueError("--dry-run forecasts a new study; leave --resume out")
-        return resume_any(do.resume, options, session, do.wandb)
-    if not do.space:
+        return resume_any(flags.resume, options, session, flags.wandb)
+    if not flags.space:
         raise ValueError(f"give a space; spaces: {', '.join(SPACES)}, or all")
-    check_name("--space", do.space, [*SPACES, "all"])
-    if do.space != "all":
-        asked = StudyOptions(space=do.space, **options)
-        how = {"dry_run": do.dry_run, "wandb": do.wandb, "storage": do.storage}
-        return start(asked, do.study_dir, session, **how)
-    folder = do.study_dir or default_folder("all", options.get("data", StudyOptions.data))
+    check_name("--space", flags.space, [*SPACES, "all"])
+    if flags.space != "all":
+        of_study = StudyOptions(space=flags.space, **options)
+        how = {"dry_run": flags.dry_run, "wandb": flags.wandb, "storage": flags.storage}
+        return start(of_study, flags.study_dir, session, **how)
+    folder = flags.study_dir or default_folder("all", options.get("data", StudyOptions.data))
     check_free(folder)
-    given = {name: value for name, value in do.wandb.items() if name != "key"}
-    of_all = {"options": options, "storage": do.storage, "wandb": given}
-    if not do.dry_run:
+    given = {name: value for name, value in flags.wandb.items() if name != "key"}
+    of_all = {"options": options, "storage": flags.storage, "wandb": given}
+    if not flags.dry_run:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / ALL, (json.dumps(of_all, indent=2) + "\n").encode())
-    return run_all(folder, of_all, {}, session, dry_run=do.dry_run, wandb=do.wandb)
+    return run_all(folder, of_all, {}, session, dry_run=flags.dry_run, wandb=flags.wandb)
 
 
 def resume_any(place: str, changes: dict[str, Any], session: Session, wandb: Mapping[str, Any]) -> int:

@@ -123,11 +123,11 @@ def resume(
         raise ValueError(f"{folder} is done; there is nothing to resume")
     lock_study(folder).release()  # before anything slow: another process may be running it
     try:
-        options = _absolute(StudyOptions(**(study.asked["options"] | changes)))
+        options = _absolute(StudyOptions(**(study.spec["options"] | changes)))
     except TypeError as error:
         raise ValueError(f"{folder / 'study.json'} has options of another version ({error})") from None
     shared = options.storage or str(folder.parent)
-    uploads = choose_wandb(wandb or {}, study.asked.get("wandb"))
+    uploads = choose_wandb(wandb or {}, study.spec.get("wandb"))
     return run(Request(options, folder, uploads, shared, False, study, changes), session)
 
 
@@ -161,8 +161,8 @@ def _checked(request: Request, session: Session) -> int:
         options, levers, machine = _device(request, console)
     data = _read_images(options, console)
     if earlier:
-        version = earlier.asked.get("data", {}).get("format_version", 1)  # of how images are decoded
-        check_sha256(data, options.data, earlier.asked["data_sha256"], version)
+        version = earlier.spec.get("data", {}).get("format_version", 1)  # of how images are decoded
+        check_sha256(data, options.data, earlier.spec["data_sha256"], version)
     share = resources.plan(options, levers, machine)
     _say(resources.waiting(options, share), console)
     if machine.nodes:
@@ -197,12 +197,12 @@ def _device(request: Request, console: Console) -> tuple[StudyOptions, Any, Any]
     from tunefleet.trainables.device import Levers
 
     options, earlier = request.options, request.earlier
-    before = Levers(**earlier.asked["levers"]) if earlier else None
+    before = Levers(**earlier.spec["levers"]) if earlier else None
     if before and "device" not in request.changes:
-        machine = resources.machine(before.device)
+        machine = resources.find_machine(before.device)
         resources.check_device(before, machine)
         return options, before, machine
-    levers, machine = resources.look_at_device(options, resources.machine(options.device))
+    levers, machine = resources.look_at_device(options, resources.find_machine(options.device))
     if before:
         if levers != before:
             _say(

@@ -318,9 +318,9 @@ class Uploader:
                 except ValueError:  # no such project yet
                     return {}
 
-            there = within(STEP_SECONDS, ask)
+            remote = within(STEP_SECONDS, ask)
             for run in runs[start : start + BATCH]:
-                if run.run_id in there and is_complete(there[run.run_id], run):
+                if run.run_id in remote and is_complete(remote[run.run_id], run):
                     self.state["runs"][run.key] = run.record
                 else:
                     lacking.append(run)
@@ -391,14 +391,14 @@ class Uploader:
             self.state["error"] = self.state["error"] or NO_ROOM
 
 
-def is_complete(there: Any, run: Run) -> bool:
+def is_complete(remote: Any, run: Run) -> bool:
     """Return whether a run as the server has it (``wandb.apis.public.Run``) is all of ours."""
-    summary = dict(there.summary)
+    summary = dict(remote.summary)
     if summary.get("status") != run.summary["status"] or list(summary.get("media") or []) != list(run.media):
         return False
     if run.media:
-        return len(list(there.files(pattern="media/images/%"))) >= len(run.media)
-    return bool(there.history_line_count == len(run.rows))
+        return len(list(remote.files(pattern="media/images/%"))) >= len(run.media)
+    return bool(remote.history_line_count == len(run.rows))
 
 
 def images(folder: Path, files: tuple[str, ...]) -> dict[str, Any]:

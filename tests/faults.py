@@ -442,8 +442,8 @@ def cut_link(folder: Path, times: int, undisturbed: Undisturbed) -> Outcome:
         for address in WORKERS:
             join(address)
         run = Run(folder)
-        asked = f"{' '.join(SLOW_TRIALS)} --data-dir /run/data --storage {lab.shared}"
-        driver = f"{export} cd ~/tunefleet; RAY_ADDRESS={HEAD}:6379 python search/run.py {asked}"
+        words = f"{' '.join(SLOW_TRIALS)} --data-dir /run/data --storage {lab.shared}"
+        driver = f"{export} cd ~/tunefleet; RAY_ADDRESS={HEAD}:6379 python search/run.py {words}"
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         run.process = lab.start(*lab.by_ssh(HEAD, driver), **pipes)
         run.find_in(lab.shared)
@@ -512,18 +512,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("faults", nargs="*", choices=[*FAULTS, []], metavar="FAULT", help=", ".join(FAULTS))
     parser.add_argument("--short", action="store_true", help="each fault once or twice")
-    asked = parser.parse_args()
+    spec = parser.parse_args()
     print(f"| {' | '.join(HEADER)} |\n|{' --- |' * len(HEADER)}")
     failed = False
     with tempfile.TemporaryDirectory(prefix="faults-", dir="/var/tmp") as place:
         folder = Path(place)
         undisturbed = Undisturbed(folder)
-        for name in asked.faults or FAULTS:
+        for name in spec.faults or FAULTS:
             fault = FAULTS[name]
             if reason := fault.why_not():
                 print(f"| {fault.text} | not run: {reason} |", flush=True)
                 continue
-            done, seconds = inject(name, folder, undisturbed, asked.short)
+            done, seconds = inject(name, folder, undisturbed, spec.short)
             assert done.run is not None
             if left := done.run.left_behind(AGENTS_GONE_WITHIN, but=()):
                 done.wrong.append(f"left behind for long: {left}")

@@ -380,11 +380,11 @@ def make_command(rng: random.Random, folder: Path, number: int) -> Command:
     elif kind == "all":  # a folder of studies: what was asked is damaged, or refused for each space
         top = folder / rng.choice(NAMES)
         top.mkdir()
-        asked: Any = {"options": {"data": "no/such"}, "storage": None, "wandb": {}}
+        spec: Any = {"options": {"data": "no/such"}, "storage": None, "wandb": {}}
         if rng.random() < 0.7:
-            at = rng.choice([asked, asked["options"]])
+            at = rng.choice([spec, spec["options"]])
             at[rng.choice(["options", "storage", "wandb", "data", "epochs", "x"])] = rng.choice(VALUES)
-        text = json.dumps(asked).encode()
+        text = json.dumps(spec).encode()
         content = rng.choice(
             [text, text, text, b"", b"{}", b"[]", b"null", text[:20], b"\xff", b"[" * 100_000]
         )

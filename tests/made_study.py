@@ -67,7 +67,7 @@ def write_study(
         events += [report(f"final-{seed}", n, 1e6 + n, None) for n in range(1, epochs + 1)]
         events[-1] |= {"status": "done", "test_accuracy": accuracy}
     _write_best(folder / "best", rng, len(classes), pixels)
-    content = asked(
+    content = spec(
         options={"epochs": epochs, "pruner": "promote" if rungs else "none"},
         rungs=rungs,
         ranges=ranges,
@@ -98,10 +98,10 @@ def edit_events(folder: Path, edit: Callable[[dict[str, Any]], dict[str, Any] | 
     write_events(folder, [event for line in lines if (event := edit(json.loads(line)))])
 
 
-def change(folder: Path, **asked: Any) -> None:
+def change(folder: Path, **spec: Any) -> None:
     """Has other values in study.json."""
     file = folder / "study.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | asked))
+    file.write_text(json.dumps(json.loads(file.read_text()) | spec))
 
 
 def remove_trials(folder: Path, status: str = "stopped") -> None:
@@ -146,7 +146,7 @@ def _write_best(best: Path, rng: np.random.Generator, classes: int, pixels: int)
     np.save(best / "first_layer.npy", rng.normal(size=(5, 3, 3, 3)))
 
 
-def asked(**other: Any) -> dict[str, Any]:
+def spec(**other: Any) -> dict[str, Any]:
     """Returns what a study.json holds."""
     return {
         "space": "convnet",

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from filelock import FileLock
 
-from tests.made_study import asked
+from tests.made_study import spec
 from tunefleet.collect import collect, main
 from tunefleet.files import write_whole
 from tunefleet.journal import Journal, records
@@ -48,7 +48,7 @@ def folder(tmp_path):
     journal.append({"trial_id": "0003", "status": "error", "error": "lost"})
     journal.append({"trial_id": "final-1", "epoch": 0, "config": {"epochs": 9, "seed": 1}})
     journal.append(report("final-1", 1, 0.8, status="done", test_accuracy=0.75))
-    write_study(tmp_path, asked(rungs=[1, 3], options={"epochs": 9, "pruner": "promote"}))
+    write_study(tmp_path, spec(rungs=[1, 3], options={"epochs": 9, "pruner": "promote"}))
     write_tables(tmp_path, status="done", seconds=5.0)
     for name in ("trials.csv", "epochs.parquet"):
         (tmp_path / name).unlink()

@@ -24,7 +24,7 @@ from tunefleet.study import Study, read_study, write_study, write_tables
 TRIES = 120  # damages of each file in each state of a study
 
 
-ASKED = STUDY_JSON | {"options": dataclasses.asdict(StudyOptions("softmax", epochs=9, pruner="promote"))}
+SPEC = STUDY_JSON | {"options": dataclasses.asdict(StudyOptions("softmax", epochs=9, pruner="promote"))}
 
 
 class AcceptedError(Exception):
@@ -109,7 +109,7 @@ DAMAGES = (
 def study(request, tmp_path_factory):
     """A study of four trials and a seed of the winner; killed while it ran it has no result yet."""
     folder = write_trials(tmp_path_factory.mktemp(request.param) / "study")
-    write_study(folder, ASKED)
+    write_study(folder, SPEC)
     if request.param == "running":
         (folder / "result.json").unlink()
     else:

@@ -27,10 +27,10 @@ with open(os.environ["CALLS"], "a") as calls:
 for name, size in (("checkpoint.pt", 10), ("predictions.parquet", 10), ("first_layer.npy", 2 * 10**6)):
     (study / "best" / name).write_bytes(bytes(size))
 space = study.name
-from tests.made_study import asked, write_events
+from tests.made_study import spec, write_events
 points = [{"lr": lr, "seed": 0} for lr in (0.1, 0.2, 0.4)]
 options = {"epochs": 1, "pruner": "none", "points": points}
-(study / "study.json").write_text(json.dumps(asked(space=space, options=options)))
+(study / "study.json").write_text(json.dumps(spec(space=space, options=options)))
 def events(best):
     for k, point in enumerate(points):
         value = 0.95 if k == best else 0.9

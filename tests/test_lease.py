@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.made_study import asked
+from tests.made_study import spec
 from tests.object_store import faulty_store
 from tunefleet import lease as module
 from tunefleet.journal import Journal
@@ -258,7 +258,7 @@ def test_mirror_by_hand_does_not_replace_what_another_driver_has_continued(stora
     for name, events in (("other", 3), ("study", 2)):
         write_journal(tmp_path / name, events)
     options = {"epochs": 4, "pruner": "promote", "storage": place}
-    write_study(tmp_path / "study", asked(options=options))
+    write_study(tmp_path / "study", spec(options=options))
     storage.write((tmp_path / "other" / "reports.jsonl").read_bytes(), "reports.jsonl")
     assert mirror_command([str(tmp_path / "study")]) == 2
     assert "knows more of the study" in capsys.readouterr().err
@@ -270,9 +270,9 @@ def test_mirror_by_hand_does_not_replace_what_another_driver_has_continued(stora
 @pytest.mark.ray
 def test_second_driver_is_refused_and_a_killed_ones_study_is_resumed_at_once(store, cli, tmp_path):
     store.fault = ""
-    asked = ("--space", "softmax", "--data", "digits", "--trials", 3, "--epochs", 60, "--concurrency", 1)
-    asked = (*asked, "--pruner", "none", "--fix", "batch_size=2", "--final-seeds", 0, "--wandb", "off")
-    first = cli(*asked, "--study-dir", "two", "--storage", f"{store.url}/all")
+    spec = ("--space", "softmax", "--data", "digits", "--trials", 3, "--epochs", 60, "--concurrency", 1)
+    spec = (*spec, "--pruner", "none", "--fix", "batch_size=2", "--final-seeds", 0, "--wandb", "off")
+    first = cli(*spec, "--study-dir", "two", "--storage", f"{store.url}/all")
     journal = tmp_path / "two" / "reports.jsonl"
     until(lambda: journal.exists() and len(Journal(journal).read()) >= 4, 90)
     second = cli("--resume", f"{store.url}/all/two", "--wandb", "off")
@@ -294,9 +294,9 @@ def test_second_driver_is_refused_and_a_killed_ones_study_is_resumed_at_once(sto
 @pytest.mark.ray
 def test_driver_whose_study_was_taken_over_stops_with_three(store, cli, tmp_path):
     store.fault = ""
-    asked = ("--space", "softmax", "--data", "digits", "--trials", 4, "--epochs", 200, "--concurrency", 1)
-    asked = (*asked, "--pruner", "none", "--fix", "batch_size=2", "--final-seeds", 0, "--wandb", "off")
-    driver = cli(*asked, "--study-dir", "lost", "--storage", f"{store.url}/all")
+    spec = ("--space", "softmax", "--data", "digits", "--trials", 4, "--epochs", 200, "--concurrency", 1)
+    spec = (*spec, "--pruner", "none", "--fix", "batch_size=2", "--final-seeds", 0, "--wandb", "off")
+    driver = cli(*spec, "--study-dir", "lost", "--storage", f"{store.url}/all")
     journal = tmp_path / "lost" / "reports.jsonl"
     until(lambda: journal.exists() and len(Journal(journal).read()) >= 4, 90)
     write_lease(Store(f"{store.url}/all/lost"), pid=7)

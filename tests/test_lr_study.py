@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 
-from tests.made_study import asked, write_events
+from tests.made_study import spec, write_events
 from tunefleet.journal import TrialRecord
 from tunefleet.search.display import rounded
 from tunefleet.search.lr_study import (
@@ -110,7 +110,7 @@ def make_study(folder, status="done", **options):
     """A study of softmax whose only trial has lr 0.02."""
     best = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.5, "batch_size": 64, "schedule": "cosine"}
     shared = {"data": "digits", "image_size": 32, "weights": "none", "epochs": 1, "pruner": "promote"}
-    write_study(folder, asked(space="softmax", rungs=[], options=shared | options))
+    write_study(folder, spec(space="softmax", rungs=[], options=shared | options))
     events = [
         {"trial_id": "0000", "epoch": 0, "config": best | {"architecture": "softmax", "seed": 0}},
         {"trial_id": "0000", "epoch": 1, "val_accuracy": 0.9, "status": "done"},
@@ -196,4 +196,4 @@ def test_study_at_the_edge_warns_and_extends(data_dir, tmp_path, monkeypatch, ca
         ray.shutdown()
     curve = (tmp_path / "s" / "lr_curve.csv").read_text().splitlines()
     assert [float(row.split(",")[0]) for row in curve[1:]] == [1e-7, 1e-5, 1e-3, 0.1, 10.0, 1000.0]
-    assert len(Study(tmp_path / "s").asked["options"]["points"]) == 12
+    assert len(Study(tmp_path / "s").spec["options"]["points"]) == 12

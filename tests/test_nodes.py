@@ -18,7 +18,7 @@ from tunefleet.trainables.provenance import code_sha256, commit, versions
 CPU = Levers("cpu", "fp32", True, 2**20)
 CUDA = Levers("cuda", "bf16", True, None)
 NODE = nodes.Node("ab12", "worker-1", 4, 1)
-ASKED = ("--space", "softmax", "--data", "digits", "--wandb", "off", "--final-seeds", 1)
+SPEC = ("--space", "softmax", "--data", "digits", "--wandb", "off", "--final-seeds", 1)
 
 
 def well(**other):
@@ -76,7 +76,7 @@ def cluster(bucket):
 @pytest.mark.ray
 def test_without_storage_several_nodes_are_refused_at_once(cluster, cli, tmp_path):
     began = time.monotonic()
-    process = cli(*ASKED)
+    process = cli(*SPEC)
     assert process.wait(60) == 2
     error = process.stderr.read()
     assert time.monotonic() - began < 20
@@ -88,8 +88,8 @@ def test_without_storage_several_nodes_are_refused_at_once(cluster, cli, tmp_pat
 
 @pytest.mark.ray
 def test_study_runs_on_both_nodes_and_outlives_one(cluster, bucket, cli, tmp_path):
-    asked = (*ASKED, "--study-dir", "lost", "--storage", f"{bucket}/all")
-    process = cli(*asked, "--trials", 6, "--epochs", 60, "--pruner", "none")
+    spec = (*SPEC, "--study-dir", "lost", "--storage", f"{bucket}/all")
+    process = cli(*spec, "--trials", 6, "--epochs", 60, "--pruner", "none")
     journal = tmp_path / "lost" / "reports.jsonl"
     while not journal.exists() or len({e.get("pid") for e in Journal(journal).read()} - {None}) < 2:
         assert process.poll() is None, process.stderr.read()
@@ -127,7 +127,7 @@ def test_node_that_fails_whatever_it_gets_gets_no_more(cluster, bucket, cli, tmp
     path = f"{tmp_path}:{Path(__file__).parents[1] / 'src'}"
     broken = cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": path})
     process = cli(
-        *(*ASKED, "--study-dir", "broken", "--storage", f"{bucket}/all"),
+        *(*SPEC, "--study-dir", "broken", "--storage", f"{bucket}/all"),
         *("--trials", 12, "--epochs", 40, "--pruner", "none", "--searcher", "random"),
     )
     out, error = process.communicate(timeout=300)

@@ -23,8 +23,8 @@ from tunefleet.search.resources import (
     Resources,
     Slots,
     check_device,
+    find_machine,
     fit_memory,
-    machine,
     plan,
     settle,
     waiting,
@@ -40,8 +40,8 @@ CUDA = Levers("cuda", "bf16", True, None)
 
 
 def planned(cpus, gpus, space="resnet_conv", levers=None, trial_slots=None, **options):
-    levers, there = levers or (CUDA if gpus else CPU), Machine(cpus, gpus, trial_slots)
-    return plan(settle(StudyOptions(space=space, **options), levers, there), levers, there)
+    levers, machine = levers or (CUDA if gpus else CPU), Machine(cpus, gpus, trial_slots)
+    return plan(settle(StudyOptions(space=space, **options), levers, machine), levers, machine)
 
 
 @pytest.mark.parametrize(
@@ -203,8 +203,8 @@ def test_the_largest_trial_of_a_space_has_the_highest_of_everything():
 def test_the_image_size_is_the_spaces_best_that_there_is_room_for(
     space, options, levers, gpu_bytes, size, tmp_path
 ):
-    asked = StudyOptions(space, data_dir=str(tmp_path), **options)
-    assert settle_image_size(asked, levers, Machine(16, 1, gpu_bytes=gpu_bytes)).image_size == size
+    spec = StudyOptions(space, data_dir=str(tmp_path), **options)
+    assert settle_image_size(spec, levers, Machine(16, 1, gpu_bytes=gpu_bytes)).image_size == size
 
 
 def test_images_are_counted_without_reading_them_all(tmp_path):
@@ -273,17 +273,17 @@ def node(cpus, gpus=0, alive=True, **labels):
 @pytest.fixture
 def nodes(monkeypatch):
     """A cluster; its nodes may change."""
-    there = [node(0), node(4), node(2), node(8, alive=False)]
+    up = [node(0), node(4), node(2), node(8, alive=False)]
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setattr("tunefleet.search.resources.connect", lambda: None)
-    monkeypatch.setattr("ray.nodes", lambda: there)
+    monkeypatch.setattr("ray.nodes", lambda: up)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"trial_slot": 16.0})
-    return there
+    return up
 
 
 def on_cluster(**options):
-    options = settle(StudyOptions(space="softmax", **options), CPU, there := machine())
-    return options, plan(options, CPU, there)
+    options = settle(StudyOptions(space="softmax", **options), CPU, machine := find_machine())
+    return options, plan(options, CPU, machine)
 
 
 def test_slots_follow_the_nodes_of_a_cluster(nodes, monkeypatch):
@@ -330,16 +330,16 @@ def test_groups_of_workers_are_no_more_than_fit_since_they_cannot_wait(nodes):
 
 
 def test_an_autoscaler_starts_the_first_node_and_one_that_a_trial_fits_on(nodes, monkeypatch):
-    asked = []
+    spec = []
 
     def start(bundles):
-        asked.append(bundles)
+        spec.append(bundles)
         nodes.append(node(sum(bundle["CPU"] for bundle in bundles)))
 
     monkeypatch.setattr("tunefleet.search.resources._wait_for", start)
     nodes[:] = [node(0, **{"ray.io/node-group": "head"})]
     _, resources = on_cluster(cpus_per_trial=3.0)
-    assert asked == [[{"CPU": 1}], [{"CPU": 3.0}]]
+    assert spec == [[{"CPU": 1}], [{"CPU": 3.0}]]
     assert resources.slots == 1
     nodes[:] = [node(0)]  # started by hand: nobody starts more
     with pytest.raises(ValueError, match="trials need 1 CPU, but there are 0 CPUs"):

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from tests.made_study import asked, edit_events, write_events
+from tests.made_study import edit_events, spec, write_events
 from tunefleet import collect, mirror
 from tunefleet.search import lr_study, run, wandb_sync
 from tunefleet.search.display import phase, print_result
@@ -17,7 +17,7 @@ CONFIG = {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.9, "batch_size": 64, "sc
 
 def make_study(folder):
     """A study of which one trial is done and one failed, and a seed that reached 0.5."""
-    write_study(folder, asked(space="softmax", rungs=[], options={"epochs": 1, "pruner": "none"}))
+    write_study(folder, spec(space="softmax", rungs=[], options={"epochs": 1, "pruner": "none"}))
     seeds = [{"trial_id": f"final-{k}", "epoch": 0, "config": CONFIG | {"seed": k}} for k in (1, 2)]
     events = [
         {"trial_id": "0000", "epoch": 0, "config": CONFIG},
@@ -76,7 +76,7 @@ def test_a_result_is_printed_in_every_encoding(encoding, sign, tmp_path):
 def test_what_was_sampled_or_fixed_is_printed(chosen, tmp_path):
     options = {"epochs": 1, "pruner": "none"} | chosen["options"]
     make_study(tmp_path)
-    write_study(tmp_path, asked(space="softmax", rungs=[], **(chosen | {"options": options})))
+    write_study(tmp_path, spec(space="softmax", rungs=[], **(chosen | {"options": options})))
     screen, text = console()
     print_result(tmp_path, screen)
     assert "  lr 0.1000\n" in text() or "  lr 0.1\n" in text()

@@ -28,14 +28,14 @@ def recorded(request):
 
 
 def test_each_pruner_and_sampler_is_recorded():
-    asked = [Study(RECORDED / name).asked["options"] for name in STUDIES]
-    assert {options["pruner"] for options in asked} == {"promote", "stop", "none"}
-    assert {options["searcher"] for options in asked} == {"random", "tpe", "grid"}
+    spec = [Study(RECORDED / name).spec["options"] for name in STUDIES]
+    assert {options["pruner"] for options in spec} == {"promote", "stop", "none"}
+    assert {options["searcher"] for options in spec} == {"random", "tpe", "grid"}
 
 
 def scheduler_of(study, folder):
     folder.mkdir(exist_ok=True)
-    options = StudyOptions(**study.asked["options"])
+    options = StudyOptions(**study.spec["options"])
     return Scheduler(
         suggest=options.suggest,
         asha=Asha(options.rungs, options.eta),

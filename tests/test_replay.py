@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from tests.made_study import asked, write_events
+from tests.made_study import spec, write_events
 from tunefleet.benchmarks.curves import Curves
 from tunefleet.benchmarks.replay import (
     EXPLAINED,
@@ -246,7 +246,7 @@ def test_text_fits_80_columns():
 
 def write_curves(folder, seeds=2):
     """Write a study without pruner of configurations A, B and C; returns its place."""
-    write_study(folder, asked(rungs=[], options={"epochs": 3, "pruner": "none"}))
+    write_study(folder, spec(rungs=[], options={"epochs": 3, "pruner": "none"}))
     events = []
     for seed in range(seeds):
         for configuration, curve in enumerate([A, B, C]):

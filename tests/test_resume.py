@@ -110,9 +110,9 @@ def test_a_study_continues_on_another_device_and_keeps_that_it_did(cli, tmp_path
     wait_for_lines(folder, 40, process)
     process.send_signal(signal.SIGINT)
     finish(process)
-    asked = Study(folder).asked
-    asked["levers"] |= {"device": "cuda", "micro_batch_bytes": None, "cuda_graph": True}  # as if on a GPU
-    write_study(folder, asked | {"options": asked["options"] | {"device": "cuda"}})
+    spec = Study(folder).spec
+    spec["levers"] |= {"device": "cuda", "micro_batch_bytes": None, "cuda_graph": True}  # as if on a GPU
+    write_study(folder, spec | {"options": spec["options"] | {"device": "cuda"}})
     code, _, err = finish(cli("--resume", "study"))
     assert code == 2
     assert "trains on cuda, and there is no GPU" in err
@@ -121,7 +121,7 @@ def test_a_study_continues_on_another_device_and_keeps_that_it_did(cli, tmp_path
     assert code == 0, err
     assert "trained on cuda fp32 so far, continues on cpu fp32: numbers may differ" in " ".join(out.split())
     study = Study(folder)
-    assert study.asked["levers"]["device"] == "cpu"
+    assert study.spec["levers"]["device"] == "cpu"
     assert [run.get("levers", {}).get("device") for run in study.runs] == [None, "cpu"]
     assert json.loads((folder / "study.json").read_text())["levers"]["device"] == "cuda"
 

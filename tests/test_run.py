@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.made_study import asked
+from tests.made_study import spec
 from tunefleet import mirror
 from tunefleet.search import wandb_sync
 from tunefleet.search.options import StudyOptions
@@ -155,12 +155,12 @@ def studies(monkeypatch):
         done.append(("start", options.space, str(script.place)))
         folder.mkdir(parents=True, exist_ok=True)
         status = "stopped" if codes.get(options.space) == 3 else "done"
-        write_study(folder, asked(space=options.space, status=status))
+        write_study(folder, spec(space=options.space, status=status))
         return codes.get(options.space, 0)
 
     def resume(folder, changes, script, **others):
         done.append(("resume", folder.name, str(script.place)))
-        write_study(folder, asked(space=folder.name, status="done"))
+        write_study(folder, spec(space=folder.name, status="done"))
         return 0
 
     monkeypatch.setattr("tunefleet.search.run.start", start)
@@ -266,12 +266,12 @@ def test_folder_with_files_is_left_alone(run, tmp_path):
 
 
 def test_finished_study_is_not_resumed(run, tmp_path):
-    (tmp_path / "study.json").write_text(json.dumps(asked(space="softmax", status="done")))
+    (tmp_path / "study.json").write_text(json.dumps(spec(space="softmax", status="done")))
     assert_one_line_error(run("--resume", tmp_path, data=None), "is done")
 
 
 def test_resume_refuses_what_would_change_results(run, tmp_path):
-    (tmp_path / "study.json").write_text(json.dumps(asked(space="softmax", status="stopped")))
+    (tmp_path / "study.json").write_text(json.dumps(spec(space="softmax", status="stopped")))
     assert_one_line_error(run("--resume", tmp_path, "--eta", 4, data=None), "--eta cannot change")
 
 

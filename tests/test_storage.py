@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from tests.made_study import asked
+from tests.made_study import spec
 from tests.object_store import faulty_store, object_store
 from tests.test_scheduler import make_jobs
 from tunefleet.analysis.load import load
@@ -50,7 +50,7 @@ def storage(bucket, request):
     return Store(f"{bucket}/{request.node.name.partition('[')[0]}/study")
 
 
-STUDY = asked(space="softmax", status="stopped")
+STUDY = spec(space="softmax", status="stopped")
 
 
 def write(folder, files):
@@ -132,7 +132,7 @@ def test_mirror_puts_what_changed_and_only_that(storage, tmp_path, monkeypatch):
 
 def test_store_out_of_reach_is_told_at_the_end(storage, tmp_path, monkeypatch, capsys):
     options = {"epochs": 4, "pruner": "promote", "storage": storage.place.rpartition("/")[0]}
-    write_study(tmp_path, asked(options=options))
+    write_study(tmp_path, spec(options=options))
 
     def refuse(*arguments):
         raise StoreError("no route to host")
@@ -244,11 +244,11 @@ def test_a_trial_goes_on_upon_another_node(storage, data_dir, tmp_path):
 
 @pytest.mark.ray
 def test_study_in_a_store_is_complete_there_and_goes_on_from_there(bucket, cli, tmp_path, monkeypatch):
-    asked = ("--space", "softmax", "--data", "digits", "--trials", 6, "--epochs", 9, "--concurrency", 1)
-    asked = (*asked, "--final-seeds", 1, "--wandb", "off")
-    whole = cli(*asked, "--study-dir", tmp_path / "local")
+    spec = ("--space", "softmax", "--data", "digits", "--trials", 6, "--epochs", 9, "--concurrency", 1)
+    spec = (*spec, "--final-seeds", 1, "--wandb", "off")
+    whole = cli(*spec, "--study-dir", tmp_path / "local")
     assert whole.wait(120) == 0, whole.stderr.read()
-    stopped = cli(*asked, "--study-dir", "there", "--storage", f"{bucket}/all")
+    stopped = cli(*spec, "--study-dir", "there", "--storage", f"{bucket}/all")
     journal = tmp_path / "there" / "reports.jsonl"
     while not journal.exists() or len(Journal(journal).read()) < 8:
         assert stopped.poll() is None, stopped.stderr.read()
@@ -273,13 +273,13 @@ def test_study_in_a_store_is_complete_there_and_goes_on_from_there(bucket, cli, 
 
 
 def test_storage_that_cannot_be_used_is_one_line_and_begins_nothing(bucket, cli, tmp_path):
-    asked = ("--space", "softmax", "--data", "digits", "--trials", 1)
-    nothing = cli(*asked, "--storage", "s3://no-such-bucket/all")
+    spec = ("--space", "softmax", "--data", "digits", "--trials", 1)
+    nothing = cli(*spec, "--storage", "s3://no-such-bucket/all")
     assert nothing.wait(60) == 2
     error = nothing.stderr.read()
     assert error.startswith("error: --storage=s3://no-such-bucket/all cannot be used")
     assert error.count("\n") == 1
-    both = cli(*asked, "--storage", tmp_path / "a", "--study-dir", tmp_path / "b")
+    both = cli(*spec, "--storage", tmp_path / "a", "--study-dir", tmp_path / "b")
     assert both.wait(60) == 2
     assert "give one of them" in both.stderr.read()
     assert not (tmp_path / "studies").exists()
@@ -287,8 +287,8 @@ def test_storage_that_cannot_be_used_is_one_line_and_begins_nothing(bucket, cli,
 
 @pytest.mark.ray
 def test_folder_as_storage_holds_the_study(cli, tmp_path):
-    asked = ("--space", "softmax", "--data", "digits", "--trials", 2, "--epochs", 1, "--final-seeds", 0)
-    process = cli(*asked, "--storage", tmp_path / "shared", "--wandb", "off")
+    spec = ("--space", "softmax", "--data", "digits", "--trials", 2, "--epochs", 1, "--final-seeds", 0)
+    process = cli(*spec, "--storage", tmp_path / "shared", "--wandb", "off")
     assert process.wait(90) == 0, process.stderr.read()
     (folder,) = (tmp_path / "shared").iterdir()
     assert folder.name.startswith("softmax-digits-")
@@ -403,9 +403,9 @@ def test_lost_store_stops_a_study_and_blames_no_trial(tmp_path):
 def test_study_outlives_a_store_that_is_away_and_stops_with_three_where_it_stays_away(store, cli, tmp_path):
     """Patience is cut from 10 minutes to 15 s; the store is away for 5 s, then for good."""
     store.fault = ""
-    asked = ("--space", "softmax", "--data", "digits", "--trials", 12, "--epochs", 9, "--concurrency", 2)
-    asked = (
-        *asked,
+    spec = ("--space", "softmax", "--data", "digits", "--trials", 12, "--epochs", 9, "--concurrency", 2)
+    spec = (
+        *spec,
         "--final-seeds",
         1,
         "--wandb",
@@ -416,7 +416,7 @@ def test_study_outlives_a_store_that_is_away_and_stops_with_three_where_it_stays
         f"{store.url}/all",
     )
     impatient = "from tunefleet.store import Store; Store.__init__.__defaults__ = (15.0,)"
-    study = cli(*asked, before=impatient)
+    study = cli(*spec, before=impatient)
     journal = tmp_path / "s" / "reports.jsonl"
 
     def reports():

@@ -122,9 +122,9 @@ class Server(BaseHTTPRequestHandler):
         """Is silent."""
 
     def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        operation = re.search(r"(?:query|mutation)\s+(\w+)", asked["query"]).group(1)
-        content = json.dumps({"data": self.answer(operation, asked.get("variables") or {})}).encode()
+        spec = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        operation = re.search(r"(?:query|mutation)\s+(\w+)", spec["query"]).group(1)
+        content = json.dumps({"data": self.answer(operation, spec.get("variables") or {})}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()

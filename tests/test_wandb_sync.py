@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 
 from tests.conftest import ROOT
-from tests.made_study import asked
+from tests.made_study import spec
 from tests.wandb_server import KEY, WandbServer
 from tunefleet.journal import Journal
 from tunefleet.search.run import main, parse
@@ -57,7 +57,7 @@ def report(trial_id, epoch, value, **more):
     }
 
 
-STUDY_JSON = asked(
+STUDY_JSON = spec(
     space="softmax",
     rungs=[1, 3],
     options={"epochs": 9, "pruner": "promote", "points": None},

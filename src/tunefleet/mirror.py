@@ -24,7 +24,7 @@ from tunefleet.journal import Journal
 from tunefleet.lease import NAME as LEASE
 from tunefleet.lease import Lease, check_lease
 from tunefleet.store import BRIEF_SECONDS, Store, StoreError, within
-from tunefleet.study import ASKED, lock_study, parse, read_study
+from tunefleet.study import SPEC, lock_study, parse, read_study
 
 PERIOD_SECONDS = 5.0  # between looks at the folder
 LOCAL_ONLY = ("checkpoints", "ray")  # Tune's files, and what workers write to the store themselves
@@ -170,21 +170,21 @@ def ahead(store: Store, folder: Path) -> int:
         ValueError: One of the journals is damaged, or neither continues the other.
         StoreError: The store is out of reach.
     """
-    here = Journal(folder / "reports.jsonl").read()
+    local = Journal(folder / "reports.jsonl").read()
     with tempfile.TemporaryDirectory() as temporary:
         store.fetch(["reports.jsonl"], Path(temporary))
         try:
-            there = Journal(Path(temporary) / "reports.jsonl").read()
+            remote = Journal(Path(temporary) / "reports.jsonl").read()
         except ValueError as error:
             damage = str(error).partition(";")[0].removeprefix(f"{temporary}/")
             raise ValueError(f"{store.place}: {damage}; restore it from a copy") from None
-    common = min(len(here), len(there))
-    if here[:common] != there[:common]:
+    common = min(len(local), len(remote))
+    if local[:common] != remote[:common]:
         raise ValueError(
             f"{folder} and {store.place} differ, and neither continues the other; rename the folder to "
             "resume what the store has"
         )
-    return len(there) - len(here)
+    return len(remote) - len(local)
 
 
 def fetch_study(place: str) -> Path:
@@ -210,7 +210,7 @@ def fetch_study(place: str) -> Path:
         content = store.read("study.json")
         if content is None:
             raise ValueError(f"{place} holds no study: there is no study.json in it")
-        parse(content, f"{store.place}/study.json", ASKED)
+        parse(content, f"{store.place}/study.json", SPEC)
         if ahead(store, folder) >= 0:
             store.fetch(names, folder)
     except StoreError as error:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 CRC = ',\n  "crc": "'  # the last entry of a JSON file: the CRC-32 of what precedes it; older files have none
 STANDING: dict[str, Any] = {"status": str, "seconds": float}  # result.json; and the count of events
 TABLE_SECONDS = 30.0  # that another process may take to write the same tables
-ASKED: dict[str, Any] = {  # study.json; a tuple (None, x) is what may be null
+SPEC: dict[str, Any] = {  # study.json; a tuple (None, x) is what may be null
     **dict.fromkeys(("space", "command", "data_sha256", "split_sha256"), str),
     "commit": (None, str),  # outside a checkout it is not known
     **dict.fromkeys(("seed", "validation_count"), int),
@@ -75,7 +75,7 @@ class Study:
         self.events = self.journal.read()
         self.journal.check_holds(self.events, result.get("events", 0))
         self.runs = [event["run"] for event in self.events if "run" in event]
-        self.asked = _asked(content, self.runs)
+        self.spec = _spec(content, self.runs)
         self.status: str = result["status"]
         self.seconds: float = result["seconds"]  # of all runs
         self.records: dict[str, TrialRecord] = records(self.events)
@@ -95,13 +95,13 @@ class Study:
         """Return all that is known of the study but its trials: what was asked, and its results."""
         best = self.winner
         lost = Counter(event["lost"] for event in self.events if "lost" in event)
-        return self.asked | {
+        return self.spec | {
             "status": self.status,
             "seconds": self.seconds,
             "trials": len(self.searched),
             "statuses": dict(Counter(map(self.status_of, self.searched)).most_common()),
             "epochs_spent": sum(trial.epoch for trial in self.searched),
-            "epochs_unpruned": len(self.searched) * self.asked["options"]["epochs"],
+            "epochs_unpruned": len(self.searched) * self.spec["options"]["epochs"],
             "lost_workers": dict(lost),  # by cause
             "busy_fraction": busy_fraction(self.records.values()),
             "best": best
@@ -116,7 +116,7 @@ class Study:
             return trial.status
         if self.status == "done":
             return "pruned"
-        return "paused" if trial.epoch in self.asked["rungs"] else "running"
+        return "paused" if trial.epoch in self.spec["rungs"] else "running"
 
     @functools.cached_property
     def trials(self) -> pd.DataFrame:
@@ -128,7 +128,7 @@ class Study:
                 "trial_id": trial.trial_id,
                 "status": self.status_of(trial),
                 "epochs": trial.epoch,
-                "rung": sum(rung <= trial.epoch for rung in self.asked["rungs"]),  # rungs reached
+                "rung": sum(rung <= trial.epoch for rung in self.spec["rungs"]),  # rungs reached
                 "val_accuracy": trial.val_accuracy,
                 "best_val_accuracy": max(_known(trial, "val_accuracy"), default=None),
                 "seconds": round(sum(_known(trial, "epoch_seconds")), 3),
@@ -137,7 +137,7 @@ class Study:
             }
             for trial in self.searched
         ]
-        return pd.DataFrame(rows, columns=None if rows else [*REACHED, *self.asked.get("ranges", {})])
+        return pd.DataFrame(rows, columns=None if rows else [*REACHED, *self.spec.get("ranges", {})])
 
     @functools.cached_property
     def epochs(self) -> pd.DataFrame:
@@ -161,11 +161,11 @@ def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     content, result = _read(folder / "study.json"), _read(folder / "result.json")
     if content is None:
         raise ValueError(f"{folder} holds no study: there is no study.json in it")
-    asked = parse(content, str(folder / "study.json"), ASKED)
-    standing = asked if result is None else parse(result, str(folder / "result.json"), {})
+    spec = parse(content, str(folder / "study.json"), SPEC)
+    standing = spec if result is None else parse(result, str(folder / "result.json"), {})
     standing = {"status": "running", "seconds": 0.0} | standing
     _check(standing, STANDING, str(folder / ("study.json" if result is None else "result.json")))
-    return asked, standing
+    return spec, standing
 
 
 def read_study(folder: Path) -> dict[str, Any]:
@@ -177,10 +177,10 @@ def read_study(folder: Path) -> dict[str, Any]:
     return Study(folder).facts
 
 
-def write_study(folder: Path, asked: dict[str, Any]) -> None:
+def write_study(folder: Path, spec: dict[str, Any]) -> None:
     """Write a new study's study.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "study.json", asked)
+    _write(folder / "study.json", spec)
 
 
 def write_result(study: Study, status: str, seconds: float) -> None:
@@ -193,7 +193,7 @@ def write_result(study: Study, status: str, seconds: float) -> None:
     """
     study.status, study.seconds = status, seconds
     study.__dict__.pop("facts", None)  # they follow from these
-    _write(study.folder / "result.json", {k: v for k, v in study.facts.items() if k not in study.asked})
+    _write(study.folder / "result.json", {k: v for k, v in study.facts.items() if k not in study.spec})
 
 
 def cut(folder: Path, count: int) -> None:
@@ -259,7 +259,7 @@ def _alone(folder: Path) -> Iterator[None]:
         tables.release()
 
 
-def _asked(content: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
+def _spec(content: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Return study.json with what later runs changed, without the results that old ones hold."""
     old = (
         "status",
@@ -271,13 +271,11 @@ def _asked(content: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any
         "epochs_unpruned",
         "lost_workers",
     )
-    asked = {
-        k: v for k, v in content.items() if k not in (*old, "busy_fraction", "best", "final", "lr_study")
-    }
+    spec = {k: v for k, v in content.items() if k not in (*old, "busy_fraction", "best", "final", "lr_study")}
     for run in runs:
         new = {key: value for key, value in run.items() if key != "at"}
-        asked |= new | {"options": asked["options"] | run.get("options", {})}
-    return asked
+        spec |= new | {"options": spec["options"] | run.get("options", {})}
+    return spec
 
 
 def _extent(facts: dict[str, Any]) -> tuple[int, int, int]:

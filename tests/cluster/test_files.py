@@ -291,16 +291,16 @@ def slurm(tmp_path):
             timeout=20,
             check=False,
         )
-        asked = tmp_path / "asked"
-        return process, asked.read_text().splitlines() if asked.exists() else [], tmp_path
+        spec = tmp_path / "asked"
+        return process, spec.read_text().splitlines() if spec.exists() else [], tmp_path
 
     return run
 
 
 def test_slurm_starts_one_ray_per_node_and_the_command_on_the_head(slurm):
-    process, asked, home = slurm("tunefleet", "search", "softmax")
+    process, spec, home = slurm("tunefleet", "search", "softmax")
     assert process.returncode == 0, process.stderr
-    start, command = asked[: asked.index("--")], asked[asked.index("--") + 1 :]
+    start, command = spec[: spec.index("--")], spec[spec.index("--") + 1 :]
     assert command == ["env", "RAY_ADDRESS=10.1.2.3:24567", "tunefleet", "search", "softmax"]
     assert start[: start.index("ray")] == [
         "--nodes=3",
@@ -320,10 +320,10 @@ def test_slurm_starts_one_ray_per_node_and_the_command_on_the_head(slurm):
 
 
 def test_slurm_without_a_command_says_how_it_is_used(slurm):
-    process, asked, _ = slurm()
+    process, spec, _ = slurm()
     assert process.returncode == 2
     assert process.stderr.startswith("usage: sbatch cluster/slurm.sbatch tunefleet search")
-    assert not asked
+    assert not spec
 
 
 def test_slurm_asks_for_whole_nodes_and_survives_the_loss_of_one():
