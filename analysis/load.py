@@ -38,25 +38,27 @@ class StudyResults(Study):
         ValueError: The folder holds no study, or a damaged one.
     """
 
-    def __init__(self, folder: Path, place: str) -> None:
+    def __init__(self, folder: Path, location: str) -> None:
         super().__init__(folder)
         for name, described in self.spec.get("ranges", {}).items():
             if not _is_range(described) or name not in self.trials:
                 raise ValueError(
-                    f"{place}/study.json has an impossible range of {name}; restore it from a copy"
+                    f"{location}/study.json has an impossible range of {name}; restore it from a copy"
                 )
-        self.predictions = _read(place, folder, "best/predictions.parquet", _predictions)
-        self.misclassified = _read(place, folder, "best/misclassified.npz", _misclassified)
-        self.first_layer = _read(place, folder, "best/first_layer.npy", _first_layer)
-        self.lr_curve = _read(place, folder, "lr_curve.csv", _lr_curve)
+        self.predictions = _read(location, folder, "best/predictions.parquet", _predictions)
+        self.misclassified = _read(location, folder, "best/misclassified.npz", _misclassified)
+        self.first_layer = _read(location, folder, "best/first_layer.npy", _first_layer)
+        self.lr_curve = _read(location, folder, "lr_curve.csv", _lr_curve)
         if self.predictions is not None:
             labels = self.predictions[["label", "predicted"]].to_numpy()
             rows = set(self.predictions["index"])
             shown = set(self.misclassified[0].tolist()) if self.misclassified else set()
             if labels.size and (labels.min() < 0 or labels.max() >= len(self.classes)):
-                raise ValueError(f"{place}/best/predictions.parquet has labels of other classes; {RESTORE}")
+                raise ValueError(
+                    f"{location}/best/predictions.parquet has labels of other classes; {RESTORE}"
+                )
             if len(rows) < len(labels) or not shown <= rows:
-                raise ValueError(f"{place}/best/misclassified.npz is of other predictions; {RESTORE}")
+                raise ValueError(f"{location}/best/misclassified.npz is of other predictions; {RESTORE}")
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
@@ -143,13 +145,13 @@ def _is_range(described: Any) -> bool:
     return isinstance(log, bool) and low < high and not (log and low <= 0)
 
 
-def _read(place: str, folder: Path, name: str, read: Callable[[Path], Any]) -> Any:
+def _read(location: str, folder: Path, name: str, read: Callable[[Path], Any]) -> Any:
     """Return what a file of a study holds; None where there is none."""
     file = folder / name
     try:
         return read(file) if file.exists() else None
     except UNREADABLE as error:
-        raise ValueError(f"{place}/{name} cannot be read ({reason(error)}); {RESTORE}") from None
+        raise ValueError(f"{location}/{name} cannot be read ({reason(error)}); {RESTORE}") from None
 
 
 def _predictions(file: Path) -> pd.DataFrame:

@@ -214,11 +214,11 @@ def decode_lines(source: str, data_dir: Path, *, unpack: bool) -> Iterator[str]:
     """
     if unpack and not Path(source).is_file():
         return
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as location:
         if unpack:
             with tarfile.open(source) as archive:
-                archive.extractall(Path(place, "images"), filter="data")
-            source, data_dir = str(Path(place, "images")), Path(place)
+                archive.extractall(Path(location, "images"), filter="data")
+            source, data_dir = str(Path(location, "images")), Path(location)
         began = time.perf_counter()
         data = prepare(source, data_dir)
         seconds = time.perf_counter() - began

@@ -75,7 +75,7 @@ class Workers:
         for trial_id in sorted(self.jobs.running):
             self._queue(trial_id)
         self.at_work: set[str] = set()  # pending trials included
-        self.places: dict[str, dict[str, Any]] = {}  # by trial: node_id, worker_id, actor_id, pid, gpu
+        self.locations: dict[str, dict[str, Any]] = {}  # by trial: node_id, worker_id, actor_id, pid, gpu
         self.given, self.round_is_over = 0, False
 
     def next_job(self) -> Job | None:
@@ -92,17 +92,17 @@ class Workers:
             self.at_work.add(job.trial_id)
         return job
 
-    def place(self, trial_id: str, place: dict[str, Any]) -> None:
+    def locate(self, trial_id: str, location: dict[str, Any]) -> None:
         """Record which worker has a trial."""
-        self.places[trial_id] = place
+        self.locations[trial_id] = location
         self.jobs.starting.discard(trial_id)
 
     def report(self, trial_id: str, report: dict[str, Any]) -> bool:
         """Record a report; return whether the worker continues with this trial."""
-        place = self.places.setdefault(trial_id, {})
-        self._record_node(place.get("node_id"), failed=report.get("status") == "error")
+        location = self.locations.setdefault(trial_id, {})
+        self._record_node(location.get("node_id"), failed=report.get("status") == "error")
         if "gpu" in report:
-            place["gpu"] = report["gpu"]
+            location["gpu"] = report["gpu"]
             self.gpus.succeed(report["gpu"])
         if not self.jobs.report(trial_id, report):
             self.memory.clear(trial_id)
@@ -117,24 +117,24 @@ class Workers:
 
     def lose(self, trial_id: str, error: Exception) -> None:
         """Record that a trial's worker is lost."""
-        place, cause = self.places.get(trial_id, {}), cause_of(error)
+        location, cause = self.locations.get(trial_id, {}), cause_of(error)
         if cause == "worker" and is_local() and oom_kills() > self._kills:  # Ray was not the one to kill it
             cause, self._kills = "memory", oom_kills()
         if cause == "worker":
-            self._record_node(place.get("node_id") or node_named(error), failed=True)
-        gpu = gpu_named(error) or place.get("gpu")
+            self._record_node(location.get("node_id") or node_named(error), failed=True)
+        gpu = gpu_named(error) or location.get("gpu")
         if gpu and cause in ("gpu", "worker"):
             cause, note = self.gpus.lose(gpu, cause)
             self.jobs.notes.extend([note] if note else [])
         if cause == "memory":
-            cause = self.memory.lose({trial_id, *self._beside(place.get("node_id"))})
+            cause = self.memory.lose({trial_id, *self._beside(location.get("node_id"))})
         self._lose(trial_id, cause, error, gpu)
 
     def lose_all(self, error: OutOfMemoryError) -> None:
         """Record that a round has ended because a node ran out of memory."""
-        nodes = {place.get("node_id") for place in self.places.values()}
+        nodes = {location.get("node_id") for location in self.locations.values()}
         named = next((node_id for node_id in nodes if node_id and node_id in str(error)), None)
-        lost = sorted(self._beside(named) or self.places or self.at_work)
+        lost = sorted(self._beside(named) or self.locations or self.at_work)
         cause = self.memory.lose(lost)
         for trial_id in lost:
             self._lose(trial_id, cause, error)
@@ -142,7 +142,7 @@ class Workers:
     def end(self, trial_id: str) -> None:
         """Record that a job has left its slot."""
         self.at_work.discard(trial_id)
-        self.places.pop(trial_id, None)
+        self.locations.pop(trial_id, None)
 
     def _lose(self, trial_id: str, cause: str, error: Exception, gpu: str | None = None) -> None:
         self.jobs.lose(trial_id, cause, text_of(error), gpu)
@@ -155,7 +155,9 @@ class Workers:
         (queue.appendleft if trial_id in self.memory.suspects else queue.append)(trial_id)
 
     def _beside(self, node_id: str | None) -> list[str]:
-        return [trial_id for trial_id, place in self.places.items() if place.get("node_id") == node_id]
+        return [
+            trial_id for trial_id, location in self.locations.items() if location.get("node_id") == node_id
+        ]
 
     def _record_node(self, node_id: str | None, failed: bool) -> None:
         if self.nodes and node_id:
@@ -223,8 +225,8 @@ class TuneScheduler(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         """Record a report; STOP ends the job, be it paused, pruned or done."""
         trial_id = trial.config["trial_id"]
-        if "place" in result:
-            self.workers.place(trial_id, json.loads(result["place"]))
+        if "location" in result:
+            self.workers.locate(trial_id, json.loads(result["location"]))
             return TrialScheduler.CONTINUE
         continues = self.workers.report(trial_id, json.loads(result["report"]))
         return TrialScheduler.CONTINUE if continues else TrialScheduler.STOP

@@ -61,9 +61,9 @@ class Ready:
         return Store.of_study(self.options.storage, self.folder)
 
     @property
-    def place(self) -> Path | str:
+    def location(self) -> Path | str:
         """Return what names the study on a command line: its folder, or its URL."""
-        return self.store.folder or self.store.place
+        return self.store.folder or self.store.location
 
 
 def create(ready: Ready, prepared: Prepared) -> None:
@@ -147,7 +147,7 @@ def run(ready: Ready, session: Session, wandb: WandbOptions, changes: Mapping[st
     print_text(
         console,
         f" on {ready.data.name}: {trials} of up to {epochs}, {ready.resources.slots} at once, "
-        f"{ready.levers.device} {ready.levers.precision} -> {shown(ready.place)}",
+        f"{ready.levers.device} {ready.levers.precision} -> {shown(ready.location)}",
         options.space,
     )
     sidecar = Sidecar(ready.folder, wandb)
@@ -305,15 +305,15 @@ def _end_early(
     """Leave a study so that it can be resumed, and print how; return the exit code."""
     study.end("stopped")
     left = mirror.finish(STOP_SECONDS)
-    tell_stopped(ready.folder if left and not mirror.lost else ready.place, session, reason)
+    tell_stopped(ready.folder if left and not mirror.lost else ready.location, session, reason)
     _say(sidecar.end(STOP_SECONDS), session.console)
     _say(left, session.console)
     return 3
 
 
-def tell_stopped(place: Path | str, session: Session, reason: str) -> int:
+def tell_stopped(location: Path | str, session: Session, reason: str) -> int:
     """Print that a study has stopped and how to resume it from a place; return the exit code."""
-    resume_by = shell(*session.resume, shown(session.place or place))
+    resume_by = shell(*session.resume, shown(session.location or location))
     if reason:
         print(f"error: {printable(reason)}; fix the cause, then resume with: {resume_by}", file=sys.stderr)
     else:

@@ -73,13 +73,13 @@ def worker_nodes() -> list[Node]:
 
 
 def check_nodes(
-    options: StudyOptions, place: str | None, data: ImageData, levers: Levers, console: Console
+    options: StudyOptions, location: str | None, data: ImageData, levers: Levers, console: Console
 ) -> None:
     """Print a table of the cluster's nodes; sends images and weights to those that lack them.
 
     Args:
         options: The study's.
-        place: Where studies are kept, as asked for; None: on the driver's disk.
+        location: Where studies are kept, as asked for; None: on the driver's disk.
         data: The decoded images, on the driver's disk.
         levers: What the trials will run on.
         console: Where to print.
@@ -91,12 +91,12 @@ def check_nodes(
     here = ray.get_runtime_context().get_node_id()
     if [node.node_id for node in nodes] in ([], [here]):
         return
-    if place is None:
+    if location is None:
         raise ValueError(
             f"the cluster has {len(nodes)} nodes, and studies/ is a folder of this one; give --storage with "
             "a folder that all nodes share, or s3://BUCKET/PREFIX"
         )
-    question = _question(options, place, data)
+    question = _question(options, location, data)
     try:
         answers = _ask(nodes, question)
         missing = _written_by(nodes, question)
@@ -105,7 +105,7 @@ def check_nodes(
     problems = [
         f"node {node.name}: {problem}"
         for node in nodes
-        for problem in _problems(node, answers[node.node_id], levers, node.node_id in missing, place)
+        for problem in _problems(node, answers[node.node_id], levers, node.node_id in missing, location)
     ]
     _print(nodes, answers, console)
     if problems:
@@ -114,8 +114,8 @@ def check_nodes(
     _send([node for node in nodes if answers[node.node_id]["lacks"]], answers)
 
 
-def _question(options: StudyOptions, place: str, data: ImageData) -> Question:
-    store, mark = Store(place, patience=BRIEF_SECONDS).absolute(), f"{MARK}-{uuid.uuid4().hex}"
+def _question(options: StudyOptions, location: str, data: ImageData) -> Question:
+    store, mark = Store(location, patience=BRIEF_SECONDS).absolute(), f"{MARK}-{uuid.uuid4().hex}"
     store.write(b"driver", mark)
     files = {str(file): file.stat().st_size for file in sorted(Path(data.folder).iterdir())}
     weights = weights_file(str(options.fixed_values()["weights"]))
@@ -202,7 +202,7 @@ def _written_by(nodes: list[Node], question: Question) -> set[str]:
     return missing
 
 
-def _problems(node: Node, answer: dict[str, Any], levers: Levers, unseen: bool, place: str) -> list[str]:
+def _problems(node: Node, answer: dict[str, Any], levers: Levers, unseen: bool, location: str) -> list[str]:
     """Return why trials could not run on a node, each reason with its remedy."""
     if "failed" in answer:
         return [answer["failed"]]
@@ -219,7 +219,7 @@ def _problems(node: Node, answer: dict[str, Any], levers: Levers, unseen: bool, 
         found.append("has other code than the driver; copy it there, or ray job submit --working-dir .")
     if answer["storage"] or unseen:
         reason = answer["storage"] or "the driver does not see what it wrote"
-        found.append(f"cannot use --storage={place} ({reason}); give one that all nodes share, or s3://…")
+        found.append(f"cannot use --storage={location} ({reason}); give one that all nodes share, or s3://…")
     if answer.get("data_dir") or answer["free"] < FREE_MIN:
         reason = answer.get("data_dir") or f"{answer['free'] / 1e9:.1f} GB free"
         found.append(f"has no room under --data-dir ({reason}); give a folder on a larger disk")

@@ -124,14 +124,14 @@ def search(flags: argparse.Namespace, options: dict[str, Any], session: Session)
     return run_all(folder, of_all, {}, session, dry_run=flags.dry_run, wandb=flags.wandb)
 
 
-def resume_any(place: str, changes: dict[str, Any], session: Session, wandb: Mapping[str, Any]) -> int:
+def resume_any(location: str, changes: dict[str, Any], session: Session, wandb: Mapping[str, Any]) -> int:
     """Continue one study, or those of all spaces in a folder; return the exit code.
 
     Raises:
         ValueError: It cannot continue as asked.
     """
-    if not (file := Path(place, ALL)).is_file():
-        return resume(place, changes, session, wandb=wandb)
+    if not (file := Path(location, ALL)).is_file():
+        return resume(location, changes, session, wandb=wandb)
     of_all = read_all(file)
     return run_all(file.parent, of_all, changes, session, wandb=of_all["wandb"] | wandb)
 
@@ -172,7 +172,7 @@ def run_all(
         dry_run: Forecast the studies and write nothing.
         wandb: The fields of WandbOptions that were given.
     """
-    session = dataclasses.replace(session, place=folder)
+    session = dataclasses.replace(session, location=folder)
 
     def stop_between(reason: str) -> int:
         code = say_nothing_written(reason)
@@ -191,8 +191,8 @@ def run_all(
             else:
                 options = StudyOptions(space=space, **(of_all["options"] | changes))
                 is_url = storage and not Store(storage).folder  # else the folder is given already
-                place = Store(storage).below(folder.name).place if is_url else None
-                codes.append(start(options, study, session, dry_run=dry_run, wandb=wandb, storage=place))
+                location = Store(storage).below(folder.name).location if is_url else None
+                codes.append(start(options, study, session, dry_run=dry_run, wandb=wandb, storage=location))
         except ValueError as error:  # the other spaces' studies can still run
             print(f"error: {space}: {printable(str(error))}", file=sys.stderr)
             codes.append(2)

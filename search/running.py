@@ -94,7 +94,7 @@ def start(
 
 
 def resume(
-    place: Path | str,
+    location: Path | str,
     changes: Mapping[str, Any],
     session: Session,
     *,
@@ -104,7 +104,7 @@ def resume(
     """Continue a study; return the exit code.
 
     Args:
-        place: The study's folder, or its URL.
+        location: The study's folder, or its URL.
         changes: New values of options that change no result.
         session: The command.
         wandb: The fields of WandbOptions that were given; the others stay as they were.
@@ -113,7 +113,7 @@ def resume(
     Raises:
         ValueError: There is no study, it is done, or it cannot continue as asked.
     """
-    folder = Path(os.path.realpath(fetch_study(str(place))))
+    folder = Path(os.path.realpath(fetch_study(str(location))))
     study = Study(folder)
     fixed = [flag(name) for name in changes if name not in RESUMABLE]
     if fixed and not extend:
@@ -185,7 +185,7 @@ def _checked(request: Request, session: Session) -> int:
         return preflight.print_forecast(options, request.folder, share, data, levers, prepared, console)
     ready = execution.Ready(options, request.folder.resolve(), data, levers, share)
     if earlier is None:
-        with session.stops.held(functools.partial(execution.tell_stopped, ready.place, session)):
+        with session.stops.held(functools.partial(execution.tell_stopped, ready.location, session)):
             check_free(request.folder)
             execution.create(ready, prepared)
     return execution.run(ready, session, request.wandb, request.changes)
@@ -297,8 +297,8 @@ def check_storage(url: str | None, name: str) -> None:
     try:
         if set(store.names()) - {LEASE}:
             raise ValueError(
-                f"{store.place} holds another study; give another --study-dir name, or: "
-                f"{shell('tunefleet', 'resume', store.place)}"
+                f"{store.location} holds another study; give another --study-dir name, or: "
+                f"{shell('tunefleet', 'resume', store.location)}"
             )
         store.write(b"", "probe")
         store.remove("probe")

@@ -199,11 +199,11 @@ class Session:
     Attributes:
         resume: The words of the command that continues a study.
         finish: Prints the results of a finished study; returns the exit code.
-        place: What is resumed instead of the study itself, such as a folder of several.
+        location: What is resumed instead of the study itself, such as a folder of several.
     """
 
     console: Console
     resume: tuple[str, ...] = ("tunefleet", "resume")
     finish: Callable[[Path, Console], int] = print_result
-    place: Path | None = None
+    location: Path | None = None
     stops: Stops = field(default_factory=Stops)

@@ -79,14 +79,14 @@ class WandbOptions:
             if bad := [name for name in PASSED_ON if not os.environ.get(name, "").isprintable()]:
                 raise ValueError(f"{bad[0]} has characters that W&B cannot take; set it again, or unset it")
         if self.mode == "online":
-            key, place = find_key(self.key)
+            key, location = find_key(self.key)
             if not key:
                 raise ValueError(
                     f"there is no W&B key for {base_url()}; run `wandb login`, or set WANDB_API_KEY, or give "
                     "--wandb offline and upload later"
                 )
-            if place != "WANDB_IDENTITY_TOKEN_FILE":
-                check_key(key, place)
+            if location != "WANDB_IDENTITY_TOKEN_FILE":
+                check_key(key, location)
 
     def remembered(self) -> dict[str, Any]:
         """Return what the study's folder keeps: all but the key."""
@@ -172,7 +172,7 @@ def find_key(key: str | None) -> tuple[str, str]:
     return "", ""
 
 
-def check_key(key: str, place: str) -> None:
+def check_key(key: str, location: str) -> None:
     """Raise ValueError for what W&B (0.31) does not accept as a key; the error does not show it."""
     token = r"[\w-]+\.[\w-]+\.[\w-]+"  # a JWT
     if re.fullmatch(rf"{token}|([^-\s]*-)?[\w-]{{{KEY_LENGTH},}}", key, re.ASCII):
@@ -183,8 +183,8 @@ def check_key(key: str, place: str) -> None:
     elif len(key) >= KEY_LENGTH:
         problem = "other characters than letters, digits and underscores"
     raise ValueError(
-        f"{place} holds no W&B key: it has {problem}; copy it from {base_url()}/authorize, or remove it and "
-        "run `wandb login`"
+        f"{location} holds no W&B key: it has {problem}; copy it from {base_url()}/authorize, or remove it "
+        "and run `wandb login`"
     )
 
 

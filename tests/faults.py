@@ -501,9 +501,9 @@ HEADER = ("fault", "times", "exit code", "as undisturbed", "seconds", "what the 
 def inject(name: str, folder: Path, undisturbed: Undisturbed, short: bool) -> tuple[Outcome, float]:
     """Injects one fault in a folder of its own; returns what came of it, and the seconds it took."""
     fault = FAULTS[name]
-    (place := folder / name).mkdir()
+    (location := folder / name).mkdir()
     began = time.monotonic()
-    done = fault.inject(place, fault.short if short else fault.times, undisturbed)
+    done = fault.inject(location, fault.short if short else fault.times, undisturbed)
     return done, time.monotonic() - began
 
 
@@ -515,8 +515,8 @@ def main() -> int:
     spec = parser.parse_args()
     print(f"| {' | '.join(HEADER)} |\n|{' --- |' * len(HEADER)}")
     failed = False
-    with tempfile.TemporaryDirectory(prefix="faults-", dir="/var/tmp") as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory(prefix="faults-", dir="/var/tmp") as location:
+        folder = Path(location)
         undisturbed = Undisturbed(folder)
         for name in spec.faults or FAULTS:
             fault = FAULTS[name]

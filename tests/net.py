@@ -89,13 +89,13 @@ def main() -> int:
     given = parser.parse_args()
     code = 0
     with tempfile.TemporaryDirectory() as temporary:
-        place = Path(temporary)
-        checkouts = {name: check_out(getattr(given, name), place / name) for name in ("old", "new")}
+        location = Path(temporary)
+        checkouts = {name: check_out(getattr(given, name), location / name) for name in ("old", "new")}
         for space in given.spaces:
             found = {}
             for name, checkout in checkouts.items():
-                study = place / f"{space}-{name}"
-                run(checkout, space, study, place / f"data-{name}")
+                study = location / f"{space}-{name}"
+                run(checkout, space, study, location / f"data-{name}")
                 found[name] = outcome(study)
             old, new = found["old"], found["new"]
             other = [name for name in old | new if old.get(name) != new.get(name)]

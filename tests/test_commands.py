@@ -34,35 +34,35 @@ def command(request, monkeypatch, capsys, tmp_path):
     return call
 
 
-def make_file(place):
-    place.write_text("mine")
+def make_file(location):
+    location.write_text("mine")
 
 
-def make_study(place):
-    write_study(place)
+def make_study(location):
+    write_study(location)
 
 
 def study_without(name):
-    def make(place):
-        make_study(place)
-        (place / name).unlink()
+    def make(location):
+        make_study(location)
+        (location / name).unlink()
 
     return make
 
 
 def study_with_a_folder_for(name):
-    def make(place):
-        study_without(name)(place)
-        (place / name).mkdir()
+    def make(location):
+        study_without(name)(location)
+        (location / name).mkdir()
 
     return make
 
 
 PLACES = {
-    "nothing": lambda place: None,
+    "nothing": lambda location: None,
     "file": make_file,
-    "empty": lambda place: place.mkdir(),
-    "link to nothing": lambda place: place.symlink_to(place.parent / "nowhere"),
+    "empty": lambda location: location.mkdir(),
+    "link to nothing": lambda location: location.symlink_to(location.parent / "nowhere"),
     "no study.json": study_without("study.json"),
     "no journal": study_without("reports.jsonl"),
     "study.json is a folder": study_with_a_folder_for("study.json"),
@@ -78,9 +78,9 @@ def listing(folder):
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 @pytest.mark.parametrize("make", PLACES.values(), ids=PLACES)
 def test_place_that_holds_no_whole_study_is_one_line_and_left_as_it_is(command, tmp_path, make, name):
-    make(place := tmp_path / name)
+    make(location := tmp_path / name)
     before = listing(tmp_path)
-    code, out, err = command(place)
+    code, out, err = command(location)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert err.count("\n") == 1, err

@@ -67,7 +67,7 @@ def script(tmp_path):
             ["bash", "benchmarks/gpu.sh", *parts],
             cwd=ROOT,
             env=os.environ
-            | {name: str(tmp_path / place) for name, place in places.items()}
+            | {name: str(tmp_path / location) for name, location in places.items()}
             | {"PYTHON": str(python), "CALLS": str(calls), "DEVICE": "cpu", "STOP_SECONDS": "1", "LANES": "2"}
             | {"DATA": "digits", "WEIGHTS": "none", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
             | variables,

@@ -111,7 +111,7 @@ def test_lease_of_another_host_is_taken_once_it_is_stale_and_that_is_said(storag
     lease.take()
     assert 1.0 <= time.monotonic() - began < 4.0
     assert said == [
-        f"{storage.place} is driven by process 7 on other; waiting up to 1 s to see whether it still runs"
+        f"{storage.location} is driven by process 7 on other; waiting up to 1 s to see whether it still runs"
     ]
     lease.release()
 
@@ -148,7 +148,7 @@ def test_driver_that_finds_anothers_lease_has_lost_and_leaves_it_alone(storage):
     lease.take()
     write_lease(storage, pid=7)
     until(lambda: lease.lost)
-    assert lease.lost == f"{storage.place} is now driven by process 7 on other"
+    assert lease.lost == f"{storage.location} is now driven by process 7 on other"
     lease.release()
     assert read_lease(storage)["id"] == "other"
 
@@ -193,7 +193,7 @@ def test_store_that_goes_away_and_comes_back_costs_no_lease(store, storage):
     assert lease.trouble() == ""
     store.fault = "403"
     until(lambda: lease.trouble())
-    assert lease.trouble().startswith(f"{storage.place} cannot be used (")
+    assert lease.trouble().startswith(f"{storage.location} cannot be used (")
     assert lease.trouble().endswith("; transfers wait")
     store.fault = ""
     until(lambda: not lease.trouble())
@@ -254,10 +254,10 @@ def test_folder_of_which_the_store_knows_more_is_not_driven(storage, tmp_path):
 
 
 def test_mirror_by_hand_does_not_replace_what_another_driver_has_continued(storage, tmp_path, capsys):
-    place = storage.place.rpartition("/")[0]
+    location = storage.location.rpartition("/")[0]
     for name, events in (("other", 3), ("study", 2)):
         write_journal(tmp_path / name, events)
-    options = {"epochs": 4, "pruner": "promote", "storage": place}
+    options = {"epochs": 4, "pruner": "promote", "storage": location}
     write_study(tmp_path / "study", spec(options=options))
     storage.write((tmp_path / "other" / "reports.jsonl").read_bytes(), "reports.jsonl")
     assert mirror_command([str(tmp_path / "study")]) == 2

@@ -161,11 +161,11 @@ def test_names_of_classes_and_data_are_printable_and_utf8(folder):
     assert study.facts["data"]["name"] == r"caf\xe9\n"
 
 
-@pytest.mark.parametrize("place", [".", "..", "sub/.."])
-def test_a_study_is_named_by_its_folder_however_that_is_given(folder, place, monkeypatch):
+@pytest.mark.parametrize("location", [".", "..", "sub/.."])
+def test_a_study_is_named_by_its_folder_however_that_is_given(folder, location, monkeypatch):
     (folder / "sub").mkdir()
-    monkeypatch.chdir(folder / "sub" if place == ".." else folder)
-    assert load(place).name == "made"
+    monkeypatch.chdir(folder / "sub" if location == ".." else folder)
+    assert load(location).name == "made"
 
 
 def test_only_what_a_report_needs_is_read_of_a_thousand_classes(tmp_path):

@@ -35,10 +35,10 @@ def workers(kills, tmp_path):
     return make
 
 
-def start(workers, **place):
+def start(workers, **location):
     """Starts the next job, as Tune does; returns its trial's id."""
     job = workers.next_job()
-    workers.places[job.trial_id] = {"node_id": "n1"} | place
+    workers.locations[job.trial_id] = {"node_id": "n1"} | location
     return job.trial_id
 
 
@@ -172,9 +172,9 @@ def test_tunes_results_and_errors_reach_the_study(workers, tmp_path):
     trial = SimpleNamespace(
         config={"trial_id": job.trial_id}, pickled_error_file=None, error_file=str(tmp_path / "error")
     )
-    place = {"node_id": "n1", "pid": 7}
-    assert scheduler.on_trial_result(None, trial, {"place": json.dumps(place)}) == "CONTINUE"
-    assert workers.places[job.trial_id] == place
+    location = {"node_id": "n1", "pid": 7}
+    assert scheduler.on_trial_result(None, trial, {"location": json.dumps(location)}) == "CONTINUE"
+    assert workers.locations[job.trial_id] == location
     assert scheduler.on_trial_result(None, trial, {"report": json.dumps(EPOCH)}) == "CONTINUE"
     scheduler.on_trial_error(None, trial)
     assert lost(workers) == [(job.trial_id, "worker")]

@@ -164,7 +164,7 @@ def labelled(axis):
     """Return (value, label) of the ticks that are seen."""
     low, high = sorted(axis.get_view_interval())
     ticks = [(tick.get_loc(), tick.label1.get_text()) for tick in axis.get_major_ticks()]
-    return [(place, label) for place, label in ticks if low <= place <= high and label]
+    return [(location, label) for location, label in ticks if low <= location <= high and label]
 
 
 @pytest.mark.parametrize(
@@ -187,10 +187,10 @@ def test_every_percent_label_is_the_value_of_its_tick(tmp_path, low, high):
     ):
         for axes in (axes for axes in drawn(figure).axes if axes.get_visible()):
             for axis in (axes.xaxis, axes.yaxis):
-                found = [(place, label) for place, label in labelled(axis) if label.endswith("%")]
+                found = [(location, label) for location, label in labelled(axis) if label.endswith("%")]
                 assert len({label for _, label in found}) == len(found)
-                for place, label in found:
-                    assert float(label.removesuffix("%")) == pytest.approx(100 * place, abs=1e-9)
+                for location, label in found:
+                    assert float(label.removesuffix("%")) == pytest.approx(100 * location, abs=1e-9)
 
 
 def test_the_ends_of_parallel_coordinates_differ_where_their_values_do(study):
@@ -203,8 +203,8 @@ def test_the_ends_of_parallel_coordinates_differ_where_their_values_do(study):
 def test_one_epoch_has_whole_ticks_and_its_points_are_seen(tmp_path):
     study = load(write_study(tmp_path / "made", trials=9, epochs=1, rungs=()))
     for figure in (plots.winner_curves(study), plots.all_curves(study), plots.best_so_far(study)):
-        for place, label in labelled(drawn(figure).axes[0].xaxis):
-            assert place == int(place) == int(label)
+        for location, label in labelled(drawn(figure).axes[0].xaxis):
+            assert location == int(location) == int(label)
     assert {line.get_marker() for axes in plots.winner_curves(study).axes for line in axes.lines} == {"."}
 
 
@@ -213,7 +213,7 @@ def test_seconds_have_ticks_with_their_own_values(study, seconds):
     studies = [with_changes(study, facts=study.facts | {"seconds": s}) for s in seconds]
     found = labelled(drawn(plots.accuracy_against_seconds(studies)).axes[0].xaxis)
     assert len(found) >= 2
-    assert all(float(label.replace(",", "")) == pytest.approx(place) for place, label in found)
+    assert all(float(label.replace(",", "")) == pytest.approx(location) for location, label in found)
 
 
 def test_of_many_studies_those_are_named_unless_another_is_faster_and_better(study):
@@ -386,7 +386,7 @@ def test_millions_of_epochs_are_read_at_their_ticks(study):
     epochs = pd.concat([study.epochs] * 10_000, ignore_index=True)
     axes = drawn(plots.best_so_far(with_changes(study, epochs=epochs))).axes[0]
     assert axes.xaxis.get_offset_text().get_text() == ""
-    assert {label[-1] for place, label in labelled(axes.xaxis) if place} == {"k"}
+    assert {label[-1] for location, label in labelled(axes.xaxis) if location} == {"k"}
 
 
 def test_val_accuracies_of_exactly_0_are_drawn(tmp_path):

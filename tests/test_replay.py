@@ -283,9 +283,9 @@ def test_command_prints_a_table_per_number_of_workers_and_writes_figure_and_json
 
 
 def test_same_seed_gives_the_same_results(tmp_path, capsys):
-    place = write_curves(tmp_path / "three")
+    location = write_curves(tmp_path / "three")
     for out in ("a", "b"):
-        assert main([place, "--orders", "4", "--workers", "2", "--out", str(tmp_path / out)]) == 0
+        assert main([location, "--orders", "4", "--workers", "2", "--out", str(tmp_path / out)]) == 0
     assert (tmp_path / "a" / "replay.json").read_text() == (tmp_path / "b" / "replay.json").read_text()
 
 
@@ -302,8 +302,8 @@ def test_same_seed_gives_the_same_results(tmp_path, capsys):
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(arguments, needle, tmp_path, capsys):
-    place = write_curves(tmp_path / "three")
-    assert main([place, "--out", str(tmp_path / "out"), *arguments]) == 2
+    location = write_curves(tmp_path / "three")
+    assert main([location, "--out", str(tmp_path / "out"), *arguments]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
@@ -312,9 +312,9 @@ def test_bad_input_is_one_line_and_writes_nothing(arguments, needle, tmp_path, c
 
 
 def test_out_that_is_a_file_is_refused_before_anything_is_replayed(tmp_path, capsys):
-    place = write_curves(tmp_path / "three")
+    location = write_curves(tmp_path / "three")
     (tmp_path / "file").write_text("mine")
-    assert main([place, "--out", str(tmp_path / "file")]) == 2
+    assert main([location, "--out", str(tmp_path / "file")]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tmp_path / 'file'} cannot be written to")
     assert error.count("\n") == 1

@@ -152,14 +152,14 @@ def studies(monkeypatch):
     done, codes = [], {}
 
     def start(options, folder, script, **others):
-        done.append(("start", options.space, str(script.place)))
+        done.append(("start", options.space, str(script.location)))
         folder.mkdir(parents=True, exist_ok=True)
         status = "stopped" if codes.get(options.space) == 3 else "done"
         write_study(folder, spec(space=options.space, status=status))
         return codes.get(options.space, 0)
 
     def resume(folder, changes, script, **others):
-        done.append(("resume", folder.name, str(script.place)))
+        done.append(("resume", folder.name, str(script.location)))
         write_study(folder, spec(space=folder.name, status="done"))
         return 0
 

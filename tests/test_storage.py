@@ -99,10 +99,11 @@ def test_a_write_to_a_folder_that_fails_leaves_the_old_file_and_nothing_else(tmp
 
 
 @pytest.mark.parametrize(
-    ("place", "remote"), [("s3://b/p", True), ("gs://b", True), ("/mnt/nfs", False), ("file:///mnt", False)]
+    ("location", "remote"),
+    [("s3://b/p", True), ("gs://b", True), ("/mnt/nfs", False), ("file:///mnt", False)],
 )
-def test_a_url_is_no_folder(place, remote):
-    assert (Store(place).folder is None) == remote
+def test_a_url_is_no_folder(location, remote):
+    assert (Store(location).folder is None) == remote
 
 
 def test_ground_floor_imports_nothing_heavy():
@@ -131,7 +132,7 @@ def test_mirror_puts_what_changed_and_only_that(storage, tmp_path, monkeypatch):
 
 
 def test_store_out_of_reach_is_told_at_the_end(storage, tmp_path, monkeypatch, capsys):
-    options = {"epochs": 4, "pruner": "promote", "storage": storage.place.rpartition("/")[0]}
+    options = {"epochs": 4, "pruner": "promote", "storage": storage.location.rpartition("/")[0]}
     write_study(tmp_path, spec(options=options))
 
     def refuse(*arguments):
@@ -145,7 +146,7 @@ def test_store_out_of_reach_is_told_at_the_end(storage, tmp_path, monkeypatch, c
         assert main([str(tmp_path)]) == 1
         assert capsys.readouterr().err.startswith("error: ")
     assert main([str(tmp_path)]) == 0
-    assert Store(f"{storage.place.rpartition('/')[0]}/{tmp_path.name}").names() == ["study.json"]
+    assert Store(f"{storage.location.rpartition('/')[0]}/{tmp_path.name}").names() == ["study.json"]
 
 
 def test_a_study_is_brought_back_unless_the_copy_here_knows_more(storage, tmp_path, monkeypatch):
@@ -155,44 +156,44 @@ def test_a_study_is_brought_back_unless_the_copy_here_knows_more(storage, tmp_pa
     start(tmp_path / "driver", 2)
     Mirror(tmp_path / "driver", storage).update()
     storage.write(b"x", "checkpoints/0000.pt")
-    folder = fetch_study(storage.place + "/")
+    folder = fetch_study(storage.location + "/")
     assert sorted(file.name for file in folder.iterdir()) == ["reports.jsonl", "study.json"]
     assert len(Journal(folder / "reports.jsonl").read()) == 2
     start(folder, 1)
-    fetch_study(storage.place)
+    fetch_study(storage.location)
     assert len(Journal(folder / "reports.jsonl").read()) == 2
     start(folder, 3)
-    fetch_study(storage.place)
+    fetch_study(storage.location)
     assert len(Journal(folder / "reports.jsonl").read()) == 3
     with pytest.raises(ValueError, match="holds no study"):
-        fetch_study(f"{storage.place}/nothing")
+        fetch_study(f"{storage.location}/nothing")
     whole = {file.name: file.read_bytes() for file in folder.iterdir()}
     for name in ("study.json", "reports.jsonl"):
         content = storage.read(name)
         storage.write(content.replace(b'"', b"'", 1), name)
-        with pytest.raises(ValueError, match=rf"^{storage.place}\S* ({name} line 1 )?(cannot|is)"):
-            fetch_study(storage.place)
+        with pytest.raises(ValueError, match=rf"^{storage.location}\S* ({name} line 1 )?(cannot|is)"):
+            fetch_study(storage.location)
         storage.write(content, name)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
     with pytest.raises(ValueError, match="names no study"):
-        fetch_study(f"{storage.place}/..")
+        fetch_study(f"{storage.location}/..")
 
 
 @pytest.mark.parametrize("name", ["a#1", "a?b", "two words", "ü中", "100%", "[x] '$(y)' \"z\"", "a%20b"])
 def test_name_of_a_study_may_hold_what_a_url_may_not(bucket, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    place = f"{bucket}/names"
-    check_storage(place, name)
+    location = f"{bucket}/names"
+    check_storage(location, name)
     write(tmp_path / name, {"n\udcff": "a user's own file"})
     write_study(tmp_path / name, STUDY)
     start(tmp_path / name, 1)
-    storage = Store.of_study(place, tmp_path / name)
-    assert not any(character in storage.place for character in " #?\n'\"$")
+    storage = Store.of_study(location, tmp_path / name)
+    assert not any(character in storage.location for character in " #?\n'\"$")
     with (mirror := Mirror(tmp_path / name, storage)).running():
         assert mirror.finish() == ""
     with pytest.raises(ValueError, match="holds another study"):
-        check_storage(place, name)
-    folder = fetch_study(storage.place)
+        check_storage(location, name)
+    folder = fetch_study(storage.location)
     assert folder == Path("studies") / name
     assert len(Journal(folder / "reports.jsonl").read()) == 1
     assert sorted(storage.names()) == ["n\\udcff", "reports.jsonl", "study.json"]
@@ -210,7 +211,7 @@ def test_no_name_in_a_store_leads_out_of_the_folder(storage, tmp_path, monkeypat
     storage.write(b"{}", "study.json")
     monkeypatch.setattr(Store, "names", lambda *arguments: ["study.json", "best/../../../evil"])
     with pytest.raises(ValueError, match="outside the study"):
-        fetch_study(storage.place)
+        fetch_study(storage.location)
     assert not (tmp_path / "studies").exists()
 
 

@@ -30,7 +30,7 @@ def worker(data_dir, tmp_path):
         values = TrainConfig("softmax", **({"epochs": 3, "lr": 0.01} | config)).to_dict()
         job = {"trial_id": trial_id, "config": values, "reported": reported, "final": final, "eager": False}
         trial.reset_config(job)
-        assert trial.step() == {"place": "{}"}
+        assert trial.step() == {"location": "{}"}
         return trial
 
     return make

@@ -464,9 +464,9 @@ def test_sweep_is_made_once_with_the_trials_as_prior_runs(server, sync, tmp_path
 def test_hostile_name_of_a_study_is_only_a_group(server, sync, tmp_path, name, group):
     folder = write_study(tmp_path / "study")
     add_media(folder)
-    place = tmp_path / "it's <script>alert(1)</script>".replace("/", "")
-    place.mkdir()
-    folder = folder.rename(place / name)
+    location = tmp_path / "it's <script>alert(1)</script>".replace("/", "")
+    location.mkdir()
+    folder = folder.rename(location / name)
     study = read_study(folder)
     options = study["options"] | {"data": "/data/\udcfe\n"}
     write_study_json(

@@ -25,8 +25,8 @@ from tunefleet.trainables.trial import (
     JobRun,
     TrialContext,
     failure_report,
-    place_of_worker,
     set_up_worker,
+    worker_location,
 )
 
 CONTROLLER_FAILURES = 3  # Ray's default is to try for ever
@@ -44,7 +44,7 @@ def drive(job: dict[str, Any], *, context: TrialContext, workers: int, resources
     Raises:
         TrainingFailedError: A worker was lost. The study continues the trial with another group.
     """
-    tune.report({"place": json.dumps(place_of_worker())})
+    tune.report({"location": json.dumps(worker_location())})
     own_fault = _failure_name(job["trial_id"])
     context.store.remove(own_fault)  # of an earlier attempt
     trainer = TorchTrainer(
@@ -55,7 +55,7 @@ def drive(job: dict[str, Any], *, context: TrialContext, workers: int, resources
         ),
         run_config=RunConfig(
             name=f"{job['trial_id']}-{uuid.uuid4().hex}",  # Train would resume an equal name
-            storage_path=f"{context.store.place}/ray/groups",
+            storage_path=f"{context.store.location}/ray/groups",
             callbacks=[TuneReportCallback()],  # type: ignore[list-item]  # Ray 2.60 types the old API
             failure_config=FailureConfig(  # type: ignore[call-arg]  # the same
                 max_failures=0, controller_failure_limit=CONTROLLER_FAILURES

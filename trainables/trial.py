@@ -167,11 +167,11 @@ def _memory_line(error: Exception, job: dict[str, Any], context: TrialContext) -
 
 def whereabouts(context: TrialContext) -> dict[str, Any]:
     """Return the process, node and GPU that a report comes from."""
-    place = {"pid": os.getpid(), "node": socket.gethostname()}
-    return place | ({"gpu": device.gpu_id()} if context.levers.device == "cuda" else {})
+    location = {"pid": os.getpid(), "node": socket.gethostname()}
+    return location | ({"gpu": device.gpu_id()} if context.levers.device == "cuda" else {})
 
 
-def place_of_worker() -> dict[str, Any]:
+def worker_location() -> dict[str, Any]:
     """Return Ray's ids of this process, and its node: a job's first result, before anything can go wrong."""
     if not ray.is_initialized():
         return {}
@@ -197,7 +197,7 @@ class Trial(tune.Trainable):
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Start or resumes the next job on this worker."""
         self.job = new_config
-        self.placed = False  # whether the study knows where the job is
+        self.located = False  # whether the study knows where the job is
         self.run: JobRun | None = None  # built in step(), where its failure is the trial's result
         if self.context.levers.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -205,10 +205,10 @@ class Trial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Return where the job runs, then the report of one epoch; a failure of the trial is a report too."""
-        if not self.placed:
-            self.placed = True
+        if not self.located:
+            self.located = True
             gpu_id = {"gpu": device.gpu_id()} if self.context.levers.device == "cuda" else {}
-            return {"place": json.dumps(place_of_worker() | gpu_id)}
+            return {"location": json.dumps(worker_location() | gpu_id)}
         failed = False
         try:
             self.run = self.run or JobRun(self.job, self.context)

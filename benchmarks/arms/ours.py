@@ -23,12 +23,12 @@ class NoOpTrial(Trial):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Start the next job."""
-        self.job, self.epoch, self.placed = new_config, new_config["reported"], False
+        self.job, self.epoch, self.located = new_config, new_config["reported"], False
         return True
 
     def step(self) -> dict[str, Any]:
         """Return where the job runs, as every trial does, then an epoch's report at once."""
-        if not self.placed:
+        if not self.located:
             return super().step()
         self.epoch += 1
         trial = int(self.job["trial_id"])

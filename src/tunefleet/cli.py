@@ -155,12 +155,12 @@ def _quoted(word: str) -> str:
     return f"$'{printable(escaped)}'"
 
 
-def shown(place: Path | str) -> str:
+def shown(location: Path | str) -> str:
     """Return a path as short as the reader's working directory allows; a URL, which is text, as it is."""
-    if isinstance(place, str):
-        return place
-    relative = os.path.relpath(place)
-    return str(place) if relative.startswith("..") else relative
+    if isinstance(location, str):
+        return location
+    relative = os.path.relpath(location)
+    return str(location) if relative.startswith("..") else relative
 
 
 def counted(count: float, noun: str, plural: str = "") -> str:

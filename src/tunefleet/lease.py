@@ -71,7 +71,7 @@ class Lease:
         """
         found = read_lease(self.store.patient(patience))
         if found and found.get("id") != self._identity["id"]:
-            self.lost = f"{self.store.place} is now driven by {_named(found)}"
+            self.lost = f"{self.store.location} is now driven by {_named(found)}"
 
     def release(self, reachable: bool = True) -> None:
         """Stop renewing the lease, and remove it where the store is reachable: none has to wait then."""
@@ -102,7 +102,7 @@ class Lease:
         """
         if time.time() - found.get("at", time.time()) > FORGOTTEN_SECONDS:
             return
-        driven = f"{self.store.place} is driven by {_named(found)}"
+        driven = f"{self.store.location} is driven by {_named(found)}"
         self.say(f"{driven}; waiting up to {STALE_SECONDS:.0f} s to see whether it still runs")
         end = time.monotonic() + STALE_SECONDS
         while time.monotonic() < end:
@@ -151,7 +151,7 @@ def check_lease(store: Store) -> dict[str, Any] | None:
         return found
     if found["pid"] == os.getpid() or _started(found["pid"]) != found.get("started"):
         return None  # it has ended, or was this very process, at an earlier attempt
-    raise ValueError(f"{store.place} is driven by {_named(found)}; wait for it or stop it")
+    raise ValueError(f"{store.location} is driven by {_named(found)}; wait for it or stop it")
 
 
 def _named(found: dict[str, Any]) -> str:

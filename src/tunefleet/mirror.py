@@ -69,7 +69,7 @@ class Mirror:
         if self.lost:
             return
         if not self._copying.acquire(timeout=max(patience, 1.0)):
-            raise StoreError(f"{self.store.place} does not answer")
+            raise StoreError(f"{self.store.location} does not answer")
         try:
             before = None
             with contextlib.suppress(FileNotFoundError):
@@ -109,7 +109,7 @@ class Mirror:
             except (StoreError, TimeoutError) as error:
                 if patience is not None:
                     raise
-                self.say(f"{self.store.place}: {error}; waiting up to {self.store.patience:.0f} s")
+                self.say(f"{self.store.location}: {error}; waiting up to {self.store.patience:.0f} s")
                 self.update(self.store.patience)
         except OSError as error:
             left = str(error).partition("\n")[0]
@@ -119,7 +119,7 @@ class Mirror:
         if self.lost:
             return f"{self.lost}; what is in {self.folder} was not put there"
         return left and (
-            f"{self.store.place} is not complete ({left}); all of it is in {self.folder}. "
+            f"{self.store.location} is not complete ({left}); all of it is in {self.folder}. "
             f"To put it there: {shell('tunefleet', 'push', self.folder)}"
         )
 
@@ -139,7 +139,7 @@ class Mirror:
         try:
             if ahead(self.store, self.folder) > 0:
                 raise ValueError(
-                    f"{self.store.place} knows more of the study than {self.folder}; resume it by its URL"
+                    f"{self.store.location} knows more of the study than {self.folder}; resume it by its URL"
                 )
         except (ValueError, StoreError):
             lease.release()
@@ -177,17 +177,17 @@ def ahead(store: Store, folder: Path) -> int:
             remote = Journal(Path(temporary) / "reports.jsonl").read()
         except ValueError as error:
             damage = str(error).partition(";")[0].removeprefix(f"{temporary}/")
-            raise ValueError(f"{store.place}: {damage}; restore it from a copy") from None
+            raise ValueError(f"{store.location}: {damage}; restore it from a copy") from None
     common = min(len(local), len(remote))
     if local[:common] != remote[:common]:
         raise ValueError(
-            f"{folder} and {store.place} differ, and neither continues the other; rename the folder to "
+            f"{folder} and {store.location} differ, and neither continues the other; rename the folder to "
             "resume what the store has"
         )
     return len(remote) - len(local)
 
 
-def fetch_study(place: str) -> Path:
+def fetch_study(location: str) -> Path:
     """Return the folder of a study; one under a URL is copied to studies/NAME first, to continue there.
 
     A copy that is there already and knows more of the study is left as it is.
@@ -195,22 +195,22 @@ def fetch_study(place: str) -> Path:
     Raises:
         ValueError: There is no study under the URL.
     """
-    store = Store(place.rstrip("/"), patience=BRIEF_SECONDS)
+    store = Store(location.rstrip("/"), patience=BRIEF_SECONDS)
     if store.folder:
-        return Path(place)
-    name = unquote(store.place.rpartition("/")[2], errors="surrogateescape")
+        return Path(location)
+    name = unquote(store.location.rpartition("/")[2], errors="surrogateescape")
     folder = Path("studies") / name
     if name in ("", ".", "..") or "/" in name:
-        raise ValueError(f"{place} names no study; give s3://BUCKET/PREFIX/NAME")
+        raise ValueError(f"{location} names no study; give s3://BUCKET/PREFIX/NAME")
     try:
         check_lease(store)
         names = [name for name in store.names() if not name.startswith(LOCAL_ONLY) and name != LEASE]
         if strange := [name for name in names if ".." in Path(name).parts]:
-            raise ValueError(f"{place} holds {strange[0]}, which would lie outside the study; remove it")
+            raise ValueError(f"{location} holds {strange[0]}, which would lie outside the study; remove it")
         content = store.read("study.json")
         if content is None:
-            raise ValueError(f"{place} holds no study: there is no study.json in it")
-        parse(content, f"{store.place}/study.json", SPEC)
+            raise ValueError(f"{location} holds no study: there is no study.json in it")
+        parse(content, f"{store.location}/study.json", SPEC)
         if ahead(store, folder) >= 0:
             store.fetch(names, folder)
     except StoreError as error:
@@ -242,7 +242,9 @@ def main(arguments: list[str] | None = None) -> int:
             left = str(error)
         finally:
             lock.release()
-        print(printable(f"error: {left}" if left else store.place), file=sys.stderr if left else sys.stdout)
+        print(
+            printable(f"error: {left}" if left else store.location), file=sys.stderr if left else sys.stdout
+        )
         return int(bool(left))
 
     return exit_code(push)

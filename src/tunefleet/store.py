@@ -44,12 +44,12 @@ class Store:
     this machine's disk is to blame.
 
     Args:
-        place: A folder, or a URL that ``pyarrow.fs`` knows: ``s3://bucket/prefix/NAME``, ``gs://…``.
+        location: A folder, or a URL that ``pyarrow.fs`` knows: ``s3://bucket/prefix/NAME``, ``gs://…``.
             Credentials and AWS_ENDPOINT_URL come from the environment of each node, as for any client.
         patience: Seconds for which each operation on a URL is tried again.
     """
 
-    place: str
+    location: str
     patience: float = PATIENCE_SECONDS
 
     @classmethod
@@ -60,18 +60,18 @@ class Store:
     @property
     def folder(self) -> Path | None:
         """Return the folder; None: it is a URL, and the driver works on a copy."""
-        if "://" in self.place and not self.place.startswith("file://"):
+        if "://" in self.location and not self.location.startswith("file://"):
             return None
-        return Path(self.place.removeprefix("file://"))
+        return Path(self.location.removeprefix("file://"))
 
     def below(self, name: str) -> Store:
         """Return the store of the study of that name, which may hold what a URL may not."""
         name = name if self.folder else quote(name, errors="surrogateescape")
-        return replace(self, place=f"{self.place.rstrip('/')}/{name}")
+        return replace(self, location=f"{self.location.rstrip('/')}/{name}")
 
     def absolute(self) -> Store:
         """Return the same store for another working directory: a node's."""
-        return replace(self, place=str(self.folder.absolute())) if self.folder else self
+        return replace(self, location=str(self.folder.absolute())) if self.folder else self
 
     def patient(self, seconds: float) -> Store:
         """Return the same store with another patience."""
@@ -120,7 +120,7 @@ class Store:
             return [info.path for info in found if info.is_file]
 
         paths = self._try(look, under)
-        return sorted(path.removeprefix(f"{_open(self.place)[1]}/") for path in paths)
+        return sorted(path.removeprefix(f"{_open(self.location)[1]}/") for path in paths)
 
     def remove(self, name: str) -> None:
         """Remove a file; nothing happens where there is none."""
@@ -145,7 +145,7 @@ class Store:
         end, wait = time.monotonic() + self.patience, WAIT_SECONDS
         while True:
             try:
-                system, root = _open(self.place)
+                system, root = _open(self.location)
                 path = f"{root}/{name}".rstrip("/")
                 if system.type_name == "s3":  # its own requests end
                     return action(system, path)
@@ -155,7 +155,7 @@ class Store:
                     raise
                 left = end - time.monotonic()
                 if left <= 0:
-                    raise StoreError(f"{self.place} cannot be used ({reason(error)})") from error
+                    raise StoreError(f"{self.location} cannot be used ({reason(error)})") from error
                 time.sleep(min(wait, left))
                 wait = min(2 * wait, LONGEST_WAIT_SECONDS)
 

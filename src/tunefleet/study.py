@@ -364,12 +364,12 @@ def _read(file: Path) -> bytes | None:
         raise ValueError(f"{file} cannot be read ({error}); restore it from a copy") from None
 
 
-def parse(content: bytes, place: str, shape: dict[str, Any]) -> dict[str, Any]:
+def parse(content: bytes, location: str, shape: dict[str, Any]) -> dict[str, Any]:
     """Return what a JSON file of a study holds, without its checksum.
 
     Args:
         content: The file's.
-        place: Where it is, for the error.
+        location: Where it is, for the error.
         shape: What it has to hold, such as ASKED.
 
     Raises:
@@ -379,11 +379,11 @@ def parse(content: bytes, place: str, shape: dict[str, Any]) -> dict[str, Any]:
         text = content.decode()
         found: dict[str, Any] = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} cannot be read ({error}); restore it from a copy") from None
+        raise ValueError(f"{location} cannot be read ({error}); restore it from a copy") from None
     crc = _crc(text.rpartition(CRC)[0])
     if not isinstance(found, dict) or found.pop("crc", crc) != crc:
-        raise ValueError(f"{place} is damaged; restore it from a copy")
-    _check(found, shape, place)
+        raise ValueError(f"{location} is damaged; restore it from a copy")
+    _check(found, shape, location)
     return found
 
 
@@ -396,12 +396,12 @@ def _crc(content: str) -> str:
     return f"{zlib.crc32(content.encode()):08x}"
 
 
-def _check(found: Any, shape: Any, place: str) -> None:
+def _check(found: Any, shape: Any, location: str) -> None:
     """Raise ValueError where a file does not hold what it has to."""
     try:
         _check_value(found, shape, "it")
     except ValueError as error:
-        raise ValueError(f"{place} is damaged ({error}); restore it from a copy") from None
+        raise ValueError(f"{location} is damaged ({error}); restore it from a copy") from None
 
 
 def _check_value(value: Any, shape: Any, name: str) -> None:

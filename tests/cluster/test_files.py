@@ -179,14 +179,14 @@ def changed(name, path, value):
     """Returns a file's content with one thing at a /-separated path (~1 is a /) set or taken away."""
     config = json.loads(json.dumps(load(name)))  # an anchor and its aliases are one object, and shall not be
     *parents, last = [part.replace("~1", "/") for part in path.split("/")]
-    place = config
+    location = config
     for part in parents:
-        place = place[int(part) if isinstance(place, list) else part]
-    last = int(last) if isinstance(place, list) else last
+        location = location[int(part) if isinstance(location, list) else part]
+    last = int(last) if isinstance(location, list) else last
     if value is GONE:
-        del place[last]
+        del location[last]
     else:
-        place[last] = value
+        location[last] = value
     return config
 
 
