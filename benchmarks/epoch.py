@@ -27,7 +27,7 @@ from tunefleet.cli import Parser, exit_code
 from tunefleet.search.spaces import find_space, fixed_values
 from tunefleet.trainables.config import TrainConfig, check_integer, check_name
 from tunefleet.trainables.data import DATA_DIR, ImageData, load_split, split_validation
-from tunefleet.trainables.device import Levers, choose
+from tunefleet.trainables.device import DeviceSettings, choose
 from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.training import TrainingRun
 
@@ -99,11 +99,11 @@ def published(architecture: str, *, weights: str, seed: int = 0) -> TrainConfig:
 
 
 def both_runs(
-    name: str, seed: int, data: ImageData, levers: Levers, options: argparse.Namespace
+    name: str, seed: int, data: ImageData, settings: DeviceSettings, options: argparse.Namespace
 ) -> tuple[TrainingRun, ObviousRun]:
     """Build both arms over the same images, a random part of the training split or all of it."""
     config = published(name, weights=options.weights, seed=seed)
-    ours = TrainingRun(config, data, levers, options.data_dir)
+    ours = TrainingRun(config, data, settings, options.data_dir)
     images, labels = load_split(data, "train")
     train, _ = split_validation(labels)
     wanted = len(train)
@@ -121,9 +121,9 @@ def both_runs(
     return ours, ObviousRun(ours, torch.from_numpy(images[train]), torch.from_numpy(labels[train]))
 
 
-def seconds_line(name: str, data: ImageData, levers: Levers, options: argparse.Namespace) -> str:
+def seconds_line(name: str, data: ImageData, settings: DeviceSettings, options: argparse.Namespace) -> str:
     """Return one row: seconds of both arms, and the median of the pairs' ratios."""
-    arms = both_runs(name, 0, data, levers, options)
+    arms = both_runs(name, 0, data, settings, options)
     clock = time.process_time if options.cpu_time else time.perf_counter
     seconds: tuple[list[float], list[float]] = ([], [])
     losses = [0.0, 0.0]
@@ -145,14 +145,14 @@ def seconds_line(name: str, data: ImageData, levers: Levers, options: argparse.N
     )
 
 
-def accuracy_line(name: str, data: ImageData, levers: Levers, options: argparse.Namespace) -> str:
+def accuracy_line(name: str, data: ImageData, settings: DeviceSettings, options: argparse.Namespace) -> str:
     """Return val_accuracy of both arms after a few epochs, over seeds."""
     images, labels = load_split(data, "train")
     _, val = split_validation(labels)
     x, y = torch.from_numpy(images[val]), torch.from_numpy(labels[val])
     found: tuple[list[float], list[float]] = ([], [])
     for seed in SEEDS:
-        ours, obvious = both_runs(name, seed, data, levers, options)
+        ours, obvious = both_runs(name, seed, data, settings, options)
         for _ in range(ACCURACY_EPOCHS):
             ours.train_epoch()
             obvious.train_epoch()
@@ -202,22 +202,22 @@ def main(arguments: list[str] | None = None) -> int:
     data = prepare(options.data, options.data_dir)
     if data.image_shape != (3, 32, 32):
         raise ValueError(f"--data={options.data} has images {data.image_shape}; give one of 3×32×32")
-    levers = choose(options.device, options.precision)
+    settings = choose(options.device, options.precision)
     torch.set_num_threads(options.threads)
     capability = torch.backends.cpu.get_cpu_capability()
     print(f"torch {torch.__version__}, {capability}, {options.threads} thread(s), data {data.name}")
-    print(f"levers {levers.to_dict()}")
+    print(f"settings {settings.to_dict()}")
     if options.repeat:
         print(f"\n{'':40}{'s measured':>18}{'s per whole epoch':>18}{'obvious / ours':>16}   train_loss")
         arms = f"{'ours':>9}{'obvious':>9}" * 2
         print(f"{'architecture':26}{'images':>7}{'micro':>7}{arms}{'ratio':>8}  range")
         for name in options.architectures:
-            print(seconds_line(name, data, levers, options), flush=True)
+            print(seconds_line(name, data, settings, options), flush=True)
     if options.accuracy:
         print(f"\nval_accuracy after {ACCURACY_EPOCHS} epochs, mean ± sd over {len(SEEDS)} seeds")
         print(f"{'architecture':26}{'images':>7}   {'ours':18}obvious")
         for name in options.architectures:
-            print(accuracy_line(name, data, levers, options), flush=True)
+            print(accuracy_line(name, data, settings, options), flush=True)
     return 0
 
 

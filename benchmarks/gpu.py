@@ -35,7 +35,7 @@ from tunefleet.search.preflight import example
 from tunefleet.search.spaces import SPACES, default_image_size
 from tunefleet.trainables.config import TrainConfig, check_integer
 from tunefleet.trainables.data import DATA_DIR, ImageData
-from tunefleet.trainables.device import Levers, choose
+from tunefleet.trainables.device import DeviceSettings, choose
 from tunefleet.trainables.inputs import sample_inputs
 from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.training import TrainingRun
@@ -73,14 +73,18 @@ CASES = [Case(space) for space in SPACES] + [
 ]
 
 
-def timed_run(case: Case, data: ImageData, levers: Levers, data_dir: Path, weights: str) -> TrainingRun:
+def timed_run(
+    case: Case, data: ImageData, settings: DeviceSettings, data_dir: Path, weights: str
+) -> TrainingRun:
     """Return a run on a sample of inputs, which are not cached; its epoch has STEPS."""
-    config, frozen = case.config(weights, levers.device), ARCHITECTURES[case.space].frozen
-    steps = STEPS["small" if ARCHITECTURES[case.space].cut is None or frozen else "ResNet"][levers.cuda_graph]
-    inputs, _ = sample_inputs(config, data, levers, data_dir, steps * config.batch_size)
+    config, frozen = case.config(weights, settings.device), ARCHITECTURES[case.space].frozen
+    steps = STEPS["small" if ARCHITECTURES[case.space].cut is None or frozen else "ResNet"][
+        settings.cuda_graph
+    ]
+    inputs, _ = sample_inputs(config, data, settings, data_dir, steps * config.batch_size)
     whole = len(inputs.train_y) // config.batch_size * config.batch_size or len(inputs.train_y)
     inputs = replace(inputs, train_x=inputs.train_x[:whole], train_y=inputs.train_y[:whole])
-    return TrainingRun(config, data, levers, data_dir, inputs=inputs)
+    return TrainingRun(config, data, settings, data_dir, inputs=inputs)
 
 
 def images_per_second(run: TrainingRun) -> float:
@@ -93,10 +97,10 @@ def images_per_second(run: TrainingRun) -> float:
     return len(run.inputs.train_y) / statistics.median(seconds[1:])
 
 
-def peak_flops(levers: Levers) -> float:
-    """Return FLOP/s of a square matrix product in the number type of the levers."""
-    side = MATRIX_SIDE[torch.device(levers.device).type]
-    a, b = (torch.rand(side, side, device=levers.device).to(levers.dtype) for _ in range(2))
+def peak_flops(settings: DeviceSettings) -> float:
+    """Return FLOP/s of a square matrix product in the number type of the device settings."""
+    side = MATRIX_SIDE[torch.device(settings.device).type]
+    a, b = (torch.rand(side, side, device=settings.device).to(settings.dtype) for _ in range(2))
     seconds = []
     for _ in range(PRODUCTS + 1):
         began = time.perf_counter()
@@ -116,28 +120,29 @@ def flops_per_image(run: TrainingRun) -> float:
 
 
 def epoch_lines(
-    data: ImageData, levers: Levers, data_dir: Path, weights: str, cases: list[Case]
+    data: ImageData, settings: DeviceSettings, data_dir: Path, weights: str, cases: list[Case]
 ) -> Iterator[str]:
     """Yield a line per case: images/s eager and captured, their ratio, and the share of the peak."""
-    peak = peak_flops(levers)
-    yield f"{torch.backends.cpu.get_cpu_capability() if levers.device == 'cpu' else _gpu()}"
+    peak = peak_flops(settings)
+    yield f"{torch.backends.cpu.get_cpu_capability() if settings.device == 'cpu' else _gpu()}"
     yield (
-        f"{levers.device} {levers.precision}, torch {torch.__version__}, {data.name}; peak {peak / 1e12:.1f} "
-        f"TFLOP/s of a {MATRIX_SIDE[levers.device]}³ product; 2 FLOP a multiply-add; no evaluation"
+        f"{settings.device} {settings.precision}, torch {torch.__version__}, {data.name}; "
+        f"peak {peak / 1e12:.1f} "
+        f"TFLOP/s of a {MATRIX_SIDE[settings.device]}³ product; 2 FLOP a multiply-add; no evaluation"
     )
     heads = (("px", 4), ("batch", 6), ("MFLOP", 8), ("eager/s", 10), ("graph/s", 10), ("ratio", 7))
     yield f"{'space':28}" + "".join(
         f"{name:>{width}}" for name, width in (*heads, ("us/step", 9), ("of peak", 9))
     )
     for case in cases:
-        run = timed_run(case, data, replace(levers, cuda_graph=False), data_dir, weights)
+        run = timed_run(case, data, replace(settings, cuda_graph=False), data_dir, weights)
         config, flops = run.config, flops_per_image(run)
         speeds = [images_per_second(run)]
-        if levers.cuda_graph:
+        if settings.cuda_graph:
             del run
-            speeds.append(images_per_second(timed_run(case, data, levers, data_dir, weights)))
+            speeds.append(images_per_second(timed_run(case, data, settings, data_dir, weights)))
         eager, best = speeds[0], speeds[-1]
-        captured = f"{best:10,.0f}{best / eager:7.2f}" if levers.cuda_graph else f"{'-':>10}{'-':>7}"
+        captured = f"{best:10,.0f}{best / eager:7.2f}" if settings.cuda_graph else f"{'-':>10}{'-':>7}"
         yield (
             f"{case.space:28}{config.image_size:4}{config.batch_size:6}{flops / 1e6:8.1f}{eager:10,.0f}"
             f"{captured}{1e6 * config.batch_size / best:9,.0f}{best * flops / peak:9.2%}"
@@ -154,7 +159,7 @@ def share(
     barrier: Any,
     speeds: Any,
     data: ImageData,
-    levers: Levers,
+    settings: DeviceSettings,
     data_dir: Path,
     weights: str,
     spaces: list[str],
@@ -162,7 +167,7 @@ def share(
     """Run one of several trials on a device: train each space alone, in twos and in fours."""
     torch.set_num_threads(1)
     for at, space in enumerate(spaces):
-        run = timed_run(Case(space), data, levers, data_dir, weights)
+        run = timed_run(Case(space), data, settings, data_dir, weights)
         for _ in range(2):  # the second epoch replays only
             run.train_epoch()[0].item()
         for k, count in enumerate(AT_ONCE):
@@ -177,13 +182,13 @@ def share(
 
 
 def share_lines(
-    data: ImageData, levers: Levers, data_dir: Path, weights: str, spaces: list[str]
+    data: ImageData, settings: DeviceSettings, data_dir: Path, weights: str, spaces: list[str]
 ) -> Iterator[str]:
     """Yield a line per small space: images/s of 1, 2 and 4 trials at once on one device, all together."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(max(AT_ONCE), timeout=WAIT_SECONDS)
     speeds = context.Array("d", len(spaces) * len(AT_ONCE) * max(AT_ONCE))
-    arguments = (barrier, speeds, data, levers, data_dir, weights, spaces)
+    arguments = (barrier, speeds, data, settings, data_dir, weights, spaces)
     workers = [context.Process(target=share, args=(rank, *arguments)) for rank in range(max(AT_ONCE))]
     for worker in workers:
         worker.start()
@@ -191,7 +196,8 @@ def share_lines(
         worker.join()
     if any(worker.exitcode for worker in workers):
         raise ValueError("a trial failed; see its error above")
-    yield f"images/s of several trials at once on one device, {'captured' if levers.cuda_graph else 'eager'}"
+    how = "captured" if settings.cuda_graph else "eager"
+    yield f"images/s of several trials at once on one device, {how}"
     yield f"{'space':28}" + "".join(f"{count:>10}" for count in AT_ONCE) + f"{'gain':>8}"
     for at, space in enumerate(spaces):
         sums = [
@@ -232,15 +238,15 @@ def _lines(what: str, options: Namespace) -> Iterator[str]:
     if what in ("decode", "decode-folder"):
         yield from decode_lines(options.data, options.data_dir, unpack=what == "decode-folder")
         return
-    levers = choose(options.device, options.precision)
+    settings = choose(options.device, options.precision)
     spaces = options.spaces or list(SPACES)
     data, shared = prepare(options.data, options.data_dir), (options.data_dir, options.weights)
     if what == "epoch":
-        yield from epoch_lines(data, levers, *shared, [case for case in CASES if case.space in spaces])
+        yield from epoch_lines(data, settings, *shared, [case for case in CASES if case.space in spaces])
         return
     spaces = [space for space in SHARED if space in spaces]
-    for graphs in (True, False) if levers.cuda_graph else (False,):
-        yield from share_lines(data, replace(levers, cuda_graph=graphs), *shared, spaces)
+    for graphs in (True, False) if settings.cuda_graph else (False,):
+        yield from share_lines(data, replace(settings, cuda_graph=graphs), *shared, spaces)
 
 
 def main(arguments: list[str] | None = None) -> int:

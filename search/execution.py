@@ -36,11 +36,11 @@ from tunefleet.search.session import Session
 from tunefleet.search.spaces import find_space
 from tunefleet.search.suggest import described
 from tunefleet.search.wandb_options import WandbOptions
-from tunefleet.search.wandb_sync import END_SECONDS, STOP_SECONDS, Sidecar
+from tunefleet.search.wandb_sync import END_SECONDS, STOP_SECONDS, LiveUpload
 from tunefleet.store import Store, StoreError
 from tunefleet.study import Study, lock_study, write_result, write_study, write_tables
 from tunefleet.trainables.data import ImageData
-from tunefleet.trainables.device import Levers
+from tunefleet.trainables.device import DeviceSettings
 from tunefleet.trainables.provenance import command_line, commit, machine_name, versions
 from tunefleet.trainables.trial import TrialContext, checkpoint_name
 
@@ -52,7 +52,7 @@ class Ready:
     options: StudyOptions
     folder: Path  # absolute
     data: ImageData
-    levers: Levers
+    settings: DeviceSettings
     resources: Resources
 
     @property
@@ -81,7 +81,7 @@ def create(ready: Ready, prepared: Prepared) -> None:
             "split_sha256": prepared.split_sha256,
             "train_count": prepared.train_count,
             "validation_count": prepared.validation_count,
-            "levers": ready.levers.to_dict(),
+            "levers": ready.settings.to_dict(),
             "seed": options.seed,
             "commit": commit(),
             "versions": versions(),
@@ -147,20 +147,20 @@ def run(ready: Ready, session: Session, wandb: WandbOptions, changes: Mapping[st
     print_text(
         console,
         f" on {ready.data.name}: {trials} of up to {epochs}, {ready.resources.slots} at once, "
-        f"{ready.levers.device} {ready.levers.precision} -> {shown(ready.location)}",
+        f"{ready.settings.device} {ready.settings.precision} -> {shown(ready.location)}",
         options.space,
     )
-    sidecar = Sidecar(ready.folder, wandb)
+    live_upload = LiveUpload(ready.folder, wandb)
     mirror = Mirror(ready.folder, ready.store, functools.partial(print_text, console))
     with mirror.running(), open_study(ready, wandb, changes) as study:
         scheduler = scheduler_of(ready, study.study)
-        sidecar.start()
+        live_upload.start()
         with Progress(scheduler, options, console, mirror.trouble) as progress:
 
             def stop(reason: str) -> int:
                 scheduler.journal.close()
                 progress.close()
-                return _end_early(ready, study, session, mirror, sidecar, reason)
+                return _end_early(ready, study, session, mirror, live_upload, reason)
 
             ray_watch = RayWatch()
             session.stops.change(stop, lambda: mirror.lost or ray_watch())
@@ -173,12 +173,12 @@ def run(ready: Ready, session: Session, wandb: WandbOptions, changes: Mapping[st
         except StoreError as error:
             scheduler.gave_up = str(error)
         if scheduler.gave_up:
-            return _end_early(ready, study, session, mirror, sidecar, scheduler.gave_up)
+            return _end_early(ready, study, session, mirror, live_upload, scheduler.gave_up)
     code = session.finish(ready.folder, console)
     if scheduler.avoided:
         print_text(console, f"nodes excluded after repeated failures: {named(scheduler.avoided)}")
-    session.stops.change(sidecar.give_up)
-    _say(sidecar.end(END_SECONDS), console)
+    session.stops.change(live_upload.give_up)
+    _say(live_upload.end(END_SECONDS), console)
     left = mirror.finish()
     _say(left, console)
     return code or int(bool(left))
@@ -196,8 +196,8 @@ def open_study(ready: Ready, wandb: WandbOptions, changes: Mapping[str, Any]) ->
             "resources": dataclasses.asdict(ready.resources),
             "wandb": wandb.remembered(),
         }
-        if ready.levers.to_dict() != study.study.spec["levers"]:  # resumed on another device
-            run["levers"] = ready.levers.to_dict()
+        if ready.settings.to_dict() != study.study.spec["levers"]:  # resumed on another device
+            run["levers"] = ready.settings.to_dict()
         study.begin(run)
         yield study
         status = "done"
@@ -237,7 +237,7 @@ def context_of(ready: Ready) -> TrialContext:
         (ready.folder / name).mkdir(exist_ok=True)
     return TrialContext(
         data=ready.data,
-        levers=ready.levers,
+        settings=ready.settings,
         data_dir=Path(ready.options.data_dir),
         study_dir=ready.folder,
         store=ready.store,
@@ -300,13 +300,13 @@ def _network_of(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def _end_early(
-    ready: Ready, study: OpenStudy, session: Session, mirror: Mirror, sidecar: Sidecar, reason: str
+    ready: Ready, study: OpenStudy, session: Session, mirror: Mirror, live_upload: LiveUpload, reason: str
 ) -> int:
     """Leave a study so that it can be resumed, and print how; return the exit code."""
     study.end("stopped")
     left = mirror.finish(STOP_SECONDS)
     tell_stopped(ready.folder if left and not mirror.lost else ready.location, session, reason)
-    _say(sidecar.end(STOP_SECONDS), session.console)
+    _say(live_upload.end(STOP_SECONDS), session.console)
     _say(left, session.console)
     return 3
 

@@ -27,7 +27,7 @@ from tunefleet.models.resnet import weights_file
 from tunefleet.search.options import StudyOptions
 from tunefleet.store import BRIEF_SECONDS, Store
 from tunefleet.trainables.data import ImageData
-from tunefleet.trainables.device import Levers
+from tunefleet.trainables.device import DeviceSettings
 from tunefleet.trainables.provenance import code_sha256, versions
 
 ANSWER_SECONDS = 45.0  # for all nodes together; a dead one is known to Ray after a minute only
@@ -73,7 +73,7 @@ def worker_nodes() -> list[Node]:
 
 
 def check_nodes(
-    options: StudyOptions, location: str | None, data: ImageData, levers: Levers, console: Console
+    options: StudyOptions, location: str | None, data: ImageData, settings: DeviceSettings, console: Console
 ) -> None:
     """Print a table of the cluster's nodes; sends images and weights to those that lack them.
 
@@ -81,7 +81,7 @@ def check_nodes(
         options: The study's.
         location: Where studies are kept, as asked for; None: on the driver's disk.
         data: The decoded images, on the driver's disk.
-        levers: What the trials will run on.
+        settings: What the trials will run on.
         console: Where to print.
 
     Raises:
@@ -105,7 +105,7 @@ def check_nodes(
     problems = [
         f"node {node.name}: {problem}"
         for node in nodes
-        for problem in _problems(node, answers[node.node_id], levers, node.node_id in missing, location)
+        for problem in _problems(node, answers[node.node_id], settings, node.node_id in missing, location)
     ]
     _print(nodes, answers, console)
     if problems:
@@ -202,7 +202,9 @@ def _written_by(nodes: list[Node], question: Question) -> set[str]:
     return missing
 
 
-def _problems(node: Node, answer: dict[str, Any], levers: Levers, unseen: bool, location: str) -> list[str]:
+def _problems(
+    node: Node, answer: dict[str, Any], settings: DeviceSettings, unseen: bool, location: str
+) -> list[str]:
     """Return why trials could not run on a node, each reason with its remedy."""
     if "failed" in answer:
         return [answer["failed"]]
@@ -223,7 +225,7 @@ def _problems(node: Node, answer: dict[str, Any], levers: Levers, unseen: bool, 
     if answer.get("data_dir") or answer["free"] < FREE_MIN:
         reason = answer.get("data_dir") or f"{answer['free'] / 1e9:.1f} GB free"
         found.append(f"has no room under --data-dir ({reason}); give a folder on a larger disk")
-    if levers.device == "cuda" and answer["gpus"] < node.gpus:
+    if settings.device == "cuda" and answer["gpus"] < node.gpus:
         found.append(
             f"offers {counted(node.gpus, 'GPU')} to Ray, and torch sees {answer['gpus']}; install a driver "
             "that fits torch's CUDA, or give --device cpu"

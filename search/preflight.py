@@ -28,7 +28,7 @@ from tunefleet.search.spaces import default_image_size, find_space
 from tunefleet.search.suggest import suggest
 from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import BUILT_IN, ImageData, Progress
-from tunefleet.trainables.device import Levers, free_memory, is_out_of_memory
+from tunefleet.trainables.device import DeviceSettings, free_memory, is_out_of_memory
 from tunefleet.trainables.graph import WARM_UP_STEPS, CaptureError, CaptureMemoryError
 from tunefleet.trainables.host import cpu_count
 from tunefleet.trainables.inputs import kind_of, load_inputs, sample_inputs, split_counts
@@ -43,7 +43,7 @@ SAMPLED_MEMBERS = 1000  # of an archive, to estimate how many it holds
 START_SECONDS = 8  # Ray, its first workers and its end, on two cores
 
 
-def settle_image_size(options: StudyOptions, levers: Levers, machine: Machine) -> StudyOptions:
+def settle_image_size(options: StudyOptions, settings: DeviceSettings, machine: Machine) -> StudyOptions:
     """Return the options with an image size: as given, or the space's best that there is room for.
 
     Each trial on a GPU has the inputs there; together they may take half of what is free, and the disk has
@@ -51,8 +51,8 @@ def settle_image_size(options: StudyOptions, levers: Levers, machine: Machine) -
     """
     if options.image_size is not None:
         return options
-    wanted = default_image_size(options.space, options.weights, levers.device)
-    if levers.device == "cuda" and wanted > SIZES[-1]:
+    wanted = default_image_size(options.space, options.weights, settings.device)
+    if settings.device == "cuda" and wanted > SIZES[-1]:
         count = count_images(options.data)
         share = options.gpus_per_trial or find_space(options.space).gpus_per_trial
         trials = max(1, int(1 / share))
@@ -60,18 +60,20 @@ def settle_image_size(options: StudyOptions, levers: Levers, machine: Machine) -
             next(p for p in Path(options.data_dir).absolute().parents if p.exists())
         ).free
         room = min(disk, math.inf if machine.gpu_bytes is None else machine.gpu_bytes / 2 / trials)
-        fitting = (s for s in SIZES if s <= wanted and count * input_bytes(options.space, s, levers) <= room)
+        fitting = (
+            s for s in SIZES if s <= wanted and count * input_bytes(options.space, s, settings) <= room
+        )
         wanted = next(fitting, SIZES[-1])
     return replace(options, image_size=wanted)
 
 
-def input_bytes(space: str, image_size: int, levers: Levers) -> int:
+def input_bytes(space: str, image_size: int, settings: DeviceSettings) -> int:
     """Return what one image takes on the device: as features of a frozen backbone, or as uint8 pixels."""
     row = ARCHITECTURES[space]
     if not row.frozen:
         return 3 * image_size**2
     assert row.cut is not None
-    return math.prod(output_shape(row.cut, (3, image_size, image_size))) * levers.dtype.itemsize
+    return math.prod(output_shape(row.cut, (3, image_size, image_size))) * settings.dtype.itemsize
 
 
 def count_images(source: str) -> int:
@@ -110,7 +112,7 @@ class Prepared:
 def prepare(
     options: StudyOptions,
     data: ImageData,
-    levers: Levers,
+    settings: DeviceSettings,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Prepared:
@@ -119,7 +121,7 @@ def prepare(
     Args:
         options: The study's.
         data: The decoded images.
-        levers: How trials use their device.
+        settings: How trials use their device.
         threads: Forecast: measure an epoch on so many, on a sample of images whose inputs are kept nowhere;
             None: prepare all inputs, and measure no epoch.
         progress: Called with what is done, images prepared and images in all.
@@ -129,17 +131,17 @@ def prepare(
     """
     torch.set_num_threads(cpu_count())
     config, data_dir = example(options), Path(options.data_dir)
-    gpu_bytes = torch.cuda.mem_get_info()[0] if levers.device == "cuda" else None
+    gpu_bytes = torch.cuda.mem_get_info()[0] if settings.device == "cuda" else None
     train_count, val_count, split = split_counts(data)
     try:
         left, seconds = 0.0, None
         if threads is None:
-            load_inputs(config, data, levers, data_dir, progress=progress)
-            run = TrainingRun(config, data, levers, data_dir)
+            load_inputs(config, data, settings, data_dir, progress=progress)
+            run = TrainingRun(config, data, settings, data_dir)
         else:
-            count = MEASURED_STEPS[levers.device] * config.batch_size
-            inputs, left = sample_inputs(config, data, levers, data_dir, count)
-            run = TrainingRun(config, data, levers, data_dir, inputs=inputs)
+            count = MEASURED_STEPS[settings.device] * config.batch_size
+            inputs, left = sample_inputs(config, data, settings, data_dir, count)
+            run = TrainingRun(config, data, settings, data_dir, inputs=inputs)
             seconds = _measure(run, threads, train_count + val_count)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -148,20 +150,22 @@ def prepare(
     del run
     mean_checkpoint, largest_checkpoint = checkpoint_sizes(options, data)
     peak = None
-    if levers.device == "cuda":
-        peak = largest_peak(options, data, levers, sampled=threads is not None)
+    if settings.device == "cuda":
+        peak = largest_peak(options, data, settings, sampled=threads is not None)
     return Prepared(
         split, train_count, val_count, mean_checkpoint, largest_checkpoint, seconds, left, peak, gpu_bytes
     )
 
 
-def largest_peak(options: StudyOptions, data: ImageData, levers: Levers, *, sampled: bool) -> int | None:
+def largest_peak(
+    options: StudyOptions, data: ImageData, settings: DeviceSettings, *, sampled: bool
+) -> int | None:
     """Return the bytes that torch's allocator takes for the ranges' largest trial; None: too many.
 
     Args:
         options: The study's.
         data: The decoded images.
-        levers: How trials use their device.
+        settings: How trials use their device.
         sampled: Forecast: prepare the inputs of a sample, and add what the others would take.
     """
     free_memory()
@@ -169,8 +173,8 @@ def largest_peak(options: StudyOptions, data: ImageData, levers: Levers, *, samp
     config, data_dir, others = largest(options), Path(options.data_dir), 0
     count = PEAK_BATCHES * config.batch_size // 2  # full batches and a short one
     try:
-        sample = sample_inputs(config, data, levers, data_dir, count)[0] if sampled else None
-        run = TrainingRun(config, data, levers, data_dir, inputs=sample)
+        sample = sample_inputs(config, data, settings, data_dir, count)[0] if sampled else None
+        run = TrainingRun(config, data, settings, data_dir, inputs=sample)
         inputs = run.inputs
         if sampled:
             images = sum(split_counts(data)[:2]) - len(inputs.train_y) - len(inputs.val_y)
@@ -302,7 +306,7 @@ def print_forecast(
     folder: Path,
     resources: Resources,
     data: ImageData,
-    levers: Levers,
+    settings: DeviceSettings,
     prepared: Prepared,
     console: Console,
 ) -> int:
@@ -315,7 +319,7 @@ def print_forecast(
         f"data       {data.name}, {prepared.train_count} train, {prepared.validation_count} validation, "
         f"{data.test_count} test images, {options.image_size} pixels a side",
         f"trials     {options.trials}, {resources.slots} at once, each {resources.cpus_per_trial:g} CPU{gpus}"
-        f", {levers.precision}",
+        f", {settings.precision}",
         f"epochs     {facts['epochs']} expected ({(options.trials or 0) * (options.epochs or 0)} unpruned), "
         f"rungs {list(options.rungs)}, {options.pruner}",
         f"final      {counted(options.final_seeds, 'seed')}, {counted(int(facts['final_epochs']), 'epoch')}",

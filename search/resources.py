@@ -15,7 +15,7 @@ from tunefleet.cli import counted
 from tunefleet.search.connection import TRIAL_SLOT, connect, is_local
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.spaces import find_space
-from tunefleet.trainables.device import CONTEXT_BYTES, Levers, choose, why_unusable
+from tunefleet.trainables.device import CONTEXT_BYTES, DeviceSettings, choose, why_unusable
 from tunefleet.trainables.host import cpu_count, free_bytes
 
 NODE_SECONDS = 900.0  # an autoscaler's first node may take so long to come up
@@ -117,7 +117,7 @@ def _no_node(gpu: bool) -> ValueError:
     )
 
 
-def look_at_device(options: StudyOptions, machine: Machine) -> tuple[Levers, Machine]:
+def look_at_device(options: StudyOptions, machine: Machine) -> tuple[DeviceSettings, Machine]:
     """Choose how trials use their device: here, or on a node of the cluster, where they will run.
 
     Returns:
@@ -133,43 +133,43 @@ def look_at_device(options: StudyOptions, machine: Machine) -> tuple[Levers, Mac
         raise ValueError("--device=cuda, but no node of the cluster has a GPU; give --device cpu")
     task: Any = ray.remote(_look).options(**({"num_gpus": 1} if on_gpu else {"num_cpus": 1}))
     try:
-        levers, free = ray.get(
+        settings, free = ray.get(
             task.remote("cuda" if on_gpu else options.device, options.precision), timeout=NODE_SECONDS
         )
     except ray.exceptions.RayTaskError as error:
         raise ValueError(str(error.cause)) from error
     except ray.exceptions.GetTimeoutError as error:
         raise _no_node(on_gpu) from error
-    return levers, replace(machine, gpu_bytes=free)
+    return settings, replace(machine, gpu_bytes=free)
 
 
-def _look(device: str, precision: str) -> tuple[Levers, int | None]:
-    """Return the levers of this process's device, and what is free on its GPU."""
-    levers = choose(device, precision)
-    return levers, torch.cuda.mem_get_info()[0] if levers.device == "cuda" else None
+def _look(device: str, precision: str) -> tuple[DeviceSettings, int | None]:
+    """Return the settings of this process's device, and what is free on its GPU."""
+    settings = choose(device, precision)
+    return settings, torch.cuda.mem_get_info()[0] if settings.device == "cuda" else None
 
 
-def check_device(levers: Levers, machine: Machine) -> None:
+def check_device(settings: DeviceSettings, machine: Machine) -> None:
     """Raise ValueError if a study's device is not there."""
-    if levers.device == "cuda" and not machine.gpus:
+    if settings.device == "cuda" and not machine.gpus:
         why = None if machine.nodes else why_unusable()
         raise ValueError(
-            f"the study trains on {levers.device}, and there is no GPU{f': {why}' if why else ''}; resume it "
-            "where there is one, or give --device cpu (numbers may then differ)"
+            f"the study trains on {settings.device}, and there is no GPU{f': {why}' if why else ''}; resume "
+            "it where there is one, or give --device cpu (numbers may then differ)"
         )
 
 
-def settle(options: StudyOptions, levers: Levers, machine: Machine) -> StudyOptions:
+def settle(options: StudyOptions, settings: DeviceSettings, machine: Machine) -> StudyOptions:
     """Return the options with what depends on the machine: workers per trial, and with them the pruner."""
     workers = options.workers_per_trial
     if workers is None:
         wanted = find_space(options.space).workers_per_trial
-        workers = wanted if levers.device == "cuda" and machine.gpus >= wanted else 1
+        workers = wanted if settings.device == "cuda" and machine.gpus >= wanted else 1
     pruner = options.pruner or ("stop" if workers > 1 else "promote")  # a group is costly to start again
     return replace(options, workers_per_trial=workers, pruner=pruner)
 
 
-def plan(options: StudyOptions, levers: Levers, machine: Machine) -> Resources:
+def plan(options: StudyOptions, settings: DeviceSettings, machine: Machine) -> Resources:
     """Divide CPUs and GPUs among trials.
 
     Raises:
@@ -178,7 +178,7 @@ def plan(options: StudyOptions, levers: Levers, machine: Machine) -> Resources:
     workers, gpus_per_trial = options.workers_per_trial or 1, options.gpus_per_trial
     if gpus_per_trial is None:
         share = 1 if workers > 1 else find_space(options.space).gpus_per_trial
-        gpus_per_trial = workers * share if levers.device == "cuda" else 0.0
+        gpus_per_trial = workers * share if settings.device == "cuda" else 0.0
     if machine.grows:
         machine = _grown(machine, workers, options.cpus_per_trial or workers, gpus_per_trial)
     _check_gpus(gpus_per_trial, workers, machine.gpus)

@@ -158,32 +158,32 @@ def _checked(request: Request, session: Session) -> int:
 
     console, earlier = session.console, request.earlier
     with phase(console, "looking at the device"):
-        options, levers, machine = _device(request, console)
+        options, settings, machine = _device(request, console)
     data = _read_images(options, console)
     if earlier:
         version = earlier.spec.get("data", {}).get("format_version", 1)  # of how images are decoded
         check_sha256(data, options.data, earlier.spec["data_sha256"], version)
-    share = resources.plan(options, levers, machine)
+    share = resources.plan(options, settings, machine)
     _say(resources.waiting(options, share), console)
     if machine.nodes:
-        check_nodes(options, request.shared, data, levers, console)
-    on_a_node = bool(machine.nodes) or levers.device == "cuda"
+        check_nodes(options, request.shared, data, settings, console)
+    on_a_node = bool(machine.nodes) or settings.device == "cuda"
     if on_a_node or not request.dry_run:
-        _start_ray(session, share.slots if share.workers > 1 else 0, levers.device)
+        _start_ray(session, share.slots if share.workers > 1 else 0, settings.device)
     text = "timing a sample" if request.dry_run else "preparing inputs"
     with phase(console, text) as progress:
         threads = share.threads if request.dry_run else None
         if on_a_node:  # in a process whose end gives the GPU's memory back
-            prepared = _on_a_node(share.of_worker, preflight.prepare)(options, data, levers, threads)
+            prepared = _on_a_node(share.of_worker, preflight.prepare)(options, data, settings, threads)
         else:
-            prepared = preflight.prepare(options, data, levers, threads, progress)
+            prepared = preflight.prepare(options, data, settings, threads, progress)
     share, line = resources.fit_memory(share, prepared.peak_bytes, prepared.gpu_bytes)
     _say(line, console)
     if not earlier and not options.storage:
         preflight.check_disk(request.folder, *preflight.disk_needed(options, share, prepared))
     if request.dry_run:
-        return preflight.print_forecast(options, request.folder, share, data, levers, prepared, console)
-    ready = execution.Ready(options, request.folder.resolve(), data, levers, share)
+        return preflight.print_forecast(options, request.folder, share, data, settings, prepared, console)
+    ready = execution.Ready(options, request.folder.resolve(), data, settings, share)
     if earlier is None:
         with session.stops.held(functools.partial(execution.tell_stopped, ready.location, session)):
             check_free(request.folder)
@@ -194,27 +194,27 @@ def _checked(request: Request, session: Session) -> int:
 def _device(request: Request, console: Console) -> tuple[StudyOptions, Any, Any]:
     """Return the options with what depends on the device, the device settings and the machine."""
     from tunefleet.search import preflight, resources
-    from tunefleet.trainables.device import Levers
+    from tunefleet.trainables.device import DeviceSettings
 
     options, earlier = request.options, request.earlier
-    before = Levers(**earlier.spec["levers"]) if earlier else None
+    before = DeviceSettings(**earlier.spec["levers"]) if earlier else None
     if before and "device" not in request.changes:
         machine = resources.find_machine(before.device)
         resources.check_device(before, machine)
         return options, before, machine
-    levers, machine = resources.look_at_device(options, resources.find_machine(options.device))
+    settings, machine = resources.look_at_device(options, resources.find_machine(options.device))
     if before:
-        if levers != before:
+        if settings != before:
             _say(
-                f"trained on {before.device} {before.precision} so far, continues on {levers.device} "
-                f"{levers.precision}: numbers may differ from those of one device",
+                f"trained on {before.device} {before.precision} so far, continues on {settings.device} "
+                f"{settings.precision}: numbers may differ from those of one device",
                 console,
             )
-        return options, levers, machine
-    if levers.device == "cpu" and options.device == "auto" and hidden_by_environment():
+        return options, settings, machine
+    if settings.device == "cpu" and options.device == "auto" and hidden_by_environment():
         _say("CUDA_VISIBLE_DEVICES hides every GPU: training on CPUs", console)
-    options = preflight.settle_image_size(options, levers, machine)
-    return resources.settle(options, levers, machine), levers, machine
+    options = preflight.settle_image_size(options, settings, machine)
+    return resources.settle(options, settings, machine), settings, machine
 
 
 def _read_images(options: StudyOptions, console: Console) -> ImageData:

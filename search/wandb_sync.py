@@ -551,7 +551,7 @@ def main(arguments: list[str] | None = None) -> int:
     return exit_code(command)
 
 
-class Sidecar:
+class LiveUpload:
     """The upload beside one study, a process that the study waits for only at its end.
 
     Args:

@@ -10,20 +10,20 @@ from tunefleet.search.preflight import prepare as preflight
 from tunefleet.search.resources import Machine, Resources, settle
 from tunefleet.search.scheduler import Scheduler
 from tunefleet.search.wandb_options import WandbOptions
-from tunefleet.trainables.device import Levers, choose
+from tunefleet.trainables.device import DeviceSettings, choose
 from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.trial import TrialContext
 
 
 @contextmanager
 def digits_study(
-    folder: Path, options: StudyOptions, resources: Resources, levers: Levers | None = None
+    folder: Path, options: StudyOptions, resources: Resources, settings: DeviceSettings | None = None
 ) -> Iterator[tuple[Scheduler, TrialContext]]:
     """Creates a study of digits, or opens it again, and ends it however the body ends."""
-    levers, data = levers or choose("cpu", "fp32"), prepare("digits", Path(options.data_dir))
-    options = settle(options, levers, Machine(resources.slots, resources.gpus_per_trial))
-    ready = Ready(options, folder, data, levers, resources)
+    settings, data = settings or choose("cpu", "fp32"), prepare("digits", Path(options.data_dir))
+    options = settle(options, settings, Machine(resources.slots, resources.gpus_per_trial))
+    ready = Ready(options, folder, data, settings, resources)
     if not (folder / "study.json").exists():
-        create(ready, preflight(options, data, levers))
+        create(ready, preflight(options, data, settings))
     with open_study(ready, WandbOptions(mode="off"), {}) as study:
         yield scheduler_of(ready, study.study), context_of(ready)

@@ -7,7 +7,7 @@ import torch
 
 from tunefleet.models.building import build
 from tunefleet.trainables import device as device_module
-from tunefleet.trainables.device import MICRO_BATCH_MIN, Levers, choose, has_convolution, micro_batch
+from tunefleet.trainables.device import MICRO_BATCH_MIN, DeviceSettings, choose, has_convolution, micro_batch
 
 FLOAT_BYTES = 4
 IMAGE = torch.zeros(1, 3, 32, 32)
@@ -21,8 +21,8 @@ def set_flags(monkeypatch, *, avx512_bf16=False, amx=False, cuda=None):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: cuda)
 
 
-def cpu_levers(micro_batch_bytes: int | None = 8 * 2**20) -> Levers:
-    return Levers("cpu", "fp32", channels_last=True, micro_batch_bytes=micro_batch_bytes)
+def cpu_settings(micro_batch_bytes: int | None = 8 * 2**20) -> DeviceSettings:
+    return DeviceSettings("cpu", "fp32", channels_last=True, micro_batch_bytes=micro_batch_bytes)
 
 
 @pytest.mark.parametrize(
@@ -55,9 +55,9 @@ def test_a_given_precision_is_obeyed(monkeypatch, precision):
     assert choose("cpu", precision).precision == precision
 
 
-def test_levers_survive_json():
+def test_settings_survive_json():
     chosen = choose("cpu")
-    assert Levers(**json.loads(json.dumps(chosen.to_dict()))) == chosen
+    assert DeviceSettings(**json.loads(json.dumps(chosen.to_dict()))) == chosen
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_networks_with_convolutions_are_known():
 def test_convnet_is_split_into_parts_whose_activations_fit():
     network = build("convnet", 10, (3, 32, 32))
     image_bytes = 150 * 28 * 28 * FLOAT_BYTES  # its only convolution's output
-    size = micro_batch(cpu_levers(), network, IMAGE, batch_size=512)
+    size = micro_batch(cpu_settings(), network, IMAGE, batch_size=512)
     assert size == 16
     assert size * image_bytes <= 8 * 2**20 < 2 * size * image_bytes
 
@@ -92,46 +92,46 @@ def test_convnet_is_split_into_parts_whose_activations_fit():
 def test_the_largest_convolution_counts():
     network = build("mymodel", 10, (3, 32, 32), hidden=8, kernel_size=3)
     first = 8 * 32 * 32 * FLOAT_BYTES  # the second has twice the channels on a quarter of the area
-    assert micro_batch(cpu_levers(64 * first), network, IMAGE, batch_size=512) == 64
+    assert micro_batch(cpu_settings(64 * first), network, IMAGE, batch_size=512) == 64
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 16, 17])
 def test_a_part_never_exceeds_the_batch(batch_size):
     network = build("convnet", 10, (3, 32, 32))
-    assert micro_batch(cpu_levers(), network, IMAGE, batch_size) == min(batch_size, 16)
+    assert micro_batch(cpu_settings(), network, IMAGE, batch_size) == min(batch_size, 16)
 
 
 def test_parts_do_not_become_tiny():
     network = build("convnet", 10, (3, 32, 32))
-    assert micro_batch(cpu_levers(1), network, IMAGE, batch_size=512) == MICRO_BATCH_MIN
+    assert micro_batch(cpu_settings(1), network, IMAGE, batch_size=512) == MICRO_BATCH_MIN
 
 
 @pytest.mark.parametrize("name", ["softmax", "twolayernn"])
 def test_linear_networks_are_not_split(name):
-    assert micro_batch(cpu_levers(1), build(name, 10, (3, 32, 32)), IMAGE, batch_size=512) == 512
+    assert micro_batch(cpu_settings(1), build(name, 10, (3, 32, 32)), IMAGE, batch_size=512) == 512
 
 
 def test_nothing_is_split_where_the_device_has_no_such_lever():
     network = build("convnet", 10, (3, 32, 32))
-    assert micro_batch(cpu_levers(None), network, IMAGE, batch_size=512) == 512
+    assert micro_batch(cpu_settings(None), network, IMAGE, batch_size=512) == 512
 
 
 @pytest.mark.parametrize("name", ["resnet_softmax_updatable", "resnet_conv_updatable", "resnet_finetune"])
 def test_batch_norm_in_training_is_never_split(name):
     network = build(name, 10, (3, 32, 32)).train()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    assert micro_batch(cpu_levers(1), network, IMAGE, batch_size=512) == 512
+    assert micro_batch(cpu_settings(1), network, IMAGE, batch_size=512) == 512
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
 def test_a_frozen_backbone_may_be_split():
     network = build("resnet_conv", 10, (3, 32, 32)).train()
-    assert micro_batch(cpu_levers(1), network, IMAGE, batch_size=512) == MICRO_BATCH_MIN
+    assert micro_batch(cpu_settings(1), network, IMAGE, batch_size=512) == MICRO_BATCH_MIN
 
 
 def test_measuring_leaves_no_hook_behind():
     network = build("convnet", 10, (3, 32, 32))
-    micro_batch(cpu_levers(), network, IMAGE, batch_size=512)
+    micro_batch(cpu_settings(), network, IMAGE, batch_size=512)
     assert not any(module._forward_hooks for module in network.modules())
 
 

@@ -8,11 +8,11 @@ import torchvision
 
 from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import SPLITS, ImageData, load_split
-from tunefleet.trainables.device import Levers
+from tunefleet.trainables.device import DeviceSettings
 from tunefleet.trainables.evaluate import evaluate_test
 from tunefleet.trainables.training import TrainingRun
 
-FP32 = Levers("cpu", "fp32", channels_last=True, micro_batch_bytes=2**18)
+FP32 = DeviceSettings("cpu", "fp32", channels_last=True, micro_batch_bytes=2**18)
 CASES = [
     ("softmax", {}),
     ("mymodel", {"hidden": 4, "kernel_size": 3}),  # dropout

@@ -59,9 +59,9 @@ def replays(monkeypatch):
 
 @pytest.fixture
 def make(data, tmp_path):  # noqa: F811
-    def make_run(values, *, eager=False, levers=GRAPHED, **others):
+    def make_run(values, *, eager=False, settings=GRAPHED, **others):
         run = TrainingRun(
-            TrainConfig(**({"epochs": 3, "seed": 1} | values)), data, levers, tmp_path, **others
+            TrainConfig(**({"epochs": 3, "seed": 1} | values)), data, settings, tmp_path, **others
         )
         if eager:
             run._graph_of_epoch = lambda sizes: None

@@ -10,12 +10,12 @@ from torch import multiprocessing, nn
 
 from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import ImageData
-from tunefleet.trainables.device import Levers
+from tunefleet.trainables.device import DeviceSettings
 from tunefleet.trainables.group import Group
 from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.training import TrainingRun
 
-FP32 = Levers("cpu", "fp32", channels_last=True, micro_batch_bytes=8 * 2**20)
+FP32 = DeviceSettings("cpu", "fp32", channels_last=True, micro_batch_bytes=8 * 2**20)
 IN_PARTS = dataclasses.replace(FP32, micro_batch_bytes=2**16)  # 8 images of the small convnet
 EPOCHS = 1
 # A small lr for the ResNet: with 1e-3, two threads instead of one change its loss by half a percent, while
@@ -87,8 +87,8 @@ def work(rank: int, size: int, folder, data: ImageData, names: list[str]) -> Non
     )
     found = {}
     for name in names:
-        _, levers, config = CASES[name]
-        run = TrainingRun(config, data, levers, folder, group=Group.current())
+        _, settings, config = CASES[name]
+        run = TrainingRun(config, data, settings, folder, group=Group.current())
         found[name] = train(run)
         if rank == 0:
             run.save(folder / f"{name}.pt")
@@ -120,8 +120,8 @@ def found_by(folder, size: int) -> list[dict]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_group_trains_as_one_worker_does(folder, data, name):
-    size, levers, config = CASES[name]
-    alone = train(TrainingRun(config, data, levers, folder))
+    size, settings, config = CASES[name]
+    alone = train(TrainingRun(config, data, settings, folder))
     for found in (worker[name] for worker in found_by(folder, size)):
         for ours, theirs in zip(found["reports"], alone["reports"], strict=True):
             assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
@@ -135,16 +135,16 @@ def test_a_group_trains_as_one_worker_does(folder, data, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_each_image_is_seen_by_one_worker_in_an_epoch(folder, data, name):
-    size, levers, config = CASES[name]
+    size, settings, config = CASES[name]
     seen = torch.cat([worker[name]["seen"] for worker in found_by(folder, size)])
-    count = len(TrainingRun(config, data, levers, folder).inputs.train_y)
+    count = len(TrainingRun(config, data, settings, folder).inputs.train_y)
     assert sorted(seen.tolist()) == list(range(count))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_one_worker_goes_on_from_a_groups_checkpoint_and_counts_the_same(folder, data, name):
-    size, levers, config = CASES[name]
-    alone = TrainingRun(config, data, levers, folder)
+    size, settings, config = CASES[name]
+    alone = TrainingRun(config, data, settings, folder)
     alone.load(folder / f"{name}.pt")
     loss_sum, correct = (value.item() for value in alone.evaluate(alone.inputs.val_x, alone.inputs.val_y))
     for found in found_by(folder, size):

@@ -13,11 +13,11 @@ from tunefleet.models.building import build
 from tunefleet.trainables import inputs as inputs_module
 from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import SPLITS, ImageData, load_split, split_sha256, split_validation
-from tunefleet.trainables.device import Levers
+from tunefleet.trainables.device import DeviceSettings
 from tunefleet.trainables.inputs import LOADED_MAX, backbone_sha256, build_model, kind_of, load_inputs
 from tunefleet.trainables.pipeline import Pipeline
 
-FP32 = Levers("cpu", "fp32", channels_last=True, micro_batch_bytes=8 * 2**20)
+FP32 = DeviceSettings("cpu", "fp32", channels_last=True, micro_batch_bytes=8 * 2**20)
 BF16 = dataclasses.replace(FP32, precision="bf16")
 NCHW = dataclasses.replace(FP32, channels_last=False)
 
@@ -66,20 +66,20 @@ def test_the_config_alone_chooses_the_kind(data, architecture, values, kind):
     assert kind_of(TrainConfig(architecture, **values), data) == kind
 
 
-@pytest.mark.parametrize("levers", [FP32, BF16, NCHW])
+@pytest.mark.parametrize("settings", [FP32, BF16, NCHW])
 @pytest.mark.parametrize("architecture", ["softmax", "convnet"])
-def test_normalised_inputs_are_the_pipelines(tmp_path, data, architecture, levers):
+def test_normalised_inputs_are_the_pipelines(tmp_path, data, architecture, settings):
     config = TrainConfig(architecture)
-    inputs = load_inputs(config, data, levers, tmp_path)
+    inputs = load_inputs(config, data, settings, tmp_path)
     images, labels = load_split(data, "train")
-    pipeline = Pipeline.of(config, data, levers)
+    pipeline = Pipeline.of(config, data, settings)
     for x, y, index in zip(
         (inputs.train_x, inputs.val_x),
         (inputs.train_y, inputs.val_y),
         split_validation(labels),
         strict=True,
     ):
-        assert x.dtype == levers.dtype
+        assert x.dtype == settings.dtype
         assert torch.equal(x, pipeline(torch.from_numpy(images[index])))
         assert y.tolist() == labels[index].tolist()
 
@@ -209,8 +209,8 @@ def test_another_backbone_under_the_same_name_has_its_own_features(
 
 
 def test_precisions_and_memory_formats_have_their_own_files(tmp_path, data):
-    for levers in (FP32, BF16, NCHW):
-        load_inputs(TrainConfig("convnet"), data, levers, tmp_path)
+    for settings in (FP32, BF16, NCHW):
+        load_inputs(TrainConfig("convnet"), data, settings, tmp_path)
     assert len(prepared(tmp_path)) == 3
 
 

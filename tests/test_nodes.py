@@ -12,11 +12,11 @@ from tunefleet.analysis.load import load
 from tunefleet.journal import Journal
 from tunefleet.search import nodes
 from tunefleet.search.failures import IN_A_ROW, NodeFailures
-from tunefleet.trainables.device import Levers
+from tunefleet.trainables.device import DeviceSettings
 from tunefleet.trainables.provenance import code_sha256, commit, versions
 
-CPU = Levers("cpu", "fp32", True, 2**20)
-CUDA = Levers("cuda", "bf16", True, None)
+CPU = DeviceSettings("cpu", "fp32", True, 2**20)
+CUDA = DeviceSettings("cuda", "bf16", True, None)
 NODE = nodes.Node("ab12", "worker-1", 4, 1)
 SPEC = ("--space", "softmax", "--data", "digits", "--wandb", "off", "--final-seeds", 1)
 
@@ -35,7 +35,7 @@ def well(**other):
 
 
 @pytest.mark.parametrize(
-    ("told", "levers", "unseen", "needles"),
+    ("told", "settings", "unseen", "needles"),
     [
         ({"versions": versions() | {"torch": "2.0.0"}}, CPU, False, ["torch 2.0.0, not", "constraints.txt"]),
         ({"code": "another"}, CPU, False, ["other code", "ray job submit"]),
@@ -47,8 +47,8 @@ def well(**other):
         ({"weights": "/w.pth"}, CPU, False, ["other weights under /w.pth"]),
     ],
 )
-def test_each_fault_of_a_node_has_its_remedy(told, levers, unseen, needles):
-    (problem,) = nodes._problems(NODE, well(**told), levers, unseen, "/mnt")
+def test_each_fault_of_a_node_has_its_remedy(told, settings, unseen, needles):
+    (problem,) = nodes._problems(NODE, well(**told), settings, unseen, "/mnt")
     for needle in needles:
         assert needle in problem
 

@@ -11,13 +11,13 @@ from torch.nn import functional as F
 from tunefleet.trainables import pipeline as pipeline_module
 from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import ImageData
-from tunefleet.trainables.device import Levers
+from tunefleet.trainables.device import DeviceSettings
 from tunefleet.trainables.pipeline import IMAGENET_MEAN, IMAGENET_STD, Pipeline, draw_crops
 from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.training import TrainingRun
 
 MEAN, STD = (0.1, 0.5, 0.9), (0.2, 0.25, 0.3)
-FP32 = Levers("cpu", "fp32", channels_last=True, micro_batch_bytes=None)
+FP32 = DeviceSettings("cpu", "fp32", channels_last=True, micro_batch_bytes=None)
 BF16 = dataclasses.replace(FP32, precision="bf16")
 DATA = ImageData("made", "/nowhere", ("a", "b"), (3, 32, 32), 8, 2, MEAN, STD, "0" * 64)
 
@@ -80,7 +80,7 @@ def test_enlarging_comes_after_normalising():
 
 
 @pytest.mark.parametrize("image_size", [32, 48])
-def test_precision_is_the_levers(image_size):
+def test_precision_is_that_of_the_settings(image_size):
     assert Pipeline(MEAN, STD, image_size, FP32)(random_images()).dtype == torch.float32
     assert Pipeline(MEAN, STD, image_size, BF16)(random_images()).dtype == torch.bfloat16
 
@@ -96,8 +96,8 @@ def test_a_channel_without_variance_becomes_0():
     data = dataclasses.replace(DATA, mean=(51 / 255, 0.5, 1.0), std=(0.0, 0.25, 0.0))
     images = random_images()
     images[:, 0], images[:, 2] = 51, 255
-    for levers in (FP32, BF16):
-        x = Pipeline.of(TrainConfig("softmax"), data, levers)(images)
+    for settings in (FP32, BF16):
+        x = Pipeline.of(TrainConfig("softmax"), data, settings)(images)
         assert x.isfinite().all()
         torch.testing.assert_close(x[:, [0, 2]].float(), torch.zeros(8, 2, 32, 32), rtol=0, atol=1e-3)
         assert x[:, 1].std() > 0.9

@@ -31,17 +31,17 @@ from tunefleet.search.resources import (
 )
 from tunefleet.search.running import default_folder
 from tunefleet.trainables.config import TrainConfig
-from tunefleet.trainables.device import CONTEXT_BYTES, Levers, choose
+from tunefleet.trainables.device import CONTEXT_BYTES, DeviceSettings, choose
 from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.training import TrainingRun
 
-CPU = Levers("cpu", "fp32", True, 2**20)
-CUDA = Levers("cuda", "bf16", True, None)
+CPU = DeviceSettings("cpu", "fp32", True, 2**20)
+CUDA = DeviceSettings("cuda", "bf16", True, None)
 
 
-def planned(cpus, gpus, space="resnet_conv", levers=None, trial_slots=None, **options):
-    levers, machine = levers or (CUDA if gpus else CPU), Machine(cpus, gpus, trial_slots)
-    return plan(settle(StudyOptions(space=space, **options), levers, machine), levers, machine)
+def planned(cpus, gpus, space="resnet_conv", settings=None, trial_slots=None, **options):
+    settings, machine = settings or (CUDA if gpus else CPU), Machine(cpus, gpus, trial_slots)
+    return plan(settle(StudyOptions(space=space, **options), settings, machine), settings, machine)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def planned(cpus, gpus, space="resnet_conv", levers=None, trial_slots=None, **op
         (8, 0, {"cpus_per_trial": 0.5}, (16, 0.5, 0.0)),
         (8, 0, {"concurrency": 3}, (3, 1.0, 0.0)),
         (96, 0, {"trials": 5}, (5, 1.0, 0.0)),  # no worker without work
-        (8, 1, {"levers": CPU}, (8, 1.0, 0.0)),  # --device cpu beside a GPU
+        (8, 1, {"settings": CPU}, (8, 1.0, 0.0)),  # --device cpu beside a GPU
     ],
 )
 def test_resources_are_divided_as_worked_out(cpus, gpus, options, expected):
@@ -183,7 +183,7 @@ def test_the_largest_trial_of_a_space_has_the_highest_of_everything():
 
 
 @pytest.mark.parametrize(
-    ("space", "options", "levers", "gpu_bytes", "size"),
+    ("space", "options", "settings", "gpu_bytes", "size"),
     [
         ("resnet_softmax", {}, CPU, None, 128),
         ("resnet_conv", {}, CPU, None, 32),
@@ -201,10 +201,10 @@ def test_the_largest_trial_of_a_space_has_the_highest_of_everything():
     ],
 )
 def test_the_image_size_is_the_spaces_best_that_there_is_room_for(
-    space, options, levers, gpu_bytes, size, tmp_path
+    space, options, settings, gpu_bytes, size, tmp_path
 ):
     spec = StudyOptions(space, data_dir=str(tmp_path), **options)
-    assert settle_image_size(spec, levers, Machine(16, 1, gpu_bytes=gpu_bytes)).image_size == size
+    assert settle_image_size(spec, settings, Machine(16, 1, gpu_bytes=gpu_bytes)).image_size == size
 
 
 def test_images_are_counted_without_reading_them_all(tmp_path):

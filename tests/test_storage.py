@@ -216,10 +216,10 @@ def test_no_name_in_a_store_leads_out_of_the_folder(storage, tmp_path, monkeypat
 
 
 def test_a_trial_goes_on_upon_another_node(storage, data_dir, tmp_path):
-    data, levers = prepare("digits", data_dir), choose("cpu", "fp32")
+    data, settings = prepare("digits", data_dir), choose("cpu", "fp32")
 
     def node(name, store=storage):
-        return TrialContext(data, levers, tmp_path / name, tmp_path / "driver", store, 1, None)
+        return TrialContext(data, settings, tmp_path / name, tmp_path / "driver", store, 1, None)
 
     alone = node("alone", Store(str(tmp_path / "driver")))
 

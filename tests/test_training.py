@@ -12,10 +12,10 @@ from tunefleet.models import ARCHITECTURES
 from tunefleet.models.building import build_args
 from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import SPLITS, ImageData
-from tunefleet.trainables.device import Levers
+from tunefleet.trainables.device import DeviceSettings
 from tunefleet.trainables.training import TrainingRun, lr_at
 
-FP32 = Levers("cpu", "fp32", channels_last=True, micro_batch_bytes=8 * 2**20)
+FP32 = DeviceSettings("cpu", "fp32", channels_last=True, micro_batch_bytes=8 * 2**20)
 CLASSES = 4
 SMALL = {"hidden": 4, "kernel_size": 3}
 UPDATABLE = [name for name, row in ARCHITECTURES.items() if row.cut and not row.frozen]

@@ -21,8 +21,8 @@ def worker(data_dir, tmp_path):
     """Makes workers of a softmax study of digits; Ray's part of a Trainable is not started."""
     for name in ("checkpoints", "best"):
         (tmp_path / name).mkdir()
-    data, levers = prepare("digits", data_dir), choose("cpu", "fp32")
-    context = TrialContext(data, levers, data_dir, tmp_path, Store(str(tmp_path)), 1, 10)
+    data, settings = prepare("digits", data_dir), choose("cpu", "fp32")
+    context = TrialContext(data, settings, data_dir, tmp_path, Store(str(tmp_path)), 1, 10)
 
     def make(trial_id="0000", reported=0, final=False, **config):
         trial = Trial.__new__(Trial)
@@ -147,7 +147,9 @@ def test_the_test_split_is_announced_before_it_is_opened(worker, tmp_path):
 def on_gpu(trial, monkeypatch, usable):
     """Lets a worker believe that it is on a GPU, which an error leaves usable or not."""
     trial.context = dataclasses.replace(
-        trial.context, levers=dataclasses.replace(trial.context.levers, device="cuda"), gpu_bytes=2 * 10**9
+        trial.context,
+        settings=dataclasses.replace(trial.context.settings, device="cuda"),
+        gpu_bytes=2 * 10**9,
     )
     monkeypatch.setattr("tunefleet.trainables.device.is_usable", lambda: usable)
     monkeypatch.setattr("tunefleet.trainables.device.gpu_id", lambda: "GPU-1234")
@@ -208,12 +210,12 @@ def test_a_failed_capture_replaces_the_worker(worker, monkeypatch, kind):
 
 def test_a_job_whose_capture_failed_trains_eagerly(worker):
     trial = worker()
-    levers = dataclasses.replace(trial.context.levers, cuda_graph=True)
-    trial.context = dataclasses.replace(trial.context, levers=levers)
+    settings = dataclasses.replace(trial.context.settings, cuda_graph=True)
+    trial.context = dataclasses.replace(trial.context, settings=settings)
     trial.job["eager"] = True
     report_of(trial)
     assert trial.run.run.graph is None
-    assert not trial.run.run.levers.cuda_graph
+    assert not trial.run.run.settings.cuda_graph
 
 
 def test_divergence_is_a_result(worker):

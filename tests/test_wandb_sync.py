@@ -25,7 +25,7 @@ from tunefleet.search.run import main, parse
 from tunefleet.search.wandb_options import WandbOptions, choose
 from tunefleet.search.wandb_sync import (
     COLUMNS,
-    Sidecar,
+    LiveUpload,
     describe,
     legible,
     read_state,
@@ -589,10 +589,10 @@ def test_read_only_folder_under_wandb_is_one_line(server, sync, tmp_path, small_
 def test_study_goes_on_where_wandb_cannot_have_a_folder(tmp_path):
     folder = write_study(tmp_path / "study")
     (folder / "wandb").write_text("a file of the user's")
-    sidecar = Sidecar(folder, choose({"mode": "offline"}))
-    sidecar.start()
-    assert sidecar.process is None
-    assert sidecar.end(1.0).startswith("W&B: ")
+    live_upload = LiveUpload(folder, choose({"mode": "offline"}))
+    live_upload.start()
+    assert live_upload.process is None
+    assert live_upload.end(1.0).startswith("W&B: ")
 
 
 @pytest.mark.parametrize(

@@ -71,10 +71,10 @@ def drive(job: dict[str, Any], *, context: TrialContext, workers: int, resources
         tune.report({"report": report.decode()})
 
 
-def _train(settings: dict[str, Any]) -> None:
+def _train(arguments: dict[str, Any]) -> None:
     """Is one worker of a group; every worker reports, and rank 0's reports reach Tune."""
-    job, context = settings["job"], settings["context"]
-    if context.levers.device == "cuda":
+    job, context = arguments["job"], arguments["context"]
+    if context.settings.device == "cuda":
         torch.cuda.set_device(get_device())
     set_up_worker(context)
     try:

@@ -53,7 +53,7 @@ class BrokenGpuError(Exception):
 
 
 @dataclass(frozen=True)
-class Levers:
+class DeviceSettings:
     """Settings of one device; recorded, so plain values only."""
 
     device: str  # cpu or cuda
@@ -76,7 +76,7 @@ class Levers:
         return asdict(self)
 
 
-def choose(device: str = "auto", precision: str = "auto") -> Levers:
+def choose(device: str = "auto", precision: str = "auto") -> DeviceSettings:
     """Choose the settings of a device from its capability flags.
 
     Args:
@@ -95,7 +95,7 @@ def choose(device: str = "auto", precision: str = "auto") -> Levers:
     if precision == "auto":
         precision = "bf16" if _gains_by_bf16(device) else "fp32"
     on_cpu = device == "cpu"
-    return Levers(
+    return DeviceSettings(
         device=device,
         precision=precision,
         channels_last=True,
@@ -159,19 +159,19 @@ def has_convolution(network: nn.Module) -> bool:
     return any(isinstance(module, nn.Conv2d) for module in network.modules())
 
 
-def micro_batch(levers: Levers, network: nn.Module, inputs: torch.Tensor, batch_size: int) -> int:
+def micro_batch(settings: DeviceSettings, network: nn.Module, inputs: torch.Tensor, batch_size: int) -> int:
     """Return how many images to process at a time while gradients are accumulated.
 
     The sum of the parts' gradients is the batch's gradient, except under BatchNorm in training,
     whose statistics would be those of the part: such networks are never split.
 
     Args:
-        levers: The device's settings.
+        settings: The device's settings.
         network: What is trained, in training mode.
         inputs: One prepared input ``(1, …)``, to see how large its activations get.
         batch_size: Images per optimizer step.
     """
-    if levers.micro_batch_bytes is None or not has_convolution(network):
+    if settings.micro_batch_bytes is None or not has_convolution(network):
         return batch_size
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in network.modules()):
         return batch_size
@@ -182,11 +182,11 @@ def micro_batch(levers: Levers, network: nn.Module, inputs: torch.Tensor, batch_
         largest = max(largest, output.numel() * output.element_size())
 
     hooks = [m.register_forward_hook(record) for m in network.modules() if isinstance(m, nn.Conv2d)]
-    with torch.no_grad(), levers.autocast():
+    with torch.no_grad(), settings.autocast():
         network(inputs)
     for hook in hooks:
         hook.remove()
-    images = max(MICRO_BATCH_MIN, levers.micro_batch_bytes // max(1, largest))
+    images = max(MICRO_BATCH_MIN, settings.micro_batch_bytes // max(1, largest))
     return min(batch_size, 2 ** (images.bit_length() - 1))
 
 

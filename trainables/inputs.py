@@ -39,7 +39,7 @@ from tunefleet.trainables.data import (
     split_sha256,
     split_validation,
 )
-from tunefleet.trainables.device import Levers
+from tunefleet.trainables.device import DeviceSettings
 from tunefleet.trainables.pipeline import Pipeline
 
 FORMAT_VERSION = 3  # of the files under data_dir/prepared
@@ -78,7 +78,7 @@ def kind_of(config: TrainConfig, data: ImageData) -> str:
 def load_inputs(
     config: TrainConfig,
     data: ImageData,
-    levers: Levers,
+    settings: DeviceSettings,
     data_dir: Path,
     progress: Progress | None = None,
 ) -> Inputs:
@@ -87,18 +87,18 @@ def load_inputs(
     Args:
         config: The trial.
         data: The decoded images.
-        levers: The device's settings.
+        settings: The device's settings.
         data_dir: Where prepared tensors are cached, on this node.
         progress: Called with the phase, images prepared and images in all.
     """
     images, labels, order, train_count, split = _training_split(data)
-    preparation = _Preparation(config, data, levers)
+    preparation = _Preparation(config, data, settings)
     key = (preparation.file(data_dir, split), config.refit)
     if key not in _loaded:  # a reused worker opens its inputs once and not once per trial
         if len(_loaded) >= LOADED_MAX:
             _loaded.pop(next(iter(_loaded)))
-        x = preparation.mapped(key[0], images, order, progress).to(levers.device)
-        y = torch.from_numpy(labels).to(levers.device)
+        x = preparation.mapped(key[0], images, order, progress).to(settings.device)
+        y = torch.from_numpy(labels).to(settings.device)
         count = len(order) if config.refit else train_count
         _loaded[key] = Inputs(preparation.kind, x[:count], y[:count], x[count:], y[count:], split)
     return _loaded[key]
@@ -111,7 +111,7 @@ def split_counts(data: ImageData) -> tuple[int, int, str]:
 
 
 def sample_inputs(
-    config: TrainConfig, data: ImageData, levers: Levers, data_dir: Path, count: int
+    config: TrainConfig, data: ImageData, settings: DeviceSettings, data_dir: Path, count: int
 ) -> tuple[Inputs, float]:
     """Prepare inputs to time training on, a few images again and again, without a file.
 
@@ -121,17 +121,17 @@ def sample_inputs(
         The inputs, and the seconds that preparing all of them would take; 0 where they are prepared.
     """
     images, labels, order, train_count, split = _training_split(data)
-    preparation = _Preparation(config, data, levers)
+    preparation = _Preparation(config, data, settings)
     count = min(count, train_count)
     val_count = max(1, count * (len(order) - train_count) // train_count)
     rows = order[:SAMPLE_IMAGES]
     prepare = preparation.function()
     prepare(torch.from_numpy(images[rows[:1]]))  # initialises what is initialised once
     began = time.perf_counter()
-    prepared = prepare(torch.from_numpy(images[rows])).to(levers.device)
+    prepared = prepare(torch.from_numpy(images[rows])).to(settings.device)
     seconds = (time.perf_counter() - began) * len(order) / len(rows)
     repeated = torch.arange(count + val_count, device=prepared.device) % len(rows)
-    x, y = prepared[repeated], torch.from_numpy(labels[: len(rows)]).to(levers.device)[repeated]
+    x, y = prepared[repeated], torch.from_numpy(labels[: len(rows)]).to(settings.device)[repeated]
     if x.dim() == 4 and preparation.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     if preparation.file(data_dir, split).exists():
@@ -140,13 +140,13 @@ def sample_inputs(
 
 
 def cached_features(
-    config: TrainConfig, data: ImageData, levers: Levers, data_dir: Path, images: np.ndarray
+    config: TrainConfig, data: ImageData, settings: DeviceSettings, data_dir: Path, images: np.ndarray
 ) -> Tensor:
     """Return a frozen backbone's features of test images, on the CPU; computed once per node.
 
     The arguments are load_inputs's, and uint8 images ``(N, 3, H, W)``, which only trainables/evaluate.py has.
     """
-    preparation = _Preparation(config, data, levers)
+    preparation = _Preparation(config, data, settings)
     return preparation.mapped(preparation.file(data_dir, "test"), images, np.arange(len(images)))
 
 
@@ -196,17 +196,17 @@ _hashes: dict[tuple[Any, ...], str] = {}
 class _Preparation:
     """How a config's inputs are made of images."""
 
-    def __init__(self, config: TrainConfig, data: ImageData, levers: Levers) -> None:
+    def __init__(self, config: TrainConfig, data: ImageData, settings: DeviceSettings) -> None:
         row = ARCHITECTURES[config.architecture]
         flat = row.cut is None and row.head in FLAT_HEADS
-        self.config, self.data, self.levers = config, data, levers
+        self.config, self.data, self.settings = config, data, settings
         self.kind = kind_of(config, data)
-        self.channels_last = levers.channels_last and not flat
-        self.pipeline = Pipeline.of(config, data, levers)
+        self.channels_last = settings.channels_last and not flat
+        self.pipeline = Pipeline.of(config, data, settings)
         # All that prepared tensors depend on, and nothing else: trials that differ elsewhere share them.
-        self.key: list[Any] = [FORMAT_VERSION, self.kind, data.sha256, levers.device, self.channels_last]
+        self.key: list[Any] = [FORMAT_VERSION, self.kind, data.sha256, settings.device, self.channels_last]
         if self.kind != "images":
-            self.key += [self.pipeline, levers.dtype]
+            self.key += [self.pipeline, settings.dtype]
         if self.kind == "features":
             self.key.append(backbone_sha256(config, data))
 
@@ -250,14 +250,14 @@ class _Preparation:
         return self.pipeline if self.kind == "normalised" else lambda images: images
 
     def _extractor(self) -> Callable[[Tensor], Tensor]:
-        levers, pipeline = self.levers, self.pipeline
-        model = build_model(self.config, self.data).to(levers.device).eval()
-        if levers.channels_last:
+        settings, pipeline = self.settings, self.pipeline
+        model = build_model(self.config, self.data).to(settings.device).eval()
+        if settings.channels_last:
             model.to(memory_format=torch.channels_last)
 
         def extract(images: Tensor) -> Tensor:
-            with torch.inference_mode(), levers.autocast():
-                return model.backbone(pipeline(images.to(levers.device))).to(levers.dtype).cpu()
+            with torch.inference_mode(), settings.autocast():
+                return model.backbone(pipeline(images.to(settings.device))).to(settings.dtype).cpu()
 
         return extract
 

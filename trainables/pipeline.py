@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tunefleet.models import ARCHITECTURES
 from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import ImageData
-from tunefleet.trainables.device import Levers
+from tunefleet.trainables.device import DeviceSettings
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # what torchvision's weights were trained with
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -27,16 +27,16 @@ class Pipeline:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     image_size: int
-    levers: Levers
+    settings: DeviceSettings
 
     @classmethod
-    def of(cls, config: TrainConfig, data: ImageData, levers: Levers) -> Pipeline:
+    def of(cls, config: TrainConfig, data: ImageData, settings: DeviceSettings) -> Pipeline:
         """Build the pipeline of a config, with ImageNet's statistics where a backbone has trained weights."""
         pretrained = ARCHITECTURES[config.architecture].cut is not None and config.weights != "none"
         if pretrained:
-            return cls(IMAGENET_MEAN, IMAGENET_STD, config.image_size, levers)
+            return cls(IMAGENET_MEAN, IMAGENET_STD, config.image_size, settings)
         red, green, blue = (max(std, STD_MIN) for std in data.std)
-        return cls(data.mean, (red, green, blue), config.image_size, levers)
+        return cls(data.mean, (red, green, blue), config.image_size, settings)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Normalise and enlarges uint8 ``(N, 3, H, W)`` to float ``(N, 3, image_size, image_size)``.
@@ -47,7 +47,7 @@ class Pipeline:
         x = images.to(torch.float32).mul_(scale).sub_(shift)
         if x.shape[-1] != self.image_size:
             x = F.interpolate(x, size=self.image_size, mode="bilinear", antialias=True)
-        return x.to(self.levers.dtype)
+        return x.to(self.settings.dtype)
 
 
 @functools.lru_cache  # made once per device: a copy to a GPU in each step would wait for it

@@ -1,4 +1,4 @@
-"""Train one configuration: TrainingRun(config, data, levers) trains an epoch per call of epoch().
+"""Train one configuration: TrainingRun(config, data, settings) trains an epoch per call of epoch().
 
 By hand, with the code that trials use; prints one line per epoch and writes nothing::
 
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from tunefleet.cli import Parser
 from tunefleet.trainables.config import FIELD_TYPES, TrainConfig, check_integer
 from tunefleet.trainables.data import DATA_DIR, ImageData
-from tunefleet.trainables.device import Levers, choose, has_convolution, micro_batch, use_exact_fp32
+from tunefleet.trainables.device import DeviceSettings, choose, has_convolution, micro_batch, use_exact_fp32
 from tunefleet.trainables.graph import StepGraph
 from tunefleet.trainables.group import Group
 from tunefleet.trainables.host import cpu_count
@@ -49,7 +49,7 @@ class TrainingRun:
     Args:
         config: The trial.
         data: The decoded images.
-        levers: The device's settings.
+        settings: The device's settings.
         data_dir: Where prepared inputs are cached.
         leaves_chance_by: Epoch from which an accuracy at chance means that the trial diverged; None: never.
         group: This worker's place where several train the trial; reports are then of all together.
@@ -63,27 +63,27 @@ class TrainingRun:
         self,
         config: TrainConfig,
         data: ImageData,
-        levers: Levers,
+        settings: DeviceSettings,
         data_dir: Path,
         leaves_chance_by: int | None = None,
         group: Group = ALONE,
         inputs: Inputs | None = None,
     ) -> None:
-        self.config, self.data, self.levers, self.group = config, data, levers, group
+        self.config, self.data, self.settings, self.group = config, data, settings, group
         self.data_dir = Path(data_dir)
-        self.device = torch.device(levers.device)
+        self.device = torch.device(settings.device)
         self.leaves_chance_by = leaves_chance_by
         use_exact_fp32()
-        self.inputs = inputs or load_inputs(config, data, levers, data_dir)
-        self.pipeline = Pipeline.of(config, data, levers)
+        self.inputs = inputs or load_inputs(config, data, settings, data_dir)
+        self.pipeline = Pipeline.of(config, data, settings)
         self.model = build_model(config, data).to(self.device)
         group.synchronise_batchnorm(self.model)
         # Cached features replace the backbone: only the head is trained, saved and evaluated.
         self.network = self.model.head if self.inputs.kind == "features" else self.model
-        if levers.channels_last and has_convolution(self.model):
+        if settings.channels_last and has_convolution(self.model):
             self.model.to(memory_format=torch.channels_last)
         self.trained = [p for p in self.network.parameters() if p.requires_grad]
-        on_device = self.device.type == "cuda" or levers.cuda_graph  # a tensor, which a captured step reads
+        on_device = self.device.type == "cuda" or settings.cuda_graph  # a tensor, which a captured step reads
         self.lr = torch.tensor(config.lr, device=self.device) if on_device else config.lr
         self.optimizer = make_optimizer(config, self.trained, self.lr)
         self.generator = torch.Generator().manual_seed(config.seed)  # order and augmentation
@@ -95,7 +95,7 @@ class TrainingRun:
         self.graph: StepGraph | None = None  # once there are steps to replay
         self.network.train()
         sample = self.to_network(self.inputs.train_x[:1])
-        self.micro_batch = micro_batch(levers, self.network, sample, config.batch_size)
+        self.micro_batch = micro_batch(settings, self.network, sample, config.batch_size)
         self.parallel = group.parallel(self.network)
 
     @property
@@ -179,7 +179,7 @@ class TrainingRun:
             if part_crops is not None:
                 x = augment(x, part_crops)
             with group.accumulating(self.parallel, last=k == len(parts)):
-                with self.levers.autocast():
+                with self.settings.autocast():
                     logits = self.parallel(self.to_network(x)).float()
                 loss = F.cross_entropy(
                     logits, y, reduction="sum", label_smoothing=self.config.label_smoothing
@@ -206,7 +206,7 @@ class TrainingRun:
     def _graph_of_epoch(self, sizes: list[int]) -> StepGraph | None:
         """Return what replays the full batches; None where steps run eagerly."""
         full = sizes.count(self.config.batch_size)
-        if not (self.levers.cuda_graph and self.group.size == 1 and full):
+        if not (self.settings.cuda_graph and self.group.size == 1 and full):
             return None
         if self.graph is None:
             assert isinstance(self.lr, Tensor)
@@ -237,7 +237,7 @@ class TrainingRun:
     def predict(self, images: np.ndarray) -> Tensor:
         """Return class probabilities ``(N, classes)`` of test images, uint8 ``(N, 3, H, W)``, on the CPU."""
         if self.inputs.kind == "features" and self.config.weights != "none":  # else each seed has its own
-            x = cached_features(self.config, self.data, self.levers, self.data_dir, images)
+            x = cached_features(self.config, self.data, self.settings, self.data_dir, images)
             batches = self._logits(self.network, self.to_network, x)
         else:
             batches = self._logits(self.model, self.pipeline, torch.from_numpy(images))
@@ -249,7 +249,7 @@ class TrainingRun:
         """Yield the logits of x in batches, in eval mode."""
         network.eval()
         for part in x.split(self._eval_batch(x)):
-            with self.levers.autocast():
+            with self.settings.autocast():
                 logits = network(prepare_batch(part.to(self.device)))
             yield logits
 

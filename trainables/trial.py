@@ -27,7 +27,7 @@ from tunefleet.store import Store, StoreError
 from tunefleet.trainables import device
 from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import ImageData
-from tunefleet.trainables.device import Levers
+from tunefleet.trainables.device import DeviceSettings
 from tunefleet.trainables.evaluate import evaluate_test, result_files
 from tunefleet.trainables.graph import CaptureError
 from tunefleet.trainables.group import Group
@@ -36,10 +36,10 @@ from tunefleet.trainables.training import ALONE, DamagedCheckpointError, Trainin
 
 @dataclass(frozen=True)
 class TrialContext:
-    """What all trials of a study share; none of it changes a result but data and levers."""
+    """What all trials of a study share; none of it changes a result but data and device settings."""
 
     data: ImageData
-    levers: Levers
+    settings: DeviceSettings
     data_dir: Path
     study_dir: Path  # the driver's
     store: Store  # what the study's nodes share
@@ -107,18 +107,18 @@ class JobRun:
 
     def _new_run(self) -> TrainingRun:
         context, config = self.context, TrainConfig.from_dict(self.job["config"])
-        levers = context.levers
+        settings = context.settings
         if self.job["eager"]:
-            levers = dataclasses.replace(levers, cuda_graph=False)
+            settings = dataclasses.replace(settings, cuda_graph=False)
         return TrainingRun(
-            config, context.data, levers, context.data_dir, context.leaves_chance_by, self.group
+            config, context.data, settings, context.data_dir, context.leaves_chance_by, self.group
         )
 
 
 def set_up_worker(context: TrialContext) -> None:
     """Divide this process's node and GPU as planned."""
     torch.set_num_threads(context.threads)  # Ray sets OMP_NUM_THREADS=1 for 0 to 1 CPUs (2.60)
-    if context.levers.device == "cuda":
+    if context.settings.device == "cuda":
         device.gpu_id()
         if context.gpu_bytes is not None:
             device.limit_memory(context.gpu_bytes)
@@ -137,7 +137,7 @@ def failure_report(error: Exception, job: dict[str, Any], context: TrialContext)
         raise error
     if device.is_out_of_memory(error):
         report = {"status": "out_of_memory", "error": _memory_line(error, job, context)}
-    elif context.levers.device == "cuda" and not device.is_usable():
+    elif context.settings.device == "cuda" and not device.is_usable():
         reason = str(error).partition("\n")[0]
         raise device.BrokenGpuError(
             f"{device.gpu_id()} cannot be used any more by this process ({reason})"
@@ -152,7 +152,7 @@ def _memory_line(error: Exception, job: dict[str, Any], context: TrialContext) -
     sizes = {name: job["config"].get(name) for name in ("batch_size", "hidden", "kernel_size", "image_size")}
     which = ", ".join(f"{name} {value}" for name, value in sizes.items() if value is not None)
     reason = str(error).partition(" If reserved but")[0].partition("\n")[0]
-    if context.levers.device != "cuda":
+    if context.settings.device != "cuda":
         remedy = "give fewer trials at once by --concurrency, or --fix smaller values"
         return f"out of memory with {which} ({reason}); {remedy}"
     total = torch.cuda.get_device_properties(0).total_memory
@@ -168,7 +168,7 @@ def _memory_line(error: Exception, job: dict[str, Any], context: TrialContext) -
 def whereabouts(context: TrialContext) -> dict[str, Any]:
     """Return the process, node and GPU that a report comes from."""
     location = {"pid": os.getpid(), "node": socket.gethostname()}
-    return location | ({"gpu": device.gpu_id()} if context.levers.device == "cuda" else {})
+    return location | ({"gpu": device.gpu_id()} if context.settings.device == "cuda" else {})
 
 
 def worker_location() -> dict[str, Any]:
@@ -199,7 +199,7 @@ class Trial(tune.Trainable):
         self.job = new_config
         self.located = False  # whether the study knows where the job is
         self.run: JobRun | None = None  # built in step(), where its failure is the trial's result
-        if self.context.levers.device == "cuda":
+        if self.context.settings.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         return True
 
@@ -207,7 +207,7 @@ class Trial(tune.Trainable):
         """Return where the job runs, then the report of one epoch; a failure of the trial is a report too."""
         if not self.located:
             self.located = True
-            gpu_id = {"gpu": device.gpu_id()} if self.context.levers.device == "cuda" else {}
+            gpu_id = {"gpu": device.gpu_id()} if self.context.settings.device == "cuda" else {}
             return {"location": json.dumps(worker_location() | gpu_id)}
         failed = False
         try:

@@ -18,8 +18,8 @@ class OurTrial:
         self.run = None
         if not task.no_op:
             assert data is not None
-            levers = choose(task.device, task.precision)
-            self.run = TrainingRun(task.config(trial), data, levers, Path(task.data_dir))
+            settings = choose(task.device, task.precision)
+            self.run = TrainingRun(task.config(trial), data, settings, Path(task.data_dir))
 
     def epoch(self) -> Row:
         """Train and evaluate an epoch; of a no-op trial, only report one."""

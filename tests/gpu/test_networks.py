@@ -159,7 +159,7 @@ def test_a_checkpoint_continues_on_a_processor_and_back(make, name, tmp_path):
     assert third["train_loss"] < second["train_loss"]
 
 
-def work(rank, folder, data, levers):
+def work(rank, folder, data, settings):
     """Is one of two workers on one GPU, which meet over gloo; NCCL wants a GPU for each."""
     torch.set_num_threads(1)
     meeting = {"init_method": f"file://{folder}/meet", "rank": rank, "world_size": 2}
@@ -167,7 +167,7 @@ def work(rank, folder, data, levers):
     found = {}
     for name, config in GROUPS.items():
         try:
-            found[name] = TrainingRun(config, data, levers, folder, group=Group.current()).epoch()
+            found[name] = TrainingRun(config, data, settings, folder, group=Group.current()).epoch()
         except RuntimeError as error:
             found[name] = str(error)
     torch.save(found, folder / str(rank))
