@@ -12,6 +12,7 @@ import tempfile
 _ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",  # set explicitly, or every start prints a warning (Ray 2.60)
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's boxes; search/display.py shows the study
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # or a call in the second after ray.shutdown() starts another Ray
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a relative --data means the same in a worker
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",  # or raylets' texts come again at the end, unfiltered (engine.py)

@@ -185,3 +185,10 @@ def test_a_users_own_modules_are_in_nobodys_way(tmp_path, data_dir):
     log = tmp_path / "study/wandb/sync.log"
     assert not log.exists() or "wrong module" not in log.read_text()
     assert "ended with" not in done.stdout
+
+
+def test_a_call_of_a_study_that_is_being_stopped_starts_no_other_ray():
+    call = "import tunefleet.search, ray; ray.put(1)"
+    ended = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    assert "ray.init" in ended.stderr
