@@ -233,30 +233,6 @@ def test_square_is_pillows_resize_in_planes(mode: str) -> None:
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize(
-    ("mode", "options", "is_plain"),
-    [
-        ("RGB", {}, True),
-        ("RGB", {"progressive": True, "comment": "a comment", "quality": 30}, True),
-        ("RGB", {"subsampling": "4:4:4", "restart_marker_blocks": 1}, True),
-        ("RGB", {"keep_rgb": True}, False),  # Adobe's segment says so
-        ("RGB", {"exif": b"Exif\0\0II*\0\x08\0\0\0\0\0"}, False),
-        ("RGB", {"icc_profile": bytes(200)}, False),
-        ("L", {}, False),
-        ("CMYK", {}, False),
-    ],
-)
-def test_a_plain_jpeg_is_what_pillow_opens(mode: str, options: dict, is_plain: bool) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
-    content = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(content, "JPEG", **options)
-    plain = decoding._plain_jpeg(content.getvalue(), 24)
-    assert (plain is not None) == is_plain
-    assert decoding._plain_jpeg(content.getvalue(), 23) is None
-    if plain:
-        np.testing.assert_array_equal(np.asarray(plain), np.asarray(Image.open(content)))
-
-
 @pytest.mark.parametrize("kept", [0, 1, 2, 3, 20, 163, 170, 300, 0.5, 0.99])
 def test_a_truncated_jpeg_is_refused(tree: Path, cache: Path, kept: float) -> None:
     file = tree / "train/cat/0.jpg"

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import signal
-import struct
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -42,9 +41,6 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Of a JPEG: JFIF header, tables, restart interval, comment; then a frame of 8 bits and three components.
-PLAIN_SEGMENTS = (b"\xff\xe0", b"\xff\xdb", b"\xff\xc4", b"\xff\xdd", b"\xff\xfe")
-PLAIN_FRAME = re.compile(rb"\xff[\xc0-\xc2]\0\x11\x08....\x03", re.DOTALL)
 
 
 class Entry(NamedTuple):
@@ -166,8 +162,6 @@ class Decoder:
 
     def _decode(self, content: bytes) -> tuple[bytes, bool]:
         """Return an image's pixels, empty if it has another size, and whether EXIF rotated it."""
-        if plain := _plain_jpeg(content, self.size):
-            return square(plain, self.size), False
         image = _open(content)
         if image.size != (self.size, self.size):
             # A JPEG is then decoded at 1/2, 1/4 or 1/8, but no smaller than this.
@@ -180,21 +174,6 @@ class Decoder:
         if not self.resize and upright.size != (self.size, self.size):
             return b"", False
         return square(upright, self.size), rotation is not None
-
-
-def _plain_jpeg(content: bytes, size: int) -> Image.Image | None:
-    """Return a colour JPEG of this size without metadata, in 0.7 of the time of _open() and load()."""
-    if not content.startswith(b"\xff\xd8"):
-        return None
-    at = 2
-    while content[at : at + 2] in PLAIN_SEGMENTS:
-        at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
-    if not PLAIN_FRAME.match(content, at) or struct.unpack_from(">2H", content, at + 5) != (size, size):
-        return None
-    try:
-        return Image.frombytes("RGB", (size, size), content, "jpeg", "RGB", "")
-    except ValueError:  # damaged: _open() says how
-        return None
 
 
 def _open(content: bytes) -> Image.Image:
