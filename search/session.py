@@ -26,6 +26,7 @@ from tunefleet.cli import NOTHING_WRITTEN, end_at_once
 from tunefleet.search.display import print_result
 
 TICK_SECONDS = 0.05  # between looks; Ray (2.60) puts a handler of its own in place when it starts
+LEAVE_TICK_SECONDS = 0.002
 AFTERMATH_SECONDS = 1.5  # in which a signal, or the end of Ray's processes, explains an exception
 SHUTDOWN_SECONDS = 4.0  # for Ray to end its processes; it takes 1
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -34,13 +35,18 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def leave(code: int) -> NoReturn:
     """End the process; Python's own end, which takes the modules of torch and Ray apart, costs 1.5 s.
 
-    A Ray whose processes are gone may not answer; what is left of it ends with this process.
+    A Ray whose processes are gone may not answer; what is left of it ends with this process. Signals come
+    too late: Ray's shutdown (2.60) gives SIGTERM back its default action, by which this process would die.
     """
     import ray
 
     shutdown = threading.Thread(target=ray.shutdown, daemon=True)
     shutdown.start()
-    shutdown.join(SHUTDOWN_SECONDS)
+    until = time.monotonic() + SHUTDOWN_SECONDS
+    while shutdown.is_alive() and time.monotonic() < until:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        shutdown.join(LEAVE_TICK_SECONDS)
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
         sys.stderr.flush()

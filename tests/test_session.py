@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -198,3 +200,21 @@ def test_a_cluster_that_is_silent_for_long_is_gone(monkeypatch):
     for now[0] in range(5, 50, 5):
         said = watch()
         assert bool(said) == (now[0] >= 45), (now, said)
+
+
+END = """
+import os, signal, threading, time
+import ray
+from tunefleet.search.connection import connect
+from tunefleet.search.session import leave
+connect()
+terminate = lambda: os.kill(os.getpid(), signal.SIGTERM)
+shutdown, ray.shutdown = ray.shutdown, lambda: (shutdown(), time.sleep(0.1), terminate())
+leave(0)
+"""
+
+
+@pytest.mark.ray
+def test_a_signal_while_ray_shuts_down_does_not_change_the_exit_code():
+    ended = subprocess.run([sys.executable, "-c", END], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
