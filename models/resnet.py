@@ -208,8 +208,8 @@ def _checked(state: object, weights: str) -> dict[str, Tensor]:
     ]
     if broken:
         raise ValueError(
-            f"weights={weights!r} has NaN, infinite values or negative variances in {len(broken)} tensors "
-            f"({_first(broken)}); give weights of a training that did not diverge"
+            f"weights={weights!r} has NaN, infinite values or negative variances ({len(broken)} in all: "
+            f"{_first(broken)}); give weights of a training that did not diverge"
         )
     return loaded
 

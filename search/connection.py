@@ -14,6 +14,7 @@ import os
 import resource
 import secrets
 import socket
+import ssl
 import sys
 import tempfile
 import time
@@ -71,6 +72,7 @@ def connect(trial_slots: int = 0, device: str = "auto") -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     local, address = is_local(), os.environ.get("RAY_ADDRESS")
     own: dict[str, Any] = {}
+    variables = _local_variables(trial_slots) if local else {}
     if local:
         check_limits()
         own = {
@@ -84,7 +86,7 @@ def connect(trial_slots: int = 0, device: str = "auto") -> None:
         check_answers(str(address))
         check_token_file()
     try:
-        with _from_our_code(), environment(_local_variables(trial_slots) if local else {}):
+        with _from_our_code(), environment(variables):
             ray.init(
                 # without an address ray.init would join whatever cluster this host happens to run
                 address="local" if local else address,
@@ -95,7 +97,7 @@ def connect(trial_slots: int = 0, device: str = "auto") -> None:
     except Exception as error:  # Ray 2.60 raises ConnectionError, RuntimeError, and Exception itself
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"Ray did not start on this host ({reason}); {_remedy(error)}"
+            f"Ray did not start on this host ({reason}); {_remedy(error, variables)}"
             if local
             else f"RAY_ADDRESS={address} cannot be joined ({reason}); start that cluster, give its token "
             "(RAY_AUTH_MODE=token, ~/.ray/auth_token), or unset RAY_ADDRESS to use this host"
@@ -120,23 +122,41 @@ def check_answers(address: str) -> None:
         return
     remedy = "start that cluster, or unset RAY_ADDRESS to use this host"
     try:
-        with socket.create_connection((host, int(port)), JOIN_SECONDS):
-            pass
+        with socket.create_connection((host, int(port)), JOIN_SECONDS) as connection:
+            answers = _answers_tls(connection) if os.environ.get("RAY_USE_TLS", "0") != "0" else None
     except OSError as error:
         raise ValueError(f"RAY_ADDRESS={address} cannot be reached ({error}); {remedy}") from error
-    if address.startswith("ray://") or os.environ.get("RAY_USE_TLS", "0") != "0":
-        return
+    if not (_answers_grpc(f"{host}:{port}") if answers is None else answers):
+        raise ValueError(
+            f"RAY_ADDRESS={address} is no Ray cluster, or does not answer in {JOIN_SECONDS:g} s; {remedy}"
+        )
+
+
+def _answers_tls(connection: socket.socket) -> bool:
+    """Return whether something answers a TLS greeting in time, be it to refuse it."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # Ray verifies, with its own files
+    try:
+        context.wrap_socket(connection, do_handshake_on_connect=True).close()
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _answers_grpc(address: str) -> bool:
+    """Return whether a gRPC server, such as Ray's, answers in time."""
     import grpc  # ray[default] brings it; half a second
 
-    channel = grpc.insecure_channel(f"{host}:{port}")
+    channel = grpc.insecure_channel(address)
     try:
         grpc.channel_ready_future(channel).result(timeout=JOIN_SECONDS)
     except grpc.FutureTimeoutError:
-        raise ValueError(
-            f"RAY_ADDRESS={address} is no Ray cluster, or does not answer in {JOIN_SECONDS:g} s; {remedy}"
-        ) from None
+        return False
     finally:
         channel.close()
+    return True
 
 
 def check_token_file() -> None:
@@ -216,9 +236,10 @@ def _from_our_code() -> Iterator[None]:
         sys.argv = arguments
 
 
-def _remedy(error: Exception) -> str:
-    """Return what to do where Ray did not start."""
-    text, folder = str(error), os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+def _remedy(error: Exception, variables: Mapping[str, str]) -> str:
+    """Return what to do where Ray did not start, given the environment variables that were added for it."""
+    text = str(error)
+    folder = os.environ.get("RAY_TMPDIR") or variables.get("RAY_TMPDIR") or tempfile.gettempdir()
     if "AF_UNIX path length" in text:
         return "give a shorter path: RAY_TMPDIR=/tmp"
     if "timed out" in text:
@@ -237,27 +258,37 @@ class RayWatch:
     """
 
     def __init__(self) -> None:
-        self.processes = _children(PROCESSES) if is_local() else {}
-        self.address = ray.get_runtime_context().gcs_address
+        address = ray.get_runtime_context().gcs_address
+        self.address = None if is_local() else address  # of a cluster
+        self.processes = _children(PROCESSES) if is_local() else _raylet_of(address)
         self.looked_at = self.reached_at = time.monotonic()
 
     def __call__(self) -> str:
         """Return why the study has to stop; nothing while all is well."""
         now = time.monotonic()
-        if self.processes:
-            if now - self.looked_at < WATCH_SECONDS:
-                return ""
-            self.looked_at = now
-            gone = [name for pid, name in self.processes.items() if not _is_alive(pid)]
-            return f"Ray's {gone[0]} has ended" if gone else ""
-        if now - self.looked_at < CLUSTER_WATCH_SECONDS:
+        if now - self.looked_at < (CLUSTER_WATCH_SECONDS if self.address else WATCH_SECONDS):
             return ""
         self.looked_at = now
+        if gone := [name for pid, name in self.processes.items() if not _is_alive(pid)]:
+            return f"Ray's {gone[0]} has ended"
+        if self.address is None:
+            return ""
         host, _, port = self.address.rpartition(":")
         with contextlib.suppress(OSError), socket.create_connection((host, int(port)), CONNECT_SECONDS):
             self.reached_at = now
         silent = now - self.reached_at
         return "" if silent < GONE_SECONDS else f"the cluster at {self.address} is silent for {silent:.0f} s"
+
+
+def _raylet_of(address: str) -> dict[int, str]:
+    """Return the raylet of a cluster that runs on this host; none where several do, or it cannot be seen."""
+    found = {}
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = file.read_bytes().split(b"\0")
+            if Path(words[0].decode()).name == "raylet" and any(address.encode() in word for word in words):
+                found[int(file.parent.name)] = "raylet"
+    return found if len(found) == 1 else {}
 
 
 def _children(names: Collection[str]) -> dict[int, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from rich.segment import ControlType, Segment
 from rich.table import Table
 from rich.text import Text
 
-from tunefleet.cli import counted, printable, shown
+from tunefleet.cli import counted, printable, rounded, shown
 from tunefleet.journal import FAILED, TrialRecord
 from tunefleet.models import ARCHITECTURES
 from tunefleet.search.asha import expected_epochs
@@ -115,6 +116,8 @@ def phase(console: Console, text: str) -> Iterator[Callable[[str, int, int], Non
     live = console.is_terminal and not console.is_dumb_terminal
     kind = "dots" if _shows("\u280b", console) else "line"
     spinner = console.status(Text(text), spinner=kind) if live else None
+    if not spinner:
+        print_text(console, text)
 
     step_began = began
     current = ""
@@ -145,14 +148,6 @@ def _shows(character: str, console: Console) -> bool:
     except (UnicodeEncodeError, LookupError):
         return False
     return True
-
-
-def rounded(value: float, form: str = "f") -> str:
-    """Return a number to four digits, and more where it would read 0 or 1 and is neither."""
-    digits = 4
-    while float(text := f"{value:.{digits}{form}}") in (0, 1) and float(text) != value and digits < 17:
-        digits += 1
-    return text
 
 
 def clock(seconds: float) -> str:
@@ -190,6 +185,8 @@ class Progress:
         self.closed = False
         self.drawn: list[int] = []  # lengths of the lines in the terminal
         self.epochs_before = epochs_of(jobs)  # of an earlier run of a resumed study
+        self.testing_since: dict[str, float] = {}  # by trial: seeds on the test images
+        self.test_seconds: list[float] = []  # that testing a seed took
 
     def __enter__(self) -> Progress:
         if self.live:
@@ -254,12 +251,13 @@ class Progress:
             expected = searched
         total = max(expected, searched) + options.final_seeds * options.epochs
         rate = (done - self.epochs_before) / elapsed if elapsed > 0 else 0.0
+        self._note_tests(now)
         return {
             "space": options.space,
             "phase": "final" if jobs.search_is_over else "search",
             "counts": counts(jobs.searched, jobs),
             "finals": counts([trial for trial in jobs.trials.values() if trial.is_final], jobs),
-            "testing": sum(jobs.phases.get(trial_id) == "testing" for trial_id in jobs.running),
+            "testing": len(self.testing_since),
             "final_seeds": options.final_seeds,
             "rungs": {rung: len(values) for rung, values in jobs.asha.values.items()},
             "started": len(jobs.searched),
@@ -268,10 +266,30 @@ class Progress:
             "expected_epochs": total,
             "epochs_per_second": rate,
             "elapsed": elapsed,
-            "eta": (total - done) / rate if rate else None,
+            "eta": self._left(total - done, rate, now),
             "best": jobs.best_yet,
             "trouble": self.trouble(),
         }
+
+    def _note_tests(self, now: float) -> None:
+        """Note since when each seed is tested, and how long each test took."""
+        jobs = self.jobs
+        testing = {trial_id for trial_id in jobs.running if jobs.phases.get(trial_id) == "testing"}
+        for trial_id in self.testing_since.keys() - testing:
+            self.test_seconds.append(now - self.testing_since.pop(trial_id))
+        for trial_id in testing:
+            self.testing_since.setdefault(trial_id, now)
+
+    def _left(self, epochs: int, rate: float, now: float) -> float | None:
+        """Return the seconds that are left; None: not known, such as how long a first test takes."""
+        if not rate or (self.testing_since and not self.test_seconds):
+            return None
+        finals = [trial for trial in self.jobs.trials.values() if trial.is_final]
+        untested = self.options.final_seeds - sum(trial.status is not None for trial in finals)
+        each = sum(self.test_seconds) / max(1, len(self.test_seconds))
+        at_once = max(1, len(self.testing_since))
+        begun = max((now - since for since in self.testing_since.values()), default=0.0)
+        return max(0, epochs) / rate + max(0.0, math.ceil(untested / at_once) * each - begun)
 
 
 def counts(trials: list[TrialRecord], jobs: Scheduler) -> Counter[str]:
@@ -310,7 +328,7 @@ def describe(best: tuple[float, int, TrialRecord] | None) -> str:
         for name in SHOWN
         if config.get(name) is not None
     )
-    return f"{value:.4f} after {counted(epoch, 'epoch')} (trial {trial.trial_id}: {values})"
+    return f"{rounded(value)} after {counted(epoch, 'epoch')} (trial {trial.trial_id}: {values})"
 
 
 def line(facts: dict[str, Any]) -> str:
@@ -319,7 +337,7 @@ def line(facts: dict[str, Any]) -> str:
     if facts["phase"] == "final":
         states += f"; {finals(facts)}"
     best, trouble = facts["best"], facts["trouble"]
-    value = f"{best[0]:.4f}" if best else "-"
+    value = rounded(best[0]) if best else "-"
     left = f", about {clock(facts['eta'])} left" if facts["eta"] else ""
     trials = f"{facts['started']}/{counted(facts['trials'], 'trial')}"
     epochs = f"{facts['epochs']}/{counted(facts['expected_epochs'], 'epoch')}"

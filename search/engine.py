@@ -39,6 +39,7 @@ from tunefleet.search.failures import (
     cause_of,
     gpu_named,
     node_named,
+    oom_kills_on,
     text_of,
 )
 from tunefleet.search.resources import Resources, Slots
@@ -66,7 +67,7 @@ class Workers:
     def __init__(self, jobs: Scheduler, slots: Callable[[], int], nodes: NodeFailures | None) -> None:
         self.jobs, self._slots, self.nodes = jobs, slots, nodes
         self.gpus, self.memory = GpuFailures(), MemoryFailures()
-        self._kills = oom_kills()  # by the kernel, for lack of memory; of this host
+        self._kills = {"": oom_kills()}  # by node, "" being this host: kills by the kernel for lack of memory
         self._seconds: deque[float] = deque(maxlen=RECENT)  # of the latest epochs
         self.start_round()
 
@@ -118,8 +119,8 @@ class Workers:
     def lose(self, trial_id: str, error: Exception) -> None:
         """Record that a trial's worker is lost."""
         location, cause = self.locations.get(trial_id, {}), cause_of(error)
-        if cause == "worker" and is_local() and oom_kills() > self._kills:  # Ray was not the one to kill it
-            cause, self._kills = "memory", oom_kills()
+        if cause == "worker" and self._has_killed(location):
+            cause = "memory"
         if cause == "worker":
             self._record_node(location.get("node_id") or node_named(error), failed=True)
         gpu = gpu_named(error) or location.get("gpu")
@@ -158,6 +159,16 @@ class Workers:
         return [
             trial_id for trial_id, location in self.locations.items() if location.get("node_id") == node_id
         ]
+
+    def _has_killed(self, location: dict[str, Any]) -> bool:
+        """Return whether a worker's node has killed a process for lack of memory, which Ray does not say."""
+        node_id = "" if is_local() else location.get("node_id", "")
+        now = oom_kills_on(node_id) if node_id else oom_kills()
+        if now is None:
+            return False
+        known = max(location.get("oom_kills", 0), self._kills.get(node_id, 0))
+        self._kills[node_id] = now
+        return now > known
 
     def _record_node(self, node_id: str | None, failed: bool) -> None:
         if self.nodes and node_id:

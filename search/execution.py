@@ -179,6 +179,7 @@ def run(ready: Ready, session: Session, wandb: WandbOptions, changes: Mapping[st
         print_text(console, f"nodes excluded after repeated failures: {named(scheduler.avoided)}")
     session.stops.change(live_upload.give_up)
     _say(live_upload.end(END_SECONDS), console)
+    session.stops.change(lambda reason: mirror.give_up())
     left = mirror.finish()
     _say(left, console)
     return code or int(bool(left))

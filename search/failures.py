@@ -25,9 +25,11 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tunefleet.files import says_full
 from tunefleet.store import StoreError
+from tunefleet.trainables.host import oom_kills
 
 MEMORY = ("NODE_OUT_OF_MEMORY", "running low on memory")
 NODE = (
@@ -46,6 +48,7 @@ BY_CLASS = {  # names of our exceptions, as Ray's texts have them
     "BrokenGpuError": "gpu",
 }
 SAME_EVENT_SECONDS = 10.0  # losses on one GPU within this time after a CUDA error have one reason
+NODE_SECONDS = 5.0  # in which a node has to answer
 IN_A_ROW = 3  # trials that fail on a node one after another
 
 
@@ -78,6 +81,16 @@ def node_named(error: BaseException | None) -> str | None:
     found = re.search(r"\bip[:=] ?([0-9a-fA-F.:]+)", str(error))
     nodes = [row["NodeID"] for row in ray.nodes() if found and row["NodeManagerAddress"] == found[1]]
     return nodes[0] if len(nodes) == 1 else None
+
+
+def oom_kills_on(node_id: str) -> int | None:
+    """Return how often a node's kernel has killed a process for lack of memory; None: it does not answer."""
+    there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    count: Any = ray.remote(oom_kills).options(num_cpus=0, scheduling_strategy=there)
+    try:
+        return int(ray.get(count.remote(), timeout=NODE_SECONDS))
+    except ray.exceptions.RayError:
+        return None
 
 
 def text_of(error: BaseException | None) -> str:

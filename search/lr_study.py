@@ -33,10 +33,10 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from tunefleet.cli import exit_code, kept_environment, shell, shown
+from tunefleet.cli import exit_code, kept_environment, rounded, shell, shown
 from tunefleet.files import write_whole
 from tunefleet.journal import TrialRecord
-from tunefleet.search.display import print_text, rounded
+from tunefleet.search.display import print_text
 from tunefleet.search.options import StudyOptions, add_options, add_storage, parse_study, study_parser
 from tunefleet.search.running import resume, start
 from tunefleet.search.session import Session

@@ -118,10 +118,18 @@ def search(flags: argparse.Namespace, options: dict[str, Any], session: Session)
     check_free(folder)
     given = {name: value for name, value in flags.wandb.items() if name != "key"}
     of_all = {"options": options, "storage": flags.storage, "wandb": given}
-    if not flags.dry_run:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / ALL, (json.dumps(of_all, indent=2) + "\n").encode())
-    return run_all(folder, of_all, {}, session, dry_run=flags.dry_run, wandb=flags.wandb)
+    if flags.dry_run:
+        return run_all(folder, of_all, {}, session, dry_run=True, wandb=flags.wandb)
+    new = [parent for parent in (folder, *folder.absolute().parents) if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / ALL, (json.dumps(of_all, indent=2) + "\n").encode())
+    try:
+        return run_all(folder, of_all, {}, session, wandb=flags.wandb)
+    except ValueError:  # nothing else was written
+        (folder / ALL).unlink()
+        for parent in new:
+            parent.rmdir()
+        raise
 
 
 def resume_any(location: str, changes: dict[str, Any], session: Session, wandb: Mapping[str, Any]) -> int:
@@ -171,6 +179,9 @@ def run_all(
         session: The command.
         dry_run: Forecast the studies and write nothing.
         wandb: The fields of WandbOptions that were given.
+
+    Raises:
+        ValueError: The first study cannot run as asked, and no other has: nothing else was written.
     """
     session = dataclasses.replace(session, location=folder)
 
@@ -193,7 +204,10 @@ def run_all(
                 is_url = storage and not Store(storage).folder  # else the folder is given already
                 location = Store(storage).below(folder.name).location if is_url else None
                 codes.append(start(options, study, session, dry_run=dry_run, wandb=wandb, storage=location))
-        except ValueError as error:  # the other spaces' studies can still run
+        except ValueError as error:
+            if not any(folder.glob("*/study.json")) and len(codes) == 1:
+                raise ValueError(f"{space}: {error}") from error
+            # the other spaces' studies can still run
             print(f"error: {space}: {printable(str(error))}", file=sys.stderr)
             codes.append(2)
         if codes[-1] == 3:

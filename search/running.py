@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
+from ray.util.queue import Queue
 from rich.console import Console
 
 from tunefleet.cli import shell
@@ -30,9 +31,11 @@ from tunefleet.search.wandb_options import WandbOptions
 from tunefleet.search.wandb_options import choose as choose_wandb
 from tunefleet.store import BRIEF_SECONDS, Store, reason
 from tunefleet.study import Study, lock_study
-from tunefleet.trainables.data import BUILT_IN, ImageData, check_sha256, expanded
+from tunefleet.trainables.data import BUILT_IN, ImageData, Progress, check_sha256, expanded
 from tunefleet.trainables.host import hidden_by_environment
 from tunefleet.trainables.preparation import prepare
+
+PROGRESS_SECONDS = 0.5  # between looks at how far another process is
 
 T = TypeVar("T")
 
@@ -174,7 +177,8 @@ def _checked(request: Request, session: Session) -> int:
     with phase(console, text) as progress:
         threads = share.threads if request.dry_run else None
         if on_a_node:  # in a process whose end gives the GPU's memory back
-            prepared = _on_a_node(share.of_worker, preflight.prepare)(options, data, settings, threads)
+            prepare_there = _on_a_node(share.of_worker, preflight.prepare, progress)
+            prepared = prepare_there(options, data, settings, threads)
         else:
             prepared = preflight.prepare(options, data, settings, threads, progress)
     share, line = resources.fit_memory(share, prepared.peak_bytes, prepared.gpu_bytes)
@@ -238,23 +242,41 @@ def _start_ray(session: Session, trial_slots: int, device: str) -> None:
     session.stops.change(session.stops.nothing_yet, RayWatch())
 
 
-def _on_a_node(share: Mapping[str, float], function: Callable[..., T]) -> Callable[..., T]:
+def _on_a_node(
+    share: Mapping[str, float], function: Callable[..., T], progress: Progress
+) -> Callable[..., T]:
     """Return a function that runs where trials will: in a process of its own, on a node of the cluster.
 
     The driver's node may have no GPU, and few CPUs to compute features with. Ray ends the process of a task
     that had a GPU (2.60), which gives its memory back.
+
+    Args:
+        share: What the process gets.
+        function: Takes a further argument, to be called with its progress.
+        progress: Gets what it is called with.
     """
     task = ray.remote(function).options(num_cpus=share["CPU"], num_gpus=share.get("GPU", 0))
 
     def call(*arguments: Any) -> T:
+        queue = Queue(actor_options={"num_cpus": 0})
+        running = task.remote(*arguments, functools.partial(_put, queue))
         try:
-            return ray.get(task.remote(*arguments))
+            while not ray.wait([running], timeout=PROGRESS_SECONDS)[0]:
+                for step in queue.get_nowait_batch(queue.qsize()):
+                    progress(*step)
+            return ray.get(running)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, ValueError):
                 raise ValueError(str(error.cause)) from error
             raise
+        finally:
+            queue.shutdown(force=True)
 
     return call
+
+
+def _put(queue: Queue, *step: Any) -> None:
+    queue.put_nowait(step)
 
 
 def _say(line: str, console: Console) -> None:
@@ -286,7 +308,9 @@ def check_free(folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=existing):
             pass
     except OSError as error:
-        raise ValueError(f"--study-dir={folder} cannot be made ({error.strerror}); give another") from error
+        raise ValueError(
+            f"{folder} cannot be made ({error.strerror}); give another --study-dir or --storage"
+        ) from error
 
 
 def check_storage(url: str | None, name: str) -> None:

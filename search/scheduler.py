@@ -23,6 +23,7 @@ from tunefleet.files import is_full
 from tunefleet.journal import FINAL, Journal, TrialRecord, finite, winner
 from tunefleet.search.asha import Asha
 from tunefleet.search.suggest import Observation
+from tunefleet.store import OUT_OF_REACH
 
 ALIKE = 3  # trials: where the first ones all fail in the same way, the next ones would, too
 
@@ -94,7 +95,7 @@ class Scheduler:
         """Return what a free worker should do; None: wait, or all is done (``finished``)."""
         job = None
         if not self.gave_up:
-            with self._stopping_where_full():
+            with self._stopping_where_unwritable():
                 job = self._next_job()
         if self.gave_up:
             self.finished = not self.running
@@ -123,7 +124,7 @@ class Scheduler:
             return trial.status is None  # a restarted worker repeats what was decided already
         report = {key: finite(value) for key, value in report.items()}  # as a replay will read them
         continues = False
-        with self._stopping_where_full():
+        with self._stopping_where_unwritable():
             self.journal.append({"trial_id": trial_id, **report})
             continues = self._apply(trial, report) and not (self._time_is_up() and not trial.is_final)
             self._consider_giving_up()
@@ -147,7 +148,7 @@ class Scheduler:
             self.gave_up = error.strip().rpartition("StoreError: ")[2]
         else:
             event = {"trial_id": trial_id, "lost": cause, "error": error} | ({"gpu": gpu} if gpu else {})
-            with self._stopping_where_full():
+            with self._stopping_where_unwritable():
                 self.journal.append(event)
         if self.gave_up:
             self.running.discard(trial_id)
@@ -289,14 +290,17 @@ class Scheduler:
             )
 
     @contextlib.contextmanager
-    def _stopping_where_full(self) -> Iterator[None]:
-        """End the study where the journal's disk is full; what could not be written has not happened."""
+    def _stopping_where_unwritable(self) -> Iterator[None]:
+        """End the study where its journal cannot be written; what could not be written has not happened."""
         try:
             yield
         except OSError as error:
-            if not is_full(error):
+            if is_full(error):
+                self._stop_as_full(str(error))
+            elif error.errno in OUT_OF_REACH:
+                self.gave_up = f"the study's folder cannot be used ({error})"
+            else:
                 raise
-            self._stop_as_full(str(error))
 
     def _stop_as_full(self, reason: str) -> None:
         self.gave_up = f"there is no room for the study ({reason})"

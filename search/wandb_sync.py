@@ -38,10 +38,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from tunefleet.cli import Parser, exit_code, kept_environment, printable, shell, shown
-from tunefleet.files import is_full, says_full, write_whole
+from tunefleet.files import holding, is_full, says_full, write_whole
 from tunefleet.journal import TrialRecord
 from tunefleet.search.wandb_options import (
     LONGEST_NAME,
@@ -200,7 +200,8 @@ def describe(folder: Path, options: WandbOptions, state: dict[str, Any], why: st
     missing = sum(state["runs"].get(run.key) != run.record for run in runs)
     why = f" ({state['error'] or why})" if state["error"] or why else ""
     if missing:
-        rest = "offline runs are not written" if offline else "runs are not synced"
+        verb = "is" if missing == 1 else "are"
+        rest = f"offline runs {verb} not written" if offline else f"runs {verb} not synced"
         return f"{missing} of {len(runs)} {rest}{why}", True
     if offline:
         sweep = ", no sweep made" if options.sweep else ""
@@ -513,7 +514,7 @@ def sync(given: dict[str, Any]) -> int:
         path = stack.enter_context(only_ours(folder, options.key))
         (folder / "wandb").mkdir(exist_ok=True)
         try:
-            stack.enter_context(FileLock(folder / "wandb" / ".lock").acquire(timeout=0))
+            stack.enter_context(holding(folder / "wandb" / ".lock", 0))
         except Timeout:
             raise ValueError(f"another process is syncing {given['study']}; wait for it") from None
         shutil.rmtree(folder / "wandb" / "tmp", ignore_errors=True)  # of a process that was killed

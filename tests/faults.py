@@ -14,6 +14,7 @@ import contextlib
 import os
 import random
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -44,6 +45,7 @@ TRIALS = (*STUDY, "--trials", "12", "--epochs", "27", "--final-seeds", "1")
 PLACE_AND_TIME = ("seconds", "node")  # columns of trials.csv
 SLOW_TRIALS = (*TRIALS, "--fix", "batch_size=2")  # 0.1 s an epoch: long enough to be hit in mid-trial
 AMID = {*range(4, 7), *range(10, 24)}  # their epochs from which a trial goes on for some: no rung is near
+TOKEN = secrets.token_hex(32)  # of the Ray of every study, which no file of a study may have
 FULL_BYTES = 4 * 2**20  # of the small disk
 
 
@@ -58,7 +60,8 @@ class Run:
     def __init__(self, folder: Path, environment: dict[str, str] | None = None) -> None:
         self.folder = folder
         self.work_in(folder / "study")
-        self.environment = os.environ | {"COLUMNS": "80", "WANDB_MODE": "disabled"} | (environment or {})
+        self.environment = os.environ | {"COLUMNS": "80", "WANDB_MODE": "disabled"}
+        self.environment |= {"RAY_AUTH_TOKEN": TOKEN} | (environment or {})
         self.started: set[tuple[int, float]] = set()  # processes: pid, and when each was created
         self.process: subprocess.Popen[str] | None = None
 
@@ -201,7 +204,7 @@ def outcome(
         wrong.append("other epochs than undisturbed")
     if like is not None and result(run.study) != result(like):
         wrong.append("another winner or other finals than undisturbed")
-    token = (Path.home() / ".ray/auth_token").read_bytes().strip()
+    token = TOKEN.encode()
     if told := [file for file in run.study.rglob("*") if file.is_file() and token in file.read_bytes()]:
         wrong.append(f"Ray's token is in {told}")
     if left := run.left_behind():

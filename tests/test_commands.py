@@ -1,5 +1,6 @@
 """What the commands about a study's folder say of places that hold none, or that they may not write."""
 
+import errno
 import os
 import subprocess
 
@@ -151,3 +152,15 @@ def test_table_that_is_a_folder_is_one_line(tmp_path, capsys):
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "trials.csv" in err
+
+
+def test_a_file_system_without_locks_is_one_line(command, tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    make_study(tmp_path / "study")
+    monkeypatch.setattr("fcntl.flock", refuse)
+    code, _, err = command("study")
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1

@@ -13,6 +13,7 @@ from tests.conftest import ROOT
 from tunefleet.search.connection import (
     _from_our_code,
     _local_variables,
+    _raylet_of,
     _remedy,
     check_answers,
     check_limits,
@@ -20,15 +21,6 @@ from tunefleet.search.connection import (
     environment,
     is_local,
 )
-
-
-@pytest.fixture
-def listener():
-    """Listens on a port and never says a word."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen()
-        yield f"127.0.0.1:{server.getsockname()[1]}"
 
 
 def test_an_address_where_nothing_listens_is_refused_at_once():
@@ -42,12 +34,15 @@ def test_an_address_where_nothing_listens_is_refused_at_once():
     assert time.monotonic() - began < 2
 
 
-def test_a_port_that_is_no_cluster_is_refused_in_bounded_time(listener, monkeypatch):
+@pytest.mark.parametrize(("scheme", "tls"), [("", "0"), ("ray://", "0"), ("", "1"), ("ray://", "1")])
+def test_a_port_that_is_no_cluster_is_refused_in_bounded_time(listener, scheme, tls, monkeypatch):
     monkeypatch.setattr("tunefleet.search.connection.JOIN_SECONDS", 1.0)
+    monkeypatch.setenv("RAY_USE_TLS", tls)
+    address = scheme + listener
     with pytest.raises(
-        ValueError, match=f"RAY_ADDRESS={listener} is no Ray cluster, or does not answer in 1 s"
+        ValueError, match=f"RAY_ADDRESS={address} is no Ray cluster, or does not answer in 1 s"
     ):
-        check_answers(listener)
+        check_answers(address)
 
 
 def test_a_left_over_address_is_one_line_with_nothing_of_rays(tmp_path):
@@ -145,7 +140,12 @@ def test_variables_are_set_for_a_time_and_a_users_own_stay(monkeypatch):
     ],
 )
 def test_what_is_advised_fits_the_cause(error, advice):
-    assert advice in _remedy(error)
+    assert advice in _remedy(error, {})
+
+
+def test_advice_names_the_folder_that_ray_was_given(monkeypatch):
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    assert "/mine/ray/session_latest" in _remedy(RuntimeError("no GCS"), {"RAY_TMPDIR": "/mine"})
 
 
 def test_workers_look_for_modules_in_our_code_before_the_users_folder(tmp_path, monkeypatch):
@@ -192,3 +192,19 @@ def test_a_call_of_a_study_that_is_being_stopped_starts_no_other_ray():
     ended = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1
     assert "ray.init" in ended.stderr
+
+
+def test_the_raylet_of_a_joined_cluster_is_watched_where_it_can_be_told():
+    address = "10.0.0.1:6379"
+    words = ["raylet", "-c", f"read line # --gcs-address={address}"]
+    first, second = (subprocess.Popen(words, executable="/bin/sh", stdin=subprocess.PIPE) for _ in range(2))
+    try:
+        assert _raylet_of("10.0.0.2:6379") == {}
+        assert _raylet_of(address) == {}  # two: which is the driver's?
+        second.kill()
+        second.wait()
+        assert _raylet_of(address) == {first.pid: "raylet"}
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.wait()

@@ -459,7 +459,7 @@ def test_killed_decoding_leaves_no_cache(tree: Path, cache: Path, monkeypatch: p
         ),
         (SPLIT_TREE | {"train/fox": 2}, ["0 images of class 'fox' in test/"]),
         (SPLIT_TREE | {"test/fox": 2}, ["0 images of class 'fox' in train/"]),
-        (SPLIT_TREE | {"train/dog": 1}, ["1 images of class 'dog' in train/", "needs 2 or more"]),
+        (SPLIT_TREE | {"train/dog": 1}, ["1 image of class 'dog' in train/", "needs 2 or more"]),
         ({"cat": 5, "dog": 2}, ["2 images of class 'dog'", "needs 3 or more"]),
         (SPLIT_TREE | {"train/cat/young": 1}, ["'train/cat/young/0.png'", "train/CLASS/FILE"]),
         ({"cat": 5, "dog": 5, ".": 1}, ["'0.png'", "CLASS/FILE"]),

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from tunefleet.journal import Journal
 from tunefleet.search.asha import Asha
-from tunefleet.search.display import PLAIN_SECONDS, Progress, counts, describe, line, table
+from tunefleet.search.display import PLAIN_SECONDS, Progress, counts, describe, line, phase, table
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.scheduler import Scheduler
 from tunefleet.search.suggest import suggest
@@ -128,3 +128,47 @@ def test_eta_counts_the_epochs_of_this_run_only(jobs):
     facts = shown.facts(shown.began + 10)
     assert facts["epochs_per_second"] == pytest.approx(0.1)
     assert facts["eta"] == pytest.approx((40 - 3) / 0.1)
+
+
+def test_a_seed_on_the_test_images_counts_in_what_is_left(jobs):
+    shown = progress(jobs, terminal=False)
+    jobs.report("0002", {"epoch": 9, "val_accuracy": 0.5, "status": "done"})
+    jobs.search_is_over = True
+    jobs.running.clear()
+    first, second = jobs.next_job(), jobs.next_job()
+    for job in (first, second):
+        for epoch in range(1, 9):
+            jobs.report(job.trial_id, {"epoch": epoch, "val_accuracy": None})
+    jobs.report(first.trial_id, {"phase": "testing"})
+    facts = shown.facts(shown.began + 10)
+    assert facts["testing"] == 1
+    assert facts["eta"] is None  # nobody knows how long a test takes
+    jobs.report(first.trial_id, {"epoch": 9, "status": "done", "test_accuracy": 0.5})
+    assert shown.facts(shown.began + 70)["eta"] >= 60  # the other seed's
+    jobs.report(second.trial_id, {"phase": "testing"})
+    shown.facts(shown.began + 80)
+    assert 25 <= shown.facts(shown.began + 110)["eta"] <= 40
+
+
+def test_a_phase_says_in_a_log_when_it_begins():
+    console = Console(file=io.StringIO(), width=80, force_terminal=False)
+    with phase(console, "starting Ray"):
+        assert console.file.getvalue() == "starting Ray\n"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "terminal"), [("latin-1", "xterm"), ("ascii", "xterm"), ("utf-8", "dumb")]
+)
+def test_a_phase_is_shown_on_every_terminal(encoding, terminal, monkeypatch):
+    monkeypatch.setenv("TERM", terminal)
+    written = io.BytesIO()
+    console = Console(file=io.TextIOWrapper(written, encoding), width=80, force_terminal=True)
+    with phase(console, "reading digits") as progress:
+        progress("decoding", 1, 2)
+    console.file.flush()
+    assert b"reading digits" in written.getvalue()
+
+
+def test_the_best_reads_1_only_where_it_is(jobs):
+    jobs.report("0002", {"epoch": 1, "val_accuracy": 0.99996})
+    assert "0.99996 after 1 epoch" in describe(jobs.best_yet)

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 
 from tests.made_study import spec, write_events
+from tunefleet.cli import rounded
 from tunefleet.journal import TrialRecord
-from tunefleet.search.display import rounded
 from tunefleet.search.lr_study import (
     best_lr,
     curve_table,

@@ -186,7 +186,8 @@ def test_a_child_is_found_by_its_name_and_seen_to_end():
 
 def test_rays_processes_are_watched(monkeypatch):
     watch = RayWatch.__new__(RayWatch)
-    watch.processes, watch.looked_at = {os.getpid(): "raylet", 2**22 + 1: "gcs_server"}, -100.0
+    watch.address, watch.looked_at = None, -100.0
+    watch.processes = {os.getpid(): "raylet", 2**22 + 1: "gcs_server"}
     assert watch() == "Ray's gcs_server has ended"
     assert watch() == ""  # looked a moment ago
 

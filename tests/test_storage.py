@@ -452,3 +452,48 @@ def test_study_outlives_a_store_that_is_away_and_stops_with_three_where_it_stays
     storage = Store(f"{store.url}/all/s")
     assert storage.read("reports.jsonl") == journal.read_bytes()
     assert "lease.json" not in storage.names()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_shared_folder_that_is_away_for_a_while_is_waited_for(number, tmp_path, monkeypatch):
+    monkeypatch.setattr("tunefleet.store.WAIT_SECONDS", 0.01)
+    store, failing = Store(str(tmp_path)), [3]
+    read_bytes = Path.read_bytes
+
+    def fail(self):
+        failing[0] -= 1
+        if failing[0] >= 0:
+            raise OSError(number, "away", str(self))
+        return read_bytes(self)
+
+    store.write(b"epoch 1", "checkpoints/0000.pt")
+    monkeypatch.setattr("pathlib.Path.read_bytes", fail)
+    assert store.read("checkpoints/0000.pt") == b"epoch 1"
+    failing[0] = 10**6
+    with pytest.raises(StoreError, match="cannot be used"):
+        store.patient(0.1).read("checkpoints/0000.pt")
+
+
+def test_a_journal_in_a_shared_folder_that_is_away_stops_the_study_resumable(tmp_path, monkeypatch):
+    jobs = make_jobs(tmp_path / "reports.jsonl")
+    jobs.next_job()
+
+    def fail(event):
+        raise OSError(errno.ESTALE, "Stale file handle", "reports.jsonl")
+
+    monkeypatch.setattr(jobs.journal, "append", fail)
+    assert not jobs.report("0000", {"epoch": 1, "val_accuracy": 0.5})
+    assert "Stale file handle" in jobs.gave_up
+
+
+def test_a_signal_ends_the_wait_for_a_store_at_the_end_of_a_study(tmp_path, monkeypatch):
+    write(tmp_path / "study", {"study.json": "{}"})
+    monkeypatch.setattr("tunefleet.mirror.BRIEF_SECONDS", 0.1)
+    monkeypatch.setattr("tunefleet.lease.Lease.look", lambda self, patience: None)
+    monkeypatch.setattr("tunefleet.lease.Lease.release", lambda self, reachable: None)
+    mirror = Mirror(tmp_path / "study", Store("s3://nowhere/study"), lambda line: None)
+    monkeypatch.setattr("tunefleet.store.Store.write", lambda *arguments: time.sleep(60))
+    threading.Timer(0.5, mirror.give_up).start()
+    began = time.monotonic()
+    assert "is not complete (interrupted)" in mirror.finish()
+    assert time.monotonic() - began < 10

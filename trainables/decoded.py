@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
+from tunefleet.files import locked as lock
 from tunefleet.trainables.data import FORMAT_VERSION, SPLITS, ImageData, Progress, load_split
 
 KEPT = "kept"  # in a partial folder: what becomes the decoded folder
@@ -21,14 +22,16 @@ STEP_BYTES = 1 << 18  # hashed and summed at a time, within the processor's cach
 def locked(data_dir: Path, show: Progress) -> Iterator[None]:
     """Context manager: hold the lock on `data_dir/decoded`."""
     data_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(data_dir / "prepare.lock")
+    file = data_dir / "prepare.lock"
     try:
-        held = lock.acquire(timeout=0)
+        held = lock(file, 0)
     except Timeout:
         show("waiting for another process", 0, 0)
-        held = lock.acquire()
-    with held:
+        held = lock(file)
+    try:
         yield
+    finally:
+        held.release()
 
 
 @contextlib.contextmanager

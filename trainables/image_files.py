@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tunefleet.cli import printable
+from tunefleet.cli import counted, printable
 from tunefleet.trainables.decoding import HEAD_BYTES, Entry, SourceError, format_of, reason_to_skip
 
 SUFFIXES = tuple(  # such a file is an image, or damaged; for other files the first bytes decide
@@ -253,7 +253,7 @@ def _check_classes(tree: Tree) -> None:
         for name, count in zip(tree.classes, np.bincount(labels, minlength=len(tree.classes)), strict=True):
             if count < fewest[folder]:
                 raise SourceError(
-                    f"holds {count} images of class {name!r} in {folder or 'its folder'}; "
+                    f"holds {counted(count, 'image')} of class {name!r} in {folder or 'its folder'}; "
                     f"every class needs {fewest[folder]} or more there; add images or remove the class"
                 )
 

@@ -21,11 +21,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 
 from tunefleet.cli import printable
-from tunefleet.files import is_full
+from tunefleet.files import holding, is_full
 from tunefleet.models import ARCHITECTURES
 from tunefleet.models.building import Classifier, build
 from tunefleet.models.resnet import weights_signature
@@ -223,14 +222,14 @@ class _Preparation:
             partial = file.with_suffix(".partial")
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                with FileLock(file.with_suffix(".lock")):
+                with holding(file.with_suffix(".lock")):
                     if not file.exists():
                         try:
                             self._write(partial, images, order, progress)
                             partial.replace(file)
                         finally:
                             partial.unlink(missing_ok=True)
-            except (OSError, NotImplementedError) as error:  # the latter from a file system without locks
+            except OSError as error:
                 if is_full(error):
                     raise
                 shown = printable(str(file.parents[1]))

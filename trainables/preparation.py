@@ -81,7 +81,7 @@ def prepare(
         return _prepare_files(path, data_dir, image_size, show, processes or cpu_count())
     except SourceError as error:
         raise ValueError(f"--data={printable(source)} {printable(str(error))}") from error
-    except (OSError, NotImplementedError) as error:  # the latter from a file system without locks
+    except OSError as error:
         shown = printable(str(data_dir))
         raise ValueError(
             f"--data-dir={shown} cannot be written ({printable(str(error))}); give another"

@@ -22,10 +22,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tunefleet.cli import Parser
+from tunefleet.cli import Parser, exit_code, rounded
 from tunefleet.trainables.config import FIELD_TYPES, TrainConfig, check_integer
 from tunefleet.trainables.data import DATA_DIR, ImageData
-from tunefleet.trainables.device import DeviceSettings, choose, has_convolution, micro_batch, use_exact_fp32
+from tunefleet.trainables.device import (
+    DeviceSettings,
+    choose,
+    has_convolution,
+    is_out_of_memory,
+    micro_batch,
+    use_exact_fp32,
+)
 from tunefleet.trainables.graph import StepGraph
 from tunefleet.trainables.group import Group
 from tunefleet.trainables.host import cpu_count
@@ -411,29 +418,39 @@ def _parser() -> Parser:
 def main(arguments: list[str] | None = None) -> int:
     """Train one configuration by hand; every field of TrainConfig is a flag."""
     options = vars(_parser().parse_args(arguments))
+    return exit_code(lambda: train(options))
+
+
+def train(options: dict[str, Any]) -> int:
+    """Train a configuration and print its epochs; return the exit code: 1 where it diverges.
+
+    Raises:
+        ValueError: It cannot be trained as asked.
+    """
     source, data_dir, device, precision, threads = (
         options.pop(name) for name in ("data", "data_dir", "device", "precision", "threads")
     )
-    try:
-        config = TrainConfig.from_dict(options)
-        check_integer("--threads", threads, 1)
-        torch.set_num_threads(threads)
-        data = prepare(source, data_dir, config.image_size)
-        run = TrainingRun(config, data, choose(device, precision), data_dir)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = TrainConfig.from_dict(options)
+    check_integer("--threads", threads, 1)
+    torch.set_num_threads(threads)
+    data = prepare(source, data_dir, config.image_size)
     shown = "train_accuracy" if config.refit else "val_accuracy"
-    for _ in range(config.epochs):
-        report = run.epoch()
-        print(
-            f"epoch {report['epoch']}/{config.epochs}  train_loss {report['train_loss']:.4f}  "
-            f"{shown} {report[shown]:.4f}  {report['epoch_seconds']:.2f} s",
-            flush=True,
-        )
-        if report["diverged"]:
-            print("diverged: the loss is no longer a finite number; give a smaller --lr")
-            return 1
+    try:
+        run = TrainingRun(config, data, choose(device, precision), data_dir)
+        for _ in range(config.epochs):
+            report = run.epoch()
+            print(
+                f"epoch {report['epoch']}/{config.epochs}  train_loss {rounded(report['train_loss'])}  "
+                f"{shown} {rounded(report[shown])}  {report['epoch_seconds']:.3g} s",
+                flush=True,
+            )
+            if report["diverged"]:
+                print("diverged: the loss is not finite, or the accuracy that of chance; give a smaller --lr")
+                return 1
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(f"{config.architecture} does not fit into memory; give smaller sizes") from error
     return 0
 
 

@@ -31,6 +31,7 @@ from tunefleet.trainables.device import DeviceSettings
 from tunefleet.trainables.evaluate import evaluate_test, result_files
 from tunefleet.trainables.graph import CaptureError
 from tunefleet.trainables.group import Group
+from tunefleet.trainables.host import oom_kills
 from tunefleet.trainables.training import ALONE, DamagedCheckpointError, TrainingRun
 
 
@@ -181,6 +182,7 @@ def worker_location() -> dict[str, Any]:
         "worker_id": worker.get_worker_id(),
         "actor_id": worker.get_actor_id(),
         "pid": os.getpid(),
+        "oom_kills": oom_kills(),
     }
 
 

@@ -167,3 +167,11 @@ def counted(count: float, noun: str, plural: str = "") -> str:
     """Return 1 trial, 2 trials, 10,000 trials, 0.5 GPUs."""
     shown = f"{count:,}" if isinstance(count, int) else f"{count:g}"
     return f"{shown} {noun if count == 1 else plural or f'{noun}s'}"
+
+
+def rounded(value: float, form: str = "f") -> str:
+    """Return a number to four digits, and more where it would read 0 or 1 and is neither."""
+    digits = 4
+    while float(text := f"{value:.{digits}{form}}") in (0, 1) and float(text) != value and digits < 17:
+        digits += 1
+    return text

@@ -1,4 +1,4 @@
-"""Full disks, and files that are written whole.
+"""Full disks, files that are written whole, and locks.
 
 A study that meets a full disk stops and can be resumed: no trial is to blame.
 """
@@ -10,8 +10,11 @@ import errno
 import os
 import re
 import uuid
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, SoftFileLock
 
 ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, the user's share used up, ulimit -f
 SAID = re.compile(  # as errors say it that have no errno, or crossed processes
@@ -49,6 +52,37 @@ def replacing(file: Path) -> Iterator[Path]:
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def locked(file: Path, seconds: float = -1) -> FileLock:
+    """Return a held lock, which the system frees when the process dies.
+
+    Args:
+        file: Of the lock.
+        seconds: To wait for another holder; negative: as long as it takes.
+
+    Raises:
+        filelock.Timeout: Another process holds it still.
+        OSError: The file system refuses, or has no locks.
+    """
+    lock = FileLock(file, thread_local=False)  # may be released by another thread
+    with contextlib.suppress(NotImplementedError), warnings.catch_warnings():  # for ENOSYS: filelock before 4
+        warnings.simplefilter("ignore")
+        lock.acquire(timeout=seconds)
+        if not isinstance(lock, SoftFileLock):  # filelock 4 for ENOSYS, which would outlive a killed process
+            return lock
+        lock.release()
+    raise OSError(errno.ENOLCK, "the file system has no locks", str(file))
+
+
+@contextlib.contextmanager
+def holding(file: Path, seconds: float = -1) -> Iterator[None]:
+    """Context manager: hold a lock, as ``locked`` does."""
+    lock = locked(file, seconds)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_whole(file: Path, content: bytes) -> None:

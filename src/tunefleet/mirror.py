@@ -10,6 +10,7 @@ of reach when a study ended::
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import tempfile
@@ -44,6 +45,7 @@ class Mirror:
         self.lease = None if store.folder else Lease(store, say)
         self._sent: dict[str, tuple[int, int]] = {}  # by name: time of change and size
         self._copying = threading.Lock()
+        self._given_up = threading.Event()
 
     @property
     def lost(self) -> str:
@@ -110,11 +112,9 @@ class Mirror:
                 if patience is not None:
                     raise
                 self.say(f"{self.store.location}: {error}; waiting up to {self.store.patience:.0f} s")
-                self.update(self.store.patience)
+                within(math.inf, partial(self.update, self.store.patience), self._given_up)
         except OSError as error:
             left = str(error).partition("\n")[0]
-        except KeyboardInterrupt:
-            left = "interrupted"
         self.lease.release(reachable=not left)
         if self.lost:
             return f"{self.lost}; what is in {self.folder} was not put there"
@@ -122,6 +122,10 @@ class Mirror:
             f"{self.store.location} is not complete ({left}); all of it is in {self.folder}. "
             f"To put it there: {shell('tunefleet', 'push', self.folder)}"
         )
+
+    def give_up(self) -> None:
+        """Stop waiting for the store in ``finish``; a signal's answer once the study is done."""
+        self._given_up.set()
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

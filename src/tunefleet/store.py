@@ -1,12 +1,14 @@
 """A study's files, in a folder that all nodes see or under a URL of an object store, through pyarrow.fs.
 
 A store has no appending and no cheap renaming: a whole file appears at once or not at all. So whole files are
-written, in a folder under a temporary name that is moved, under a URL at once. A URL that is out of reach,
-refuses a request or does not answer is tried again for minutes: that costs a study time and no trial.
+written, in a folder under a temporary name that is moved, under a URL at once. A URL or a shared folder that
+is out of reach, refuses a request or does not answer is tried again for minutes: that costs a study time and
+no trial.
 """
 
 from __future__ import annotations
 
+import errno
 import re
 import threading
 import time
@@ -25,8 +27,13 @@ if TYPE_CHECKING:  # most studies are in a folder, and its import takes a while
 PATIENCE_SECONDS = 600.0  # for which an operation is tried again
 BRIEF_SECONDS = 5.0  # the same where a person waits for the answer
 WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 30.0  # after the first failure, doubled up to the longest
+GIVEN_UP_SECONDS = 0.1  # between looks at whether a wait was given up
 HANG_SECONDS = 60.0  # without an answer, besides what the bytes take
 SLOWEST = 250_000  # bytes a second
+OUT_OF_REACH = (  # what a shared folder (NFS, a mount that broke) answers while its server is away
+    *(errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.EROFS, errno.ETIMEDOUT, errno.ENOTCONN),
+    *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNREFUSED, errno.ECONNRESET),
+)
 S3_ATTEMPTS = 3  # of the AWS SDK per request, 3 s each without an answer; its default takes 99 s (pyarrow 26)
 
 T = TypeVar("T")
@@ -40,13 +47,13 @@ class StoreError(OSError):
 class Store:
     """The files of one study; only the place travels between processes.
 
-    Each method raises StoreError where a URL could not be used for as long as its patience, and OSError where
-    this machine's disk is to blame.
+    Each method raises StoreError where the store could not be used for as long as its patience, and OSError
+    where this machine's disk is to blame.
 
     Args:
         location: A folder, or a URL that ``pyarrow.fs`` knows: ``s3://bucket/prefix/NAME``, ``gs://…``.
             Credentials and AWS_ENDPOINT_URL come from the environment of each node, as for any client.
-        patience: Seconds for which each operation on a URL is tried again.
+        patience: Seconds for which an operation is tried again while the store is out of reach.
     """
 
     location: str
@@ -79,11 +86,15 @@ class Store:
 
     def write(self, content: bytes | memoryview, name: str) -> None:
         """Write a file whole, in place of what was there."""
-        if self.folder:
-            file = self.folder / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(file) as temporary:
-                temporary.write_bytes(content)
+        if folder := self.folder:
+
+            def move() -> None:
+                file = folder / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(file) as temporary:
+                    temporary.write_bytes(content)
+
+            self._repeat(move)
             return
 
         def put(system: fs.FileSystem, path: str) -> None:
@@ -94,9 +105,15 @@ class Store:
 
     def read(self, name: str) -> bytes | None:
         """Return a file's content; None where there is no such file."""
-        if self.folder:
-            file = self.folder / name
-            return file.read_bytes() if file.exists() else None
+        if folder := self.folder:
+
+            def load() -> bytes | None:
+                try:
+                    return (folder / name).read_bytes()
+                except (FileNotFoundError, NotADirectoryError):
+                    return None
+
+            return self._repeat(load)
 
         def get(system: fs.FileSystem, path: str) -> bytes | None:
             if not system.get_file_info(path).is_file:
@@ -109,9 +126,9 @@ class Store:
 
     def names(self, under: str = "") -> list[str]:
         """Return the names of all files, or of those in a folder of the store."""
-        if self.folder:
-            files = (file for file in (self.folder / under).rglob("*") if file.is_file())
-            return sorted(file.relative_to(self.folder).as_posix() for file in files)
+        if folder := self.folder:
+            files = self._repeat(lambda: [file for file in (folder / under).rglob("*") if file.is_file()])
+            return sorted(file.relative_to(folder).as_posix() for file in files)
 
         def look(system: fs.FileSystem, path: str) -> list[str]:
             from pyarrow import fs
@@ -124,8 +141,8 @@ class Store:
 
     def remove(self, name: str) -> None:
         """Remove a file; nothing happens where there is none."""
-        if self.folder:
-            (self.folder / name).unlink(missing_ok=True)
+        if folder := self.folder:
+            self._repeat(lambda: (folder / name).unlink(missing_ok=True))
             return
 
         def delete(system: fs.FileSystem, path: str) -> None:
@@ -142,16 +159,25 @@ class Store:
 
     def _try(self, action: Callable[[fs.FileSystem, str], T], name: str, size: int = 0) -> T:
         """Return what an operation on a name of a URL returns, repeating it while the store fails."""
+
+        def attempt() -> T:
+            system, root = _open(self.location)
+            path = f"{root}/{name}".rstrip("/")
+            if system.type_name == "s3":  # its own requests end
+                return action(system, path)
+            return within(HANG_SECONDS + size / SLOWEST, partial(action, system, path))
+
+        return self._repeat(attempt)
+
+    def _repeat(self, attempt: Callable[[], T]) -> T:
+        """Return what an attempt returns, repeating it while what holds the files is out of reach."""
         end, wait = time.monotonic() + self.patience, WAIT_SECONDS
         while True:
             try:
-                system, root = _open(self.location)
-                path = f"{root}/{name}".rstrip("/")
-                if system.type_name == "s3":  # its own requests end
-                    return action(system, path)
-                return within(HANG_SECONDS + size / SLOWEST, partial(action, system, path))
+                return attempt()
             except OSError as error:
-                if is_full(error) or error.filename:  # a file of this machine
+                shared = self.folder is not None and error.errno in OUT_OF_REACH
+                if is_full(error) or (error.filename and not shared):  # a file of this machine
                     raise
                 left = end - time.monotonic()
                 if left <= 0:
@@ -160,8 +186,13 @@ class Store:
                 wait = min(2 * wait, LONGEST_WAIT_SECONDS)
 
 
-def within(seconds: float, action: Callable[[], T]) -> T:
+def within(seconds: float, action: Callable[[], T], given_up: threading.Event | None = None) -> T:
     """Return what a function returns within some seconds.
+
+    Args:
+        seconds: The longest to wait.
+        action: The function.
+        given_up: Ends the wait when it is set.
 
     Raises:
         TimeoutError: It does not return, and its thread is left behind.
@@ -177,7 +208,11 @@ def within(seconds: float, action: Callable[[], T]) -> T:
 
     thread = threading.Thread(target=run, name="limited", daemon=True)
     thread.start()
-    thread.join(seconds)
+    end = time.monotonic() + seconds
+    while thread.is_alive() and (left := end - time.monotonic()) > 0:
+        if given_up and given_up.is_set():
+            raise TimeoutError("interrupted")
+        thread.join(min(left, GIVEN_UP_SECONDS))
     if errors:
         raise errors[0]
     if not results:

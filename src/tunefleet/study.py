@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from tunefleet.files import write_whole
+from tunefleet.files import holding, locked, write_whole
 from tunefleet.journal import Journal, TrialRecord, finite, records, winner
 
 if TYPE_CHECKING:
@@ -237,26 +237,21 @@ def lock_study(folder: Path) -> FileLock:
         RunningError: Another process holds it.
         ValueError: The folder cannot be locked.
     """
-    held = FileLock(folder / ".lock", thread_local=False)  # released by whichever thread ends the study
     try:
-        held.acquire(timeout=0)
+        return locked(folder / ".lock", 0)
     except Timeout:
         raise RunningError(f"another process is running {folder}; wait for it or stop it") from None
-    except (OSError, NotImplementedError) as error:
+    except OSError as error:
         raise ValueError(f"{folder} cannot be locked ({error}); give a folder on another disk") from None
-    return held
 
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Context manager: no other process writes the tables meanwhile, from an older journal."""
-    tables = FileLock(folder / ".collect.lock")
-    with contextlib.suppress(Timeout):  # the other one was stopped; a study's end does not wait for it
-        tables.acquire(timeout=TABLE_SECONDS)
-    try:
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(Timeout):  # the other one was stopped; a study's end does not wait for it
+            stack.enter_context(holding(folder / ".collect.lock", TABLE_SECONDS))
         yield
-    finally:
-        tables.release()
 
 
 def _spec(content: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
