@@ -278,9 +278,8 @@ def forecast(options: StudyOptions, resources: Resources, prepared: Prepared) ->
 def disk_needed(options: StudyOptions, resources: Resources, prepared: Prepared) -> tuple[int, int]:
     """Return the bytes of checkpoints that the study will have at once: about, and at most."""
     assert options.trials is not None
-    at_once = (
-        options.final_seeds + resources.slots
-    )  # a seed's stays to the end; one is written beside the old
+    # a seed's stays to the end, and one is written beside the old
+    at_once = options.final_seeds + max(resources.slots, resources.slots_max or 0)
     mean, largest = prepared.mean_checkpoint, prepared.largest_checkpoint
     return mean * options.trials + largest * at_once, largest * (options.trials + at_once)
 

@@ -352,7 +352,7 @@ def make_command(rng: random.Random, folder: Path, number: int) -> Command:
     kind = rng.choice(
         [
             *("run", "run", "run", "lr_study", "lr_study", "resume", "resume", "all", "extend", "from"),
-            *("collect", "collect", "wandb_sync", "mirror", "training", "help"),
+            *("collect", "collect", "wandb_sync", "mirror", "training", "help", "all, refused"),
         ]
     )
     options = [*HELP, "storage", "wandb"]
@@ -390,6 +390,10 @@ def make_command(rng: random.Random, folder: Path, number: int) -> Command:
         )
         (top / "all.json").write_bytes(content)
         main, given, state = run.main, [f"--resume={top}"], content[:200]
+    elif kind == "all, refused":
+        wrong = rng.choice(["--trials=0", "--data=no/such", "--eta=1", "--fix=lr=-1", "--storage=nosuch://x"])
+        where = [f"--study-dir={make_path(rng, folder)}"] if rng.random() < 0.7 else []
+        main, given = run.main, ["--space=all", *small, *where, *make_flags(rng, folder, options, 1), wrong]
     elif kind == "extend":
         main, given = lr_study.main, [f"--extend={study}", *make_flags(rng, folder, of_lr, 1)]
     elif kind == "collect":
