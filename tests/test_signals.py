@@ -1,6 +1,5 @@
-"""Signals to a whole study, and the end of Ray's processes under it; tests/signals.py tries many moments."""
+"""Signals at a study's start and end, and the end of Ray's processes under it; in between: test_resume.py."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import pytest
 
 from tests.conftest import ROOT
 from tunefleet.search.session import NOTHING_WRITTEN
-from tunefleet.study import Study
 
 STUDY = ("--space", "softmax", "--data", "digits", "--trials", "8", "--epochs", "27", "--concurrency", "1")
 STUDY = (*STUDY, "--final-seeds", "1", "--study-dir", "study")
@@ -44,19 +42,6 @@ def test_a_signal_while_modules_are_imported_is_one_line(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert ended(process, 5.0) == (3, NOTHING_WRITTEN + "\n")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.ray
-def test_a_signal_to_the_process_group_stops_a_study_that_then_finishes(cli, tmp_path):
-    process = cli(*STUDY, "--wandb", "off")
-    wait_for_reports(process, tmp_path)
-    os.killpg(process.pid, signal.SIGTERM)
-    code, err = ended(process, SECONDS)
-    assert code == 3
-    assert "To resume: tunefleet resume study" in err
-    assert "Traceback" not in err
-    assert ended(cli("--resume", "study"), 120)[0] == 0
-    assert Study(tmp_path / "study").status == "done"
 
 
 @pytest.mark.ray
