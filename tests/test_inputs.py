@@ -243,7 +243,7 @@ def test_home_is_meant_by_a_tilde(tmp_path, data, monkeypatch):
 def test_what_is_prepared_is_read_from_a_folder_that_cannot_be_written(tmp_path, data, monkeypatch, opened):
     first = load_inputs(TrainConfig("softmax"), data, FP32, tmp_path)
     opened.clear()
-    monkeypatch.setattr(inputs_module, "FileLock", lambda *_: pytest.fail("locked"))
+    monkeypatch.setattr(inputs_module, "holding", lambda *_: pytest.fail("locked"))
     assert torch.equal(load_inputs(TrainConfig("softmax"), data, FP32, tmp_path).train_x, first.train_x)
 
 
