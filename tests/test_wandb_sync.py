@@ -741,7 +741,7 @@ def test_what_changed_since_counts_as_missing(tmp_path):
     state = read_state(folder, options) | {"runs": {run.key: run.record for run in runs_of(folder)}}
     assert describe(folder, options, state)[1] is False
     Journal(folder / "reports.jsonl").append(report("0001", 2, 0.5))
-    assert describe(folder, options, state) == ("1 of 6 runs are not synced", True)
+    assert describe(folder, options, state) == ("1 of 6 runs is not synced", True)
 
 
 STUDY = ["--space", "softmax", "--data", "digits", "--device", "cpu"]
