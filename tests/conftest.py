@@ -16,16 +16,7 @@ os.environ.setdefault(LOOPBACK_ONLY := "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")
 import tunefleet.search  # noqa: F401  sets Ray's variables, which Ray reads when it is imported, here or by a test
 
 ROOT = Path(__file__).parents[1]
-MACHINES = ("tests/cluster/", "tests/test_fault_matrix.py", "tests/test_nodes.py")  # of fixed addresses
 os.environ |= {"WANDB_MODE": "disabled", "WANDB_ERROR_REPORTING": "false"}  # tests of W&B say otherwise
-
-
-def pytest_collection_modifyitems(items):
-    """With ``-n 2`` a file's tests share a process and its fixtures; those with machines share one, too."""
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        group = "machines" if file.startswith(MACHINES) else file
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def ray_logs(driver):
