@@ -1,59 +1,51 @@
-"""Which architectures are there? Rows of `ARCHITECTURES`, without torch, whose import takes a second.
+"""Builders of the thirteen networks, without torch, whose import takes a second.
 
-An architecture is a head, alone or behind a frozen or updatable ResNet-18. `models.building` builds it::
+A network is a head, alone or behind a frozen or updatable ResNet-18; `models.building` builds it::
 
-    model = build("resnet_conv", 10, (3, 32, 32), hidden=64, kernel_size=3, weights="imagenet")
+    build = Network("mymodel", cut="conv2_x", frozen=True, hidden=128, kernel_size=3)
+    model = build(10, (3, 32, 32), hidden=64, weights="imagenet")
     logits = model(images)  # (N, 3, 32, 32) to (N, 10)
 """
 
+from __future__ import annotations
+
+import inspect
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """A row of `ARCHITECTURES`.
+class Network:
+    """A builder.
 
     Attributes:
-        summary: one line for the user.
         head: a row of `heads.HEADS`.
         cut: a row of `resnet.CUTS`, where ResNet-18 ends and the head begins; None: no backbone.
         frozen: the backbone gets no gradient and its BatchNorm statistics are fixed.
-        hidden: published width of the head, its default; None: the head has no such argument.
-        kernel_size: published kernel of the head's convolutions in pixels, likewise.
+        hidden: width of the head by default; None: the head has no such argument.
+        kernel_size: of the head's convolutions in pixels, likewise.
     """
 
-    summary: str
     head: str
     cut: str | None = None
     frozen: bool = False
     hidden: int | None = None
     kernel_size: int | None = None
 
+    def __call__(self, num_classes: int, image_shape: tuple[int, int, int], **own: Any) -> Any:
+        """Build the network; see `models.building.build`."""
+        from tunefleet.models.building import build
 
-ARCHITECTURES: dict[str, Architecture] = {
-    "softmax": Architecture("softmax regression on pixels", "softmax"),
-    "twolayernn": Architecture("two linear layers on pixels", "twolayernn", hidden=250),
-    "convnet": Architecture("one convolution, one linear layer", "convnet", hidden=50, kernel_size=5),
-    "mymodel": Architecture("three convolutions, dropout", "mymodel", hidden=64, kernel_size=5),
-    "resnet_softmax": Architecture("frozen ResNet-18, softmax head", "softmax", "pool", frozen=True),
-    "resnet_twolayernn": Architecture(
-        "frozen ResNet-18, twolayernn head", "twolayernn", "pool", frozen=True, hidden=100
-    ),
-    "resnet_conv": Architecture(
-        "frozen ResNet-18, convnet head", "convnet_padded", "conv4_x", frozen=True, hidden=150, kernel_size=3
-    ),
-    "resnet_mymodel": Architecture(
-        "frozen ResNet-18, mymodel head", "mymodel", "conv2_x", frozen=True, hidden=128, kernel_size=3
-    ),
-    "resnet_softmax_updatable": Architecture("resnet_softmax, all of it trained", "softmax", "pool"),
-    "resnet_twolayernn_updatable": Architecture(
-        "resnet_twolayernn, all of it trained", "twolayernn", "pool", hidden=150
-    ),
-    "resnet_conv_updatable": Architecture(
-        "resnet_conv, all of it trained", "convnet_padded", "conv4_x", hidden=64, kernel_size=3
-    ),
-    "resnet_mymodel_updatable": Architecture(
-        "resnet_mymodel, all of it trained", "mymodel", "conv2_x", hidden=128, kernel_size=3
-    ),
-    "resnet_finetune": Architecture("ResNet-18 with its fc, softmax head, all trained", "softmax", "fc"),
-}
+        return build(self, num_classes, image_shape, **own)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """Return the arguments of this network, which `inspect.signature` gives for those of the call."""
+        anywhere, by_name = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+        parameters = [inspect.Parameter(name, anywhere) for name in ("num_classes", "image_shape")]
+        for name in ("hidden", "kernel_size"):
+            if (default := getattr(self, name)) is not None:
+                parameters.append(inspect.Parameter(name, by_name, default=default, annotation=int))
+        if self.cut:
+            parameters.append(inspect.Parameter("weights", by_name, default="none", annotation=str))
+        return inspect.Signature(parameters)

@@ -1,11 +1,9 @@
-"""Build the network of a row of `ARCHITECTURES`."""
-
-import difflib
+"""Build a `Network`."""
 
 import torch
 from torch import Tensor, nn
 
-from tunefleet.models import ARCHITECTURES, Architecture, heads, resnet
+from tunefleet.models import Network, heads, resnet
 from tunefleet.models.folded import fold_convolutions
 
 
@@ -51,7 +49,7 @@ class Classifier(nn.Module):
 
 
 def build(
-    name: str,
+    network: Network,
     num_classes: int,
     image_shape: tuple[int, int, int],
     *,
@@ -59,64 +57,46 @@ def build(
     kernel_size: int | None = None,
     weights: str = "none",
 ) -> Classifier:
-    """Build an architecture, initialised by torch's defaults from its global generator: seed that first.
+    """Build a network, initialised by torch's defaults from its global generator: seed that first.
 
     Args:
-        name: a row of `ARCHITECTURES`.
+        network: what to build.
         num_classes: logits per image, at least 2.
         image_shape: `(C, H, W)` of the images; C is 3 where there is a backbone.
-        hidden: width of the head, where `build_args` names it; None: the row's.
-        kernel_size: of the head's convolutions in pixels, where `build_args` names it; None: the row's.
+        hidden: width of the head, if it has one; None: the network's.
+        kernel_size: of the head's convolutions in pixels, if it has any; None: the network's.
         weights: of the backbone: "none", "imagenet" or a path, as `load_weights` takes it.
 
     Returns:
         The model, on the CPU and in train mode.
 
     Raises:
-        ValueError: an argument is unknown, out of range or not one that this architecture takes, or
-            the weights cannot be loaded.
+        ValueError: an argument is out of range or not one that this network takes, or the weights cannot be
+            loaded.
     """
-    row = _find(name)
-    head = heads.HEADS[row.head]
+    head = heads.HEADS[network.head]
     _check_int("num_classes", num_classes, at_least=2)
     if len(image_shape) != 3 or not all(isinstance(size, int) and size >= 1 for size in image_shape):
         raise ValueError(f"image_shape={image_shape!r} is not possible; give (C, H, W), each at least 1")
     args = {}
     for arg, value in {"hidden": hidden, "kernel_size": kernel_size}.items():
         if arg in head.args:
-            args[arg] = getattr(row, arg) if value is None else value
+            args[arg] = getattr(network, arg) if value is None else value
             _check_int(arg, args[arg], at_least=1)
         elif value is not None:
-            raise ValueError(f"{arg}={value!r} is not possible: {name} takes no {arg}; leave it out")
-    if row.cut is None and weights != "none":
-        raise ValueError(f"weights={weights!r} is not possible: {name} has no backbone; give none")
-    if row.cut and image_shape[0] != resnet.IN_CHANNELS:
+            raise ValueError(f"{arg}={value!r} is not possible: the head takes no {arg}; leave it out")
+    if network.cut is None and weights != "none":
+        raise ValueError(f"weights={weights!r} is not possible: there is no backbone; give none")
+    if network.cut and image_shape[0] != resnet.IN_CHANNELS:
         raise ValueError(
-            f"image_shape={image_shape} is not possible: the backbone of {name} takes "
-            f"{resnet.IN_CHANNELS} channels; repeat a grey channel, or choose one without a backbone"
+            f"image_shape={image_shape} is not possible: the backbone takes {resnet.IN_CHANNELS} channels; "
+            "repeat a grey channel, or choose a network without a backbone"
         )
-    backbone = resnet.build_backbone(row.cut, weights) if row.cut else nn.Identity()
-    features = resnet.output_shape(row.cut, image_shape) if row.cut else image_shape
-    model = Classifier(backbone, head.build(features, num_classes, **args), frozen=row.frozen)
+    backbone = resnet.build_backbone(network.cut, weights) if network.cut else nn.Identity()
+    features = resnet.output_shape(network.cut, image_shape) if network.cut else image_shape
+    model = Classifier(backbone, head.build(features, num_classes, **args), frozen=network.frozen)
     fold_convolutions(model)
     return model
-
-
-def build_args(name: str) -> tuple[str, ...]:
-    """Return which of "hidden" and "kernel_size" this architecture takes.
-
-    Raises:
-        ValueError: the name is unknown.
-    """
-    return heads.HEADS[_find(name).head].args
-
-
-def _find(name: str) -> Architecture:
-    if name in ARCHITECTURES:
-        return ARCHITECTURES[name]
-    close = difflib.get_close_matches(name, ARCHITECTURES, n=1)
-    meant = f"; did you mean {close[0]}?" if close else "."
-    raise ValueError(f"name={name!r} is unknown{meant} Choose from: {', '.join(ARCHITECTURES)}")
 
 
 def _check_int(arg: str, value: int | None, *, at_least: int) -> None:

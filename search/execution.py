@@ -33,8 +33,6 @@ from tunefleet.search.preflight import Prepared
 from tunefleet.search.resources import Resources
 from tunefleet.search.scheduler import Scheduler
 from tunefleet.search.session import Session
-from tunefleet.search.spaces import find_space
-from tunefleet.search.suggest import described
 from tunefleet.search.wandb_options import WandbOptions
 from tunefleet.search.wandb_sync import END_SECONDS, STOP_SECONDS, LiveUpload
 from tunefleet.store import Store, StoreError
@@ -72,10 +70,10 @@ def create(ready: Ready, prepared: Prepared) -> None:
     write_study(
         ready.folder,
         {
-            "space": options.space,
-            "options": dataclasses.asdict(options),
+            "space": options.space.name,
+            "options": options.to_dict(),
             "rungs": list(options.rungs),
-            "ranges": {} if options.points else described(find_space(options.space, options.fix).ranges),
+            "ranges": {} if options.points else options.searched.described(),
             "data": dataclasses.asdict(ready.data),
             "data_sha256": ready.data.sha256,
             "split_sha256": prepared.split_sha256,
@@ -148,7 +146,7 @@ def run(ready: Ready, session: Session, wandb: WandbOptions, changes: Mapping[st
         console,
         f" on {ready.data.name}: {trials} of up to {epochs}, {ready.resources.slots} at once, "
         f"{ready.settings.device} {ready.settings.precision} -> {shown(ready.location)}",
-        options.space,
+        options.space.name,
     )
     live_upload = LiveUpload(ready.folder, wandb)
     mirror = Mirror(ready.folder, ready.store, functools.partial(print_text, console))
@@ -191,7 +189,7 @@ def open_study(ready: Ready, wandb: WandbOptions, changes: Mapping[str, Any]) ->
     study = OpenStudy(ready.folder)
     status = "stopped"
     try:
-        options = dataclasses.asdict(ready.options)
+        options = ready.options.to_dict()
         run = {
             "options": {name: options[name] for name in changes},
             "resources": dataclasses.asdict(ready.resources),
@@ -237,13 +235,14 @@ def context_of(ready: Ready) -> TrialContext:
     for name in ("checkpoints", "best"):
         (ready.folder / name).mkdir(exist_ok=True)
     return TrialContext(
+        space=ready.options.space,
         data=ready.data,
         settings=ready.settings,
         data_dir=Path(ready.options.data_dir),
         study_dir=ready.folder,
         store=ready.store,
         threads=ready.resources.threads,
-        leaves_chance_by=find_space(ready.options.space).leaves_chance_by,
+        leaves_chance_by=ready.options.space.leaves_chance_by,
         gpu_bytes=ready.resources.gpu_bytes,
     )
 
@@ -276,8 +275,9 @@ def keep_best(folder: Path, trials: Mapping[str, TrialRecord]) -> None:
     (best / "config.json").write_text(json.dumps(done[0].config, indent=2) + "\n")
     checkpoint = folder / checkpoint_name(done[0].trial_id)
     if checkpoint.exists() and (network := _network_of(checkpoint)):
-        first = next(tensor for tensor in network.values() if tensor.dim() >= 2)
-        np.save(best / "first_layer.npy", first.float().numpy())
+        first = next((tensor for tensor in network.values() if tensor.dim() >= 2), None)
+        if first is not None:
+            np.save(best / "first_layer.npy", first.float().numpy())
         checkpoint.replace(best / "checkpoint.pt")
     for name in ("predictions.parquet", "misclassified.npz"):
         file = best / name

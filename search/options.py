@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Collection, Sequence
+import functools
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tunefleet.cli import Parser, path_argument
 from tunefleet.search.asha import PRUNERS, rung_epochs
-from tunefleet.search.spaces import SMALLEST_SIZE, find_space, fixed_values
+from tunefleet.search.spaces import SMALLEST_SIZE
 from tunefleet.search.suggest import SEARCHERS, Observation, suggest
 from tunefleet.search.wandb_options import take_flags
-from tunefleet.trainables.config import (
-    FIELD_TYPES,
-    PRECISIONS,
-    TrainConfig,
-    check_integer,
-    check_name,
-    check_number,
-    nearest,
-)
+from tunefleet.trainables.checks import check_integer, check_name, check_number
 from tunefleet.trainables.data import DATA_DIR, expanded
+from tunefleet.trainables.space import FIELDS, NOT_SEARCHED, PRECISIONS, Space
 
 
 def flag(name: str) -> str:
@@ -31,14 +25,8 @@ def flag(name: str) -> str:
 
 
 SEED_MAX = 2**32 - 1  # numpy's RandomState, and so hyperopt, takes no larger one
-NOT_TO_FIX = {  # and what to do instead
-    "architecture": "give --space",
-    "refit": "the winner's seeds have it, and no trial",
-    **{name: f"give {flag(name)}" for name in ("epochs", "image_size", "weights", "seed")},
-}
-
-
 TYPES: dict[str, Any] = {
+    "Space": Space,
     "int": int,
     "str": str,
     "float": (int, float),
@@ -58,7 +46,7 @@ class StudyOptions:
         ValueError: A value is impossible.
     """
 
-    space: str
+    space: Space
     data: str = "cifar10"  # resume; where the same images are now
     image_size: int | None = None  # None: what the space is best at on the device
     weights: str = "imagenet"  # of ResNet backbones
@@ -85,16 +73,15 @@ class StudyOptions:
 
     def __post_init__(self) -> None:
         self._check_types()
-        space = find_space(self.space)
         for name in ("data", "data_dir", "weights"):
             if (value := getattr(self, name)).startswith("~"):
                 object.__setattr__(self, name, str(expanded(flag(name), value)))
         if self.points:
             object.__setattr__(self, "trials", len(self.points))
         if self.trials is None:
-            object.__setattr__(self, "trials", space.trials)
+            object.__setattr__(self, "trials", self.space.trials)
         if self.epochs is None:
-            object.__setattr__(self, "epochs", space.epochs)
+            object.__setattr__(self, "epochs", self.space.epochs)
         if self.pruner is not None:
             check_name("--pruner", self.pruner, PRUNERS)
         if self.workers_per_trial is not None:
@@ -132,11 +119,31 @@ class StudyOptions:
 
     def _check_values(self) -> None:
         for name in self.fix or {}:
-            if name in NOT_TO_FIX:
-                raise ValueError(f"--fix {name} is not possible; {NOT_TO_FIX[name]}")
+            if name in NOT_SEARCHED:
+                raise ValueError(f"--fix {name} is not possible; {NOT_SEARCHED[name]}")
         values = self._fixed_values(self.image_size or SMALLEST_SIZE)
-        for point in self.points or []:
-            TrainConfig.from_dict(values | point)
+        for point in self.points or [] if self.space.trains_images else []:
+            self.space.config(values | point)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], space: Space) -> StudyOptions:
+        """Build a study's options from those in its study.json.
+
+        Raises:
+            TypeError: They are those of another version.
+            ValueError: A value is impossible.
+        """
+        return cls(**{**values, "space": space})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all options as plain JSON-able values."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "space"]
+        return {"space": self.space.reference, **{name: getattr(self, name) for name in names}}
+
+    @functools.cached_property
+    def searched(self) -> Space:
+        """Return the space without what is fixed."""
+        return self.space.fixing(self.fix or {})
 
     @property
     def rungs(self) -> tuple[int, ...]:
@@ -152,22 +159,17 @@ class StudyOptions:
 
     def _fixed_values(self, image_size: int) -> dict[str, Any]:
         assert self.epochs is not None
-        return fixed_values(
-            self.space,
-            epochs=self.epochs,
-            image_size=image_size,
-            weights=self.weights,
-            seed=self.seed,
-            fix=self.fix,
+        return self.searched.fixed_values(
+            epochs=self.epochs, image_size=image_size, weights=self.weights, seed=self.seed
         )
 
     def suggest(self, number: int, observations: Sequence[Observation]) -> dict[str, Any] | None:
         """Return what is sampled of trial ``number``, given all earlier ones; None: there are no more."""
-        space = find_space(self.space, self.fix)
+        space = self.searched
         points = self.points if space.ranges or self.points else [{}]  # all is fixed: one trial
         if points:
             return points[number] if number < len(points) else None
-        return suggest(self.searcher, space.ranges, space.published, self.seed, number, observations)
+        return suggest(self.searcher, space.ranges, space.start, self.seed, number, observations)
 
 
 RESUMABLE = (
@@ -244,7 +246,7 @@ def add_options(parser: argparse.ArgumentParser, names: Collection[str]) -> None
         text = (HELP[field.name] + default).replace("%", "%%")
         if field.name == "fix":
             parser.add_argument(
-                "--fix", nargs="+", action=_Values, metavar="NAME=VALUE", default=argparse.SUPPRESS, help=text
+                "--fix", nargs="+", action=_Pairs, metavar="NAME=VALUE", default=argparse.SUPPRESS, help=text
             )
             continue
         parser.add_argument(
@@ -256,23 +258,37 @@ def add_options(parser: argparse.ArgumentParser, names: Collection[str]) -> None
         )
 
 
-class _Values(argparse.Action):
-    """Turns ``hidden=32 augment=crop`` into values of TrainConfig's types."""
+class _Pairs(argparse.Action):
+    """Turns ``hidden=32 augment=crop`` into a dict of texts; what they mean depends on the space."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        fix = {}
+        pairs = {}
         for pair in values:
             name, equals, text = pair.partition("=")
             if not equals:
-                parser.error(f"--fix {pair} is no NAME=VALUE; give for example --fix hidden=32")
-            try:
-                fix[name] = FIELD_TYPES[name](text)
-            except KeyError:
-                parser.error(f"--fix {name} is no hyperparameter{nearest(name, FIELD_TYPES)}")
-            except (ValueError, argparse.ArgumentTypeError):
-                kind = str(TrainConfig.__annotations__[name]).removesuffix(" | None")
-                parser.error(f"--fix {pair} is not possible; {name} is a value of type {kind}")
-        setattr(namespace, self.dest, fix)
+                parser.error(f"{option_string} {pair} is no NAME=VALUE; give for example --fix lr=0.01")
+            pairs[name] = text
+        setattr(namespace, self.dest, pairs)
+
+
+def parse_values(space: Space, texts: Mapping[str, str]) -> dict[str, Any]:
+    """Return the values of ``--fix``, each of its hyperparameter's type.
+
+    Raises:
+        ValueError: A name or a text fits no hyperparameter of the space.
+    """
+    values = {}
+    for name, text in texts.items():
+        try:
+            parser = space.parser_of(name)
+        except ValueError as error:
+            raise ValueError(f"--fix {error}") from None
+        try:
+            values[name] = parser(text)
+        except ValueError:
+            kind = getattr(parser, "__name__", "")
+            raise ValueError(f"--fix {name}={text} is not possible; {name} is a value of type {kind}") from None
+    return values
 
 
 def parse_study(
@@ -285,7 +301,7 @@ def parse_study(
     flags, unknown = parser.parse_known_args(arguments)
     for word in unknown:
         name = word.lstrip("-").partition("=")[0].replace("-", "_")
-        if name in FIELD_TYPES and word.startswith("--"):
+        if name in FIELDS and word.startswith("--"):
             parser.error(f"{word} is a hyperparameter; to give it to every trial: --fix {name}=VALUE")
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")

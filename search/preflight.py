@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
+import json
 import math
 import os
 import shutil
@@ -17,24 +17,22 @@ from ray.tune.search.sample import Categorical, Integer
 from rich.console import Console
 
 from tunefleet.cli import counted, shown
-from tunefleet.models import ARCHITECTURES
-from tunefleet.models.building import build
-from tunefleet.models.resnet import output_shape
 from tunefleet.search.asha import expected_epochs
 from tunefleet.search.display import clock, print_text
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.resources import Machine, Resources
-from tunefleet.search.spaces import default_image_size, find_space
+from tunefleet.search.spaces import default_image_size
 from tunefleet.search.suggest import suggest
-from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import BUILT_IN, ImageData, Progress
 from tunefleet.trainables.device import DeviceSettings, free_memory, is_out_of_memory
 from tunefleet.trainables.graph import WARM_UP_STEPS, CaptureError, CaptureMemoryError
 from tunefleet.trainables.host import cpu_count
-from tunefleet.trainables.inputs import kind_of, load_inputs, sample_inputs, split_counts
+from tunefleet.trainables.inputs import build_model, kind_of, load_inputs, sample_inputs, split_counts
+from tunefleet.trainables.space import TrainConfig
 from tunefleet.trainables.training import TrainingRun
 
 SAMPLED_CONFIGS = 1000  # whose checkpoints' mean is forecast
+SAMPLED_NETWORKS = 50  # that are built for it, at most
 MEASURED_STEPS = {"cpu": 10, "cuda": 100}  # optimizer steps that forecast an epoch
 PEAK_BATCHES = 2 * WARM_UP_STEPS + 5  # halves of a batch: some steps are captured, and one is short
 SIZES = (128, 64, 32)  # pixels a side that a GPU's memory decides between
@@ -54,26 +52,28 @@ def settle_image_size(options: StudyOptions, settings: DeviceSettings, machine: 
     wanted = default_image_size(options.space, options.weights, settings.device)
     if settings.device == "cuda" and wanted > SIZES[-1]:
         count = count_images(options.data)
-        share = options.gpus_per_trial or find_space(options.space).gpus_per_trial
+        share = options.gpus_per_trial or options.space.gpus_per_trial
         trials = max(1, int(1 / share))
         disk = shutil.disk_usage(
             next(p for p in Path(options.data_dir).absolute().parents if p.exists())
         ).free
         room = min(disk, math.inf if machine.gpu_bytes is None else machine.gpu_bytes / 2 / trials)
         fitting = (
-            s for s in SIZES if s <= wanted and count * input_bytes(options.space, s, settings) <= room
+            s for s in SIZES if s <= wanted and count * input_bytes(options, s, settings) <= room
         )
         wanted = next(fitting, SIZES[-1])
     return replace(options, image_size=wanted)
 
 
-def input_bytes(space: str, image_size: int, settings: DeviceSettings) -> int:
+def input_bytes(options: StudyOptions, image_size: int, settings: DeviceSettings) -> int:
     """Return what one image takes on the device: as features of a frozen backbone, or as uint8 pixels."""
-    row = ARCHITECTURES[space]
-    if not row.frozen:
+    if not options.space.feature_cache:
         return 3 * image_size**2
-    assert row.cut is not None
-    return math.prod(output_shape(row.cut, (3, image_size, image_size))) * settings.dtype.itemsize
+    shape = (3, image_size, image_size)
+    model = options.space.network(2, shape, example(replace(options, image_size=image_size, weights="none")))
+    with torch.inference_mode():
+        features: torch.Tensor = model.backbone.eval()(torch.zeros(1, *shape))
+    return features.numel() * settings.dtype.itemsize
 
 
 def count_images(source: str) -> int:
@@ -89,21 +89,21 @@ def count_images(source: str) -> int:
 
 
 def example(options: StudyOptions) -> TrainConfig:
-    """Return the space's published best as a config of this study: what preflight builds and times."""
-    first = options.points[0] if options.points else find_space(options.space, options.fix).published
-    return TrainConfig.from_dict({**options.fixed_values(), **first})
+    """Return the study's first trial: what preflight builds and times."""
+    first = options.points[0] if options.points else options.searched.start
+    return options.space.config({**options.fixed_values(), **first})
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known of a study when its published best was built once."""
+    """What is known of a study when its first trial was built once."""
 
     split_sha256: str
     train_count: int
     validation_count: int
     mean_checkpoint: int  # bytes; of the configs that the study may sample
     largest_checkpoint: int
-    epoch_seconds: float | None  # of the published best on one worker; None: not measured
+    epoch_seconds: float | None  # of the first trial on one worker; None: not measured
     preparing_seconds: float = 0.0  # that inputs will take which a forecast left out
     peak_bytes: int | None = None  # of a GPU, of the largest trial; None: on a CPU, or it did not fit
     gpu_bytes: int | None = None  # free on the GPU before
@@ -116,7 +116,7 @@ def prepare(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Prepared:
-    """Build the published best with all cores, which prepares the inputs that the trials share.
+    """Build the first trial with all cores, which prepares the inputs that the trials share.
 
     Args:
         options: The study's.
@@ -146,7 +146,7 @@ def prepare(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise ValueError(f"{options.space} does not fit into memory here; --fix smaller sizes") from error
+        raise ValueError(f"{options.space.name} does not fit into memory here; --fix smaller sizes") from error
     del run
     mean_checkpoint, largest_checkpoint = checkpoint_sizes(options, data)
     peak = None
@@ -197,52 +197,52 @@ def largest_peak(
 def largest(options: StudyOptions) -> TrainConfig:
     """Return the config of a study that takes most memory: the highest of every number, augmented images."""
     config = example(options).to_dict()
-    if options.points:
-        return TrainConfig.from_dict(config)
-    for name, domain in find_space(options.space, options.fix).ranges.items():
+    for name, domain in () if options.points else options.searched.ranges.items():
         if isinstance(domain, Categorical):
             numbers = all(isinstance(value, int | float) for value in domain.categories)
             config[name] = max(domain.categories) if numbers else domain.categories[-1]
         elif isinstance(domain, Integer):
             config[name] = domain.upper - 1
-    return TrainConfig.from_dict(config)
+    return options.space.config(config)
 
 
 def checkpoint_bytes(config: TrainConfig, data: ImageData) -> int:
     """Return what the tensors of a config's checkpoint take, once the optimizer has its state."""
-    kept, trained = _sizes(
-        config.architecture,
-        len(data.classes),
-        config.image_size,
-        config.hidden,
-        config.kernel_size,
-        kind_of(config, data) == "features",
-    )
+    kept, trained = _sizes(config, data)
     values = 2 if config.optimizer in ("adam", "adamw") else int(config.momentum > 0)  # per parameter
     return kept + values * trained
 
 
-@functools.lru_cache
-def _sizes(
-    architecture: str, classes: int, image_size: int, hidden: int | None, kernel_size: int | None, head: bool
-) -> tuple[int, int]:
+def _sizes(config: TrainConfig, data: ImageData) -> tuple[int, int]:
     """Return the bytes of a network's tensors and of its trained parameters, of its head alone or of all."""
-    shape = (3, image_size, image_size)
-    with torch.random.fork_rng(devices=[]):
-        model = build(architecture, classes, shape, hidden=hidden, kernel_size=kernel_size)
-    network = model.head if head else model
-    trained = sum(p.nbytes for p in network.parameters() if p.requires_grad)
-    return sum(tensor.nbytes for tensor in network.state_dict().values()), trained
+    config = replace(config, weights="none")
+    head = kind_of(config, data) == "features"
+    key = json.dumps([config.space.name, len(data.classes), config.image_size, dict(config.model), head])
+    if key not in _known_sizes:
+        model = build_model(config, data)
+        network = model.get_submodule("head") if head else model
+        trained = sum(p.nbytes for p in network.parameters() if p.requires_grad)
+        _known_sizes[key] = sum(tensor.nbytes for tensor in network.state_dict().values()), trained
+    return _known_sizes[key]
+
+
+_known_sizes: dict[str, tuple[int, int]] = {}
 
 
 def checkpoint_sizes(options: StudyOptions, data: ImageData) -> tuple[int, int]:
     """Return the bytes of a checkpoint of this study: the mean over sampled configs, and the largest."""
-    ranges = {} if options.points else find_space(options.space, options.fix).ranges
-    base = example(options).to_dict()
+    searched, base = options.searched, example(options).to_dict()
     sampled = options.points or [
-        suggest("random", ranges, None, 0, k, []) or {} for k in range(SAMPLED_CONFIGS)
+        suggest("random", searched.ranges, None, 0, k, []) or {} for k in range(SAMPLED_CONFIGS)
     ]
-    sizes = [checkpoint_bytes(TrainConfig.from_dict(base | values), data) for values in sampled]
+    sizes: list[int] = []
+    networks: set[str] = set()
+    for values in sampled:
+        config = options.space.config(base | values)
+        networks.add(json.dumps(config.model))
+        if len(networks) > SAMPLED_NETWORKS:
+            break
+        sizes.append(checkpoint_bytes(config, data))
     return round(sum(sizes) / len(sizes)), max(*sizes, checkpoint_bytes(largest(options), data))
 
 
@@ -314,7 +314,7 @@ def print_forecast(
     needed, most = disk_needed(options, resources, prepared)
     gpus = f" and {resources.gpus_per_trial:g} GPU" if resources.gpus_per_trial else ""
     lines = [
-        f"space      {options.space}: {ARCHITECTURES[options.space].summary}",
+        f"space      {options.space.name}" + (f": {options.space.summary}" if options.space.summary else ""),
         f"data       {data.name}, {prepared.train_count} train, {prepared.validation_count} validation, "
         f"{data.test_count} test images, {options.image_size} pixels a side",
         f"trials     {options.trials}, {resources.slots} at once, each {resources.cpus_per_trial:g} CPU{gpus}"
@@ -323,7 +323,7 @@ def print_forecast(
         f"rungs {list(options.rungs)}, {options.pruner}",
         f"final      {counted(options.final_seeds, 'seed')}, {counted(int(facts['final_epochs']), 'epoch')}",
         f"time       about {clock(facts['seconds'])}, from {prepared.epoch_seconds:.2f} s an epoch "
-        "of the published best",
+        "of the first trial",
         f"disk       about {megabytes(needed)} of checkpoints while it runs, at most {megabytes(most)}",
         f"folder     {shown(folder)}, not written",
     ]

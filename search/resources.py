@@ -14,7 +14,6 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from tunefleet.cli import counted
 from tunefleet.search.connection import TRIAL_SLOT, connect, is_local
 from tunefleet.search.options import StudyOptions
-from tunefleet.search.spaces import find_space
 from tunefleet.trainables.device import CONTEXT_BYTES, DeviceSettings, choose, why_unusable
 from tunefleet.trainables.host import cpu_count, free_bytes
 
@@ -163,7 +162,7 @@ def settle(options: StudyOptions, settings: DeviceSettings, machine: Machine) ->
     """Return the options with what depends on the machine: workers per trial, and with them the pruner."""
     workers = options.workers_per_trial
     if workers is None:
-        wanted = find_space(options.space).workers_per_trial
+        wanted = options.space.workers_per_trial
         workers = wanted if settings.device == "cuda" and machine.gpus >= wanted else 1
     pruner = options.pruner or ("stop" if workers > 1 else "promote")  # a group is costly to start again
     return replace(options, workers_per_trial=workers, pruner=pruner)
@@ -177,7 +176,7 @@ def plan(options: StudyOptions, settings: DeviceSettings, machine: Machine) -> R
     """
     workers, gpus_per_trial = options.workers_per_trial or 1, options.gpus_per_trial
     if gpus_per_trial is None:
-        share = 1 if workers > 1 else find_space(options.space).gpus_per_trial
+        share = 1 if workers > 1 else options.space.gpus_per_trial
         gpus_per_trial = workers * share if settings.device == "cuda" else 0.0
     if machine.grows:
         machine = _grown(machine, workers, options.cpus_per_trial or workers, gpus_per_trial)

@@ -90,7 +90,7 @@ def start(
     elif storage and folder:
         raise ValueError(f"--storage={storage} is a folder, and so is --study-dir={folder}; give one of them")
     under = Path("studies") if options.storage or not storage else expanded("--storage", storage)
-    folder = expanded("--study-dir", folder) if folder else default_folder(options.space, options.data, under)
+    folder = expanded("--study-dir", folder) if folder else default_folder(options.space.name, options.data, under)
     check_free(folder)
     check_storage(options.storage, folder.name)
     return run(Request(_absolute(options), folder, choose_wandb(wandb or {}), shared, dry_run), session)

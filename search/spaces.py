@@ -24,38 +24,19 @@ can place lr, tell two or three values of a choice apart, and no more. So
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 from ray import tune
 from ray.tune.search.sample import Domain
 
-from tunefleet.models import ARCHITECTURES
-from tunefleet.search.suggest import check_ranges
-from tunefleet.trainables.config import TrainConfig, check_name
+from tunefleet.models import Network
+from tunefleet.trainables.sources import BUILT_IN, Source, find
+from tunefleet.trainables.space import Space
 
+FLAT_HEADS = ("softmax", "twolayernn")  # read pixels in NCHW order
 SMALLEST_SIZE = 32  # pixels a side; CIFAR-10's own
-
-
-@dataclass(frozen=True)
-class Space:
-    """One row of SPACES."""
-
-    ranges: Mapping[str, Domain]  # what is sampled
-    published: Mapping[str, Any]  # a value for each range: the first trial
-    published_accuracy: float  # of the report, a fraction of its test images
-    epochs: int  # default of --epochs
-    trials: int = 32  # default of --trials
-    fixed: Mapping[str, Any] | None = None  # what is neither sampled nor TrainConfig's default
-    gpus_per_trial: float = 1.0  # default where there are GPUs; small networks share one
-    workers_per_trial: int = 1  # default where there are as many GPUs
-    image_size: int = SMALLEST_SIZE  # default with trained weights, on GPUs
-    cpu_image_size: int = SMALLEST_SIZE  # likewise on CPUs
-    leaves_chance_by: int | None = 10  # epochs; an accuracy at chance from then on is a divergence
-
-    def __post_init__(self) -> None:
-        check_ranges(self.ranges)
 
 
 LR = tune.loguniform(1e-4, 1e-1)
@@ -69,7 +50,6 @@ SGD = {
     "momentum": MOMENTUM,
     "batch_size": BATCH_SIZE,
 }
-IN_ALL = {"schedule": "cosine"}
 KERNEL_SIZE = tune.choice([3, 5])
 
 
@@ -93,6 +73,35 @@ FINE_TUNING = {"augment": AUGMENT, "label_smoothing": tune.choice([0.0, 0.1])}
 WITHOUT_SMOOTHING = {"augment": "crop", "label_smoothing": 0.0}
 
 
+def _row(
+    network: Network,
+    summary: str,
+    ranges: Mapping[str, Domain],
+    first: Mapping[str, Any],
+    published: float,
+    *,
+    fixed: Mapping[str, Any] | None = None,
+    cpu_image_size: int = SMALLEST_SIZE,
+    **others: Any,
+) -> Space:
+    """Return a row: what all thirteen have in common is here, with what was measured of them (docs/log)."""
+    return Space(
+        network,
+        ranges,
+        first=first,
+        summary=summary,
+        published=published,
+        fixed={"schedule": "cosine", **(fixed or {})},
+        normalise="imagenet" if network.cut else "data",
+        channels_last=network.cut is not None or network.head not in FLAT_HEADS,
+        micro_batches=True,
+        feature_cache=network.frozen,
+        cuda_graph=True,
+        cpu_image_size=cpu_image_size,
+        **others,
+    )
+
+
 def _published(
     weight_decay: float, momentum: float, batch_size: int, lr: float, **others: Any
 ) -> dict[str, Any]:
@@ -106,10 +115,20 @@ def _published(
     }
 
 
-SPACES: dict[str, Space] = {
-    "softmax": Space(SGD, _published(0.0, 0.0, 512, 0.01), 0.4002, epochs=27, gpus_per_trial=0.25),
+_ROWS: dict[str, Space] = {
+    "softmax": _row(
+        Network("softmax"),
+        "softmax regression on pixels",
+        SGD,
+        _published(0.0, 0.0, 512, 0.01),
+        0.4002,
+        epochs=27,
+        gpus_per_trial=0.25,
+    ),
     # Adam, as published: its lr lives a decade lower, and it has no momentum to search
-    "twolayernn": Space(
+    "twolayernn": _row(
+        Network("twolayernn", hidden=250),
+        "two linear layers on pixels",
         {
             "lr": tune.loguniform(1e-5, 1e-2),
             "weight_decay": WEIGHT_DECAY,
@@ -132,7 +151,9 @@ SPACES: dict[str, Space] = {
     # 3·hidden channels, whose number is most of the time; one layer sees no more than its kernel, so 7;
     # momentum is the published one, since without it nothing gets going in these epochs; without warm-up
     # the best lr lie where some seeds diverge (docs/decisions.md)
-    "convnet": Space(
+    "convnet": _row(
+        Network("convnet", hidden=50, kernel_size=5),
+        "one convolution, one linear layer",
         {
             "lr": tune.loguniform(1e-3, 3e-2),
             "weight_decay": tune.choice([0.0, 1e-4, 1e-3, 1e-2]),
@@ -155,14 +176,18 @@ SPACES: dict[str, Space] = {
         fixed={"momentum": 0.9, "warmup_epochs": 1},
         gpus_per_trial=0.5,
     ),
-    "mymodel": Space(
+    "mymodel": _row(
+        Network("mymodel", hidden=64, kernel_size=5),
+        "three convolutions, dropout",
         SGD | {"hidden": tune.choice([32, 64, 96]), "kernel_size": KERNEL_SIZE, "augment": AUGMENT},
         _published(0.001, 0.98, 128, 0.001, hidden=64, kernel_size=5, augment="crop"),
         0.76,
         epochs=27,
     ),
     # features are computed once, so epochs are cheap; augmenting would compute them again in each
-    "resnet_softmax": Space(
+    "resnet_softmax": _row(
+        Network("softmax", cut="pool", frozen=True),
+        "frozen ResNet-18, softmax head",
         _resnet(0.99),
         _published(1e-4, 0.99, 128, 0.001),
         0.5835,
@@ -171,7 +196,9 @@ SPACES: dict[str, Space] = {
         image_size=128,
         cpu_image_size=128,  # 9 minutes once for 50,000 images on two cores
     ),
-    "resnet_twolayernn": Space(
+    "resnet_twolayernn": _row(
+        Network("twolayernn", cut="pool", frozen=True, hidden=100),
+        "frozen ResNet-18, twolayernn head",
         _resnet(0.7) | {"hidden": tune.choice([50, 100, 250, 500])},
         _published(0.001, 0.7, 128, 0.03, hidden=100),
         0.5858,
@@ -180,7 +207,9 @@ SPACES: dict[str, Space] = {
         image_size=128,
         cpu_image_size=128,
     ),
-    "resnet_conv": Space(
+    "resnet_conv": _row(
+        Network("convnet_padded", cut="conv4_x", frozen=True, hidden=150, kernel_size=3),
+        "frozen ResNet-18, convnet head",
         _resnet(0.9) | {"hidden": tune.choice([50, 100, 150])},
         _published(5e-4, 0.9, 128, 0.05, hidden=150),
         0.6820,
@@ -190,7 +219,9 @@ SPACES: dict[str, Space] = {
         image_size=128,  # its maps of 8×8 cost two cores 80 s an epoch
     ),
     # conv2_x leaves 8×8 maps at 32×32: three poolings fit behind a kernel of 3, none behind 5
-    "resnet_mymodel": Space(
+    "resnet_mymodel": _row(
+        Network("mymodel", cut="conv2_x", frozen=True, hidden=128, kernel_size=3),
+        "frozen ResNet-18, mymodel head",
         _resnet(0.85) | {"hidden": tune.choice([32, 64, 128])},
         _published(1e-4, 0.85, 128, 0.04, hidden=128),
         0.7917,
@@ -198,21 +229,27 @@ SPACES: dict[str, Space] = {
         fixed={"kernel_size": 3},
         image_size=64,
     ),
-    "resnet_softmax_updatable": Space(
+    "resnet_softmax_updatable": _row(
+        Network("softmax", cut="pool"),
+        "resnet_softmax, all of it trained",
         _resnet(0.0) | FINE_TUNING,
         _published(0.001, 0.0, 128, 0.01, **WITHOUT_SMOOTHING),
         0.8296,
         epochs=27,
         image_size=64,
     ),
-    "resnet_twolayernn_updatable": Space(
+    "resnet_twolayernn_updatable": _row(
+        Network("twolayernn", cut="pool", hidden=150),
+        "resnet_twolayernn, all of it trained",
         _resnet(0.99) | FINE_TUNING | {"hidden": tune.choice([100, 150, 250])},
         _published(0.0, 0.99, 128, 0.001, hidden=150, **WITHOUT_SMOOTHING),
         0.8075,
         epochs=27,
         image_size=64,
     ),
-    "resnet_conv_updatable": Space(
+    "resnet_conv_updatable": _row(
+        Network("convnet_padded", cut="conv4_x", hidden=64, kernel_size=3),
+        "resnet_conv, all of it trained",
         _resnet(0.98) | FINE_TUNING | {"hidden": tune.choice([32, 64, 128])},
         _published(0.001, 0.98, 128, 0.001, hidden=64, **WITHOUT_SMOOTHING),
         0.8091,
@@ -220,7 +257,9 @@ SPACES: dict[str, Space] = {
         fixed={"kernel_size": 3},
         image_size=64,
     ),
-    "resnet_mymodel_updatable": Space(
+    "resnet_mymodel_updatable": _row(
+        Network("mymodel", cut="conv2_x", hidden=128, kernel_size=3),
+        "resnet_mymodel, all of it trained",
         _resnet(0.7) | FINE_TUNING | {"hidden": tune.choice([64, 128])},
         _published(1e-4, 0.7, 128, 0.04, hidden=128, **WITHOUT_SMOOTHING),
         0.8007,
@@ -228,7 +267,9 @@ SPACES: dict[str, Space] = {
         fixed={"kernel_size": 3},
         image_size=64,
     ),
-    "resnet_finetune": Space(
+    "resnet_finetune": _row(
+        Network("softmax", cut="fc"),
+        "ResNet-18 with its fc, softmax head, all trained",
         _resnet(0.0) | FINE_TUNING,
         _published(0.001, 0.0, 128, 0.01, **WITHOUT_SMOOTHING),
         0.8312,
@@ -238,55 +279,22 @@ SPACES: dict[str, Space] = {
 }
 
 
-def find_space(name: str, fix: Mapping[str, Any] | None = None) -> Space:
-    """Return a row of SPACES, some of whose values are not to be sampled.
+SPACES = {
+    name: dataclasses.replace(space, name=name, source=Source(name, name, BUILT_IN, "SPACES", name))
+    for name, space in _ROWS.items()
+}
 
-    Args:
-        name: The row.
-        fix: Config values that every trial shall have, sampled otherwise or not.
+
+def find_space(reference: str) -> Space:
+    """Return a row of SPACES, or the space of a file or module (`trainables.sources.find`).
 
     Raises:
-        ValueError: There is none of that name; names the nearest.
+        ValueError: There is none.
     """
-    check_name("--space", name, SPACES)
-    space, fix = SPACES[name], fix or {}
-    return replace(
-        space,
-        ranges={key: domain for key, domain in space.ranges.items() if key not in fix},
-        published={key: value for key, value in space.published.items() if key not in fix},
-        fixed={**IN_ALL, **(space.fixed or {}), **fix},
-    )
+    return find(reference, SPACES)
 
 
-def default_image_size(name: str, weights: str, device: str) -> int:
+def default_image_size(space: Space, weights: str, device: str) -> int:
     """Return the pixels a side that a space is best at, on cpu or cuda."""
-    if ARCHITECTURES[name].cut is None or weights == "none":
-        return SMALLEST_SIZE
-    return SPACES[name].image_size if device == "cuda" else SPACES[name].cpu_image_size
-
-
-def fixed_values(
-    name: str,
-    *,
-    epochs: int,
-    image_size: int,
-    weights: str,
-    seed: int,
-    fix: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Return every TrainConfig value that a study of this space does not sample.
-
-    Raises:
-        ValueError: A value is impossible.
-    """
-    space = find_space(name, fix)
-    values = {
-        "architecture": name,
-        "epochs": epochs,
-        "image_size": image_size,
-        "weights": weights if ARCHITECTURES[name].cut else "none",
-        "seed": seed,
-        **(space.fixed or {}),
-    }
-    config = TrainConfig.from_dict(values | dict(space.published)).to_dict()
-    return {key: value for key, value in config.items() if key not in space.ranges}
+    size = (space.cpu_image_size if device == "cpu" else None) or space.image_size
+    return SMALLEST_SIZE if size is None or (space.takes_weights and weights == "none") else size

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUniform, Quantized, Uniform
+from ray.tune.search.sample import Categorical, Domain
+
+from tunefleet.trainables.ranges import Ranges, interval
 
 SEARCHERS = ("tpe", "random", "grid")
 STARTUP_TRIALS = 10  # drawn at random before TPE models anything; hyperopt's 20 is most of a small study
 GRID_POINTS = 4  # per range of numbers, ends included
 WORST = math.inf  # the loss of a failed trial; hyperopt minimises
-
-Ranges = Mapping[str, Domain]
 
 
 @dataclass(frozen=True)
@@ -59,88 +59,6 @@ def suggest(
         rng = np.random.default_rng(entropy)
         return {name: _draw(domain, rng) for name, domain in ranges.items()}
     return _tpe(ranges, number, observations, int(entropy.generate_state(1)[0]))
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A range of numbers, both ends included."""
-
-    low: float
-    high: float
-    log: bool
-    step: float | None  # between allowed values, which are its multiples; None: all floats
-    integer: bool
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """Return between which floats to draw, so that rounding leaves the ends as likely as the others."""
-        half = (self.step or 0) / 2
-        return self.low - half, self.high + half
-
-    def value(self, x: float) -> float | int:
-        """Return the allowed value nearest to ``x``."""
-        if self.step:
-            x = float(f"{round(x / self.step) * self.step:.12g}")
-        x = min(max(float(x), self.low), self.high)
-        return round(x) if self.integer else x
-
-
-def interval(domain: Domain) -> Interval:
-    """Return what a range of Ray Tune, other than a choice, allows.
-
-    Raises:
-        ValueError: A kind of range that cannot be searched.
-    """
-    sampler, step = domain.get_sampler(), None
-    if isinstance(sampler, Quantized):
-        sampler, step = sampler.get_sampler(), sampler.q
-    bounded = isinstance(domain, Float | Integer) and math.isfinite(domain.upper - domain.lower)
-    if not bounded or not isinstance(sampler, Uniform | LogUniform):
-        raise ValueError("it has no bounds, or depends on other values")
-    assert isinstance(domain, Float | Integer)
-    low, high, integer = domain.lower, domain.upper, isinstance(domain, Integer)
-    if integer and step in (None, 1):  # Ray's integer ranges exclude their end, unless they are quantised
-        high, step = high - 1, 1
-    if step:
-        low, high = _multiple(low, step, math.ceil), _multiple(high, step, math.floor)
-    if low > high:
-        raise ValueError("it has no value")
-    return Interval(low, high, isinstance(sampler, LogUniform), step, integer)
-
-
-def _multiple(bound: float, step: float, towards: Any) -> float:
-    nearest = round(bound / step)
-    return float(step * (nearest if math.isclose(bound / step, nearest) else towards(bound / step)))
-
-
-def check_ranges(ranges: Mapping[str, Any]) -> None:
-    """Raise ValueError where something is no range that every searcher can draw from."""
-    for name, domain in ranges.items():
-        try:
-            if not isinstance(domain, Domain):
-                raise ValueError("it is no range")
-            if not isinstance(domain, Categorical):
-                interval(domain)
-        except ValueError as error:
-            raise ValueError(
-                f"the range of {name} cannot be searched ({error}); give tune.choice, uniform, loguniform, "
-                "randint or lograndint, or a quantised one of these (quniform, qrandint, …)"
-            ) from None
-
-
-def described(ranges: Ranges) -> dict[str, Any]:
-    """Return ranges as study.json has them: ``{"values"}``, or ``{"low", "high", "log"[, "step"]}``."""
-    plain: dict[str, Any] = {}
-    for name, domain in ranges.items():
-        if isinstance(domain, Categorical):
-            plain[name] = {"values": list(domain.categories)}
-            continue
-        found = interval(domain)
-        low, high = (int(end) if found.integer else end for end in (found.low, found.high))
-        plain[name] = {"low": low, "high": high, "log": found.log}
-        if found.step and (found.step != 1 or not found.integer):
-            plain[name]["step"] = found.step
-    return plain
 
 
 def grid_values(domain: Domain) -> list[Any]:

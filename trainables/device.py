@@ -11,14 +11,14 @@ import functools
 import gc
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from tunefleet.trainables import host
-from tunefleet.trainables.config import PRECISIONS
+from tunefleet.trainables.space import PRECISIONS, Space
 
 DEVICES = ("auto", "cpu", "cuda")
 # Activations of one micro-batch that still fit a processor's caches while the backward pass reuses them
@@ -66,6 +66,15 @@ class DeviceSettings:
     def dtype(self) -> torch.dtype:
         """Dtype of inputs and autocast."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def of(self, space: Space) -> DeviceSettings:
+        """Return those of these settings that leave a space's numbers as they are."""
+        return replace(
+            self,
+            channels_last=self.channels_last and bool(space.channels_last),
+            micro_batch_bytes=self.micro_batch_bytes if space.micro_batches else None,
+            cuda_graph=self.cuda_graph and space.cuda_graph,
+        )
 
     def autocast(self) -> torch.autocast:
         """Return the context in which networks run."""

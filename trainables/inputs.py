@@ -13,6 +13,7 @@ one copy in the page cache; no worker decodes, normalises or computes a feature 
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,10 +26,7 @@ from torch import Tensor, nn
 
 from tunefleet.cli import printable
 from tunefleet.files import holding, is_full
-from tunefleet.models import ARCHITECTURES
-from tunefleet.models.building import Classifier, build
 from tunefleet.models.resnet import weights_signature
-from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import (
     ImageData,
     Progress,
@@ -40,9 +38,9 @@ from tunefleet.trainables.data import (
 )
 from tunefleet.trainables.device import DeviceSettings
 from tunefleet.trainables.pipeline import Pipeline
+from tunefleet.trainables.space import TrainConfig
 
 FORMAT_VERSION = 3  # of the files under data_dir/prepared
-FLAT_HEADS = ("softmax", "twolayernn")  # read pixels in NCHW order
 PREPARE_BATCH = 512  # images, on a CPU
 GPU_PREPARE_BYTES = 128 * 2**20  # of float32 images, as stored, in one batch where there is a GPU
 SAMPLE_IMAGES = 256  # whose inputs are prepared for a forecast
@@ -69,7 +67,7 @@ def kind_of(config: TrainConfig, data: ImageData) -> str:
     """Return which kind of inputs a config reads: features, normalised or images."""
     if config.augment != "none":
         return "images"
-    if ARCHITECTURES[config.architecture].frozen:
+    if config.space.feature_cache:
         return "features"
     return "normalised" if config.image_size == data.image_shape[1] else "images"
 
@@ -149,26 +147,25 @@ def cached_features(
     return preparation.mapped(preparation.file(data_dir, "test"), images, np.arange(len(images)))
 
 
-def build_model(config: TrainConfig, data: ImageData) -> Classifier:
+def build_model(config: TrainConfig, data: ImageData) -> nn.Module:
     """Build a config's network, initialised from its seed whatever ran before in this process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return build(
-            config.architecture,
-            len(data.classes),
-            (3, config.image_size, config.image_size),
-            hidden=config.hidden,
-            kernel_size=config.kernel_size,
-            weights=config.weights,
+        model = config.space.network(
+            len(data.classes), (3, config.image_size, config.image_size), config
         )
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{config.space.name} returns a {type(model).__name__}; return an nn.Module")
+    return model
 
 
 def backbone_sha256(config: TrainConfig, data: ImageData) -> str:
     """Return a hash of a config's backbone as built: modules, names and tensors, but nothing of the head."""
-    seed = config.seed if config.weights == "none" else None
-    key = (ARCHITECTURES[config.architecture].cut, config.weights, weights_signature(config.weights), seed)
+    space, model = config.space, json.dumps(config.model, sort_keys=True)
+    sources = space.source.sha256 if space.source else ""
+    key = (space.name, sources, model, config.weights, weights_signature(config.weights), config.seed)
     if key not in _hashes:  # building and hashing takes 0.2 s
-        _hashes[key] = _module_sha256(build_model(config, data).backbone)
+        _hashes[key] = sources + _module_sha256(build_model(config, data).get_submodule("backbone"))
     return _hashes[key]
 
 
@@ -196,11 +193,10 @@ class _Preparation:
     """How a config's inputs are made of images."""
 
     def __init__(self, config: TrainConfig, data: ImageData, settings: DeviceSettings) -> None:
-        row = ARCHITECTURES[config.architecture]
-        flat = row.cut is None and row.head in FLAT_HEADS
+        settings = settings.of(config.space)
         self.config, self.data, self.settings = config, data, settings
         self.kind = kind_of(config, data)
-        self.channels_last = settings.channels_last and not flat
+        self.channels_last = settings.channels_last
         self.pipeline = Pipeline.of(config, data, settings)
         # All that prepared tensors depend on, and nothing else: trials that differ elsewhere share them.
         self.key: list[Any] = [FORMAT_VERSION, self.kind, data.sha256, settings.device, self.channels_last]
@@ -256,7 +252,8 @@ class _Preparation:
 
         def extract(images: Tensor) -> Tensor:
             with torch.inference_mode(), settings.autocast():
-                return model.backbone(pipeline(images.to(settings.device))).to(settings.dtype).cpu()
+                features: Tensor = model.get_submodule("backbone")(pipeline(images.to(settings.device)))
+                return features.to(settings.dtype).cpu()
 
         return extract
 

@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tunefleet.models import ARCHITECTURES
-from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import ImageData
 from tunefleet.trainables.device import DeviceSettings
+from tunefleet.trainables.space import TrainConfig
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # what torchvision's weights were trained with
-IMAGENET_STD = (0.229, 0.224, 0.225)
 STD_MIN = 1 / 255  # one step of 8 bits; a channel that varies by less, or not at all, is scaled no further
 CROP_PADDING = 1 / 8  # of the side: 4 pixels at 32
 
@@ -31,12 +28,15 @@ class Pipeline:
 
     @classmethod
     def of(cls, config: TrainConfig, data: ImageData, settings: DeviceSettings) -> Pipeline:
-        """Build the pipeline of a config, with ImageNet's statistics where a backbone has trained weights."""
-        pretrained = ARCHITECTURES[config.architecture].cut is not None and config.weights != "none"
-        if pretrained:
-            return cls(IMAGENET_MEAN, IMAGENET_STD, config.image_size, settings)
-        red, green, blue = (max(std, STD_MIN) for std in data.std)
-        return cls(data.mean, (red, green, blue), config.image_size, settings)
+        """Build the pipeline of a config: with its space's statistics, or those of the images.
+
+        Of a backbone that is not trained yet, the images' are as good as ImageNet's.
+        """
+        mean, std = config.space.statistics or (data.mean, data.std)
+        if config.space.takes_weights and config.weights == "none":
+            mean, std = data.mean, data.std
+        red, green, blue = (max(value, STD_MIN) for value in std)
+        return cls(mean, (red, green, blue), config.image_size, settings)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Normalise and enlarges uint8 ``(N, 3, H, W)`` to float ``(N, 3, image_size, image_size)``.

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tunefleet.cli import Parser, exit_code, rounded
-from tunefleet.trainables.config import FIELD_TYPES, TrainConfig, check_integer
+from tunefleet.trainables.checks import check_integer
 from tunefleet.trainables.data import DATA_DIR, ImageData
 from tunefleet.trainables.device import (
     DeviceSettings,
@@ -39,6 +39,7 @@ from tunefleet.trainables.host import cpu_count
 from tunefleet.trainables.inputs import Inputs, build_model, cached_features, load_inputs
 from tunefleet.trainables.pipeline import Pipeline, augment, draw_crops
 from tunefleet.trainables.preparation import prepare
+from tunefleet.trainables.space import FIELDS, TrainConfig
 
 EVAL_BATCH_BYTES = 32 * 2**20  # inputs of one evaluation batch; activations are some 50 times that
 EVAL_BATCH_MAX = 256  # images through convolutions on a processor, whose caches hold no more
@@ -76,6 +77,7 @@ class TrainingRun:
         group: Group = ALONE,
         inputs: Inputs | None = None,
     ) -> None:
+        settings = settings.of(config.space)
         self.config, self.data, self.settings, self.group = config, data, settings, group
         self.data_dir = Path(data_dir)
         self.device = torch.device(settings.device)
@@ -86,7 +88,7 @@ class TrainingRun:
         self.model = build_model(config, data).to(self.device)
         group.synchronise_batchnorm(self.model)
         # Cached features replace the backbone: only the head is trained, saved and evaluated.
-        self.network = self.model.head if self.inputs.kind == "features" else self.model
+        self.network = self.model.get_submodule("head") if self.inputs.kind == "features" else self.model
         if settings.channels_last and has_convolution(self.model):
             self.model.to(memory_format=torch.channels_last)
         self.trained = [p for p in self.network.parameters() if p.requires_grad]
@@ -100,7 +102,8 @@ class TrainingRun:
         self.correct = torch.zeros((), device=self.device, dtype=torch.int64)
         self.last_lr = config.lr
         self.graph: StepGraph | None = None  # once there are steps to replay
-        self.network.train()
+        self.train_mode()
+        _check_batch_norm(self.network, config.batch_size)
         sample = self.to_network(self.inputs.train_x[:1])
         self.micro_batch = micro_batch(settings, self.network, sample, config.batch_size)
         self.parallel = group.parallel(self.network)
@@ -147,7 +150,7 @@ class TrainingRun:
             Summed loss and number of correct predictions, on the device: no step waits for either.
         """
         config, group, count = self.config, self.group, len(self.inputs.train_y)
-        self.network.train()
+        self.train_mode()
         if group.size > 1:  # dropout: another mask on each worker, the same after a restart
             seed = np.random.SeedSequence((config.seed, self.epochs_done, group.rank))
             torch.manual_seed(int(seed.generate_state(1)[0]))
@@ -169,6 +172,12 @@ class TrainingRun:
                 self.train_step(indices, batch_crops)
         self.last_lr = lrs[-1]
         return group.total(self.loss_sum.clone(), self.correct.clone())
+
+    def train_mode(self) -> None:
+        """Set the network's mode; a frozen backbone's statistics do not move."""
+        self.network.train()
+        if getattr(self.network, "frozen", False):
+            self.network.get_submodule("backbone").eval()
 
     def train_step(self, indices: Tensor, crops: Tensor | None) -> None:
         """Take one optimizer step; add its loss and correct predictions to those of the epoch.
@@ -283,7 +292,7 @@ class TrainingRun:
         Raises:
             ValueError: The state is another trial's, or was made on another validation split.
         """
-        if TrainConfig.from_dict(state["config"]) != self.config:
+        if self.config.space.config(state["config"]).to_dict() != self.config.to_dict():
             raise ValueError("the checkpoint belongs to another configuration")
         if state["split_sha256"] != self.inputs.split_sha256:
             raise ValueError("the checkpoint was trained on another training/validation split")
@@ -339,6 +348,14 @@ class TrainingRun:
         chance = 1 / len(self.data.classes)
         limit = chance + CHANCE_MARGIN * math.sqrt(chance * (1 - chance) / len(labels))
         return report[f"{name}_accuracy"] <= limit < (1 + chance) / 2  # too few images say nothing
+
+
+def _check_batch_norm(network: nn.Module, batch_size: int) -> None:
+    """Raise ValueError for batches of one image, of which BatchNorm has no statistics."""
+    if batch_size > 1:
+        return
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in network.modules()):
+        raise ValueError("batch_size=1 is not possible with the network's BatchNorm; give 2 or more")
 
 
 def _means(loss_sum: Tensor, correct: Tensor, count: int) -> tuple[float, float]:

@@ -25,13 +25,13 @@ from ray import tune
 from tunefleet.files import is_full
 from tunefleet.store import Store, StoreError
 from tunefleet.trainables import device
-from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import ImageData
 from tunefleet.trainables.device import DeviceSettings
 from tunefleet.trainables.evaluate import evaluate_test, result_files
 from tunefleet.trainables.graph import CaptureError
 from tunefleet.trainables.group import Group
 from tunefleet.trainables.host import oom_kills
+from tunefleet.trainables.space import Space
 from tunefleet.trainables.training import ALONE, DamagedCheckpointError, TrainingRun
 
 
@@ -39,6 +39,7 @@ from tunefleet.trainables.training import ALONE, DamagedCheckpointError, Trainin
 class TrialContext:
     """What all trials of a study share; none of it changes a result but data and device settings."""
 
+    space: Space
     data: ImageData
     settings: DeviceSettings
     data_dir: Path
@@ -107,7 +108,7 @@ class JobRun:
         return bool(report["diverged"]) or report["epoch"] == self.run.config.epochs
 
     def _new_run(self) -> TrainingRun:
-        context, config = self.context, TrainConfig.from_dict(self.job["config"])
+        context, config = self.context, self.context.space.config(self.job["config"])
         settings = context.settings
         if self.job["eager"]:
             settings = dataclasses.replace(settings, cuda_graph=False)
@@ -150,7 +151,8 @@ def failure_report(error: Exception, job: dict[str, Any], context: TrialContext)
 
 def _memory_line(error: Exception, job: dict[str, Any], context: TrialContext) -> str:
     """Return what a trial needed, what there is, and what to set."""
-    sizes = {name: job["config"].get(name) for name in ("batch_size", "hidden", "kernel_size", "image_size")}
+    names = ("batch_size", *context.space.arguments, "image_size")
+    sizes = {name: job["config"].get(name) for name in names}
     which = ", ".join(f"{name} {value}" for name, value in sizes.items() if value is not None)
     reason = str(error).partition(" If reserved but")[0].partition("\n")[0]
     if context.settings.device != "cuda":

@@ -1,0 +1,338 @@
+"""Load a space from a person's file, and take its sources to where trials run.
+
+A file's own imports (``import helper`` beside ``mine.py``) are resolved in its folder, as when Python runs
+it. But its modules get names of their own in this process, ``tunefleet_space_….helper``: two files whose
+neighbours have equal names share nothing, and a file that was edited is another one. They travel as text, never
+pickled; a space that has no file, such as one of a notebook, is pickled by cloudpickle.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import hashlib
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.metadata
+import itertools
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ray import cloudpickle
+
+from tunefleet.cli import printable, shown
+from tunefleet.trainables.checks import nearest
+from tunefleet.trainables.data import expanded
+from tunefleet.trainables.space import Space
+
+BUILT_IN = "tunefleet.search.spaces"  # the module of the thirteen, in its SPACES
+PREFIX = "tunefleet_space_"
+_numbers = itertools.count(1)
+_folders: dict[str, str] = {}  # of sources in this process, by the name of their package
+_spaces: dict[str, Space] = {}  # of sources that a worker has imported, by their hash
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a space comes from, and what another process needs to have it.
+
+    Attributes:
+        reference: As ``--space`` takes it.
+        name: The space's.
+        module: Dotted, below the sources' folder where there are files.
+        variable: In the module; a dict of spaces has it under ``key``.
+        key: See ``variable``.
+        files: Texts of the sources, by path below their folder; none of what is installed everywhere.
+        versions: Of the installed package that has the space: ``{"package": "1.0, sha256 …"}``.
+        pickled: The space itself, where no file has it.
+    """
+
+    reference: str
+    name: str
+    module: str = ""
+    variable: str = ""
+    key: str | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    pickled: bytes | None = field(default=None, repr=False)
+    package: str = field(default="", compare=False)  # of the modules in this process
+    folder: str = field(default="", compare=False)  # of the person's files; empty in another process
+    data_dir: str = field(default="", compare=False)  # under which another node's processes write the files
+
+    @property
+    def sha256(self) -> str:
+        """Return a hash of the sources, empty for those of this project."""
+        if not (self.files or self.versions or self.pickled):
+            return ""
+        digest = hashlib.sha256(self.pickled or b"")
+        for name, text in [*sorted(self.files.items()), *sorted(self.versions.items())]:
+            digest.update(f"{name}\0{text}\0".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+    def space(self) -> Space:
+        """Return the space; its files are written below the data folder first.
+
+        Raises:
+            ValueError: It cannot be imported.
+        """
+        key = self.sha256 or self.reference
+        if key not in _spaces:
+            if self.pickled:
+                found = Space(**cloudpickle.loads(self.pickled))
+            elif self.files:
+                found = self._in(_import(self._written(expanded("--data-dir", self.data_dir)), self.module, PREFIX + key[:16]))
+            else:
+                found = self._in(importlib.import_module(self.module))
+            _spaces[key] = replace(found, name=self.name, source=self)
+        return _spaces[key]
+
+    def _in(self, module: ModuleType) -> Space:
+        found = getattr(module, self.variable)
+        space: Space = found if self.key is None else found[self.key]
+        return space
+
+    def _written(self, data_dir: Path) -> Path:
+        folder = data_dir / "spaces" / self.sha256[:16]
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+                new = Path(name) / "new"
+                write(self.files, new)
+                try:
+                    new.rename(folder)
+                except OSError:
+                    if not folder.exists():  # else another worker was faster
+                        raise
+        return folder
+
+
+def pickled(space: Space) -> Space:
+    """Return a space that has no file with a source that holds all of it."""
+    fields = {f.name: getattr(space, f.name) for f in dataclasses.fields(space) if f.init and f.name != "source"}
+    return replace(space, source=Source(space.name, space.name, pickled=cloudpickle.dumps(fields)))
+
+
+def write(files: Mapping[str, str], folder: Path) -> None:
+    """Write sources below a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
+
+
+def find(reference: str, built_in: Mapping[str, Space]) -> Space:
+    """Return the space that ``--space`` names: one of the project's, or of a file or module.
+
+    Args:
+        reference: NAME, FILE.py, FILE.py:VARIABLE or package.module:VARIABLE.
+        built_in: The project's own.
+
+    Raises:
+        ValueError: There is none, or its code fails.
+    """
+    if reference in built_in:
+        return built_in[reference]
+    location, _, variable = reference.rpartition(":") if ":" in reference else (reference, "", "")
+    if location.endswith(".py") or os.sep in location:
+        file = Path(os.path.abspath(os.path.expanduser(location)))  # noqa: PTH100, PTH111
+        if not file.is_file():
+            raise ValueError(
+                f"--space={printable(reference)}: there is no such file; give one, or: {_names(built_in)}"
+            )
+        return _load(reference, file.parent, file.stem, variable)
+    if ":" not in reference:
+        beside = (
+            f"; {reference}.py is here: give --space {reference}.py"
+            if Path(f"{reference}.py").is_file()
+            else ""
+        )
+        raise ValueError(f"--space={printable(reference)} is unknown{beside or nearest(reference, built_in)}")
+    top = location.partition(".")[0]
+    spec = importlib.machinery.PathFinder.find_spec(top, [os.getcwd(), *sys.path])  # noqa: PTH109
+    if spec is None:
+        raise ValueError(
+            f"--space={printable(reference)}: there is no module {top} here; install it, or give a file"
+        )
+    origin = Path(spec.origin or next(iter(spec.submodule_search_locations or [""])))
+    is_package = spec.submodule_search_locations is not None
+    if {"site-packages", "dist-packages"} & set(origin.parts):
+        return _installed(reference, location, variable, top)
+    folder = origin.parents[1] if is_package and origin.is_file() else origin.parent
+    return _load(reference, folder, location, variable)
+
+
+def _names(built_in: Mapping[str, Space]) -> str:
+    return ", ".join(built_in)
+
+
+def _load(reference: str, folder: Path, module_name: str, variable: str) -> Space:
+    """Import a person's module and return its space."""
+    package = f"{PREFIX}{next(_numbers)}"
+    try:
+        module = _import(folder, module_name, package)
+    except Exception as error:  # whatever a person's module raises
+        why = describe(error, folder)
+        raise ValueError(f"--space={printable(reference)} cannot be imported: {why}; fix it") from error
+    variable = variable or _only_space(reference, module)
+    space = getattr(module, variable, None)
+    if not isinstance(space, Space):
+        raise ValueError(
+            f"--space={printable(reference)}: {variable} is no Space{nearest(variable, _spaces_in(module))}"
+        )
+    default = space.name in ("", getattr(space.build or space.run, "__name__", ""))
+    name = space.name if not default else module_name.rpartition(".")[2] if variable == "space" else variable
+    source = Source(reference, name, module_name, variable, package=package, folder=str(folder))
+    return collected(replace(space, name=name, source=source))
+
+
+def collected(space: Space) -> Space:
+    """Return a person's space with all sources that its modules have imported up to now.
+
+    Raises:
+        ValueError: One of them is no Python source.
+    """
+    source = space.source
+    if source is None or not source.package:
+        return space
+    folder, files = Path(source.folder), {}
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if not name.startswith(f"{source.package}.") or file is None:
+            continue
+        if not file.endswith(".py"):
+            raise ValueError(f"--space={source.reference} imports {file}, which is no Python source")
+        files |= _read(folder, [Path(file)])
+    if "." in source.module:  # of a package its data and lazily imported parts, too
+        files |= _read(folder, sorted((folder / source.module.partition(".")[0]).rglob("*.py")))
+    return replace(space, source=replace(source, files=files))
+
+
+def _read(folder: Path, files: list[Path]) -> dict[str, str]:
+    return {file.relative_to(folder).as_posix(): file.read_text("utf-8", "surrogateescape") for file in files}
+
+
+def _installed(reference: str, module_name: str, variable: str, top: str) -> Space:
+    """Return the space of an installed package, which every node has to have in the same version."""
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # as above
+        raise ValueError(f"--space={printable(reference)} cannot be imported: {describe(error)}") from error
+    space = getattr(module, variable or _only_space(reference, module), None)
+    if not isinstance(space, Space):
+        raise ValueError(f"--space={printable(reference)}: {variable} is no Space")
+    digest = hashlib.sha256()
+    for file in sorted(Path(importlib.import_module(top).__path__[0]).rglob("*.py")):
+        digest.update(file.read_bytes())
+    names = importlib.metadata.packages_distributions().get(top, [])
+    versions = {name: importlib.metadata.version(name) for name in names} | {top: digest.hexdigest()}
+    source = Source(reference, space.name, module_name, variable, versions=versions)
+    return replace(space, source=source)
+
+
+def _spaces_in(module: ModuleType) -> list[str]:
+    return [name for name, value in vars(module).items() if isinstance(value, Space)]
+
+
+def _only_space(reference: str, module: ModuleType) -> str:
+    """Return the variable of a module's only space.
+
+    Raises:
+        ValueError: It has none, or several.
+    """
+    names = _spaces_in(module)
+    if len(names) == 1:
+        return names[0]
+    where = printable(reference)
+    if names:
+        raise ValueError(f"--space={where} has {len(names)} spaces; give one: {where}:{names[0]}, …")
+    raise ValueError(f"--space={where} has no Space; write for example: space = Space(build, ranges)")
+
+
+def describe(error: BaseException, folder: Path | None = None) -> str:
+    """Return an error of a person's code in a line: file and line number, class and text.
+
+    Args:
+        error: What was raised.
+        folder: Of the person's files; None: the last line of the traceback is theirs.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if folder is None or Path(f.filename).is_relative_to(folder)]
+    where = f"{shown(Path(theirs[-1].filename))} line {theirs[-1].lineno}: " if theirs else ""
+    if isinstance(error, SyntaxError) and error.filename:
+        where = f"{shown(Path(error.filename))} line {error.lineno}: "
+    text = " ".join(str(getattr(error, "msg", None) or error).split())
+    return printable(f"{where}{type(error).__name__}{': ' + text if text else ''}")
+
+
+def _import(folder: Path, module: str, package: str) -> ModuleType:
+    """Import a module of a folder under a package name of its own."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+    _folders[package] = str(folder)
+    importlib.invalidate_caches()
+    return importlib.import_module(f"{package}.{module}")
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Find the modules of people's folders, which are packages of this process only."""
+
+    def find_spec(
+        self, fullname: str, path: Any = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Return where a module is; None: it is none of theirs."""
+        package, _, rest = fullname.partition(".")
+        if package not in _folders:
+            return None
+        if not rest:
+            spec = importlib.machinery.ModuleSpec(fullname, None, is_package=True)
+            spec.submodule_search_locations = [_folders[package]]
+            return spec
+        found = importlib.machinery.PathFinder.find_spec(fullname, path)
+        if found and isinstance(found.loader, importlib.machinery.SourceFileLoader):
+            found.loader = _Loader(fullname, str(found.origin))
+        return found
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    """Run a module whose imports find its neighbours first."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Run the module's code."""
+        package = module.__name__.partition(".")[0]
+
+        def find_neighbours_first(
+            name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0
+        ) -> Any:
+            top = name.partition(".")[0]
+            if level or not _is_neighbour(package, top):
+                return builtins.__import__(name, globals, locals, fromlist, level)
+            found = builtins.__import__(f"{package}.{name}", globals, locals, fromlist, 0)
+            return found if fromlist else getattr(found, top)
+
+        module.__dict__["__builtins__"] = vars(builtins) | {"__import__": find_neighbours_first}
+        super().exec_module(module)
+
+    def get_code(self, fullname: str) -> Any:
+        """Compile the source; no cached bytecode, which knows a file by its time of change only."""
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
+def _is_neighbour(package: str, name: str) -> bool:
+    """Return whether a name is a module beside a person's file; none of this project and of Python is."""
+    if name == "tunefleet" or name in sys.stdlib_module_names:
+        return False
+    spec = importlib.machinery.PathFinder.find_spec(name, [_folders[package]])
+    if spec is None:
+        return False
+    if spec.origin is None:  # a folder without __init__.py: of Python sources, or of something else
+        return any(Path(_folders[package], name).glob("*.py"))
+    return True
