@@ -24,8 +24,9 @@ from torch.nn import functional as F
 from tunefleet.benchmarks.families import FIX
 from tunefleet.benchmarks.obvious import obvious_network, obvious_optimizer
 from tunefleet.cli import Parser, exit_code
-from tunefleet.search.spaces import find_space, fixed_values
-from tunefleet.trainables.config import TrainConfig, check_integer, check_name
+from tunefleet.models.checks import check_integer, check_name
+from tunefleet.models.space import TrainConfig
+from tunefleet.models.spaces import SPACES
 from tunefleet.trainables.data import DATA_DIR, ImageData, load_split, split_validation
 from tunefleet.trainables.device import DeviceSettings, choose
 from tunefleet.trainables.preparation import prepare
@@ -92,10 +93,9 @@ class ObviousRun:
 
 def published(architecture: str, *, weights: str, seed: int = 0) -> TrainConfig:
     """Return the published best of an architecture, without what only one arm has."""
-    fixed = fixed_values(
-        architecture, epochs=ACCURACY_EPOCHS, image_size=32, weights=weights, seed=seed, fix=FIX
-    )
-    return TrainConfig.from_dict(fixed | dict(find_space(architecture, FIX).published))
+    space = SPACES[architecture].fixing(FIX)
+    fixed = space.fixed_values(epochs=ACCURACY_EPOCHS, image_size=32, weights=weights, seed=seed)
+    return space.config(fixed | space.start)
 
 
 def both_runs(

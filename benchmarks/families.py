@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tunefleet.search.spaces import fixed_values
+from tunefleet.models.spaces import SPACES
 from tunefleet.trainables.data import load_split
 from tunefleet.trainables.preparation import prepare
 
@@ -57,9 +57,8 @@ def configurations(family: Family, weights: str, repetition: int = 0) -> list[di
         repetition: Where arms prune, each has an order of its own, since it matters when a good trial comes.
     """
     drawn = json.loads(FILE.read_text())[family.architecture]
-    fixed = fixed_values(
-        family.architecture, epochs=family.epochs, image_size=32, weights=weights, seed=0, fix=FIX
-    )
+    space = SPACES[family.architecture].fixing(FIX)
+    fixed = space.fixed_values(epochs=family.epochs, image_size=32, weights=weights, seed=0)
     listed = [fixed | drawn[trial % len(drawn)] for trial in range(family.trials)]
     if not family.pruning or repetition == 0:
         return listed

@@ -29,11 +29,11 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from tunefleet.cli import Parser, exit_code
-from tunefleet.models import ARCHITECTURES
+from tunefleet.models.checks import check_integer
+from tunefleet.models.space import TrainConfig
+from tunefleet.models.spaces import SPACES, default_image_size
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.preflight import example
-from tunefleet.search.spaces import SPACES, default_image_size
-from tunefleet.trainables.config import TrainConfig, check_integer
 from tunefleet.trainables.data import DATA_DIR, ImageData
 from tunefleet.trainables.device import DeviceSettings, choose
 from tunefleet.trainables.inputs import sample_inputs
@@ -61,9 +61,10 @@ class Case:
 
     def config(self, weights: str, device: str) -> TrainConfig:
         """Return the trial, with the augmentation of its space."""
-        weights = weights if ARCHITECTURES[self.space].cut else "none"
-        size = self.image_size or default_image_size(self.space, weights, device)
-        config = example(StudyOptions(self.space, weights=weights, image_size=size))
+        space = SPACES[self.space]
+        weights = weights if space.takes_weights else "none"
+        size = self.image_size or default_image_size(space, weights, device)
+        config = example(StudyOptions(space, weights=weights, image_size=size))
         return replace(config, batch_size=self.batch_size or config.batch_size)
 
 
@@ -77,10 +78,9 @@ def timed_run(
     case: Case, data: ImageData, settings: DeviceSettings, data_dir: Path, weights: str
 ) -> TrainingRun:
     """Return a run on a sample of inputs, which are not cached; its epoch has STEPS."""
-    config, frozen = case.config(weights, settings.device), ARCHITECTURES[case.space].frozen
-    steps = STEPS["small" if ARCHITECTURES[case.space].cut is None or frozen else "ResNet"][
-        settings.cuda_graph
-    ]
+    config, space = case.config(weights, settings.device), SPACES[case.space]
+    trains_resnet = space.takes_weights and not space.feature_cache
+    steps = STEPS["ResNet" if trains_resnet else "small"][settings.cuda_graph]
     inputs, _ = sample_inputs(config, data, settings, data_dir, steps * config.batch_size)
     whole = len(inputs.train_y) // config.batch_size * config.batch_size or len(inputs.train_y)
     inputs = replace(inputs, train_x=inputs.train_x[:whole], train_y=inputs.train_y[:whole])

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from tunefleet.models.resnet import load_weights
-from tunefleet.trainables.config import TrainConfig
+from tunefleet.models.space import TrainConfig
 
 SIDE = 32  # pixels, of the images
 
@@ -42,7 +42,8 @@ def obvious_network(config: TrainConfig, classes: int) -> nn.Module:
     Raises:
         ValueError: The architecture has no row here.
     """
-    name, h, k = config.architecture, config.hidden or 0, config.kernel_size or 0
+    name, own = config.space.name, config.model
+    h, k = own.get("hidden", 0), own.get("kernel_size", 0)
     if name.startswith("resnet"):
         network = resnet18()
         if weights := load_weights(config.weights):

@@ -17,12 +17,12 @@ from rich.console import Console
 
 import tunefleet.search  # noqa: F401  sets Ray's environment before anything imports Ray
 from tunefleet.cli import exit_code
-from tunefleet.search.options import StudyOptions, add_options, parse_study, study_parser
+from tunefleet.models.checks import check_integer
+from tunefleet.models.spaces import find_space
+from tunefleet.search.options import StudyOptions, add_options, parse_study, parsed, study_parser
 from tunefleet.search.running import resume, start
 from tunefleet.search.session import Session, leave
-from tunefleet.search.spaces import find_space
 from tunefleet.search.suggest import suggest
-from tunefleet.trainables.config import check_integer
 
 SEEDS = 2  # per configuration: what one seed's luck chose, the other judges
 OPTIONS = (
@@ -40,14 +40,16 @@ def new_options(flags: argparse.Namespace, given: dict[str, Any]) -> StudyOption
     if not flags.space:
         raise ValueError("give --space NAME, or --resume DIR")
     check_integer("--seeds", flags.seeds, 1)
-    checked = StudyOptions(space=flags.space, **given)  # has the defaults, too
+    space = find_space(flags.space)
+    given = parsed(given, space)
+    checked = StudyOptions(space, **given)  # has the defaults, too
     assert checked.trials is not None
-    row, seed = find_space(flags.space, checked.fix), checked.seed
+    row, seed = checked.searched, checked.seed
     if not row.ranges:
         raise ValueError("--fix leaves nothing to sample; leave a value out")
-    drawn = [suggest("random", row.ranges, row.published, seed, k, []) or {} for k in range(checked.trials)]
+    drawn = [suggest("random", row.ranges, row.start, seed, k, []) or {} for k in range(checked.trials)]
     points = [point | {"seed": seed + k} for point in drawn for k in range(flags.seeds)]
-    return StudyOptions(space=flags.space, points=points, pruner="none", final_seeds=0, **given)
+    return StudyOptions(space, points=points, pruner="none", final_seeds=0, **given)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -23,7 +23,7 @@ import psutil
 from tunefleet.benchmarks.families import FAMILIES, configurations
 from tunefleet.benchmarks.task import Row, Task
 from tunefleet.cli import Parser, exit_code
-from tunefleet.trainables.config import check_integer
+from tunefleet.models.checks import check_integer
 from tunefleet.trainables.data import DATA_DIR
 
 WINDOW = 100  # trials whose time is measured together

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunefleet.trainables.config import TrainConfig
+from tunefleet.models.space import TrainConfig
+from tunefleet.models.spaces import SPACES
 from tunefleet.trainables.data import ImageData
 from tunefleet.trainables.preparation import prepare
 
@@ -60,7 +61,8 @@ class Task:
 
     def config(self, trial: int) -> TrainConfig:
         """Return a trial's configuration."""
-        return TrainConfig.from_dict(self.configurations[trial])
+        config = self.configurations[trial]
+        return SPACES[config["architecture"]].config(config)
 
     def images(self) -> ImageData:
         """Return the decoded images."""

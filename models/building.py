@@ -1,9 +1,9 @@
-"""Build a `Network`."""
+"""Build a head, alone or behind a backbone."""
 
 import torch
 from torch import Tensor, nn
 
-from tunefleet.models import Network, heads, resnet
+from tunefleet.models import heads, resnet
 from tunefleet.models.folded import fold_convolutions
 
 
@@ -49,10 +49,12 @@ class Classifier(nn.Module):
 
 
 def build(
-    network: Network,
     num_classes: int,
     image_shape: tuple[int, int, int],
     *,
+    head: str,
+    cut: str | None = None,
+    frozen: bool = False,
     hidden: int | None = None,
     kernel_size: int | None = None,
     weights: str = "none",
@@ -60,41 +62,43 @@ def build(
     """Build a network, initialised by torch's defaults from its global generator: seed that first.
 
     Args:
-        network: what to build.
         num_classes: logits per image, at least 2.
         image_shape: `(C, H, W)` of the images; C is 3 where there is a backbone.
-        hidden: width of the head, if it has one; None: the network's.
-        kernel_size: of the head's convolutions in pixels, if it has any; None: the network's.
+        head: a row of `heads.HEADS`.
+        cut: a row of `resnet.CUTS`, where ResNet-18 ends and the head begins; None: no backbone.
+        frozen: the backbone gets no gradient and its BatchNorm statistics are fixed.
+        hidden: width of the head; None: it has no such argument.
+        kernel_size: of the head's convolutions in pixels, likewise.
         weights: of the backbone: "none", "imagenet" or a path, as `load_weights` takes it.
 
     Returns:
         The model, on the CPU and in train mode.
 
     Raises:
-        ValueError: an argument is out of range or not one that this network takes, or the weights cannot be
+        ValueError: an argument is out of range or not one that this head takes, or the weights cannot be
             loaded.
     """
-    head = heads.HEADS[network.head]
+    row = heads.HEADS[head]
     _check_int("num_classes", num_classes, at_least=2)
     if len(image_shape) != 3 or not all(isinstance(size, int) and size >= 1 for size in image_shape):
         raise ValueError(f"image_shape={image_shape!r} is not possible; give (C, H, W), each at least 1")
     args = {}
     for arg, value in {"hidden": hidden, "kernel_size": kernel_size}.items():
-        if arg in head.args:
-            args[arg] = getattr(network, arg) if value is None else value
-            _check_int(arg, args[arg], at_least=1)
+        if arg in row.args:
+            _check_int(arg, value, at_least=1)
+            args[arg] = value
         elif value is not None:
             raise ValueError(f"{arg}={value!r} is not possible: the head takes no {arg}; leave it out")
-    if network.cut is None and weights != "none":
+    if cut is None and weights != "none":
         raise ValueError(f"weights={weights!r} is not possible: there is no backbone; give none")
-    if network.cut and image_shape[0] != resnet.IN_CHANNELS:
+    if cut and image_shape[0] != resnet.IN_CHANNELS:
         raise ValueError(
             f"image_shape={image_shape} is not possible: the backbone takes {resnet.IN_CHANNELS} channels; "
             "repeat a grey channel, or choose a network without a backbone"
         )
-    backbone = resnet.build_backbone(network.cut, weights) if network.cut else nn.Identity()
-    features = resnet.output_shape(network.cut, image_shape) if network.cut else image_shape
-    model = Classifier(backbone, head.build(features, num_classes, **args), frozen=network.frozen)
+    backbone = resnet.build_backbone(cut, weights) if cut else nn.Identity()
+    features = resnet.output_shape(cut, image_shape) if cut else image_shape
+    model = Classifier(backbone, row.build(features, num_classes, **args), frozen=frozen)
     fold_convolutions(model)
     return model
 

@@ -19,11 +19,10 @@ from rich.text import Text
 
 from tunefleet.cli import counted, printable, rounded, shown
 from tunefleet.journal import FAILED, TrialRecord
-from tunefleet.models import ARCHITECTURES
+from tunefleet.models.spaces import SPACES
 from tunefleet.search.asha import expected_epochs
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.scheduler import Scheduler
-from tunefleet.search.spaces import SPACES
 from tunefleet.study import Study
 
 SHOWN = ("lr", "weight_decay", "momentum", "batch_size", "hidden", "kernel_size", "schedule", "augment")
@@ -86,14 +85,14 @@ def list_spaces(console: Console) -> int:
     """Print each space: what it is and what it samples."""
     for name, space in SPACES.items():
         budget = f"{counted(space.trials, 'trial')} of up to {counted(space.epochs, 'epoch')}"
-        if ARCHITECTURES[name].cut:
+        if space.takes_weights:
             sizes = f"{space.image_size} pixels a side on GPUs, {space.cpu_image_size} on CPUs"
             budget += f"; with trained weights {sizes}"
-        console.print(f"[bold]{name}[/]: {ARCHITECTURES[name].summary}; {budget}", highlight=False)
+        console.print(f"[bold]{name}[/]: {space.summary}; {budget}", highlight=False)
         console.print(f"    samples {', '.join(space.ranges)}", highlight=False, soft_wrap=True)
-        published = ", ".join(f"{key} {value}" for key, value in space.published.items())
+        first = ", ".join(f"{key} {value}" for key, value in space.start.items())
         console.print(
-            f"    published {100 * space.published_accuracy:.2f} % with {published}",
+            f"    published {100 * (space.published or 0):.2f} % with {first}",
             highlight=False,
             soft_wrap=True,
         )
@@ -253,7 +252,7 @@ class Progress:
         rate = (done - self.epochs_before) / elapsed if elapsed > 0 else 0.0
         self._note_tests(now)
         return {
-            "space": options.space,
+            "space": options.space.name,
             "phase": "final" if jobs.search_is_over else "search",
             "counts": counts(jobs.searched, jobs),
             "finals": counts([trial for trial in jobs.trials.values() if trial.is_final], jobs),

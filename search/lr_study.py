@@ -36,14 +36,15 @@ from rich.table import Table
 from tunefleet.cli import exit_code, kept_environment, rounded, shell, shown
 from tunefleet.files import write_whole
 from tunefleet.journal import TrialRecord
+from tunefleet.models.checks import check_integer, check_number
+from tunefleet.models.space import Space
+from tunefleet.models.spaces import find_space
 from tunefleet.search.display import print_text
 from tunefleet.search.options import StudyOptions, add_options, add_storage, parse_study, study_parser
 from tunefleet.search.running import resume, start
 from tunefleet.search.session import Session
-from tunefleet.search.spaces import find_space
 from tunefleet.search.wandb_options import add_wandb_flags
 from tunefleet.study import Study, over_seeds
-from tunefleet.trainables.config import check_integer, check_number
 
 GRID = 12  # values
 DECADES = 4.0  # that the grid spans, its middle at the best lr known
@@ -170,23 +171,22 @@ def curve_table(curve: pd.DataFrame, best: float | None) -> Table:
     return table
 
 
-def configuration(space: str, source: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def configuration(space: Space, source: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the configuration to keep fixed, and the options that its study had.
 
     Raises:
         ValueError: The study is of another space, or has no best.
     """
-    row = find_space(space)
     if source is None:
-        return {**(row.fixed or {}), **row.published}, {}
+        return {**space.fixed, **space.start}, {}
     study = Study(source).facts
-    if study["space"] != space:
+    if study["space"] != space.name:
         raise ValueError(f"--from={source} is a study of {study['space']}; give --space {study['space']}")
     if not study["best"]:
         raise ValueError(f"--from={source} has no best trial yet; run or resume it first")
     config = {
         name: study["best"]["config"][name]
-        for name in {**row.ranges, **(row.fixed or {}), **(study["options"].get("fix") or {})}
+        for name in {**space.ranges, **space.fixed, **(study["options"].get("fix") or {})}
     }
     return config, {name: study["options"][name] for name in OF_THE_STUDY}
 
@@ -216,17 +216,20 @@ def new_options(flags: argparse.Namespace, given: dict[str, Any]) -> StudyOption
     """
     if not flags.space:
         raise ValueError("give --space NAME, --resume DIR or --extend DIR")
-    config, inherited = configuration(flags.space, flags.source)
+    space = find_space(flags.space)
+    config, inherited = configuration(space, flags.source)
+    if "lr" not in config:
+        raise ValueError(f"{space.name} has no lr; give a space that searches or fixes one")
     check_integer("--seeds", flags.seeds, 1)
     lrs = sorted(set(flags.lrs or lr_grid(config["lr"])))
     for lr in lrs:
         check_number("--lrs", lr, 0, math.inf, low_allowed=False)
     given = inherited | given
-    given.setdefault("epochs", math.ceil(find_space(flags.space).epochs * EPOCHS_SHARE))
+    given.setdefault("epochs", math.ceil(space.epochs * EPOCHS_SHARE))
     epochs = given["epochs"]
     seed = given.get("seed", 0)
     return StudyOptions(
-        space=flags.space,
+        space=space,
         points=points_of(config, lrs, list(range(seed, seed + flags.seeds))),
         pruner="promote",
         eta=2,

@@ -9,14 +9,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tunefleet.cli import Parser, path_argument
+from tunefleet.cli import Parser, expanded, path_argument
+from tunefleet.models.checks import check_integer, check_name, check_number
+from tunefleet.models.space import FIELDS, NOT_SEARCHED, PRECISIONS, Space
+from tunefleet.models.spaces import SMALLEST_SIZE
 from tunefleet.search.asha import PRUNERS, rung_epochs
-from tunefleet.search.spaces import SMALLEST_SIZE
 from tunefleet.search.suggest import SEARCHERS, Observation, suggest
 from tunefleet.search.wandb_options import take_flags
-from tunefleet.trainables.checks import check_integer, check_name, check_number
-from tunefleet.trainables.data import DATA_DIR, expanded
-from tunefleet.trainables.space import FIELDS, NOT_SEARCHED, PRECISIONS, Space
+from tunefleet.trainables.data import DATA_DIR
 
 
 def flag(name: str) -> str:
@@ -271,24 +271,19 @@ class _Pairs(argparse.Action):
         setattr(namespace, self.dest, pairs)
 
 
-def parse_values(space: Space, texts: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values of ``--fix``, each of its hyperparameter's type.
+def parsed(options: Mapping[str, Any], space: Space) -> dict[str, Any]:
+    """Return options whose ``--fix`` has values, each of its hyperparameter's type.
 
     Raises:
         ValueError: A name or a text fits no hyperparameter of the space.
     """
-    values = {}
-    for name, text in texts.items():
-        try:
-            parser = space.parser_of(name)
-        except ValueError as error:
-            raise ValueError(f"--fix {error}") from None
-        try:
-            values[name] = parser(text)
-        except ValueError:
-            kind = getattr(parser, "__name__", "")
-            raise ValueError(f"--fix {name}={text} is not possible; {name} is a value of type {kind}") from None
-    return values
+    if options.get("fix") is None:
+        return dict(options)
+    try:
+        values = {name: space.parse(name, text) for name, text in options["fix"].items()}
+    except ValueError as error:
+        raise ValueError(f"--fix {error}") from None
+    return {**options, "fix": values}
 
 
 def parse_study(

@@ -17,18 +17,18 @@ from ray.tune.search.sample import Categorical, Integer
 from rich.console import Console
 
 from tunefleet.cli import counted, shown
+from tunefleet.models.space import TrainConfig
+from tunefleet.models.spaces import default_image_size
 from tunefleet.search.asha import expected_epochs
 from tunefleet.search.display import clock, print_text
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.resources import Machine, Resources
-from tunefleet.search.spaces import default_image_size
 from tunefleet.search.suggest import suggest
 from tunefleet.trainables.data import BUILT_IN, ImageData, Progress
 from tunefleet.trainables.device import DeviceSettings, free_memory, is_out_of_memory
 from tunefleet.trainables.graph import WARM_UP_STEPS, CaptureError, CaptureMemoryError
 from tunefleet.trainables.host import cpu_count
 from tunefleet.trainables.inputs import build_model, kind_of, load_inputs, sample_inputs, split_counts
-from tunefleet.trainables.space import TrainConfig
 from tunefleet.trainables.training import TrainingRun
 
 SAMPLED_CONFIGS = 1000  # whose checkpoints' mean is forecast
@@ -58,9 +58,7 @@ def settle_image_size(options: StudyOptions, settings: DeviceSettings, machine: 
             next(p for p in Path(options.data_dir).absolute().parents if p.exists())
         ).free
         room = min(disk, math.inf if machine.gpu_bytes is None else machine.gpu_bytes / 2 / trials)
-        fitting = (
-            s for s in SIZES if s <= wanted and count * input_bytes(options, s, settings) <= room
-        )
+        fitting = (s for s in SIZES if s <= wanted and count * input_bytes(options, s, settings) <= room)
         wanted = next(fitting, SIZES[-1])
     return replace(options, image_size=wanted)
 
@@ -146,7 +144,9 @@ def prepare(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise ValueError(f"{options.space.name} does not fit into memory here; --fix smaller sizes") from error
+        raise ValueError(
+            f"{options.space.name} does not fit into memory here; --fix smaller sizes"
+        ) from error
     del run
     mean_checkpoint, largest_checkpoint = checkpoint_sizes(options, data)
     peak = None

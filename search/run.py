@@ -31,6 +31,7 @@ from rich.console import Console
 
 from tunefleet.cli import Parser, exit_code, kept_environment, printable, shell, shown
 from tunefleet.files import write_whole
+from tunefleet.models.spaces import SPACES, find_space
 from tunefleet.search.display import list_spaces
 from tunefleet.search.options import (
     HELP,
@@ -39,15 +40,14 @@ from tunefleet.search.options import (
     add_options,
     add_storage,
     parse_study,
+    parsed,
     study_parser,
 )
 from tunefleet.search.running import check_free, default_folder, resume, start
 from tunefleet.search.session import Session, say_nothing_written
-from tunefleet.search.spaces import SPACES
 from tunefleet.search.wandb_options import WandbOptions, add_wandb_flags
 from tunefleet.store import Store
 from tunefleet.study import read_files
-from tunefleet.trainables.config import check_name
 
 ALL = "all.json"  # in a folder of the studies of all spaces: what was asked of each
 
@@ -109,9 +109,9 @@ def search(flags: argparse.Namespace, options: dict[str, Any], session: Session)
         return resume_any(flags.resume, options, session, flags.wandb)
     if not flags.space:
         raise ValueError(f"give a space; spaces: {', '.join(SPACES)}, or all")
-    check_name("--space", flags.space, [*SPACES, "all"])
     if flags.space != "all":
-        of_study = StudyOptions(space=flags.space, **options)
+        space = find_space(flags.space)
+        of_study = StudyOptions(space, **parsed(options, space))
         how = {"dry_run": flags.dry_run, "wandb": flags.wandb, "storage": flags.storage}
         return start(of_study, flags.study_dir, session, **how)
     folder = flags.study_dir or default_folder("all", options.get("data", StudyOptions.data))
@@ -200,7 +200,7 @@ def run_all(
                 done = read_files(study)[1]["status"] == "done"
                 codes.append(0 if done else resume(study, changes, session, wandb=wandb))
             else:
-                options = StudyOptions(space=space, **(of_all["options"] | changes))
+                options = StudyOptions(SPACES[space], **parsed(of_all["options"] | changes, SPACES[space]))
                 is_url = storage and not Store(storage).folder  # else the folder is given already
                 location = Store(storage).below(folder.name).location if is_url else None
                 codes.append(start(options, study, session, dry_run=dry_run, wandb=wandb, storage=location))

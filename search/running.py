@@ -20,9 +20,10 @@ import ray
 from ray.util.queue import Queue
 from rich.console import Console
 
-from tunefleet.cli import shell
+from tunefleet.cli import expanded, shell
 from tunefleet.lease import NAME as LEASE
 from tunefleet.mirror import fetch_study
+from tunefleet.models.spaces import find_space
 from tunefleet.search.connection import RayWatch, connect, is_local
 from tunefleet.search.display import phase, print_text
 from tunefleet.search.options import RESUMABLE, StudyOptions, flag
@@ -31,7 +32,7 @@ from tunefleet.search.wandb_options import WandbOptions
 from tunefleet.search.wandb_options import choose as choose_wandb
 from tunefleet.store import BRIEF_SECONDS, Store, reason
 from tunefleet.study import Study, lock_study
-from tunefleet.trainables.data import BUILT_IN, ImageData, Progress, check_sha256, expanded
+from tunefleet.trainables.data import BUILT_IN, ImageData, Progress, check_sha256
 from tunefleet.trainables.host import hidden_by_environment
 from tunefleet.trainables.preparation import prepare
 
@@ -90,7 +91,9 @@ def start(
     elif storage and folder:
         raise ValueError(f"--storage={storage} is a folder, and so is --study-dir={folder}; give one of them")
     under = Path("studies") if options.storage or not storage else expanded("--storage", storage)
-    folder = expanded("--study-dir", folder) if folder else default_folder(options.space.name, options.data, under)
+    folder = (
+        expanded("--study-dir", folder) if folder else default_folder(options.space.name, options.data, under)
+    )
     check_free(folder)
     check_storage(options.storage, folder.name)
     return run(Request(_absolute(options), folder, choose_wandb(wandb or {}), shared, dry_run), session)
@@ -126,7 +129,8 @@ def resume(
         raise ValueError(f"{folder} is done; there is nothing to resume")
     lock_study(folder).release()  # before anything slow: another process may be running it
     try:
-        options = _absolute(StudyOptions(**(study.spec["options"] | changes)))
+        space = find_space(study.spec["options"]["space"])
+        options = _absolute(StudyOptions.from_dict(study.spec["options"] | changes, space))
     except TypeError as error:
         raise ValueError(f"{folder / 'study.json'} has options of another version ({error})") from None
     shared = options.storage or str(folder.parent)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from ray.tune.search.sample import Categorical, Domain
 
-from tunefleet.trainables.ranges import Ranges, interval
+from tunefleet.models.ranges import Ranges, interval
 
 SEARCHERS = ("tpe", "random", "grid")
 STARTUP_TRIALS = 10  # drawn at random before TPE models anything; hyperopt's 20 is most of a small study

@@ -20,19 +20,20 @@ import ray
 import torch
 from filelock import FileLock
 from PIL import Image
+from tunefleet.trainables.config import FIELD_TYPES
 
+from tests.configs import make_options
 from tests.fuzz import ROOT, Command
 from tests.fuzz_analysis import NAMES, VALUES
 from tests.test_damage import DAMAGES
 from tests.test_wandb_sync import STUDY_JSON
 from tests.test_wandb_sync import write_study as write_trials
 from tunefleet import collect, mirror
+from tunefleet.models.spaces import SPACES
 from tunefleet.search import lr_study, run, wandb_sync
-from tunefleet.search.options import HELP, StudyOptions, flag
-from tunefleet.search.spaces import SPACES
+from tunefleet.search.options import HELP, flag
 from tunefleet.study import Study, write_result, write_study
 from tunefleet.trainables import training
-from tunefleet.trainables.config import FIELD_TYPES
 from tunefleet.trainables.preparation import prepare
 
 RAY_EVERY = 50  # draws
@@ -202,7 +203,7 @@ def make_study(rng: random.Random, folder: Path) -> tuple[Path, str]:
     made, study = folder / "made", folder / "studies" / rng.choice(NAMES)
     write_trials(made)
     options = dataclasses.asdict(
-        StudyOptions(space="softmax", epochs=9, data="digits", image_size=32, data_dir=str(cache_dir()))
+        make_options("softmax", epochs=9, data="digits", image_size=32, data_dir=str(cache_dir()))
     )
     options["storage"] = rng.choice(
         [None] * 8 + ["nosuch://a/b", "s3://", "s3://no-bucket/x", "file:///proc/x", "\udcff"]

@@ -12,12 +12,12 @@ import psutil
 import pytest
 import torch
 
+from tests.configs import make_model
 from tunefleet.benchmarks import compare, families, scale
 from tunefleet.benchmarks.compare import Measured, adopted_orphans, check_same_work, environment
 from tunefleet.benchmarks.obvious import obvious_network
 from tunefleet.benchmarks.task import Task, no_op_accuracy
-from tunefleet.models.building import build, build_args
-from tunefleet.trainables.config import TrainConfig
+from tunefleet.models.spaces import SPACES
 
 ROOT = Path(__file__).parents[1]
 STEADY = 10.0  # the machine's speed
@@ -52,9 +52,9 @@ def task(**changes):
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_every_configuration_is_a_trial_of_the_family(name):
     family = families.FAMILIES[name]
-    configs = [TrainConfig.from_dict(config) for config in families.configurations(family, "none")]
+    configs = [SPACES[c["architecture"]].config(c) for c in families.configurations(family, "none")]
     assert len(configs) == family.trials
-    assert {(c.architecture, c.epochs, c.augment, c.schedule) for c in configs} == {
+    assert {(c.space.name, c.epochs, c.augment, c.schedule) for c in configs} == {
         (family.architecture, family.epochs, "none", "constant")
     }
 
@@ -71,13 +71,9 @@ def test_repetitions_of_a_race_have_the_same_trials_in_another_order():
 
 @pytest.mark.parametrize("name", sorted({f.architecture for f in families.FAMILIES.values()}))
 def test_obvious_network_computes_what_ours_does(name):
-    config = TrainConfig.from_dict(
-        families.configurations(
-            next(f for f in families.FAMILIES.values() if f.architecture == name), "none"
-        )[1]
-    )
-    args = {arg: getattr(config, arg) for arg in build_args(name) if arg in ("hidden", "kernel_size")}
-    ours, obvious = build(name, 10, (3, 32, 32), **args), obvious_network(config, 10)
+    family = next(f for f in families.FAMILIES.values() if f.architecture == name)
+    config = SPACES[name].config(families.configurations(family, "none")[1])
+    ours, obvious = make_model(name, 10, (3, 32, 32), **config.model), obvious_network(config, 10)
     mine, theirs = ([*network.parameters(), *network.buffers()] for network in (ours.eval(), obvious.eval()))
     for one, other in zip(theirs, mine, strict=True):
         one.data.copy_(other)

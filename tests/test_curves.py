@@ -14,8 +14,8 @@ from tunefleet.benchmarks.record import main, new_options
 from tunefleet.benchmarks.replay import main as replay
 from tunefleet.benchmarks.replay import pick, reports_of
 from tunefleet.benchmarks.schedulers import scheduler_of, simulate
+from tunefleet.models.spaces import SPACES
 from tunefleet.search.run import main as run
-from tunefleet.search.spaces import SPACES
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def points(space, fix, count, seed, seeds):
 def test_points_are_the_published_best_then_random_ones_each_with_every_seed():
     made = points("twolayernn", None, count=4, seed=7, seeds=2)
     assert [point["seed"] for point in made] == [7, 8] * 4
-    assert made[0] == {**SPACES["twolayernn"].published, "seed": 7}
+    assert made[0] == {**SPACES["twolayernn"].start, "seed": 7}
     configurations = [{**point, "seed": 0} for point in made]
     assert configurations[::2] == configurations[1::2]
     assert len({point["lr"] for point in made}) == 4
@@ -154,7 +154,7 @@ def test_points_are_the_published_best_then_random_ones_each_with_every_seed():
     fixed = points("convnet", {"hidden": 16, "kernel_size": 3}, count=2, seed=0, seeds=1)
     assert all("hidden" not in point and "lr" in point for point in fixed)
     with pytest.raises(ValueError, match="leaves nothing to sample"):
-        points("softmax", dict(SPACES["softmax"].published), count=2, seed=0, seeds=1)
+        points("softmax", dict(SPACES["softmax"].start), count=2, seed=0, seeds=1)
 
 
 def test_recording_is_a_study_without_pruner_and_final_seeds():

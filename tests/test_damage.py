@@ -1,6 +1,5 @@
 """What damage to a study's files does: one line that names it, and nothing accepted that was not written."""
 
-import dataclasses
 import json
 import random
 import re
@@ -9,6 +8,7 @@ import shutil
 
 import pytest
 
+from tests.configs import make_options
 from tests.test_wandb_sync import STUDY_JSON
 from tests.test_wandb_sync import write_study as write_trials
 from tunefleet.analysis.load import load
@@ -16,7 +16,6 @@ from tunefleet.analysis.results import main as results
 from tunefleet.collect import main as collect_command
 from tunefleet.journal import Journal
 from tunefleet.search import running
-from tunefleet.search.options import StudyOptions
 from tunefleet.search.run import main as run
 from tunefleet.search.wandb_sync import runs_of
 from tunefleet.study import Study, read_study, write_study, write_tables
@@ -24,7 +23,7 @@ from tunefleet.study import Study, read_study, write_study, write_tables
 TRIES = 120  # damages of each file in each state of a study
 
 
-SPEC = STUDY_JSON | {"options": dataclasses.asdict(StudyOptions("softmax", epochs=9, pruner="promote"))}
+SPEC = STUDY_JSON | {"options": make_options("softmax", epochs=9, pruner="promote").to_dict()}
 
 
 class AcceptedError(Exception):

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 import psutil
 import pytest
 
+from tests.configs import make_options
 from tests.studies import digits_study
 from tunefleet.journal import Journal, records
 from tunefleet.search.connection import connect
 from tunefleet.search.engine import run_jobs
-from tunefleet.search.options import StudyOptions
 from tunefleet.search.resources import Resources
 from tunefleet.study import read_study
-from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.device import choose
 from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.training import TrainingRun
@@ -44,8 +43,8 @@ def study(tmp_path, data_dir):
     """Makes and runs softmax studies of digits, two workers to a trial."""
 
     def run(points, on_step=lambda jobs: None, slots=SLOTS, **options):
-        options = StudyOptions(
-            space="softmax",
+        options = make_options(
+            "softmax",
             data="digits",
             image_size=32,
             data_dir=str(data_dir),
@@ -148,8 +147,8 @@ def test_killed_worker_costs_nothing_that_was_reported_and_a_failing_trial_is_no
     assert list(trial.reports) == list(range(1, 41))
     pids = [trial.reports[epoch]["pid"] for epoch in trial.reports]
     assert len(set(pids)) == 2  # rank 0 of the first group and of the second
-    options = StudyOptions(space="softmax", epochs=40, image_size=32)
-    config = TrainConfig.from_dict(options.fixed_values() | CONFIG)
+    options = make_options("softmax", epochs=40, image_size=32)
+    config = options.space.config(options.fixed_values() | CONFIG)
     alone = TrainingRun(config, prepare("digits", data_dir), choose("cpu", "fp32"), data_dir)
     for epoch in trial.reports:
         expected = alone.epoch()

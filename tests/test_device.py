@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tunefleet.models.building import build
+from tests.configs import make_model
 from tunefleet.trainables import device as device_module
 from tunefleet.trainables.device import MICRO_BATCH_MIN, DeviceSettings, choose, has_convolution, micro_batch
 
@@ -76,13 +76,13 @@ def test_impossible_device_or_precision_is_named(monkeypatch, arguments, message
 
 
 def test_networks_with_convolutions_are_known():
-    assert has_convolution(build("convnet", 10, (3, 32, 32)))
-    assert has_convolution(build("resnet_softmax", 10, (3, 32, 32)))
-    assert not has_convolution(build("twolayernn", 10, (3, 32, 32)))
+    assert has_convolution(make_model("convnet", 10, (3, 32, 32)))
+    assert has_convolution(make_model("resnet_softmax", 10, (3, 32, 32)))
+    assert not has_convolution(make_model("twolayernn", 10, (3, 32, 32)))
 
 
 def test_convnet_is_split_into_parts_whose_activations_fit():
-    network = build("convnet", 10, (3, 32, 32))
+    network = make_model("convnet", 10, (3, 32, 32))
     image_bytes = 150 * 28 * 28 * FLOAT_BYTES  # its only convolution's output
     size = micro_batch(cpu_settings(), network, IMAGE, batch_size=512)
     assert size == 16
@@ -90,47 +90,47 @@ def test_convnet_is_split_into_parts_whose_activations_fit():
 
 
 def test_the_largest_convolution_counts():
-    network = build("mymodel", 10, (3, 32, 32), hidden=8, kernel_size=3)
+    network = make_model("mymodel", 10, (3, 32, 32), hidden=8, kernel_size=3)
     first = 8 * 32 * 32 * FLOAT_BYTES  # the second has twice the channels on a quarter of the area
     assert micro_batch(cpu_settings(64 * first), network, IMAGE, batch_size=512) == 64
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 16, 17])
 def test_a_part_never_exceeds_the_batch(batch_size):
-    network = build("convnet", 10, (3, 32, 32))
+    network = make_model("convnet", 10, (3, 32, 32))
     assert micro_batch(cpu_settings(), network, IMAGE, batch_size) == min(batch_size, 16)
 
 
 def test_parts_do_not_become_tiny():
-    network = build("convnet", 10, (3, 32, 32))
+    network = make_model("convnet", 10, (3, 32, 32))
     assert micro_batch(cpu_settings(1), network, IMAGE, batch_size=512) == MICRO_BATCH_MIN
 
 
 @pytest.mark.parametrize("name", ["softmax", "twolayernn"])
 def test_linear_networks_are_not_split(name):
-    assert micro_batch(cpu_settings(1), build(name, 10, (3, 32, 32)), IMAGE, batch_size=512) == 512
+    assert micro_batch(cpu_settings(1), make_model(name, 10, (3, 32, 32)), IMAGE, batch_size=512) == 512
 
 
 def test_nothing_is_split_where_the_device_has_no_such_lever():
-    network = build("convnet", 10, (3, 32, 32))
+    network = make_model("convnet", 10, (3, 32, 32))
     assert micro_batch(cpu_settings(None), network, IMAGE, batch_size=512) == 512
 
 
 @pytest.mark.parametrize("name", ["resnet_softmax_updatable", "resnet_conv_updatable", "resnet_finetune"])
 def test_batch_norm_in_training_is_never_split(name):
-    network = build(name, 10, (3, 32, 32)).train()
+    network = make_model(name, 10, (3, 32, 32)).train()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     assert micro_batch(cpu_settings(1), network, IMAGE, batch_size=512) == 512
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
 def test_a_frozen_backbone_may_be_split():
-    network = build("resnet_conv", 10, (3, 32, 32)).train()
+    network = make_model("resnet_conv", 10, (3, 32, 32)).train()
     assert micro_batch(cpu_settings(1), network, IMAGE, batch_size=512) == MICRO_BATCH_MIN
 
 
 def test_measuring_leaves_no_hook_behind():
-    network = build("convnet", 10, (3, 32, 32))
+    network = make_model("convnet", 10, (3, 32, 32))
     micro_batch(cpu_settings(), network, IMAGE, batch_size=512)
     assert not any(module._forward_hooks for module in network.modules())
 

@@ -6,10 +6,10 @@ import re
 import pytest
 from rich.console import Console
 
+from tests.configs import make_options
 from tunefleet.journal import Journal
 from tunefleet.search.asha import Asha
 from tunefleet.search.display import PLAIN_SECONDS, Progress, counts, describe, line, phase, table
-from tunefleet.search.options import StudyOptions
 from tunefleet.search.scheduler import Scheduler
 from tunefleet.search.suggest import suggest
 
@@ -39,7 +39,7 @@ def jobs(tmp_path):
 
 def progress(jobs, terminal):
     console = Console(file=io.StringIO(), width=80, force_terminal=terminal)
-    return Progress(jobs, StudyOptions(space="softmax", trials=9, epochs=9, final_seeds=2), console)
+    return Progress(jobs, make_options("softmax", trials=9, epochs=9, final_seeds=2), console)
 
 
 def test_counts_tell_what_each_trial_is_doing(jobs):

@@ -13,13 +13,13 @@ import pytest
 from ray.tune.experiment import Trial as TuneTrial
 
 from tests.compared import measured, table
+from tests.configs import make_options
 from tests.conftest import ray_logs
 from tests.studies import digits_study
 from tunefleet.journal import Journal, records
 from tunefleet.search import engine
 from tunefleet.search.asha import PRUNERS
 from tunefleet.search.engine import run_jobs
-from tunefleet.search.options import StudyOptions
 from tunefleet.search.resources import Resources
 from tunefleet.search.suggest import SEARCHERS
 from tunefleet.study import read_study
@@ -46,9 +46,7 @@ def study(tmp_path, data_dir):
     """Makes and runs softmax studies of digits; trials take milliseconds, workers seconds to start."""
 
     def run(name="study", on_step=lambda: None, slots=SLOTS, **options):
-        options = StudyOptions(
-            space="softmax", data="digits", image_size=32, data_dir=str(data_dir), **options
-        )
+        options = make_options("softmax", data="digits", image_size=32, data_dir=str(data_dir), **options)
         with digits_study(tmp_path / name, options, Resources(slots, 1.0, 0.0)) as (jobs, context):
             run_jobs(jobs, context, resources=Resources(slots, 1.0, 0.0), on_step=on_step)
         return tmp_path / name, jobs

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torchvision
 
-from tunefleet.trainables.config import TrainConfig
+from tests.configs import make_config
 from tunefleet.trainables.data import SPLITS, ImageData, load_split
 from tunefleet.trainables.device import DeviceSettings
 from tunefleet.trainables.evaluate import evaluate_test
@@ -34,7 +34,7 @@ def data(tmp_path) -> ImageData:
 
 
 def trained(data: ImageData, tmp_path, architecture: str, values: dict) -> TrainingRun:
-    run = TrainingRun(TrainConfig(architecture, **({"batch_size": 8} | values)), data, FP32, tmp_path)
+    run = TrainingRun(make_config(architecture, **({"batch_size": 8} | values)), data, FP32, tmp_path)
     run.train_epoch()
     return run
 

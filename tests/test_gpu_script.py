@@ -9,9 +9,10 @@ import time
 
 import pytest
 
+from tests.configs import make_options
 from tests.conftest import ROOT
 from tunefleet.benchmarks import gpu
-from tunefleet.search.spaces import SPACES
+from tunefleet.models.spaces import SPACES
 
 PLAYED = """
 import json, os, pathlib, signal, sys, time
@@ -130,14 +131,13 @@ def test_a_learning_rate_study_starts_from_the_row_of_its_space(script):
 
 def test_every_row_is_a_command_that_could_run(script):
     """Each flag and value is parsed as search/run.py would."""
-    from tunefleet.search.options import StudyOptions
     from tunefleet.search.run import parse
 
     _, calls = script("rows", LANES="4")
     assert len(calls) == len(SPACES)
     for call in calls:
         do, options = parse(call.split())
-        study = StudyOptions(space=do.space, **options)
+        study = make_options(do.space, **options)
         assert study.epochs <= SPACES[do.space].epochs
 
 

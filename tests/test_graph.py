@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.configs import make_config
 from tests.test_training import FP32, SMALL, assert_same, data, without_times  # noqa: F401  a fixture
-from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.graph import WARM_UP_STEPS, CaptureError, StepGraph
 from tunefleet.trainables.group import Group
 from tunefleet.trainables.training import TrainingRun
@@ -61,7 +61,7 @@ def replays(monkeypatch):
 def make(data, tmp_path):  # noqa: F811
     def make_run(values, *, eager=False, settings=GRAPHED, **others):
         run = TrainingRun(
-            TrainConfig(**({"epochs": 3, "seed": 1} | values)), data, settings, tmp_path, **others
+            make_config(**({"epochs": 3, "seed": 1} | values)), data, settings, tmp_path, **others
         )
         if eager:
             run._graph_of_epoch = lambda sizes: None

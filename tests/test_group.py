@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing, nn
 
-from tunefleet.trainables.config import TrainConfig
+from tests.configs import make_config
 from tunefleet.trainables.data import ImageData
 from tunefleet.trainables.device import DeviceSettings
 from tunefleet.trainables.group import Group
@@ -21,18 +21,18 @@ EPOCHS = 1
 # A small lr for the ResNet: with 1e-3, two threads instead of one change its loss by half a percent, while
 # at 2e-5 a gradient of double the size would still change it by 0.2 %.
 CASES = {
-    "finetune": (2, FP32, TrainConfig("resnet_finetune", batch_size=128, lr=2e-5, momentum=0.9, seed=1)),
-    "features": (2, FP32, TrainConfig("resnet_softmax", batch_size=100, lr=0.01, seed=1)),
+    "finetune": (2, FP32, make_config("resnet_finetune", batch_size=128, lr=2e-5, momentum=0.9, seed=1)),
+    "features": (2, FP32, make_config("resnet_softmax", batch_size=100, lr=0.01, seed=1)),
     "in parts, augmented": (
         2,
         IN_PARTS,
-        TrainConfig("convnet", batch_size=23, lr=0.01, hidden=4, kernel_size=3, augment="crop_flip", seed=1),
+        make_config("convnet", batch_size=23, lr=0.01, hidden=4, kernel_size=3, augment="crop_flip", seed=1),
     ),
     # 1004 = 3 · 334 + 2 images: two workers of four have none of the last batch
     "a worker without images": (
         4,
         FP32,
-        TrainConfig("convnet", batch_size=334, lr=0.01, hidden=4, kernel_size=3, seed=1),
+        make_config("convnet", batch_size=334, lr=0.01, hidden=4, kernel_size=3, seed=1),
     ),
 }
 STATISTICS = (3, 4, 2)  # images, channels, side: of the layer that is compared with torch's own

@@ -33,7 +33,7 @@ ALLOWED = {  # of our packages, what each may import
     "src": set(),
 }
 FORBIDDEN = {  # of others'
-    "models": {"ray", "wandb"},
+    "models": {"wandb"},
     "trainables": {"wandb"},
     "analysis": {"ray", "torch", "torchvision"},
     "src": {"ray", "torch", "torchvision", "wandb"},

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torchvision.models import resnet18
 
-from tunefleet.models.building import build
+from tests.configs import make_config, make_model
 from tunefleet.trainables import inputs as inputs_module
-from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import SPLITS, ImageData, load_split, split_sha256, split_validation
 from tunefleet.trainables.device import DeviceSettings
 from tunefleet.trainables.inputs import LOADED_MAX, backbone_sha256, build_model, kind_of, load_inputs
@@ -63,13 +62,13 @@ def prepared(tmp_path) -> list[str]:
     ],
 )
 def test_the_config_alone_chooses_the_kind(data, architecture, values, kind):
-    assert kind_of(TrainConfig(architecture, **values), data) == kind
+    assert kind_of(make_config(architecture, **values), data) == kind
 
 
 @pytest.mark.parametrize("settings", [FP32, BF16, NCHW])
 @pytest.mark.parametrize("architecture", ["softmax", "convnet"])
 def test_normalised_inputs_are_the_pipelines(tmp_path, data, architecture, settings):
-    config = TrainConfig(architecture)
+    config = make_config(architecture)
     inputs = load_inputs(config, data, settings, tmp_path)
     images, labels = load_split(data, "train")
     pipeline = Pipeline.of(config, data, settings)
@@ -85,7 +84,7 @@ def test_normalised_inputs_are_the_pipelines(tmp_path, data, architecture, setti
 
 
 def test_uint8_images_are_the_splits(tmp_path, data):
-    inputs = load_inputs(TrainConfig("convnet", augment="crop_flip"), data, FP32, tmp_path)
+    inputs = load_inputs(make_config("convnet", augment="crop_flip"), data, FP32, tmp_path)
     images, labels = load_split(data, "train")
     train, val = split_validation(labels)
     assert np.array_equal(inputs.train_x.numpy(), images[train])
@@ -95,13 +94,13 @@ def test_uint8_images_are_the_splits(tmp_path, data):
 
 @pytest.mark.parametrize(("architecture", "last"), [("convnet", True), ("softmax", False)])
 def test_convolutions_read_channels_last_and_linear_layers_do_not(tmp_path, data, architecture, last):
-    x = load_inputs(TrainConfig(architecture), data, FP32, tmp_path).train_x
+    x = load_inputs(make_config(architecture), data, FP32, tmp_path).train_x
     assert x.is_contiguous(memory_format=torch.channels_last) == last
     assert x[torch.tensor([3, 1])].is_contiguous(memory_format=torch.channels_last) == last
 
 
 def test_no_image_is_in_both_parts_and_none_is_lost(tmp_path, data):
-    inputs = load_inputs(TrainConfig("softmax", augment="crop_flip"), data, FP32, tmp_path)
+    inputs = load_inputs(make_config("softmax", augment="crop_flip"), data, FP32, tmp_path)
     train, val = ({image.numpy().tobytes() for image in x} for x in (inputs.train_x, inputs.val_x))
     assert not train & val
     assert len(train) + len(val) == data.train_count
@@ -109,7 +108,7 @@ def test_no_image_is_in_both_parts_and_none_is_lost(tmp_path, data):
 
 @pytest.mark.parametrize("architecture", ["resnet_softmax", "resnet_mymodel"])
 def test_features_are_the_backbones_in_eval_mode(tmp_path, data, architecture):
-    config = TrainConfig(architecture, seed=3)
+    config = make_config(architecture, seed=3)
     inputs = load_inputs(config, data, FP32, tmp_path)
     images, labels = load_split(data, "train")
     train, _ = split_validation(labels)
@@ -121,7 +120,7 @@ def test_features_are_the_backbones_in_eval_mode(tmp_path, data, architecture):
 
 
 def test_features_are_computed_once(tmp_path, data, monkeypatch, opened):
-    config = TrainConfig("resnet_softmax")
+    config = make_config("resnet_softmax")
     first = load_inputs(config, data, FP32, tmp_path)
     monkeypatch.setattr(inputs_module._Preparation, "function", lambda *_: pytest.fail("computed again"))
     assert load_inputs(config, data, FP32, tmp_path) is first
@@ -130,22 +129,22 @@ def test_features_are_computed_once(tmp_path, data, monkeypatch, opened):
 
 
 def test_configs_that_differ_elsewhere_share_one_preparation(tmp_path, data):
-    first = load_inputs(TrainConfig("resnet_softmax", lr=0.1), data, FP32, tmp_path)
-    other = TrainConfig("resnet_twolayernn", lr=0.2, batch_size=7, hidden=9, momentum=0.5, epochs=3)
+    first = load_inputs(make_config("resnet_softmax", lr=0.1), data, FP32, tmp_path)
+    other = make_config("resnet_twolayernn", lr=0.2, batch_size=7, hidden=9, momentum=0.5, epochs=3)
     assert load_inputs(other, data, FP32, tmp_path) is first
     assert len(prepared(tmp_path)) == 1
 
 
 def test_seeds_share_normalised_images(tmp_path, data):
-    first = load_inputs(TrainConfig("convnet", seed=0), data, FP32, tmp_path)
-    assert load_inputs(TrainConfig("mymodel", seed=1), data, FP32, tmp_path) is first
+    first = load_inputs(make_config("convnet", seed=0), data, FP32, tmp_path)
+    assert load_inputs(make_config("mymodel", seed=1), data, FP32, tmp_path) is first
 
 
 def test_pretrained_features_do_not_depend_on_the_seed(tmp_path, data):
     weights = tmp_path / "resnet18.pth"
     torch.save(resnet18(weights=None).state_dict(), weights)
-    first = load_inputs(TrainConfig("resnet_softmax", weights=str(weights), seed=0), data, FP32, tmp_path)
-    second = load_inputs(TrainConfig("resnet_softmax", weights=str(weights), seed=1), data, FP32, tmp_path)
+    first = load_inputs(make_config("resnet_softmax", weights=str(weights), seed=0), data, FP32, tmp_path)
+    second = load_inputs(make_config("resnet_softmax", weights=str(weights), seed=1), data, FP32, tmp_path)
     assert second is first
 
 
@@ -153,11 +152,11 @@ def test_cut_weights_seed_and_size_have_their_own_features(tmp_path, data):
     weights = tmp_path / "resnet18.pth"
     torch.save(resnet18(weights=None).state_dict(), weights)
     configs = [
-        TrainConfig("resnet_softmax"),
-        TrainConfig("resnet_conv"),
-        TrainConfig("resnet_softmax", seed=1),
-        TrainConfig("resnet_softmax", weights=str(weights)),
-        TrainConfig("resnet_softmax", image_size=48),
+        make_config("resnet_softmax"),
+        make_config("resnet_conv"),
+        make_config("resnet_softmax", seed=1),
+        make_config("resnet_softmax", weights=str(weights)),
+        make_config("resnet_softmax", image_size=48),
     ]
     for config in configs:
         load_inputs(config, data, FP32, tmp_path)
@@ -171,7 +170,7 @@ def test_a_backbones_hash_is_its_own_and_not_the_heads(data, tmp_path):
     copy.write_bytes(weights.read_bytes())
 
     def hash_of(architecture, **values):
-        return backbone_sha256(TrainConfig(architecture, **values), data)
+        return backbone_sha256(make_config(architecture, **values), data)
 
     random = hash_of("resnet_softmax")
     assert hash_of("resnet_softmax", lr=0.5, batch_size=3) == random
@@ -194,29 +193,29 @@ def test_a_backbones_hash_is_its_own_and_not_the_heads(data, tmp_path):
 def test_another_backbone_under_the_same_name_has_its_own_features(
     tmp_path, data, monkeypatch, opened, change
 ):
-    config = TrainConfig("resnet_softmax")
+    config = make_config("resnet_softmax")
     first = load_inputs(config, data, FP32, tmp_path)
 
-    def changed(*arguments, **options):
-        model = build(*arguments, **options)
+    def changed(self, *arguments):
+        model = self.build(*arguments[:2])
         change(model.backbone)
         return model
 
     opened.clear()  # another process, another version of the code
     inputs_module._hashes.clear()
-    monkeypatch.setattr(inputs_module, "build", changed)
+    monkeypatch.setattr("tunefleet.models.space.Space.network", changed)
     assert not torch.equal(load_inputs(config, data, FP32, tmp_path).train_x, first.train_x)
 
 
 def test_precisions_and_memory_formats_have_their_own_files(tmp_path, data):
     for settings in (FP32, BF16, NCHW):
-        load_inputs(TrainConfig("convnet"), data, settings, tmp_path)
+        load_inputs(make_config("convnet"), data, settings, tmp_path)
     assert len(prepared(tmp_path)) == 3
 
 
 def test_other_weights_under_the_same_path_are_other_features(tmp_path, data):
     weights = tmp_path / "resnet18.pth"
-    config = TrainConfig("resnet_softmax", weights=str(weights))
+    config = make_config("resnet_softmax", weights=str(weights))
     state = resnet18(weights=None).state_dict()
     features = []
     for scale in (1, 2):
@@ -233,7 +232,7 @@ def test_home_is_meant_by_a_tilde(tmp_path, data, monkeypatch):
     for scale in (1, 2):  # replaced by other weights of the same size and time
         torch.save(state | {"conv1.weight": scale * state["conv1.weight"]}, tmp_path / "w.pth")
         os.utime(tmp_path / "w.pth", (10**9, 10**9))
-        config = TrainConfig("resnet_softmax", weights="~/w.pth")
+        config = make_config("resnet_softmax", weights="~/w.pth")
         features.append(load_inputs(config, data, FP32, "~/cache").train_x)
     assert not torch.equal(*features)
     assert len(prepared(tmp_path / "cache")) == 2
@@ -241,16 +240,16 @@ def test_home_is_meant_by_a_tilde(tmp_path, data, monkeypatch):
 
 
 def test_what_is_prepared_is_read_from_a_folder_that_cannot_be_written(tmp_path, data, monkeypatch, opened):
-    first = load_inputs(TrainConfig("softmax"), data, FP32, tmp_path)
+    first = load_inputs(make_config("softmax"), data, FP32, tmp_path)
     opened.clear()
     monkeypatch.setattr(inputs_module, "holding", lambda *_: pytest.fail("locked"))
-    assert torch.equal(load_inputs(TrainConfig("softmax"), data, FP32, tmp_path).train_x, first.train_x)
+    assert torch.equal(load_inputs(make_config("softmax"), data, FP32, tmp_path).train_x, first.train_x)
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, data):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"^--data-dir=.*/file cannot be written \(.*\); give another$"):
-        load_inputs(TrainConfig("softmax"), data, FP32, tmp_path / "file")
+        load_inputs(make_config("softmax"), data, FP32, tmp_path / "file")
 
 
 def test_a_full_disk_is_an_error_and_no_killed_process(tmp_path, data, monkeypatch):
@@ -259,16 +258,16 @@ def test_a_full_disk_is_an_error_and_no_killed_process(tmp_path, data, monkeypat
 
     monkeypatch.setattr(os, "posix_fallocate", fail)
     with pytest.raises(OSError, match="No space left on device"):
-        load_inputs(TrainConfig("softmax"), data, FP32, tmp_path)
+        load_inputs(make_config("softmax"), data, FP32, tmp_path)
     assert prepared(tmp_path) == []
 
 
 def test_a_worker_keeps_few_inputs_open(tmp_path, data, opened):
     configs = [
-        TrainConfig("softmax"),
-        TrainConfig("convnet"),
-        TrainConfig("convnet", augment="crop_flip"),
-        TrainConfig("softmax"),
+        make_config("softmax"),
+        make_config("convnet"),
+        make_config("convnet", augment="crop_flip"),
+        make_config("softmax"),
     ]
     for config in configs:
         load_inputs(config, data, FP32, tmp_path)
@@ -284,13 +283,13 @@ def test_a_failed_preparation_leaves_nothing(tmp_path, data, monkeypatch, opened
 
     monkeypatch.setattr(inputs_module._Preparation, "_write", fail)
     with pytest.raises(KeyboardInterrupt):
-        load_inputs(TrainConfig("softmax"), data, FP32, tmp_path)
+        load_inputs(make_config("softmax"), data, FP32, tmp_path)
     assert prepared(tmp_path) == []
     assert not opened
 
 
 def test_what_a_kill_left_is_not_taken_for_whole(tmp_path, data, monkeypatch):
-    config = TrainConfig("softmax")
+    config = make_config("softmax")
     whole = load_inputs(config, data, FP32, tmp_path).val_x.clone()
     (name,) = prepared(tmp_path)
     file = tmp_path / "prepared" / name
@@ -302,8 +301,8 @@ def test_what_a_kill_left_is_not_taken_for_whole(tmp_path, data, monkeypatch):
 
 @pytest.mark.parametrize("values", [{}, {"augment": "crop"}])
 def test_a_refit_trains_on_every_image_of_the_same_file(tmp_path, data, values):
-    split = load_inputs(TrainConfig("convnet", **values), data, FP32, tmp_path)
-    refit = load_inputs(TrainConfig("convnet", refit=True, **values), data, FP32, tmp_path)
+    split = load_inputs(make_config("convnet", **values), data, FP32, tmp_path)
+    refit = load_inputs(make_config("convnet", refit=True, **values), data, FP32, tmp_path)
     assert torch.equal(refit.train_x, torch.cat([split.train_x, split.val_x]))
     assert torch.equal(refit.train_y, torch.cat([split.train_y, split.val_y]))
     assert len(refit.val_x) == len(refit.val_y) == 0
@@ -312,7 +311,7 @@ def test_a_refit_trains_on_every_image_of_the_same_file(tmp_path, data, values):
 
 
 def test_writing_to_inputs_does_not_reach_the_file(tmp_path, data, opened):
-    config = TrainConfig("softmax")
+    config = make_config("softmax")
     inputs = load_inputs(config, data, FP32, tmp_path)
     before = inputs.train_x.clone()
     inputs.train_x.zero_()

@@ -1,10 +1,10 @@
-import dataclasses
 import itertools
 import math
 
 import pandas as pd
 import pytest
 
+from tests.configs import make_options
 from tests.made_study import spec, write_events
 from tunefleet.cli import rounded
 from tunefleet.journal import TrialRecord
@@ -20,7 +20,6 @@ from tunefleet.search.lr_study import (
     parse,
     points_of,
 )
-from tunefleet.search.options import StudyOptions
 from tunefleet.study import Study, write_study
 
 
@@ -167,7 +166,7 @@ def test_extension_adds_points_beyond_the_edge_for_every_seed(tmp_path):
 
 
 def test_a_study_that_cannot_continue_is_left_as_it_was(tmp_path, capsys):
-    options = dataclasses.asdict(StudyOptions("softmax", data="nowhere", image_size=32, pruner="promote"))
+    options = make_options("softmax", data="nowhere", image_size=32, pruner="promote").to_dict()
     make_study(tmp_path, **options | {"points": [{"lr": 0.02, "seed": 0}], "trials": 1})
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     assert main(["--extend", str(tmp_path)]) == 2

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from tests.configs import make_config
 from tunefleet.trainables import pipeline as pipeline_module
-from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import ImageData
 from tunefleet.trainables.device import DeviceSettings
 from tunefleet.trainables.pipeline import IMAGENET_MEAN, IMAGENET_STD, Pipeline, draw_crops
@@ -97,7 +97,7 @@ def test_a_channel_without_variance_becomes_0():
     images = random_images()
     images[:, 0], images[:, 2] = 51, 255
     for settings in (FP32, BF16):
-        x = Pipeline.of(TrainConfig("softmax"), data, settings)(images)
+        x = Pipeline.of(make_config("softmax"), data, settings)(images)
         assert x.isfinite().all()
         torch.testing.assert_close(x[:, [0, 2]].float(), torch.zeros(8, 2, 32, 32), rtol=0, atol=1e-3)
         assert x[:, 1].std() > 0.9
@@ -105,7 +105,7 @@ def test_a_channel_without_variance_becomes_0():
 
 def test_a_channel_of_little_variance_is_not_blown_up():
     data = dataclasses.replace(DATA, mean=(0.0, 0.5, 0.5), std=(1e-6, 0.25, 0.25))
-    assert Pipeline.of(TrainConfig("softmax"), data, FP32)(random_images()).abs().max() <= 255
+    assert Pipeline.of(make_config("softmax"), data, FP32)(random_images()).abs().max() <= 255
 
 
 @pytest.mark.parametrize("architecture", ["softmax", "mymodel"])
@@ -117,7 +117,7 @@ def test_images_of_one_channel_are_learnt(architecture, tmp_path):
         blue[:, : 16 * (number % 2)] += 100
         Image.merge("RGB", [Image.new("L", (32, 32), 77)] * 2 + [Image.fromarray(blue)]).save(file)
     data = prepare(str(tmp_path / "masks"), tmp_path)
-    config = TrainConfig(architecture, epochs=8, batch_size=8, lr=0.01, momentum=0.9)
+    config = make_config(architecture, epochs=8, batch_size=8, lr=0.01, momentum=0.9)
     run = TrainingRun(config, data, FP32, tmp_path)
     reports = [run.epoch() for _ in range(8)]
     assert not any(report["diverged"] for report in reports)
@@ -134,7 +134,7 @@ def test_images_of_one_channel_are_learnt(architecture, tmp_path):
     ],
 )
 def test_weights_bring_their_own_statistics(architecture, weights, statistics):
-    pipeline = Pipeline.of(TrainConfig(architecture, weights=weights), DATA, FP32)
+    pipeline = Pipeline.of(make_config(architecture, weights=weights), DATA, FP32)
     assert (pipeline.mean, pipeline.std) == statistics
 
 

@@ -4,8 +4,8 @@ import shutil
 import pytest
 import torch
 
+from tests.configs import make_config, make_options
 from tunefleet.search.display import clock
-from tunefleet.search.options import StudyOptions
 from tunefleet.search.preflight import (
     Prepared,
     check_disk,
@@ -30,7 +30,6 @@ from tunefleet.search.resources import (
     waiting,
 )
 from tunefleet.search.running import default_folder
-from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.device import CONTEXT_BYTES, DeviceSettings, choose
 from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.training import TrainingRun
@@ -41,7 +40,7 @@ CUDA = DeviceSettings("cuda", "bf16", True, None)
 
 def planned(cpus, gpus, space="resnet_conv", settings=None, trial_slots=None, **options):
     settings, machine = settings or (CUDA if gpus else CPU), Machine(cpus, gpus, trial_slots)
-    return plan(settle(StudyOptions(space=space, **options), settings, machine), settings, machine)
+    return plan(settle(make_options(space, **options), settings, machine), settings, machine)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +87,7 @@ def test_each_worker_of_a_group_gets_its_share():
     ],
 )
 def test_groups_are_stopped_and_single_workers_promoted_unless_asked_otherwise(options, pruner):
-    assert settle(StudyOptions("softmax", **options), CPU, Machine(8)).pruner == pruner
+    assert settle(make_options("softmax", **options), CPU, Machine(8)).pruner == pruner
 
 
 @pytest.mark.parametrize(
@@ -176,10 +175,10 @@ def test_as_many_trials_share_a_gpu_as_it_holds(share, peak, free, slots, gpus_p
 
 
 def test_the_largest_trial_of_a_space_has_the_highest_of_everything():
-    options = StudyOptions("twolayernn", image_size=32)
+    options = make_options("twolayernn", image_size=32)
     config = largest(options)
-    assert (config.batch_size, config.hidden, config.augment) == (512, 1000, "crop_flip")
-    assert largest(StudyOptions("twolayernn", image_size=32, fix={"hidden": 8})).hidden == 8
+    assert (config.batch_size, config.model["hidden"], config.augment) == (512, 1000, "crop_flip")
+    assert largest(make_options("twolayernn", image_size=32, fix={"hidden": 8})).model["hidden"] == 8
 
 
 @pytest.mark.parametrize(
@@ -203,7 +202,7 @@ def test_the_largest_trial_of_a_space_has_the_highest_of_everything():
 def test_the_image_size_is_the_spaces_best_that_there_is_room_for(
     space, options, settings, gpu_bytes, size, tmp_path
 ):
-    spec = StudyOptions(space, data_dir=str(tmp_path), **options)
+    spec = make_options(space, data_dir=str(tmp_path), **options)
     assert settle_image_size(spec, settings, Machine(16, 1, gpu_bytes=gpu_bytes)).image_size == size
 
 
@@ -220,7 +219,7 @@ def test_images_are_counted_without_reading_them_all(tmp_path):
 def test_the_disk_that_is_asked_for_is_that_of_the_configs_that_are_sampled(data_dir):
     """twolayernn's hidden is one of 100, 250, 500 and 1000; the published one has 250."""
     data = prepare("digits", data_dir)
-    options = StudyOptions("twolayernn", image_size=32, trials=30, final_seeds=3)
+    options = make_options("twolayernn", image_size=32, trials=30, final_seeds=3)
     weights = {hidden: 4 * (3072 * hidden + hidden + 10 * hidden + 10) for hidden in (100, 250, 500, 1000)}
     mean, most = checkpoint_sizes(options, data)
     assert mean == pytest.approx(3 * sum(weights.values()) / 4, rel=0.1)  # Adam keeps two values of each
@@ -247,7 +246,7 @@ def test_default_folder_is_new_each_time(tmp_path, monkeypatch):
     "optimizer", [{"momentum": 0.9}, {"optimizer": "adam"}, {"optimizer": "adamw"}], ids=str
 )
 def test_checkpoint_takes_what_is_forecast(optimizer, data_dir, tmp_path):
-    config = TrainConfig("twolayernn", epochs=1, hidden=100, **optimizer)
+    config = make_config("twolayernn", epochs=1, hidden=100, **optimizer)
     run = TrainingRun(config, prepare("digits", data_dir), choose("cpu", "fp32"), data_dir)
     forecast = checkpoint_bytes(config, run.data)
     run.epoch()
@@ -259,7 +258,7 @@ def test_a_forecast_of_a_gpus_memory_computes_no_features_and_counts_them(data_d
     for name in ("reset_peak_memory_stats", "synchronize", "max_memory_reserved"):
         monkeypatch.setattr(torch.cuda, name, lambda: 1000)
     fix = {"batch_size": 16}
-    options = StudyOptions("resnet_softmax", image_size=32, weights="none", data_dir=str(tmp_path), fix=fix)
+    options = make_options("resnet_softmax", image_size=32, weights="none", data_dir=str(tmp_path), fix=fix)
     peak = largest_peak(options, prepare("digits", data_dir), CPU, sampled=True)
     sample = 88 + 88 * 434 // 1004  # 5.5 batches, and as many to validate as there are in proportion
     assert peak == 1000 + (1438 - sample) * 512 * 4
@@ -282,7 +281,7 @@ def nodes(monkeypatch):
 
 
 def on_cluster(**options):
-    options = settle(StudyOptions(space="softmax", **options), CPU, machine := find_machine())
+    options = settle(make_options("softmax", **options), CPU, machine := find_machine())
     return options, plan(options, CPU, machine)
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tunefleet.journal import Journal
+from tunefleet.models.spaces import SPACES
 from tunefleet.search.asha import Asha
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.scheduler import Scheduler
@@ -35,7 +36,7 @@ def test_each_pruner_and_sampler_is_recorded():
 
 def scheduler_of(study, folder):
     folder.mkdir(exist_ok=True)
-    options = StudyOptions(**study.spec["options"])
+    options = StudyOptions.from_dict(study.spec["options"], SPACES[study.spec["space"]])
     return Scheduler(
         suggest=options.suggest,
         asha=Asha(options.rungs, options.eta),
@@ -49,7 +50,13 @@ def scheduler_of(study, folder):
 
 
 def events_of(study):
-    return [event for event in study.events if "run" not in event]
+    """Returns a study's events; configs then had hidden and kernel_size, null where there is no such argument."""
+    events = [event for event in study.events if "run" not in event]
+    for event in events:
+        for name in ("hidden", "kernel_size"):
+            if "config" in event and event["config"].get(name, 0) is None:
+                del event["config"][name]
+    return events
 
 
 def decides(event):

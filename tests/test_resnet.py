@@ -9,8 +9,8 @@ import pytest
 import torch
 import torchvision
 
+from tests.configs import make_model
 from tunefleet.models import resnet
-from tunefleet.models.building import build
 from tunefleet.models.resnet import load_weights
 
 TINY_IMAGENET = Path(__file__).parents[2] / "shared/data/resnet18-tinyimagenet.pth"
@@ -86,13 +86,13 @@ def test_same_seed_gives_the_same_head_whether_weights_are_read_or_cached(weight
     heads = []
     for _ in range(2):
         torch.manual_seed(0)
-        heads.append(build("resnet_softmax", 10, (3, 32, 32), weights=str(weights_file)).head[1].weight)
+        heads.append(make_model("resnet_softmax", 10, (3, 32, 32), weights=str(weights_file)).head[1].weight)
     assert torch.equal(*heads)
 
 
 @pytest.mark.parametrize(("name", "frozen"), [("resnet_conv", True), ("resnet_conv_updatable", False)])
 def test_loaded_backbone_is_on_the_cpu_and_frozen_as_the_architecture_says(name, frozen, weights_file):
-    model = build(name, 10, (3, 32, 32), hidden=2, kernel_size=3, weights=str(weights_file))
+    model = make_model(name, 10, (3, 32, 32), hidden=2, kernel_size=3, weights=str(weights_file))
     assert all(parameter.requires_grad != frozen for parameter in model.backbone.parameters())
     assert {value.device.type for value in model.state_dict().values()} == {"cpu"}
 

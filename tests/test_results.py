@@ -4,7 +4,7 @@ import pytest
 
 from tests.made_study import change, write_study
 from tunefleet.analysis.results import COLUMNS, PUBLISHED, command, main, table
-from tunefleet.search.spaces import SPACES
+from tunefleet.models.spaces import SPACES
 
 STUDY = {
     "space": "convnet",
@@ -29,7 +29,7 @@ STUDY = {
 
 
 def test_published_accuracies_are_those_of_the_spaces():
-    assert {name: space.published_accuracy for name, space in SPACES.items()} == PUBLISHED
+    assert {name: space.published for name, space in SPACES.items()} == PUBLISHED
 
 
 def test_a_row_says_what_was_found_and_the_others_were_not_run():

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.configs import make_options
 from tests.made_study import spec
 from tunefleet import mirror
+from tunefleet.models.spaces import SPACES
 from tunefleet.search import wandb_sync
-from tunefleet.search.options import StudyOptions
 from tunefleet.search.run import main
-from tunefleet.search.spaces import SPACES
 from tunefleet.study import write_study
 
 
@@ -145,7 +145,7 @@ def test_a_link_to_itself_is_one_line(command, tmp_path, capsys):
 )
 def test_an_option_of_another_type_is_one_line(name, value):
     with pytest.raises(ValueError, match=f"^--{name}=.* give a value of type"):
-        StudyOptions(space="softmax", **{name: value})
+        make_options("softmax", **{name: value})
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import time
 import pytest
 from rich.console import Console
 
+from tests.configs import make_options
 from tests.made_study import write_study as make_study
 from tunefleet.search import lr_study, wandb_sync
 from tunefleet.search import run as search
 from tunefleet.search.connection import RayWatch, _children, _is_alive
-from tunefleet.search.options import StudyOptions
 from tunefleet.search.running import Request, run
 from tunefleet.search.session import NOTHING_WRITTEN, Session, Stops, say_nothing_written
 from tunefleet.search.wandb_options import WandbOptions
@@ -72,7 +72,7 @@ def test_a_mistake_found_beside_ray_is_told_and_not_that_its_ray_then_ends(monke
 
     monkeypatch.setattr("ray.shutdown", shutdown)
     monkeypatch.setattr("tunefleet.search.running._checked", mistaken)
-    request = Request(StudyOptions(space="softmax"), tmp_path, WandbOptions(mode="off"), None)
+    request = Request(make_options("softmax"), tmp_path, WandbOptions(mode="off"), None)
     with pytest.raises(ValueError, match="mine"):
         session.stops.run(lambda: run(request, session))
     assert capsys.readouterr().err == ""

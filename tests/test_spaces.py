@@ -6,13 +6,11 @@ import re
 import pytest
 from ray.tune.search.sample import Categorical
 
-from tunefleet.models import ARCHITECTURES
-from tunefleet.models.building import build_args
+from tests.configs import NETWORKS, make_config, make_options, own_arguments
+from tunefleet.models.ranges import described
+from tunefleet.models.spaces import SPACES, find_space
 from tunefleet.search.asha import rung_epochs
-from tunefleet.search.options import StudyOptions
-from tunefleet.search.spaces import SPACES, find_space, fixed_values
-from tunefleet.search.suggest import described, grid_values
-from tunefleet.trainables.config import TrainConfig
+from tunefleet.search.suggest import grid_values
 
 # The report's thirteen architectures: weight_decay, momentum, batch_size, lr, hidden, kernel_size,
 # optimizer, accuracy; a dash there is None here
@@ -35,32 +33,35 @@ each_space = pytest.mark.parametrize("name", SPACES)
 
 
 def fixed(name, **changes):
-    return fixed_values(name, **({"epochs": 9, "image_size": 32, "weights": "imagenet", "seed": 7} | changes))
+    return SPACES[name].fixed_values(
+        **({"epochs": 9, "image_size": 32, "weights": "imagenet", "seed": 7} | changes)
+    )
 
 
 def test_there_is_a_space_for_each_architecture():
-    assert list(SPACES) == list(ARCHITECTURES)
+    assert list(SPACES) == list(NETWORKS)
     assert len(SPACES) == 13
 
 
 @each_space
 def test_published_best_is_the_one_of_the_design(name):
     weight_decay, momentum, batch_size, lr, hidden, kernel_size, optimizer, accuracy = PUBLISHED[name]
-    config = TrainConfig(**fixed(name), **SPACES[name].published)
+    config = SPACES[name].config(fixed(name) | SPACES[name].start)
     assert (config.weight_decay, config.batch_size, config.lr) == (weight_decay, batch_size, lr)
     assert config.momentum == (0 if momentum is None else momentum)
-    assert (config.hidden, config.kernel_size, config.optimizer) == (hidden, kernel_size, optimizer)
+    assert (config.model.get("hidden"), config.model.get("kernel_size")) == (hidden, kernel_size)
+    assert config.optimizer == optimizer
     assert (config.schedule, config.label_smoothing) == ("cosine", 0)
     assert config.augment in ("none", "crop")  # spaces.py says why
-    assert find_space(name).published_accuracy == accuracy
+    assert find_space(name).published == accuracy
 
 
 @each_space
 def test_published_best_has_a_value_inside_each_range_and_no_other(name):
     space = SPACES[name]
-    assert set(space.published) == set(space.ranges)
+    assert set(space.start) == set(space.ranges)
     for key, domain in space.ranges.items():
-        value = space.published[key]
+        value = space.start[key]
         if isinstance(domain, Categorical):
             assert value in domain.categories
             assert type(value) in {type(category) for category in domain.categories}
@@ -72,8 +73,8 @@ def test_published_best_has_a_value_inside_each_range_and_no_other(name):
 def test_fixed_values_and_ranges_make_a_whole_config_without_overlap(name):
     space, given = SPACES[name], fixed(name)
     assert not set(given) & set(space.ranges)
-    assert set(given) | set(space.ranges) == set(TrainConfig(name).to_dict())
-    assert TrainConfig.from_dict(given | dict(space.published)).to_dict() == given | dict(space.published)
+    assert set(given) | set(space.ranges) == set(make_config(name).to_dict())
+    assert space.config(given | space.start).to_dict() == given | space.start
     assert (given["architecture"], given["epochs"], given["image_size"], given["seed"]) == (name, 9, 32, 7)
 
 
@@ -84,20 +85,20 @@ def test_only_an_architecture_with_a_backbone_gets_weights(name):
 
 @each_space
 def test_space_gives_the_model_the_arguments_it_takes_and_no_other(name):
-    config = fixed(name) | dict(SPACES[name].published)
-    given = [key for key in ("hidden", "kernel_size") if config[key] is not None]
-    assert given == list(build_args(name))
+    config = fixed(name) | dict(SPACES[name].start)
+    given = [key for key in ("hidden", "kernel_size") if key in config]
+    assert given == list(own_arguments(name))
 
 
 @each_space
 def test_every_value_of_every_range_builds_a_config(name):
     space = SPACES[name]
-    base = fixed(name) | dict(space.published)
+    base = fixed(name) | dict(space.start)
     for key, domain in space.ranges.items():
         values = grid_values(domain)
         assert len(values) == len(set(values)) >= 2
         for value in values:
-            assert getattr(TrainConfig(**base | {key: value}), key) == value
+            assert space.config(base | {key: value}).to_dict()[key] == value
 
 
 @each_space
@@ -114,7 +115,7 @@ def test_misspelt_space_is_an_error_naming_the_nearest():
     ):
         find_space("resnet_cnv")
     with pytest.raises(ValueError, match="--space=sofmax is unknown; did you mean softmax"):
-        fixed("sofmax")
+        find_space("sofmax")
 
 
 @pytest.mark.parametrize(("key", "value"), [("epochs", 0), ("image_size", -1), ("seed", -1)])
@@ -126,23 +127,23 @@ def test_impossible_value_of_a_study_is_an_error_before_it_starts(key, value):
 def test_home_is_meant_by_a_tilde(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     paths = {"data": "~/pets.zip", "data_dir": "~/cache", "weights": "~/w.pth"}
-    options = StudyOptions("resnet_conv", image_size=32, **paths)
+    options = make_options("resnet_conv", image_size=32, **paths)
     found = [options.data, options.data_dir, options.weights]
     assert found == [str(tmp_path / name) for name in ("pets.zip", "cache", "w.pth")]
     assert options.fixed_values()["weights"] == options.weights
 
 
 def test_fixed_values_are_sampled_no_more():
-    options = StudyOptions("convnet", image_size=32, fix={"hidden": 20, "label_smoothing": 0.1})
+    options = make_options("convnet", image_size=32, fix={"hidden": 20, "label_smoothing": 0.1})
     assert options.fixed_values()["hidden"] == 20
     assert options.fixed_values()["label_smoothing"] == 0.1
     sampled = [options.suggest(k, []) for k in range(8)]
     assert all(set(values) == set(SPACES["convnet"].ranges) - {"hidden"} for values in sampled)
-    assert sampled[0] == {k: v for k, v in SPACES["convnet"].published.items() if k != "hidden"}
+    assert sampled[0] == {k: v for k, v in SPACES["convnet"].start.items() if k != "hidden"}
 
 
 def test_a_space_that_is_fixed_altogether_has_one_trial():
-    options = StudyOptions("softmax", fix=dict(SPACES["softmax"].published))
+    options = make_options("softmax", fix=dict(SPACES["softmax"].start))
     assert [options.suggest(0, []), options.suggest(1, [])] == [{}, None]
 
 
@@ -157,7 +158,7 @@ def test_a_space_that_is_fixed_altogether_has_one_trial():
 )
 def test_what_cannot_be_fixed(fix, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        StudyOptions("convnet", fix=fix)
+        make_options("convnet", fix=fix)
 
 
 def test_ranges_are_described_in_plain_values():

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from ray import tune
 
-from tunefleet.search.suggest import SEARCHERS, Observation, check_ranges, described, grid_values, suggest
+from tunefleet.models.ranges import check_ranges, described
+from tunefleet.search.suggest import SEARCHERS, Observation, grid_values, suggest
 
 RANGES = {
     "lr": tune.loguniform(1e-4, 1e-1),

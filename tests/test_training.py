@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tunefleet.models import ARCHITECTURES
-from tunefleet.models.building import build_args
-from tunefleet.trainables.config import TrainConfig
+from tests.configs import NETWORKS, make_config, own_arguments
 from tunefleet.trainables.data import SPLITS, ImageData
 from tunefleet.trainables.device import DeviceSettings
 from tunefleet.trainables.training import TrainingRun, lr_at, main
@@ -18,8 +16,8 @@ from tunefleet.trainables.training import TrainingRun, lr_at, main
 FP32 = DeviceSettings("cpu", "fp32", channels_last=True, micro_batch_bytes=8 * 2**20)
 CLASSES = 4
 SMALL = {"hidden": 4, "kernel_size": 3}
-UPDATABLE = [name for name, row in ARCHITECTURES.items() if row.cut and not row.frozen]
-FROZEN = [name for name, row in ARCHITECTURES.items() if row.frozen]
+UPDATABLE = [name for name, row in NETWORKS.items() if row.cut and not row.frozen]
+FROZEN = [name for name, row in NETWORKS.items() if row.frozen]
 TIMES = ("epoch_seconds", "finished_at")  # of a report: all that may differ between equal runs
 
 
@@ -47,8 +45,8 @@ def start(data, tmp_path_factory):
     data_dir = tmp_path_factory.mktemp("cache")
 
     def build_run(architecture: str, leaves_chance_by: int | None = None, **values) -> TrainingRun:
-        small = {arg: SMALL[arg] for arg in build_args(architecture)}
-        config = TrainConfig(architecture, **({"batch_size": 16, "epochs": 3, "seed": 1} | small | values))
+        small = {arg: SMALL[arg] for arg in own_arguments(architecture)}
+        config = make_config(architecture, **({"batch_size": 16, "epochs": 3, "seed": 1} | small | values))
         return TrainingRun(config, data, FP32, data_dir, leaves_chance_by)
 
     return build_run
@@ -83,7 +81,7 @@ def naive(run: TrainingRun, x: torch.Tensor, y: torch.Tensor) -> tuple[float, fl
     return F.cross_entropy(logits, y).item(), (logits.argmax(1) == y).double().mean().item()
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", NETWORKS)
 def test_loss_falls_and_the_same_seed_gives_the_same_numbers(start, architecture):
     run = start(architecture, optimizer="adam", lr=0.001, batch_size=12)
     reports = [run.epoch() for _ in range(3)]
@@ -256,7 +254,7 @@ def test_a_loss_that_is_no_number_is_a_report(start):
 
 
 def test_lr_rises_and_falls_as_worked_out_by_hand():
-    config = TrainConfig("softmax", epochs=10, lr=0.1, warmup_epochs=2, schedule="cosine")
+    config = make_config("softmax", epochs=10, lr=0.1, warmup_epochs=2, schedule="cosine")
     by_hand = {
         0: 0,
         0.5: 0.025,
@@ -269,9 +267,9 @@ def test_lr_rises_and_falls_as_worked_out_by_hand():
     }
     for epochs, lr in by_hand.items():
         assert lr_at(config, epochs) == pytest.approx(lr, abs=1e-7)
-    constant = TrainConfig("softmax", epochs=10, lr=0.1, warmup_epochs=2)
+    constant = make_config("softmax", epochs=10, lr=0.1, warmup_epochs=2)
     assert [lr_at(constant, e) for e in (1, 2, 9.9)] == pytest.approx([0.05, 0.1, 0.1])
-    only_warming = TrainConfig("softmax", epochs=2, lr=0.1, warmup_epochs=2, schedule="cosine")
+    only_warming = make_config("softmax", epochs=2, lr=0.1, warmup_epochs=2, schedule="cosine")
     assert lr_at(only_warming, 1) == pytest.approx(0.05)
 
 
@@ -340,7 +338,7 @@ def test_a_checkpoint_holds_tensors_and_plain_values(start, tmp_path):
     run.save(tmp_path / "checkpoint.pt")
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert state["reports"] == [report]
-    assert TrainConfig.from_dict(state["config"]) == run.config
+    assert run.config.space.config(state["config"]) == run.config
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
@@ -359,7 +357,11 @@ def test_a_last_batch_of_one_image_trains(start):
         (["--space", "twolayernn", "--hidden", str(10**12)], "does not fit into memory"),
         (["--space", "softmax", "--optimizer", "a\nb"], r"optimizer=a\nb is unknown"),
         (["--space", "softmax", "--data", "no\nwhere"], r"no\nwhere"),
-        (["--space", "softmax", "--threads", "0"], "--threads=0"),
+        (["softmax", "--threads", "0"], "--threads=0"),
+        (["softmax", "--space", "softmax"], "give one space"),
+        (["--space", "softmax", "--hidden", "64"], "hidden is no hyperparameter"),
+        (["twolayernn", "--hidden", "many"], "hidden=many is not possible; hidden is a value of type int"),
+        (["twolayernn", "--hidden"], "--hidden is no flag with a value"),
     ],
 )
 def test_a_mistake_by_hand_is_one_line(arguments, needle, tmp_path, capsys):

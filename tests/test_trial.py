@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 import torch
 
+from tests.configs import make_config
+from tunefleet.models.spaces import SPACES
 from tunefleet.store import Store
-from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.device import BrokenGpuError, choose
 from tunefleet.trainables.graph import CaptureError, CaptureMemoryError
 from tunefleet.trainables.preparation import prepare
@@ -22,12 +23,12 @@ def worker(data_dir, tmp_path):
     for name in ("checkpoints", "best"):
         (tmp_path / name).mkdir()
     data, settings = prepare("digits", data_dir), choose("cpu", "fp32")
-    context = TrialContext(data, settings, data_dir, tmp_path, Store(str(tmp_path)), 1, 10)
+    context = TrialContext(SPACES["softmax"], data, settings, data_dir, tmp_path, Store(str(tmp_path)), 1, 10)
 
     def make(trial_id="0000", reported=0, final=False, **config):
         trial = Trial.__new__(Trial)
         trial.context = context
-        values = TrainConfig("softmax", **({"epochs": 3, "lr": 0.01} | config)).to_dict()
+        values = make_config("softmax", **({"epochs": 3, "lr": 0.01} | config)).to_dict()
         job = {"trial_id": trial_id, "config": values, "reported": reported, "final": final, "eager": False}
         trial.reset_config(job)
         assert trial.step() == {"location": "{}"}

@@ -62,20 +62,6 @@ def _data_dir() -> Path:
 DATA_DIR = _data_dir()  # default of --data-dir
 
 
-def expanded(flag: str, path: Path | str) -> Path:
-    """Return a path with its ``~`` expanded.
-
-    Raises:
-        ValueError: There is no home folder.
-    """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise ValueError(
-            f"{flag}={printable(str(path))} has no home folder; set HOME, or give a path without ~"
-        ) from error
-
-
 def check_sha256(data: ImageData, source: str, sha256: str, format_version: int) -> None:
     """Compare images with those of a study.
 

@@ -24,21 +24,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tunefleet.cli import printable
+from tunefleet.cli import expanded, printable
 from tunefleet.files import holding, is_full
 from tunefleet.models.resnet import weights_signature
+from tunefleet.models.space import TrainConfig
 from tunefleet.trainables.data import (
     ImageData,
     Progress,
     allocate,
-    expanded,
     load_split,
     split_sha256,
     split_validation,
 )
 from tunefleet.trainables.device import DeviceSettings
 from tunefleet.trainables.pipeline import Pipeline
-from tunefleet.trainables.space import TrainConfig
 
 FORMAT_VERSION = 3  # of the files under data_dir/prepared
 PREPARE_BATCH = 512  # images, on a CPU
@@ -151,9 +150,7 @@ def build_model(config: TrainConfig, data: ImageData) -> nn.Module:
     """Build a config's network, initialised from its seed whatever ran before in this process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = config.space.network(
-            len(data.classes), (3, config.image_size, config.image_size), config
-        )
+        model = config.space.network(len(data.classes), (3, config.image_size, config.image_size), config)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{config.space.name} returns a {type(model).__name__}; return an nn.Module")
     return model

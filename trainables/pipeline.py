@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tunefleet.models.space import TrainConfig
 from tunefleet.trainables.data import ImageData
 from tunefleet.trainables.device import DeviceSettings
-from tunefleet.trainables.space import TrainConfig
 
 STD_MIN = 1 / 255  # one step of 8 bits; a channel that varies by less, or not at all, is scaled no further
 CROP_PADDING = 1 / 8  # of the side: 4 pixels at 32

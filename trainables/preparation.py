@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tunefleet.cli import printable
+from tunefleet.cli import expanded, printable
 from tunefleet.trainables import decoding
 from tunefleet.trainables.archives import Archive
 from tunefleet.trainables.data import (
@@ -34,7 +34,6 @@ from tunefleet.trainables.data import (
     ImageData,
     Progress,
     allocate,
-    expanded,
     split_validation,
 )
 from tunefleet.trainables.decoded import KEPT, cached, describe, folder_of, keep, locked, partial_folder

@@ -8,7 +8,6 @@ By hand, with the code that trials use; prints one line per epoch and writes not
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import sys
 import time
@@ -23,7 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tunefleet.cli import Parser, exit_code, rounded
-from tunefleet.trainables.checks import check_integer
+from tunefleet.models.checks import check_integer
+from tunefleet.models.space import FIELDS, PARSERS, Space, TrainConfig
+from tunefleet.models.spaces import find_space
 from tunefleet.trainables.data import DATA_DIR, ImageData
 from tunefleet.trainables.device import (
     DeviceSettings,
@@ -39,7 +40,6 @@ from tunefleet.trainables.host import cpu_count
 from tunefleet.trainables.inputs import Inputs, build_model, cached_features, load_inputs
 from tunefleet.trainables.pipeline import Pipeline, augment, draw_crops
 from tunefleet.trainables.preparation import prepare
-from tunefleet.trainables.space import FIELDS, TrainConfig
 
 EVAL_BATCH_BYTES = 32 * 2**20  # inputs of one evaluation batch; activations are some 50 times that
 EVAL_BATCH_MAX = 256  # images through convolutions on a processor, whose caches hold no more
@@ -414,15 +414,12 @@ def lr_at(config: TrainConfig, epochs: float) -> float:
 
 def _parser() -> Parser:
     parser = Parser(prog="tunefleet train", description=main.__doc__)
-    for field in dataclasses.fields(TrainConfig):
-        is_space = field.name == "architecture"
+    parser.add_argument("name", nargs="?", metavar="SPACE", help="architecture, or a file with a Space")
+    parser.add_argument("--space", metavar="SPACE", help="the same")
+    for name, field in FIELDS.items():
+        kind = str(field.type)
         parser.add_argument(
-            "--space" if is_space else f"--{field.name.replace('_', '-')}",
-            dest=field.name,
-            type=FIELD_TYPES[field.name],
-            required=is_space,
-            default=argparse.SUPPRESS,
-            help=str(field.type),
+            f"--{name.replace('_', '-')}", type=PARSERS[kind], default=argparse.SUPPRESS, help=kind
         )
     parser.add_argument("--data", default="cifar10", help="cifar10, digits, or an image folder or archive")
     parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="cache folder (%(default)s)")
@@ -434,12 +431,16 @@ def _parser() -> Parser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Train one configuration by hand; every field of TrainConfig is a flag."""
-    options = vars(_parser().parse_args(arguments))
-    return exit_code(lambda: train(options))
+    options, others = _parser().parse_known_args(arguments)
+    return exit_code(lambda: train(vars(options), others))
 
 
-def train(options: dict[str, Any]) -> int:
+def train(options: dict[str, Any], others: list[str]) -> int:
     """Train a configuration and print its epochs; return the exit code: 1 where it diverges.
+
+    Args:
+        options: The flags, and values of TrainConfig.
+        others: Flags and values of the builder's own arguments.
 
     Raises:
         ValueError: It cannot be trained as asked.
@@ -447,7 +448,11 @@ def train(options: dict[str, Any]) -> int:
     source, data_dir, device, precision, threads = (
         options.pop(name) for name in ("data", "data_dir", "device", "precision", "threads")
     )
-    config = TrainConfig.from_dict(options)
+    name, also = options.pop("name", None), options.pop("space", None)
+    if bool(name) == bool(also):
+        raise ValueError("give one space: tunefleet train SPACE")
+    space = find_space(name or also)
+    config = space.config(options | _own_values(space, others))
     check_integer("--threads", threads, 1)
     torch.set_num_threads(threads)
     data = prepare(source, data_dir, config.image_size)
@@ -467,8 +472,24 @@ def train(options: dict[str, Any]) -> int:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise ValueError(f"{config.architecture} does not fit into memory; give smaller sizes") from error
+        raise ValueError(f"{space.name} does not fit into memory; give smaller sizes") from error
     return 0
+
+
+def _own_values(space: Space, words: list[str]) -> dict[str, Any]:
+    """Return the values of flags such as ``--hidden 64`` or ``--hidden=64``, of the builder's own arguments.
+
+    Raises:
+        ValueError: A word is none.
+    """
+    values, left = {}, iter(words)
+    for word in left:
+        name, equals, text = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not word.startswith("--") or (not equals and (text := next(left, "")) == ""):
+            raise ValueError(f"{word} is no flag with a value; tunefleet train --help lists the flags")
+        values[name] = space.parse(name, text)
+    return values
 
 
 if __name__ == "__main__":

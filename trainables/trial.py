@@ -23,6 +23,7 @@ import torch
 from ray import tune
 
 from tunefleet.files import is_full
+from tunefleet.models.space import Space
 from tunefleet.store import Store, StoreError
 from tunefleet.trainables import device
 from tunefleet.trainables.data import ImageData
@@ -31,7 +32,6 @@ from tunefleet.trainables.evaluate import evaluate_test, result_files
 from tunefleet.trainables.graph import CaptureError
 from tunefleet.trainables.group import Group
 from tunefleet.trainables.host import oom_kills
-from tunefleet.trainables.space import Space
 from tunefleet.trainables.training import ALONE, DamagedCheckpointError, TrainingRun
 
 

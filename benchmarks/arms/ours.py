@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from tunefleet.benchmarks.task import Row, Task, no_op_accuracy, row
+from tunefleet.models.spaces import SPACES
 from tunefleet.search import engine
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.running import start
@@ -43,7 +44,7 @@ def run(task: Task) -> list[Row]:
         engine.Trial = NoOpTrial  # type: ignore[misc]  # no option of a study: nobody else needs it
     first = task.configurations[0]
     options = StudyOptions(
-        space=first["architecture"],
+        space=SPACES[first["architecture"]],
         points=task.configurations,
         epochs=task.epochs,
         weights=first["weights"],

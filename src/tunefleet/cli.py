@@ -99,6 +99,20 @@ def path_argument(text: str) -> Path:
     return Path(os.path.expanduser(text))  # noqa: PTH111  Path's raises RuntimeError for an unknown user
 
 
+def expanded(flag: str, path: Path | str) -> Path:
+    """Return a path with its ``~`` expanded.
+
+    Raises:
+        ValueError: There is no home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{flag}={printable(str(path))} has no home folder; set HOME, or give a path without ~"
+        ) from error
+
+
 @contextlib.contextmanager
 def writing(out: Path) -> Iterator[None]:
     """Context manager: turn an OSError into one line that says what to do.

@@ -8,11 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
+from tests.configs import NETWORKS, make_config, own_arguments
 from tests.gpu import DEVICE, ON_GPU, on_device
 from tests.test_training import assert_same, without_times
-from tunefleet.models import ARCHITECTURES
-from tunefleet.models.building import build_args
-from tunefleet.trainables.config import TrainConfig
 from tunefleet.trainables.data import load_split
 from tunefleet.trainables.device import choose
 from tunefleet.trainables.group import Group
@@ -22,16 +20,16 @@ from tunefleet.trainables.training import TrainingRun
 pytestmark = on_device
 
 EXACT = ("softmax", "twolayernn", "resnet_softmax", "resnet_twolayernn")  # matrix products alone
-OTHERS = [name for name in ARCHITECTURES if name not in EXACT]
+OTHERS = [name for name in NETWORKS if name not in EXACT]
 SMALL = {"hidden": 16, "kernel_size": 3}
 BATCH = 64  # 1,004 training images: 15 full batches, of which 12 are replayed at first, and a short one
 LOGITS = 3e-5  # of their norm; TF32 would be 3e-4
 GROUPS = {  # a ResNet's small lr keeps rounding from growing, as in tests/test_group.py
-    "features": TrainConfig("resnet_softmax", batch_size=100, lr=0.01, seed=1),
-    "augmented": TrainConfig(
+    "features": make_config("resnet_softmax", batch_size=100, lr=0.01, seed=1),
+    "augmented": make_config(
         "convnet", batch_size=23, lr=0.01, hidden=4, kernel_size=3, augment="crop_flip", seed=1
     ),
-    "BatchNorm": TrainConfig("resnet_finetune", batch_size=128, lr=2e-5, momentum=0.9, seed=1),
+    "BatchNorm": make_config("resnet_finetune", batch_size=128, lr=2e-5, momentum=0.9, seed=1),
 }
 
 
@@ -45,15 +43,15 @@ def make(data, data_dir):
     def make_run(name, *, eager=False, device=DEVICE, precision="auto", **values):
         defaults = {"epochs": 3, "batch_size": BATCH, "lr": 0.01, "momentum": 0.9, "seed": 1}
         defaults |= {"schedule": "cosine", "weight_decay": 1e-4} | {
-            arg: SMALL[arg] for arg in build_args(name)
+            arg: SMALL[arg] for arg in own_arguments(name)
         }
-        if name in OTHERS and not ARCHITECTURES[name].frozen:
+        if name in OTHERS and not NETWORKS[name].frozen:
             defaults["augment"] = "crop_flip"
-        if name in OTHERS and ARCHITECTURES[name].cut:
+        if name in OTHERS and NETWORKS[name].cut:
             defaults["lr"] = 0.001  # a larger one lets rounding grow
         if name == "twolayernn":
             defaults |= {"optimizer": "adam", "momentum": 0.0, "lr": 0.001}
-        config = TrainConfig(name, **(defaults | values))
+        config = make_config(name, **(defaults | values))
         run = TrainingRun(config, data, choose(device, precision), data_dir)
         if eager:
             run._graph_of_epoch = lambda sizes: None
@@ -75,7 +73,7 @@ def assert_within_spread(value, like):
 @pytest.mark.parametrize("augment", ["none", "crop_flip"])
 @pytest.mark.parametrize("name", EXACT)
 def test_replayed_steps_equal_eager_ones_bit_for_bit(make, name, augment):
-    if augment != "none" and ARCHITECTURES[name].frozen:
+    if augment != "none" and NETWORKS[name].frozen:
         pytest.skip("its backbone would convolve in each step")
     eager, graphed = make(name, eager=True, augment=augment), make(name, augment=augment)
     for _ in range(2):
@@ -93,7 +91,7 @@ def test_replayed_epochs_lose_as_eager_ones_do(make, name):
     assert_replayed(graphed)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_a_loaded_run_continues_as_the_uninterrupted_one(make, name, tmp_path):
     whole, file = make(name), tmp_path / "checkpoint.pt"
     whole.epoch()
@@ -127,7 +125,7 @@ def test_dropouts_generator_continues(make, tmp_path):
     assert torch.equal(torch.rand(8, device=DEVICE), drawn)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_fp32_logits_are_a_processors(make, data, name):
     images = torch.from_numpy(load_split(data, "train")[0][:64].copy())
     logits = []

@@ -4,12 +4,12 @@ import os
 
 import pytest
 
+from tests.configs import make_options
 from tests.gpu import DEVICE, ON_GPU, on_device
 from tests.gpu.odd import TOO_WIDE, VICTIM, Asserting, Crowded, Synchronising
 from tests.studies import digits_study
 from tunefleet.journal import Journal
 from tunefleet.search import engine
-from tunefleet.search.options import StudyOptions
 from tunefleet.search.resources import Resources
 from tunefleet.study import read_study
 from tunefleet.trainables.device import choose
@@ -39,8 +39,8 @@ def study(tmp_path, data_dir, monkeypatch):
 
     def run(trial_class, hidden=(16, 16, 16)):
         monkeypatch.setattr(engine, "Trial", trial_class)
-        options = StudyOptions(
-            space="twolayernn",
+        options = make_options(
+            "twolayernn",
             data="digits",
             data_dir=str(data_dir),
             image_size=32,

@@ -2,8 +2,8 @@
 
 A file's own imports (``import helper`` beside ``mine.py``) are resolved in its folder, as when Python runs
 it. But its modules get names of their own in this process, ``tunefleet_space_….helper``: two files whose
-neighbours have equal names share nothing, and a file that was edited is another one. They travel as text, never
-pickled; a space that has no file, such as one of a notebook, is pickled by cloudpickle.
+neighbours have equal names share nothing, and a file that was edited is another one. They travel as text,
+never pickled; a space that has no file, such as one of a notebook, is pickled by cloudpickle.
 """
 
 from __future__ import annotations
@@ -28,12 +28,11 @@ from typing import Any
 
 from ray import cloudpickle
 
-from tunefleet.cli import printable, shown
-from tunefleet.trainables.checks import nearest
-from tunefleet.trainables.data import expanded
-from tunefleet.trainables.space import Space
+from tunefleet.cli import expanded, printable, shown
+from tunefleet.models.checks import nearest
+from tunefleet.models.space import Space
 
-BUILT_IN = "tunefleet.search.spaces"  # the module of the thirteen, in its SPACES
+BUILT_IN = "tunefleet.models.spaces"  # the module of the thirteen, in its SPACES
 PREFIX = "tunefleet_space_"
 _numbers = itertools.count(1)
 _folders: dict[str, str] = {}  # of sources in this process, by the name of their package
@@ -88,7 +87,11 @@ class Source:
             if self.pickled:
                 found = Space(**cloudpickle.loads(self.pickled))
             elif self.files:
-                found = self._in(_import(self._written(expanded("--data-dir", self.data_dir)), self.module, PREFIX + key[:16]))
+                found = self._in(
+                    _import(
+                        self._written(expanded("--data-dir", self.data_dir)), self.module, PREFIX + key[:16]
+                    )
+                )
             else:
                 found = self._in(importlib.import_module(self.module))
             _spaces[key] = replace(found, name=self.name, source=self)
@@ -116,7 +119,9 @@ class Source:
 
 def pickled(space: Space) -> Space:
     """Return a space that has no file with a source that holds all of it."""
-    fields = {f.name: getattr(space, f.name) for f in dataclasses.fields(space) if f.init and f.name != "source"}
+    fields = {
+        f.name: getattr(space, f.name) for f in dataclasses.fields(space) if f.init and f.name != "source"
+    }
     return replace(space, source=Source(space.name, space.name, pickled=cloudpickle.dumps(fields)))
 
 
@@ -203,7 +208,8 @@ def collected(space: Space) -> Space:
     source = space.source
     if source is None or not source.package:
         return space
-    folder, files = Path(source.folder), {}
+    folder = Path(source.folder)
+    files: dict[str, str] = {}
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if not name.startswith(f"{source.package}.") or file is None:

@@ -31,9 +31,9 @@ from typing import Any
 from ray import tune
 from ray.tune.search.sample import Domain
 
-from tunefleet.models import Network
-from tunefleet.trainables.sources import BUILT_IN, Source, find
-from tunefleet.trainables.space import Space
+from tunefleet.models.network import Network
+from tunefleet.models.sources import BUILT_IN, Source, find
+from tunefleet.models.space import Space
 
 FLAT_HEADS = ("softmax", "twolayernn")  # read pixels in NCHW order
 SMALLEST_SIZE = 32  # pixels a side; CIFAR-10's own

@@ -12,7 +12,7 @@ from typing import Any
 from ray import tune
 from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUniform, Quantized, Uniform
 
-from tunefleet.trainables.checks import nearest
+from tunefleet.models.checks import nearest
 
 Ranges = Mapping[str, Domain]
 KINDS = (  # that a command line may name

@@ -17,8 +17,8 @@ from typing import Any
 
 from ray.tune.search.sample import Domain
 
-from tunefleet.trainables.checks import boolean, check_integer, check_name, check_number, nearest
-from tunefleet.trainables.ranges import check_ranges, contains, described, middle
+from tunefleet.models.checks import boolean, check_integer, check_name, check_number, nearest
+from tunefleet.models.ranges import check_ranges, contains, described, middle
 
 PRECISIONS = ("auto", "fp32", "bf16")
 OPTIMIZERS = ("sgd", "adam", "adamw")
@@ -169,7 +169,7 @@ class Space:
     def __reduce__(self) -> Any:
         """Pickle where the space comes from: another process imports it from there."""
         if self.source is None:
-            raise TypeError(f"{self.name} has no source; see trainables/sources.py")
+            raise TypeError(f"{self.name} has no source; see models/sources.py")
         return _space_of, (self.source, self.traits)
 
     @property
@@ -271,9 +271,9 @@ class Space:
         """
         common = {"architecture": self.name, "epochs": epochs, "seed": seed}
         if not self.trains_images:
-            return common | self.fixed
+            return {**common, **self.fixed}
         values = {**common, "image_size": image_size, "weights": weights if self.takes_weights else "none"}
-        config = self.config(values | self.fixed | self.start).to_dict()
+        config = self.config({**values, **self.fixed, **self.start}).to_dict()
         return {key: value for key, value in config.items() if key not in self.ranges}
 
     def config(self, values: Mapping[str, Any]) -> TrainConfig:
@@ -312,6 +312,19 @@ class Space:
         if self.trains_images and not self.is_open:
             raise ValueError(f"{name} is no hyperparameter{nearest(name, [*self.arguments, *FIELDS])}")
         return literal
+
+    def parse(self, name: str, text: str) -> Any:
+        """Return the value that a text of the command line gives a hyperparameter.
+
+        Raises:
+            ValueError: There is no such hyperparameter, or the text is no value of its type.
+        """
+        parser = self.parser_of(name)
+        try:
+            return parser(text)
+        except ValueError:
+            kind = {"boolean": "bool"}.get(parser.__name__, parser.__name__)
+            raise ValueError(f"{name}={text} is not possible; {name} is a value of type {kind}") from None
 
     def described(self) -> dict[str, Any]:
         """Return the ranges as study.json has them."""

@@ -1,0 +1,26 @@
+"""Short ways to the built-in spaces' configs and networks."""
+
+from tunefleet.models.spaces import SPACES
+from tunefleet.search.options import StudyOptions
+
+NETWORKS = {name: space.build for name, space in SPACES.items()}
+
+
+def make_config(architecture, **values):
+    """Returns a config of a built-in space."""
+    return SPACES[architecture].config(values)
+
+
+def make_options(name, **values):
+    """Returns the options of a study of a built-in space."""
+    return StudyOptions(SPACES[name], **values)
+
+
+def make_model(name, *arguments, **own):
+    """Builds a built-in network."""
+    return NETWORKS[name](*arguments, **own)
+
+
+def own_arguments(name):
+    """Returns the arguments of its own that a built-in network takes."""
+    return tuple(SPACES[name].arguments)
