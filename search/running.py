@@ -131,7 +131,7 @@ def resume(
     try:
         space = find_space(study.spec["options"]["space"])
         options = _absolute(StudyOptions.from_dict(study.spec["options"] | changes, space))
-    except TypeError as error:
+    except (TypeError, LookupError) as error:
         raise ValueError(f"{folder / 'study.json'} has options of another version ({error})") from None
     shared = options.storage or str(folder.parent)
     uploads = choose_wandb(wandb or {}, study.spec.get("wandb"))

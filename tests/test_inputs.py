@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.models import resnet18
 
-from tests.configs import make_config, make_model
+from tests.configs import make_config
 from tunefleet.trainables import inputs as inputs_module
 from tunefleet.trainables.data import SPLITS, ImageData, load_split, split_sha256, split_validation
 from tunefleet.trainables.device import DeviceSettings

@@ -187,9 +187,7 @@ def test_build_args_are_exactly_what_build_takes(name):
             ):
                 make_model(name, 10, CIFAR10, **{arg: 0})
         else:
-            with pytest.raises(
-                ValueError, match=rf"^{arg}=4 is not possible: the head takes no {arg}"
-            ):
+            with pytest.raises(ValueError, match=rf"^{arg}=4 is not possible: the head takes no {arg}"):
                 make_model(name, 10, CIFAR10, **{arg: 4})
 
 

@@ -9,10 +9,11 @@ from PIL import Image
 from torch.nn import functional as F
 
 from tests.configs import make_config
+from tunefleet.models.space import IMAGENET
 from tunefleet.trainables import pipeline as pipeline_module
 from tunefleet.trainables.data import ImageData
 from tunefleet.trainables.device import DeviceSettings
-from tunefleet.trainables.pipeline import IMAGENET_MEAN, IMAGENET_STD, Pipeline, draw_crops
+from tunefleet.trainables.pipeline import Pipeline, draw_crops
 from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.training import TrainingRun
 
@@ -129,8 +130,8 @@ def test_images_of_one_channel_are_learnt(architecture, tmp_path):
     [
         ("convnet", "none", (MEAN, STD)),
         ("resnet_conv", "none", (MEAN, STD)),
-        ("resnet_conv", "imagenet", (IMAGENET_MEAN, IMAGENET_STD)),
-        ("resnet_finetune", "some.pth", (IMAGENET_MEAN, IMAGENET_STD)),
+        ("resnet_conv", "imagenet", (IMAGENET[0], IMAGENET[1])),
+        ("resnet_finetune", "some.pth", (IMAGENET[0], IMAGENET[1])),
     ],
 )
 def test_weights_bring_their_own_statistics(architecture, weights, statistics):

@@ -50,7 +50,7 @@ def scheduler_of(study, folder):
 
 
 def events_of(study):
-    """Returns a study's events; configs then had hidden and kernel_size, null where there is no such argument."""
+    """Returns a study's events; configs had hidden and kernel_size then, null where there is no such one."""
     events = [event for event in study.events if "run" not in event]
     for event in events:
         for name in ("hidden", "kernel_size"):

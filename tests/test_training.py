@@ -358,7 +358,6 @@ def test_a_last_batch_of_one_image_trains(start):
         (["--space", "softmax", "--optimizer", "a\nb"], r"optimizer=a\nb is unknown"),
         (["--space", "softmax", "--data", "no\nwhere"], r"no\nwhere"),
         (["softmax", "--threads", "0"], "--threads=0"),
-        (["softmax", "--space", "softmax"], "give one space"),
         (["--space", "softmax", "--hidden", "64"], "hidden is no hyperparameter"),
         (["twolayernn", "--hidden", "many"], "hidden=many is not possible; hidden is a value of type int"),
         (["twolayernn", "--hidden"], "--hidden is no flag with a value"),

@@ -414,8 +414,9 @@ def lr_at(config: TrainConfig, epochs: float) -> float:
 
 def _parser() -> Parser:
     parser = Parser(prog="tunefleet train", description=main.__doc__)
-    parser.add_argument("name", nargs="?", metavar="SPACE", help="architecture, or a file with a Space")
-    parser.add_argument("--space", metavar="SPACE", help="the same")
+    parser.add_argument(
+        "--space", required=True, help="architecture, or a file with a Space; SPACE alone first"
+    )
     for name, field in FIELDS.items():
         kind = str(field.type)
         parser.add_argument(
@@ -431,7 +432,9 @@ def _parser() -> Parser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Train one configuration by hand; every field of TrainConfig is a flag."""
-    options, others = _parser().parse_known_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    words = ["--space", *words] if words and not words[0].startswith("-") else words
+    options, others = _parser().parse_known_args(words)
     return exit_code(lambda: train(vars(options), others))
 
 
@@ -448,10 +451,7 @@ def train(options: dict[str, Any], others: list[str]) -> int:
     source, data_dir, device, precision, threads = (
         options.pop(name) for name in ("data", "data_dir", "device", "precision", "threads")
     )
-    name, also = options.pop("name", None), options.pop("space", None)
-    if bool(name) == bool(also):
-        raise ValueError("give one space: tunefleet train SPACE")
-    space = find_space(name or also)
+    space = find_space(options.pop("space"))
     config = space.config(options | _own_values(space, others))
     check_integer("--threads", threads, 1)
     torch.set_num_threads(threads)
