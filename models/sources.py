@@ -66,6 +66,20 @@ class Source:
     folder: str = field(default="", compare=False)  # of the person's files; empty in another process
     data_dir: str = field(default="", compare=False)  # under which another node's processes write the files
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a study records of it: hashes of its files, whose copies lie beside it."""
+        return {
+            **{name: getattr(self, name) for name in ("reference", "name", "module", "variable", "folder")},
+            "files": {name: _sha256(text) for name, text in sorted(self.files.items())},
+            "versions": dict(self.versions),
+            "pickled": self.pickled is not None,
+        }
+
+    @property
+    def is_built_in(self) -> bool:
+        """Return whether it is one of this project's."""
+        return self.module == BUILT_IN
+
     @property
     def sha256(self) -> str:
         """Return a hash of the sources, empty for those of this project."""
@@ -123,6 +137,52 @@ def pickled(space: Space) -> Space:
         f.name: getattr(space, f.name) for f in dataclasses.fields(space) if f.init and f.name != "source"
     }
     return replace(space, source=Source(space.name, space.name, pickled=cloudpickle.dumps(fields)))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def restored(recorded: Mapping[str, Any], folder: Path, data_dir: str) -> tuple[Space, str]:
+    """Return the space of a study, from the copy of its sources, and a line where the originals differ.
+
+    Args:
+        recorded: What ``Source.to_dict`` returned.
+        folder: Of the copy.
+        data_dir: Under which the sources are imported.
+
+    Raises:
+        ValueError: The copy is damaged, or the space has no sources.
+    """
+    if recorded["pickled"]:
+        raise ValueError(
+            f"the space {recorded['name']} is of a notebook; resume by tunefleet.resume(folder, space=space)"
+        )
+    files: dict[str, str] = {}
+    for name, sha256 in recorded["files"].items():
+        try:
+            files |= _read(folder, [folder / name])
+        except OSError as error:
+            raise ValueError(f"{folder / name} cannot be read ({error.strerror}); restore it") from error
+        if _sha256(files[name]) != sha256:
+            raise ValueError(f"{folder / name} is not what the study began with; restore it from a copy")
+    names = ("reference", "name", "module", "variable")
+    source = Source(
+        **{name: recorded[name] for name in names},
+        files=files,
+        versions=recorded["versions"],
+        data_dir=data_dir,
+    )
+    changed = [name for name in files if _differs(Path(recorded["folder"], name), recorded["files"][name])]
+    line = f"{', '.join(changed)} differs from the study's copy, which is used" if changed else ""
+    return source.space(), line
+
+
+def _differs(file: Path, sha256: str) -> bool:
+    try:
+        return _sha256(file.read_text("utf-8", "surrogateescape")) != sha256
+    except OSError:
+        return False  # it is not here
 
 
 def write(files: Mapping[str, str], folder: Path) -> None:

@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
@@ -56,7 +57,7 @@ class Space:
             ``(3, H, W)`` returns an ``nn.Module`` from images ``(N, 3, H, W)`` to logits
             ``(N, num_classes)``; a class may be one. An argument named ``weights`` gets ``--weights``.
         ranges: Ray Tune's, by field of `TrainConfig` or argument of ``build``.
-        run: A class that trains by itself (docs/own-training.md), or a subclass of ``TrainingRun``.
+        run: A class that trains by itself, or a subclass of ``TrainingRun``.
         first: A value for each range: what the first trial has. None: the middle of each.
         fixed: Values that no trial varies.
         name: None: that of the variable that holds the space.
@@ -115,6 +116,8 @@ class Space:
         for name in ("ranges", "fixed"):
             object.__setattr__(self, name, dict(getattr(self, name) or {}))
         object.__setattr__(self, "name", self.name or getattr(self.build or self.run, "__name__", "space"))
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ValueError(f"name={self.name!r} is not possible; give letters, digits, _, - and .")
         self._check_arguments()
         check_ranges(self.ranges)
         for key in (*self.ranges, *self.fixed):

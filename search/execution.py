@@ -23,6 +23,7 @@ from tunefleet.cli import counted, printable, shell, shown
 from tunefleet.files import is_full
 from tunefleet.journal import TrialRecord
 from tunefleet.mirror import Mirror
+from tunefleet.models.sources import write
 from tunefleet.search.asha import Asha
 from tunefleet.search.connection import RayWatch
 from tunefleet.search.display import Progress, print_text
@@ -66,10 +67,15 @@ class Ready:
 
 def create(ready: Ready, prepared: Prepared) -> None:
     """Make a new study's folder and write its study.json."""
-    options = ready.options
+    options, source = ready.options, ready.options.space.source
+    of_space: dict[str, Any] = {}
+    if source and not source.is_built_in:
+        write(source.files, ready.folder / "source")
+        of_space = {"source": source.to_dict(), "network": options.space.traits}
     write_study(
         ready.folder,
-        {
+        of_space
+        | {
             "space": options.space.name,
             "options": options.to_dict(),
             "rungs": list(options.rungs),

@@ -23,6 +23,8 @@ from rich.console import Console
 from tunefleet.cli import expanded, shell
 from tunefleet.lease import NAME as LEASE
 from tunefleet.mirror import fetch_study
+from tunefleet.models.sources import collected, restored
+from tunefleet.models.space import Space
 from tunefleet.models.spaces import find_space
 from tunefleet.search.connection import RayWatch, connect, is_local
 from tunefleet.search.display import phase, print_text
@@ -106,6 +108,7 @@ def resume(
     *,
     wandb: Mapping[str, Any] | None = None,
     extend: bool = False,
+    space: Space | None = None,
 ) -> int:
     """Continue a study; return the exit code.
 
@@ -115,6 +118,7 @@ def resume(
         session: The command.
         wandb: The fields of WandbOptions that were given; the others stay as they were.
         extend: The study is done, and the changes add to it.
+        space: The study's, where it has no sources; None: as the study has it.
 
     Raises:
         ValueError: There is no study, it is done, or it cannot continue as asked.
@@ -128,14 +132,30 @@ def resume(
     if study.status == "done" and not extend:
         raise ValueError(f"{folder} is done; there is nothing to resume")
     lock_study(folder).release()  # before anything slow: another process may be running it
+    if space is None:
+        space, line = _space_of(study, changes)
+        _say(line, session.console)
     try:
-        space = find_space(study.spec["options"]["space"])
         options = _absolute(StudyOptions.from_dict(study.spec["options"] | changes, space))
     except (TypeError, LookupError) as error:
         raise ValueError(f"{folder / 'study.json'} has options of another version ({error})") from None
     shared = options.storage or str(folder.parent)
     uploads = choose_wandb(wandb or {}, study.spec.get("wandb"))
     return run(Request(options, folder, uploads, shared, False, study, changes), session)
+
+
+def _space_of(study: Study, changes: Mapping[str, Any]) -> tuple[Space, str]:
+    """Return a study's space, from the copy of its sources, and a line where the originals differ.
+
+    Raises:
+        ValueError: There is no such space, or the copy is damaged.
+    """
+    options, recorded = study.spec["options"], study.spec.get("source")
+    if recorded is None:
+        return find_space(options.get("space", "")), ""
+    data_dir = changes.get("data_dir") or options["data_dir"]
+    space, line = restored(recorded, study.folder / "source", data_dir)
+    return dataclasses.replace(space, **study.spec["network"]), line
 
 
 def run(request: Request, session: Session) -> int:
@@ -167,6 +187,7 @@ def _checked(request: Request, session: Session) -> int:
     with phase(console, "looking at the device"):
         options, settings, machine = _device(request, console)
     data = _read_images(options, console)
+    options = dataclasses.replace(options, space=_examined(options, data, console))
     if earlier:
         version = earlier.spec.get("data", {}).get("format_version", 1)  # of how images are decoded
         check_sha256(data, options.data, earlier.spec["data_sha256"], version)
@@ -223,6 +244,24 @@ def _device(request: Request, console: Console) -> tuple[StudyOptions, Any, Any]
         _say("CUDA_VISIBLE_DEVICES hides every GPU: training on CPUs", console)
     options = preflight.settle_image_size(options, settings, machine)
     return resources.settle(options, settings, machine), settings, machine
+
+
+def _examined(options: StudyOptions, data: ImageData, console: Console) -> Space:
+    """Return the study's space with what one batch shows of its network, and all of its sources.
+
+    Raises:
+        ValueError: The network cannot be built or trained.
+    """
+    from tunefleet.search.preflight import example
+    from tunefleet.trainables.examine import examine
+
+    space = options.space
+    if space.source and space.source.is_built_in:
+        return space
+    with phase(console, "looking at the network"):
+        space = collected(examine(example(options), data)) if space.trains_images else collected(space)
+    assert space.source is not None
+    return dataclasses.replace(space, source=dataclasses.replace(space.source, data_dir=options.data_dir))
 
 
 def _read_images(options: StudyOptions, console: Console) -> ImageData:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from tunefleet.cli import expanded, printable
 from tunefleet.files import holding, is_full
@@ -151,9 +152,12 @@ def build_model(config: TrainConfig, data: ImageData) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = config.space.network(len(data.classes), (3, config.image_size, config.image_size), config)
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{config.space.name} returns a {type(model).__name__}; return an nn.Module")
-    return model
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"{config.space.name} returns a {type(model).__name__}; return an nn.Module")
+        if any(map(is_lazy, model.parameters())):  # such layers get their sizes from a first batch
+            with torch.no_grad():
+                model.eval()(torch.zeros(2, 3, config.image_size, config.image_size))
+        return model.train()
 
 
 def backbone_sha256(config: TrainConfig, data: ImageData) -> str:

@@ -86,6 +86,8 @@ class TrainingRun:
         self.inputs = inputs or load_inputs(config, data, settings, data_dir)
         self.pipeline = Pipeline.of(config, data, settings)
         self.model = build_model(config, data).to(self.device)
+        if getattr(self.model, "frozen", False):
+            self.model.get_submodule("backbone").requires_grad_(False)
         group.synchronise_batchnorm(self.model)
         # Cached features replace the backbone: only the head is trained, saved and evaluated.
         self.network = self.model.get_submodule("head") if self.inputs.kind == "features" else self.model
