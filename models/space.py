@@ -18,6 +18,7 @@ from typing import Any
 
 from ray.tune.search.sample import Domain
 
+from tunefleet.metric import OF_IMAGES, metric_of
 from tunefleet.models.checks import boolean, check_integer, check_name, check_number, nearest
 from tunefleet.models.ranges import check_ranges, contains, described, middle
 
@@ -128,6 +129,9 @@ class Space:
             if key in self.fixed:
                 raise ValueError(f"{key} is in ranges and in fixed; leave it in one of them")
         self._check_first()
+        compared = metric_of(self.metric, self.mode)
+        if self.trains_images:
+            check_name("metric", compared.name, OF_IMAGES)
         for name, lowest in (("trials", 1), ("epochs", 1), ("workers_per_trial", 1)):
             check_integer(name, getattr(self, name), lowest)
         check_number("gpus_per_trial", self.gpus_per_trial, 0, math.inf)

@@ -32,7 +32,8 @@ PLAIN_SECONDS = 5.0  # between lines in a log file
 
 def print_result(folder: Path, console: Console) -> int:
     """Print the results of a finished study; return the exit code."""
-    study = Study(folder).facts
+    opened = Study(folder)
+    study, metric = opened.facts, opened.metric.name
     best, final = study["best"], study["final"]
     failed = {status: n for status, n in study["statuses"].items() if status in FAILED}
 
@@ -43,21 +44,21 @@ def print_result(folder: Path, console: Console) -> int:
     if best is None:
         print_line(f" beat chance ({_counts(study['statuses'])})", "no trial")
         return 1
-    print_line(f" {rounded(best['val_accuracy'])}, trial {best['trial_id']}:", "best val_accuracy")
+    print_line(f" {rounded(best[metric])}, trial {best['trial_id']}:", f"best {metric}")
     options = study["options"]
     chosen = study.get("ranges") or (options.get("points") or [{}])[0]
     for name in [name for name in {**chosen, **(options.get("fix") or {})} if name in best["config"]]:
         value = best["config"][name]
         print_line(f"  {name} {rounded(value, 'g') if isinstance(value, float) else value}")
-    if final and final["test_accuracy"]:
-        test, seeds = final["test_accuracy"], counted(len(final["seeds"]), "fresh seed")
+    for name, figures in tested(final).items():
         spread, plus_minus = "", "\u00b1" if _shows("\u00b1", console) else "+-"
-        if test["sd"] is not None:
-            low, high = test["interval95"]
-            spread = f" {plus_minus} {rounded(test['sd'])} sd"
+        if figures["sd"] is not None:
+            low, high = figures["interval95"]
+            spread = f" {plus_minus} {rounded(figures['sd'])} sd"
             spread += f", 95 % interval of the mean {rounded(low)} to {rounded(high)}"
         diverged = f", {len(final['diverged'])} of them diverged" if final["diverged"] else ""
-        print_line(f" {rounded(test['mean'])}{spread}, {seeds}{diverged}", "test_accuracy")
+        seeds = counted(len(final["seeds"]), "fresh seed")
+        print_line(f" {rounded(figures['mean'])}{spread}, {seeds}{diverged}", name)
     if final and final["failed"]:
         failed["of the fresh seeds"] = len(final["failed"])
     extent = f"{counted(study['trials'], 'trial')}, {counted(study['epochs_spent'], 'epoch')}"
@@ -70,6 +71,20 @@ def print_result(folder: Path, console: Console) -> int:
     if failed:
         print_line(f"failed: {failed}; the errors are in {shown(folder / 'reports.jsonl')}")
     return 1 if failed else 0
+
+
+def tested(final: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """Return what the fresh seeds gave, by name: the metric on the test split, and accuracy beside it.
+
+    Of a training without a test, the metric itself.
+    """
+    if not final:
+        return {}
+    first = final.get("test") or final.get("metric")
+    figures = {first["name"]: first} if first else {}
+    if final["test_accuracy"]:
+        figures["test_accuracy"] = final["test_accuracy"]
+    return figures
 
 
 def print_text(console: Console, text: str, head: str = "", style: str = "bold") -> None:
@@ -267,6 +282,7 @@ class Progress:
             "elapsed": elapsed,
             "eta": self._left(total - done, rate, now),
             "best": jobs.best_yet,
+            "metric": jobs.metric.name,
             "trouble": self.trouble(),
         }
 
@@ -344,7 +360,8 @@ def line(facts: dict[str, Any]) -> str:
         f"{facts['space']} {facts['phase']}: {trials} ({states}), "
         + ("" if facts["epochs_per_second"] else "no epoch done yet, ")
         + f"{epochs}, {facts['epochs_per_second']:.2g} epochs/s, "
-        f"best val_accuracy {value}, {clock(facts['elapsed'])}{left}" + (f"; {trouble}" if trouble else "")
+        f"best {facts['metric']} {value}, {clock(facts['elapsed'])}{left}"
+        + (f"; {trouble}" if trouble else "")
     )
 
 

@@ -50,7 +50,7 @@ class Ready:
 
     options: StudyOptions
     folder: Path  # absolute
-    data: ImageData
+    data: ImageData | None  # None: the space's runs have their own
     settings: DeviceSettings
     resources: Resources
 
@@ -65,7 +65,7 @@ class Ready:
         return self.store.folder or self.store.location
 
 
-def create(ready: Ready, prepared: Prepared) -> None:
+def create(ready: Ready, prepared: Prepared | None) -> None:
     """Make a new study's folder and write its study.json."""
     options, source = ready.options, ready.options.space.source
     of_space: dict[str, Any] = {}
@@ -80,11 +80,8 @@ def create(ready: Ready, prepared: Prepared) -> None:
             "options": options.to_dict(),
             "rungs": list(options.rungs),
             "ranges": {} if options.points else options.searched.described(),
-            "data": dataclasses.asdict(ready.data),
-            "data_sha256": ready.data.sha256,
-            "split_sha256": prepared.split_sha256,
-            "train_count": prepared.train_count,
-            "validation_count": prepared.validation_count,
+            "metric": dataclasses.asdict(options.compared),
+            **_of_data(ready.data, prepared),
             "levers": ready.settings.to_dict(),
             "seed": options.seed,
             "commit": commit(),
@@ -94,6 +91,20 @@ def create(ready: Ready, prepared: Prepared) -> None:
             "started_at": time.time(),
         },
     )
+
+
+def _of_data(data: ImageData | None, prepared: Prepared | None) -> dict[str, Any]:
+    """Return what study.json says of the images; of a training of its own, that there are none."""
+    if data is None or prepared is None:
+        none = {"data_sha256": "", "split_sha256": "", "train_count": 0, "validation_count": 0}
+        return {"data": {"name": "own", "classes": []}, **none}
+    return {
+        "data": dataclasses.asdict(data),
+        "data_sha256": data.sha256,
+        "split_sha256": prepared.split_sha256,
+        "train_count": prepared.train_count,
+        "validation_count": prepared.validation_count,
+    }
 
 
 class OpenStudy:
@@ -148,10 +159,12 @@ def run(ready: Ready, session: Session, wandb: WandbOptions, changes: Mapping[st
     """
     options, console = ready.options, session.console
     trials, epochs = counted(options.trials or 0, "trial"), counted(options.epochs or 0, "epoch")
+    on, device = "", ready.settings.device
+    if ready.data:
+        on, device = f" on {ready.data.name}", f"{device} {ready.settings.precision}"
     print_text(
         console,
-        f" on {ready.data.name}: {trials} of up to {epochs}, {ready.resources.slots} at once, "
-        f"{ready.settings.device} {ready.settings.precision} -> {shown(ready.location)}",
+        f"{on}: {trials} of up to {epochs}, {ready.resources.slots} at once, {device} -> {shown(ready.location)}",
         options.space.name,
     )
     live_upload = LiveUpload(ready.folder, wandb)
@@ -225,6 +238,7 @@ def scheduler_of(ready: Ready, study: Study) -> Scheduler:
         journal=study.journal,
         max_failures=options.max_failures,
         seconds=options.time_budget,
+        metric=study.metric,
     )
     try:
         scheduler.replay(study.events)
@@ -248,6 +262,7 @@ def context_of(ready: Ready) -> TrialContext:
         study_dir=ready.folder,
         store=ready.store,
         threads=ready.resources.threads,
+        metric=ready.options.compared,
         leaves_chance_by=ready.options.space.leaves_chance_by,
         gpu_bytes=ready.resources.gpu_bytes,
     )

@@ -108,9 +108,9 @@ def lr_curve(trials: list[TrialRecord], chance: float) -> pd.DataFrame:
     rows = []
     for lr in sorted({trial.config["lr"] for trial in trials}):
         of_lr = [trial for trial in trials if trial.config["lr"] == lr]
-        able = [t for t in of_lr if t.status in (None, "done") and t.val_accuracy is not None]
+        able = [t for t in of_lr if t.status in (None, "done") and t.value() is not None]
         furthest = max((t.epoch for t in able), default=0)
-        values = [t.val_accuracy for t in able if t.epoch == furthest and t.val_accuracy is not None]
+        values = [value for t in able if t.epoch == furthest and (value := t.value()) is not None]
         summary = over_seeds(values) if values else {"mean": None, "sd": None, "interval95": None}
         diverged = sum(t.status == "diverged" for t in of_lr)
         done = sum(t.status == "done" for t in of_lr)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunefleet.cli import Parser, expanded, path_argument
+from tunefleet.metric import OF_IMAGES, Metric, metric_of
 from tunefleet.models.checks import check_integer, check_name, check_number
 from tunefleet.models.space import FIELDS, NOT_SEARCHED, PRECISIONS, Space
 from tunefleet.models.spaces import SMALLEST_SIZE
@@ -24,6 +25,7 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+OF_IMAGES_ONLY = ("data", "image_size", "weights", "precision", "metric")
 SEED_MAX = 2**32 - 1  # numpy's RandomState, and so hyperopt, takes no larger one
 TYPES: dict[str, Any] = {
     "Space": Space,
@@ -60,6 +62,7 @@ class StudyOptions:
     final_seeds: int = 3
     device: str = "auto"  # resume; the numbers may then differ from those of one device
     precision: str = "auto"
+    metric: str | None = None  # None: the space's
     data_dir: str = str(DATA_DIR)  # resume
     concurrency: int | None = None  # resume; None: as many as CPUs or GPUs allow
     cpus_per_trial: float | None = None  # resume; None: 1, or a GPU's share of the CPUs
@@ -105,8 +108,28 @@ class StudyOptions:
                 check_number(flag(name), getattr(self, name), 0, float("inf"), low_allowed=False)
         if self.gpus_per_trial is not None:
             check_number("--gpus-per-trial", self.gpus_per_trial, 0, float("inf"))
-        _ = self.rungs
+        if not self.space.trains_images:
+            self._check_own_run()
+        _ = self.rungs, self.compared
         self._check_values()
+
+    def _check_own_run(self) -> None:
+        """Refuse what only training on images has."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in OF_IMAGES_ONLY:
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"{flag(name)} is for images, and {self.space.name} trains by itself; leave it out"
+                )
+        if (self.workers_per_trial or 1) > 1:
+            raise ValueError(
+                f"--workers-per-trial={self.workers_per_trial}: {self.space.name} trains alone; give 1"
+            )
+
+    @property
+    def compared(self) -> Metric:
+        """Return the metric that trials are compared by."""
+        return metric_of(self.metric) if self.metric else metric_of(self.space.metric, self.space.mode)
 
     def _check_types(self) -> None:
         """A study.json that was edited may have anything in it."""
@@ -154,8 +177,7 @@ class StudyOptions:
 
     def fixed_values(self) -> dict[str, Any]:
         """Return every config value that is not sampled; the image size is settled by then."""
-        assert self.image_size is not None
-        return self._fixed_values(self.image_size)
+        return self._fixed_values(self.image_size or SMALLEST_SIZE)
 
     def _fixed_values(self, image_size: int) -> dict[str, Any]:
         assert self.epochs is not None
@@ -205,11 +227,12 @@ HELP = {
     "seed": "of the sampling, and of each trial's initialisation and order",
     "final_seeds": "fresh seeds on which the winner is retrained and tested",
     "device": "auto, cpu or cuda; on resume the device to continue on",
+    "metric": "what rungs compare and the winner is chosen by (default: the space's, val_accuracy)",
     "precision": "auto chooses what the device is known to gain by",
     "fix": "values of TrainConfig that every trial has, instead of sampled ones: hidden=32 augment=crop",
     "max_failures": "how often a trial's worker may die; a lost node does not count",
 }
-CHOICES = {"pruner": PRUNERS, "searcher": SEARCHERS, "precision": PRECISIONS}
+CHOICES = {"pruner": PRUNERS, "searcher": SEARCHERS, "precision": PRECISIONS, "metric": OF_IMAGES}
 PARSED: dict[str, Any] = {"int": int, "float": float, "str": str}  # a field's type: what parses its flag
 
 

@@ -304,33 +304,48 @@ def print_forecast(
     options: StudyOptions,
     folder: Path,
     resources: Resources,
-    data: ImageData,
+    data: ImageData | None,
     settings: DeviceSettings,
-    prepared: Prepared,
+    prepared: Prepared | None,
     console: Console,
 ) -> int:
     """Print what --dry-run promises; return 0."""
-    facts = forecast(options, resources, prepared)
-    needed, most = disk_needed(options, resources, prepared)
+    assert options.trials is not None
+    assert options.epochs is not None
+    assert options.pruner is not None
     gpus = f" and {resources.gpus_per_trial:g} GPU" if resources.gpus_per_trial else ""
+    epochs = expected_epochs(options.trials, options.rungs, options.eta, options.epochs, options.pruner)
     lines = [
         f"space      {options.space.name}" + (f": {options.space.summary}" if options.space.summary else ""),
-        f"data       {data.name}, {prepared.train_count} train, {prepared.validation_count} validation, "
-        f"{data.test_count} test images, {options.image_size} pixels a side",
         f"trials     {options.trials}, {resources.slots} at once, each {resources.cpus_per_trial:g} CPU{gpus}"
-        f", {settings.precision}",
-        f"epochs     {facts['epochs']} expected ({(options.trials or 0) * (options.epochs or 0)} unpruned), "
+        + (f", {settings.precision}" if data else ""),
+        f"epochs     {epochs} expected ({options.trials * options.epochs} unpruned), "
         f"rungs {list(options.rungs)}, {options.pruner}",
-        f"final      {counted(options.final_seeds, 'seed')}, {counted(int(facts['final_epochs']), 'epoch')}",
-        f"time       about {clock(facts['seconds'])}, from {prepared.epoch_seconds:.2f} s an epoch "
-        "of the first trial",
-        f"disk       about {megabytes(needed)} of checkpoints while it runs, at most {megabytes(most)}",
+        f"final      {counted(options.final_seeds, 'seed')}, "
+        f"{counted(options.final_seeds * options.epochs, 'epoch')}",
         f"folder     {shown(folder)}, not written",
     ]
-    if prepared.preparing_seconds >= 1:
+    if data and prepared:
         lines.insert(
-            -2, f"           {clock(prepared.preparing_seconds)} of it once, for inputs that are then kept"
+            1,
+            f"data       {data.name}, {prepared.train_count} train, {prepared.validation_count} validation, "
+            f"{data.test_count} test images, {options.image_size} pixels a side",
         )
+        lines[-1:-1] = _costs(options, resources, prepared)
     for text in lines:
         print_text(console, text)
     return 0
+
+
+def _costs(options: StudyOptions, resources: Resources, prepared: Prepared) -> list[str]:
+    """Return the lines about a study's time and disk."""
+    needed, most = disk_needed(options, resources, prepared)
+    lines = [
+        f"time       about {clock(forecast(options, resources, prepared)['seconds'])}, from "
+        f"{prepared.epoch_seconds:.3g} s an epoch of the first trial",
+        f"disk       about {megabytes(needed)} of checkpoints while it runs, at most {megabytes(most)}",
+    ]
+    if prepared.preparing_seconds >= 1:
+        once = clock(prepared.preparing_seconds)
+        lines.insert(1, f"           {once} of it once, for inputs that are then kept")
+    return lines

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 from ray.util.queue import Queue
@@ -37,6 +37,11 @@ from tunefleet.study import Study, lock_study
 from tunefleet.trainables.data import BUILT_IN, ImageData, Progress, check_sha256
 from tunefleet.trainables.host import hidden_by_environment
 from tunefleet.trainables.preparation import prepare
+
+if TYPE_CHECKING:
+    from tunefleet.search.preflight import Prepared
+    from tunefleet.search.resources import Resources
+    from tunefleet.trainables.device import DeviceSettings
 
 PROGRESS_SECONDS = 0.5  # between looks at how far another process is
 
@@ -186,30 +191,24 @@ def _checked(request: Request, session: Session) -> int:
     console, earlier = session.console, request.earlier
     with phase(console, "looking at the device"):
         options, settings, machine = _device(request, console)
-    data = _read_images(options, console)
+    data = _read_images(options, console) if options.space.trains_images else None
     options = dataclasses.replace(options, space=_examined(options, data, console))
-    if earlier:
-        version = earlier.spec.get("data", {}).get("format_version", 1)  # of how images are decoded
+    if earlier and data:
+        version = earlier.spec["data"].get("format_version", 1)  # of how images are decoded
         check_sha256(data, options.data, earlier.spec["data_sha256"], version)
     share = resources.plan(options, settings, machine)
     _say(resources.waiting(options, share), console)
-    if machine.nodes:
+    if machine.nodes and data:
         check_nodes(options, request.shared, data, settings, console)
-    on_a_node = bool(machine.nodes) or settings.device == "cuda"
-    if on_a_node or not request.dry_run:
+    if machine.nodes or settings.device == "cuda" or not request.dry_run:
         _start_ray(session, share.slots if share.workers > 1 else 0, settings.device)
-    text = "timing a sample" if request.dry_run else "preparing inputs"
-    with phase(console, text) as progress:
-        threads = share.threads if request.dry_run else None
-        if on_a_node:  # in a process whose end gives the GPU's memory back
-            prepare_there = _on_a_node(share.of_worker, preflight.prepare, progress)
-            prepared = prepare_there(options, data, settings, threads)
-        else:
-            prepared = preflight.prepare(options, data, settings, threads, progress)
-    share, line = resources.fit_memory(share, prepared.peak_bytes, prepared.gpu_bytes)
-    _say(line, console)
-    if not earlier and not options.storage:
-        preflight.check_disk(request.folder, *preflight.disk_needed(options, share, prepared))
+    prepared = None
+    if data:
+        prepared = _prepared(request, options, data, settings, share, console, on_a_node=bool(machine.nodes))
+        share, line = resources.fit_memory(share, prepared.peak_bytes, prepared.gpu_bytes)
+        _say(line, console)
+        if not earlier and not options.storage:
+            preflight.check_disk(request.folder, *preflight.disk_needed(options, share, prepared))
     if request.dry_run:
         return preflight.print_forecast(options, request.folder, share, data, settings, prepared, console)
     ready = execution.Ready(options, request.folder.resolve(), data, settings, share)
@@ -218,6 +217,27 @@ def _checked(request: Request, session: Session) -> int:
             check_free(request.folder)
             execution.create(ready, prepared)
     return execution.run(ready, session, request.wandb, request.changes)
+
+
+def _prepared(
+    request: Request,
+    options: StudyOptions,
+    data: ImageData,
+    settings: DeviceSettings,
+    share: Resources,
+    console: Console,
+    *,
+    on_a_node: bool,
+) -> Prepared:
+    """Build the first trial's network, which prepares its inputs, where trials will run."""
+    from tunefleet.search import preflight
+
+    with phase(console, "timing a sample" if request.dry_run else "preparing inputs") as progress:
+        threads = share.threads if request.dry_run else None
+        if on_a_node or settings.device == "cuda":  # in a process whose end gives the GPU's memory back
+            prepare_there = _on_a_node(share.of_worker, preflight.prepare, progress)
+            return prepare_there(options, data, settings, threads)
+        return preflight.prepare(options, data, settings, threads, progress)
 
 
 def _device(request: Request, console: Console) -> tuple[StudyOptions, Any, Any]:
@@ -242,11 +262,12 @@ def _device(request: Request, console: Console) -> tuple[StudyOptions, Any, Any]
         return options, settings, machine
     if settings.device == "cpu" and options.device == "auto" and hidden_by_environment():
         _say("CUDA_VISIBLE_DEVICES hides every GPU: training on CPUs", console)
-    options = preflight.settle_image_size(options, settings, machine)
+    if options.space.trains_images:
+        options = preflight.settle_image_size(options, settings, machine)
     return resources.settle(options, settings, machine), settings, machine
 
 
-def _examined(options: StudyOptions, data: ImageData, console: Console) -> Space:
+def _examined(options: StudyOptions, data: ImageData | None, console: Console) -> Space:
     """Return the study's space with what one batch shows of its network, and all of its sources.
 
     Raises:
@@ -258,8 +279,10 @@ def _examined(options: StudyOptions, data: ImageData, console: Console) -> Space
     space = options.space
     if space.source and space.source.is_built_in:
         return space
-    with phase(console, "looking at the network"):
-        space = collected(examine(example(options), data)) if space.trains_images else collected(space)
+    if data:
+        with phase(console, "looking at the network"):
+            space = examine(example(options), data)
+    space = collected(space)
     assert space.source is not None
     return dataclasses.replace(space, source=dataclasses.replace(space.source, data_dir=options.data_dir))
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from tunefleet.files import is_full
 from tunefleet.journal import FINAL, Journal, TrialRecord, finite, winner
+from tunefleet.metric import ACCURACY, Metric
 from tunefleet.search.asha import Asha
 from tunefleet.search.suggest import Observation
 from tunefleet.store import OUT_OF_REACH
@@ -53,6 +54,7 @@ class Scheduler:
         max_failures: How often a trial's worker may be lost, lost nodes aside.
         journal: Where every event is written before it acts.
         seconds: Time budget of the search from now; None: no limit. Trials stop at their next report.
+        metric: What trials are compared by.
         clock: Seconds, for the budget.
     """
 
@@ -68,11 +70,12 @@ class Scheduler:
         journal: Journal,
         max_failures: int,
         seconds: float | None = None,
+        metric: Metric = ACCURACY,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.suggest, self.asha, self.pruner = suggest, asha, pruner
         self.max_trials, self.fixed, self.final_seeds = trials, fixed, final_seeds
-        self.journal, self.clock = journal, clock
+        self.journal, self.clock, self.metric = journal, clock, metric
         self.max_failures = max_failures
         self.losses: defaultdict[str, Counter[str]] = defaultdict(Counter)  # by trial and cause
         self.gave_up = ""  # why the study ends before its time
@@ -81,7 +84,7 @@ class Scheduler:
         self.all_eager = False  # no trial's can be
         self.phases: dict[str, str] = {}  # what trials do that is no epoch
         self.notes: deque[str] = deque()  # lines to print once
-        self.best_yet: tuple[float, int, TrialRecord] | None = None  # highest val_accuracy, epoch and trial
+        self.best_yet: tuple[float, int, TrialRecord] | None = None  # best value, epoch and trial
         self.deadline = None if seconds is None else clock() + seconds
         self.trials: dict[str, TrialRecord] = {}
         self.searched: list[TrialRecord] = []  # of these, without the winner's seeds
@@ -208,7 +211,7 @@ class Scheduler:
         promotable = self.pruner == "promote" and self.asha.promotable(self._settled())
         if not promotable and len(self.searched) < self.max_trials:
             number = len(self.searched)
-            sampled = self.suggest(number, [_observed(trial) for trial in self.searched])
+            sampled = self.suggest(number, [self._observed(trial) for trial in self.searched])
             if sampled is not None:
                 return self._start(f"{number:04d}", self.fixed | sampled)
             self.max_trials = len(self.searched)  # a grid is exhausted
@@ -227,7 +230,7 @@ class Scheduler:
         return self.asha.settled(self.trials[trial_id].epoch for trial_id in self.running)
 
     def _next_final_job(self) -> Job | None:
-        best = winner(self.trials)
+        best = winner(self.trials, self.metric)
         for k in range(1, self.final_seeds + 1):
             if best is None or f"{FINAL}{k}" in self.trials:
                 continue
@@ -257,15 +260,16 @@ class Scheduler:
     def _apply(self, trial: TrialRecord, report: dict[str, Any]) -> bool:
         """Update the rungs by a report; return whether the trial continues now."""
         trial.take(report)
-        value = report.get("val_accuracy")
-        if not trial.is_final and value is not None and (not self.best_yet or value > self.best_yet[0]):
+        value, score = report.get(self.metric.name), self.metric.score
+        is_better = not self.best_yet or score(value) > score(self.best_yet[0])
+        if not trial.is_final and value is not None and is_better:
             self.best_yet = value, report["epoch"], trial
         if trial.is_final:
             return trial.status is None
         if trial.status not in (None, "done"):
             self.asha.record_failure(trial.trial_id, trial.epoch)
             return False
-        self.asha.record(trial.trial_id, trial.epoch, trial.val_accuracy)
+        self.asha.record(trial.trial_id, trial.epoch, self.metric.score(trial.value(self.metric)))
         return trial.status is None and self._continues(trial)
 
     def _continues(self, trial: TrialRecord) -> bool:
@@ -308,6 +312,7 @@ class Scheduler:
     def _time_is_up(self) -> bool:
         return self.deadline is not None and self.clock() >= self.deadline
 
-
-def _observed(trial: TrialRecord) -> Observation:
-    return Observation(trial.config, trial.val_accuracy, failed=trial.status not in (None, "done"))
+    def _observed(self, trial: TrialRecord) -> Observation:
+        value = trial.value(self.metric)
+        score = None if value is None else self.metric.score(value)
+        return Observation(trial.config, score, failed=trial.status not in (None, "done"))

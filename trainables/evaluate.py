@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from tunefleet.trainables.data import load_split
-from tunefleet.trainables.training import TrainingRun
+from tunefleet.trainables.training import TrainingRun, class_metrics
 
+LEAST = 1e-12  # probability, whose logarithm is taken
 MISCLASSIFIED = 64  # images kept for the report: the mistakes made with most confidence
 
 
@@ -19,7 +21,7 @@ def result_files(tag: str = "") -> tuple[str, str]:
     return f"predictions{tag}.parquet", f"misclassified{tag}.npz"
 
 
-def evaluate_test(run: TrainingRun, folder: Path | None = None, tag: str = "") -> float:
+def evaluate_test(run: TrainingRun, folder: Path | None = None, tag: str = "") -> dict[str, float]:
     """Evaluate a trained network on every test image once.
 
     Args:
@@ -31,7 +33,7 @@ def evaluate_test(run: TrainingRun, folder: Path | None = None, tag: str = "") -
         tag: Part of the files' names.
 
     Returns:
-        test_accuracy, a fraction 0..1.
+        test_accuracy, test_balanced_accuracy, test_macro_f1 (fractions 0..1) and test_loss.
     """
     images, labels = load_split(run.data, "test")
     probabilities = run.predict(np.array(images))
@@ -52,4 +54,9 @@ def evaluate_test(run: TrainingRun, folder: Path | None = None, tag: str = "") -
             np.savez(stream, index=wrong, images=images[wrong])
         with predictions.open("wb") as stream:
             pq.write_table(pa.table(columns), stream)
-    return float((predicted == labels).mean())
+    classes = probabilities.shape[1]
+    pairs = torch.from_numpy(labels * classes + predicted)
+    confusion = torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+    of_labels = probabilities[torch.arange(len(labels)), torch.from_numpy(labels)]
+    metrics = {f"test_{name}": value for name, value in class_metrics(confusion).items()}
+    return metrics | {"test_loss": -of_labels.clamp(min=LEAST).log().mean().item()}

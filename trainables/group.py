@@ -37,13 +37,13 @@ class Group:
         """Return this worker's rows of all of x ``(N, …)``, contiguous in memory."""
         return x[len(x) * self.rank // self.size : len(x) * (self.rank + 1) // self.size]
 
-    def total(self, loss_sum: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both scalars summed over the workers, in float64 where there are several."""
+    def total(self, loss_sum: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a scalar and counts ``(…)`` summed over the workers, in float64 where there are several."""
         if self.size == 1:
-            return loss_sum, correct
-        both = torch.stack([loss_sum.double(), correct.double()])
+            return loss_sum, counts
+        both = torch.cat([loss_sum.double().view(1), counts.double().view(-1)])
         dist.all_reduce(both)
-        return both[0], both[1]
+        return both[0], both[1:].view(counts.shape)
 
     def synchronise_batchnorm(self, network: nn.Module) -> None:
         """Replace the BatchNorm layers inside a network by layers that normalise over all workers' images."""

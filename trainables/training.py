@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tunefleet.cli import Parser, exit_code, rounded
+from tunefleet.metric import FRACTIONS
 from tunefleet.models.checks import check_integer
 from tunefleet.models.space import FIELDS, PARSERS, Space, TrainConfig
 from tunefleet.models.spaces import find_space
@@ -66,6 +67,8 @@ class TrainingRun:
     Raises:
         ValueError: The architecture cannot be built from the config.
     """
+
+    trains_images = True
 
     def __init__(
         self,
@@ -119,23 +122,26 @@ class TrainingRun:
         """Train and evaluate one epoch.
 
         Returns:
-            epoch, train_loss, train_accuracy, val_loss, val_accuracy (fractions 0..1), lr (of the
-            epoch's last step), epoch_seconds, finished_at (seconds since 1970) and diverged. The
+            epoch, train_loss, train_accuracy, val_loss, val_accuracy, val_balanced_accuracy and val_macro_f1
+            (fractions 0..1), lr (of the epoch's last step), epoch_seconds, finished_at (seconds since 1970)
+            and diverged. The
             train figures are means over the epoch, measured as its steps went by; the val figures of
             a refit are None.
         """
         began = time.perf_counter()
         train_loss, train_accuracy = _means(*self.train_epoch(), len(self.inputs.train_y))
-        val_loss, val_accuracy = None, None
+        val_loss: float | None = None
+        of_classes: dict[str, float] = {}
         if not self.config.refit:
-            val_sums = self.evaluate(self.inputs.val_x, self.inputs.val_y)
-            val_loss, val_accuracy = _means(*val_sums, len(self.inputs.val_y))
+            loss_sum, confusion = self.evaluate(self.inputs.val_x, self.inputs.val_y)
+            val_loss = loss_sum.item() / len(self.inputs.val_y)
+            of_classes = class_metrics(confusion)
         report = {
             "epoch": self.epochs_done + 1,
             "train_loss": train_loss,
             "train_accuracy": train_accuracy,
             "val_loss": val_loss,
-            "val_accuracy": val_accuracy,
+            **{f"val_{name}": of_classes.get(name) for name in FRACTIONS},
             "lr": self.last_lr,
             "epoch_seconds": time.perf_counter() - began,
             "finished_at": time.time(),
@@ -241,15 +247,16 @@ class TrainingRun:
 
     @torch.inference_mode()
     def evaluate(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return summed loss and number of correct predictions over all of x ``(N, …)``."""
+        """Return the summed loss over all of x ``(N, …)``, and the confusion matrix ``(true, predicted)``."""
         x, y = self.group.stretch(x), self.group.stretch(y)
-        loss_sum = torch.zeros((), device=self.device)
-        correct = torch.zeros((), device=self.device, dtype=torch.int64)
+        loss_sum, classes = torch.zeros((), device=self.device), len(self.data.classes)
+        confusion = torch.zeros(classes**2, device=self.device, dtype=torch.int64)
         batches = y.split(self._eval_batch(x))
         for part_y, logits in zip(batches, self._logits(self.network, self.to_network, x), strict=True):
             loss_sum += F.cross_entropy(logits.float(), part_y, reduction="sum")
-            correct += (logits.argmax(1) == part_y).sum()
-        return self.group.total(loss_sum, correct)
+            pairs = part_y * classes + logits.argmax(1)
+            confusion.index_add_(0, pairs, torch.ones_like(pairs))
+        return self.group.total(loss_sum, confusion.view(classes, classes))
 
     @torch.inference_mode()
     def predict(self, images: np.ndarray) -> Tensor:
@@ -323,17 +330,7 @@ class TrainingRun:
             DamagedCheckpointError: The file is truncated or its bits have changed.
             ValueError: It is another trial's.
         """
-        try:
-            with zipfile.ZipFile(file) as archive:  # torch.load verifies no checksum (2.15)
-                damaged = archive.testzip()
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
-            raise DamagedCheckpointError(f"{file} cannot be read: {error}") from error
-        if damaged:
-            raise DamagedCheckpointError(f"{file}: the checksum of {damaged} is wrong")
-        if not isinstance(file, Path):
-            file.seek(0)
-        # on the CPU, where the states of all generators have to be
-        self.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        self.load_state_dict(read_checkpoint(file))
 
     def _eval_batch(self, x: Tensor) -> int:
         """Return how many rows of x to evaluate at a time."""
@@ -352,12 +349,47 @@ class TrainingRun:
         return report[f"{name}_accuracy"] <= limit < (1 + chance) / 2  # too few images say nothing
 
 
+def read_checkpoint(file: Path | IO[bytes]) -> dict[str, Any]:
+    """Return what a checkpoint holds; tensors on the CPU, as the states of all generators have to be.
+
+    Raises:
+        DamagedCheckpointError: The file is truncated or its bits have changed.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:  # torch.load verifies no checksum (2.15)
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise DamagedCheckpointError(f"{file} cannot be read: {error}") from error
+    if damaged:
+        raise DamagedCheckpointError(f"{file}: the checksum of {damaged} is wrong")
+    if not isinstance(file, Path):
+        file.seek(0)
+    saved: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    return saved
+
+
 def _check_batch_norm(network: nn.Module, batch_size: int) -> None:
     """Raise ValueError for batches of one image, of which BatchNorm has no statistics."""
     if batch_size > 1:
         return
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in network.modules()):
         raise ValueError("batch_size=1 is not possible with the network's BatchNorm; give 2 or more")
+
+
+def class_metrics(confusion: Tensor) -> dict[str, float]:
+    """Return accuracy, balanced_accuracy and macro_f1 of a confusion matrix ``(true, predicted)``.
+
+    The latter two are means over classes, of recall and of F1; classes without an image are left out.
+    """
+    counts = confusion.double().cpu()
+    hits, of_class = counts.diagonal(), counts.sum(1)
+    present = of_class > 0
+    recall, f1 = hits / of_class, 2 * hits / (of_class + counts.sum(0))
+    return {
+        "accuracy": (hits.sum() / of_class.sum()).item(),
+        "balanced_accuracy": recall[present].mean().item(),
+        "macro_f1": f1[present].mean().item(),
+    }
 
 
 def _means(loss_sum: Tensor, correct: Tensor, count: int) -> tuple[float, float]:

@@ -23,6 +23,7 @@ import torch
 from ray import tune
 
 from tunefleet.files import is_full
+from tunefleet.metric import ACCURACY, Metric
 from tunefleet.models.space import Space
 from tunefleet.store import Store, StoreError
 from tunefleet.trainables import device
@@ -32,6 +33,7 @@ from tunefleet.trainables.evaluate import evaluate_test, result_files
 from tunefleet.trainables.graph import CaptureError
 from tunefleet.trainables.group import Group
 from tunefleet.trainables.host import oom_kills
+from tunefleet.trainables.own import OwnRun
 from tunefleet.trainables.training import ALONE, DamagedCheckpointError, TrainingRun
 
 
@@ -40,13 +42,14 @@ class TrialContext:
     """What all trials of a study share; none of it changes a result but data and device settings."""
 
     space: Space
-    data: ImageData
+    data: ImageData | None  # None: the space's runs have their own
     settings: DeviceSettings
     data_dir: Path
     study_dir: Path  # the driver's
     store: Store  # what the study's nodes share
     threads: int  # of the CPU, per trial
     leaves_chance_by: int | None
+    metric: Metric = ACCURACY
     gpu_bytes: int | None = None  # of a GPU that several trials share: what one may take; None: all
 
 
@@ -97,24 +100,45 @@ class JobRun:
         if ends:
             report["status"] = "diverged" if report["diverged"] else "done"
             if self.job["final"] and self.group.rank == 0:  # diverged, too: a mean without it would flatter
-                with tempfile.TemporaryDirectory() as folder:
-                    report["test_accuracy"] = evaluate_test(run, Path(folder), f"-{trial_id}")
-                    for name in result_files(f"-{trial_id}"):
-                        context.store.write(Path(folder, name).read_bytes(), f"best/{name}")
+                report |= self._test()
         return report
+
+    def _test(self) -> dict[str, Any]:
+        """Return what the trained run gives on the test split, and whether it has one."""
+        if isinstance(self.run, OwnRun):
+            found = self.run.test()
+            return {"tested": bool(found), **found}
+        tag = f"-{self.job['trial_id']}"
+        with tempfile.TemporaryDirectory() as folder:
+            found = evaluate_test(self.run, Path(folder), tag)
+            for name in result_files(tag):
+                self.context.store.write(Path(folder, name).read_bytes(), f"best/{name}")
+        return found
 
     def _ends(self, report: dict[str, Any]) -> bool:
         """Return whether a report is the trial's last."""
-        return bool(report["diverged"]) or report["epoch"] == self.run.config.epochs
+        return bool(report["diverged"]) or report["epoch"] == self.job["config"]["epochs"]
 
-    def _new_run(self) -> TrainingRun:
-        context, config = self.context, self.context.space.config(self.job["config"])
+    def _new_run(self) -> TrainingRun | OwnRun:
+        context, space, values = self.context, self.context.space, self.job["config"]
+        if not space.trains_images:
+            device_name = context.settings.device
+            offered = {"device": device_name, "threads": context.threads, "data_dir": context.data_dir}
+            return OwnRun(space, values, context.metric, offered)
         settings = context.settings
         if self.job["eager"]:
             settings = dataclasses.replace(settings, cuda_graph=False)
-        return TrainingRun(
-            config, context.data, settings, context.data_dir, context.leaves_chance_by, self.group
+        kind = space.run or TrainingRun
+        assert context.data is not None
+        run: TrainingRun = kind(
+            space.config(values),
+            context.data,
+            settings,
+            context.data_dir,
+            context.leaves_chance_by,
+            self.group,
         )
+        return run
 
 
 def set_up_worker(context: TrialContext) -> None:

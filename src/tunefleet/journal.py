@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from tunefleet.cli import shell
+from tunefleet.metric import ACCURACY, Metric
 
 FINAL = "final-"  # trial ids of the winner's retrained seeds begin so
 FAILED = ("error", "out_of_memory")  # statuses that are no result of the configuration
@@ -211,7 +212,7 @@ def _check(event: dict[str, Any], started: set[str]) -> None:
             _is_count(epoch)
             and status in (None, *STATUSES)
             and all(_is_number(event, name) for name in NUMBERS)
-            and not (tested and event.get("test_accuracy") is None)
+            and not (tested and event.get("test_accuracy") is None and "tested" not in event)
         )
     elif "promoted_from" in event:
         whole = _is_count(event["promoted_from"])
@@ -252,10 +253,14 @@ class TrialRecord:
         """Return the number of epochs reported."""
         return max(self.reports, default=0)
 
-    @property
-    def val_accuracy(self) -> float | None:
+    def value(self, metric: Metric = ACCURACY) -> float | None:
         """Return the last report's value; None before any, and where it was not finite."""
-        return self.reports[self.epoch].get("val_accuracy") if self.reports else None
+        return self.reports[self.epoch].get(metric.name) if self.reports else None
+
+    def values(self, name: str) -> list[float]:
+        """Return the values that all reports have of a number."""
+        found = (report.get(name) for report in self.reports.values())
+        return [value for value in found if value is not None]
 
     @property
     def is_final(self) -> bool:
@@ -283,8 +288,8 @@ def records(events: list[dict[str, Any]]) -> dict[str, TrialRecord]:
     return trials
 
 
-def winner(trials: dict[str, TrialRecord]) -> TrialRecord | None:
-    """Return the trial with the highest val_accuracy at its last report.
+def winner(trials: dict[str, TrialRecord], metric: Metric = ACCURACY) -> TrialRecord | None:
+    """Return the trial with the best value at its last report.
 
     Of equals, frequent on few validation images, the one with the lowest val_loss wins, then the
     earliest. Diverged and failed trials cannot win. None where no trial is left.
@@ -292,11 +297,11 @@ def winner(trials: dict[str, TrialRecord]) -> TrialRecord | None:
     able = [
         trial
         for trial in trials.values()
-        if not trial.is_final and trial.status in (None, "done") and trial.val_accuracy is not None
+        if not trial.is_final and trial.status in (None, "done") and trial.value(metric) is not None
     ]
 
     def merit(trial: TrialRecord) -> tuple[float, float]:
         loss = trial.reports[trial.epoch].get("val_loss")
-        return trial.val_accuracy or 0.0, -math.inf if loss is None else -loss
+        return metric.score(trial.value(metric)), -math.inf if loss is None else -loss
 
     return max(able, key=merit, default=None)

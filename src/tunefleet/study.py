@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 
 from tunefleet.files import holding, locked, write_whole
 from tunefleet.journal import Journal, TrialRecord, finite, records, winner
+from tunefleet.metric import ACCURACY, Metric
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,6 +77,7 @@ class Study:
         self.journal.check_holds(self.events, result.get("events", 0))
         self.runs = [event["run"] for event in self.events if "run" in event]
         self.spec = _spec(content, self.runs)
+        self.metric = Metric(**self.spec.get("metric", {}))
         self.status: str = result["status"]
         self.seconds: float = result["seconds"]  # of all runs
         self.records: dict[str, TrialRecord] = records(self.events)
@@ -88,7 +90,7 @@ class Study:
     @property
     def winner(self) -> TrialRecord | None:
         """Return the best trial; None where none has succeeded."""
-        return winner(self.records)
+        return winner(self.records, self.metric)
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
@@ -105,8 +107,12 @@ class Study:
             "lost_workers": dict(lost),  # by cause
             "busy_fraction": busy_fraction(self.records.values()),
             "best": best
-            and {"trial_id": best.trial_id, "config": best.config, "val_accuracy": best.val_accuracy},
-            "final": final_results(self.records.values()),
+            and {
+                "trial_id": best.trial_id,
+                "config": best.config,
+                self.metric.name: best.value(self.metric),
+            },
+            "final": final_results(self.records.values(), self.metric),
             "events": len(self.events),
         }
 
@@ -129,15 +135,16 @@ class Study:
                 "status": self.status_of(trial),
                 "epochs": trial.epoch,
                 "rung": sum(rung <= trial.epoch for rung in self.spec["rungs"]),  # rungs reached
-                "val_accuracy": trial.val_accuracy,
-                "best_val_accuracy": max(_known(trial, "val_accuracy"), default=None),
-                "seconds": round(sum(_known(trial, "epoch_seconds")), 3),
+                self.metric.name: trial.value(self.metric),
+                f"best_{self.metric.name}": self.metric.best(trial.values(self.metric.name)),
+                "seconds": round(sum(trial.values("epoch_seconds")), 3),
                 "node": trial.reports[trial.epoch].get("node") if trial.reports else None,
                 **{name: value for name, value in trial.config.items() if name != "epochs"},  # the horizon
             }
             for trial in self.searched
         ]
-        return pd.DataFrame(rows, columns=None if rows else [*REACHED, *self.spec.get("ranges", {})])
+        reached = [name.replace("val_accuracy", self.metric.name) for name in REACHED]
+        return pd.DataFrame(rows, columns=None if rows else [*reached, *self.spec.get("ranges", {})])
 
     @functools.cached_property
     def epochs(self) -> pd.DataFrame:
@@ -280,7 +287,7 @@ def _extent(facts: dict[str, Any]) -> tuple[int, int, int]:
     return facts.get("trials", 0), facts.get("epochs_spent", 0), seeds
 
 
-def final_results(trials: Iterable[TrialRecord]) -> dict[str, Any] | None:
+def final_results(trials: Iterable[TrialRecord], metric: Metric = ACCURACY) -> dict[str, Any] | None:
     """Return what the winner's fresh seeds gave; None where none has ended.
 
     A diverged seed is tested like the others, and its accuracy counts: a mean without it would
@@ -290,20 +297,29 @@ def final_results(trials: Iterable[TrialRecord]) -> dict[str, Any] | None:
     if not ended:
         return None
     tested = [trial for trial in ended if trial.status in ("done", "diverged")]
-    accuracies = [trial.reports[trial.epoch]["test_accuracy"] for trial in tested]
+    last = [trial.reports[trial.epoch] for trial in tested]
+    values = {
+        name: [report[name] for report in last]
+        for name in dict.fromkeys((metric.test_name, "test_accuracy", metric.name))
+        if last and all(report.get(name) is not None for report in last)
+    }
+    tests = {name: over_seeds(found, Metric(name, metric.mode)) for name, found in values.items()}
     return {
         "seeds": [trial.config["seed"] for trial in tested],
         "diverged": [trial.config["seed"] for trial in tested if trial.status == "diverged"],
         "failed": [trial.config["seed"] for trial in ended if trial not in tested],
-        "test_accuracy": over_seeds(accuracies) if tested else None,
+        "test_accuracy": tests.get("test_accuracy"),
+        "test": {"name": metric.test_name, **tests[metric.test_name]} if metric.test_name in tests else None,
+        "metric": {"name": metric.name, **tests[metric.name]} if metric.name in tests else None,
     }
 
 
-def over_seeds(values: list[float]) -> dict[str, Any]:
+def over_seeds(values: list[float], metric: Metric = ACCURACY) -> dict[str, Any]:
     """Return mean, standard deviation and Student's 95 % interval of the mean over seeds.
 
     Args:
-        values: One accuracy per seed, fractions 0..1.
+        values: One per seed.
+        metric: Of which they are: an interval does not exceed what it can be.
 
     Returns:
         ``values``, ``mean``, ``sd`` (n - 1 in the denominator) and ``interval95``; the last two are
@@ -316,8 +332,7 @@ def over_seeds(values: list[float]) -> dict[str, Any]:
 
     sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
     half = float(stdtrit(n - 1, 0.975)) * sd / math.sqrt(n)
-    interval = [max(0.0, mean - half), min(1.0, mean + half)]
-    return {"values": values, "mean": mean, "sd": sd, "interval95": interval}
+    return {"values": values, "mean": mean, "sd": sd, "interval95": metric.clip(mean - half, mean + half)}
 
 
 def busy_fraction(trials: Iterable[TrialRecord]) -> float | None:
@@ -334,6 +349,11 @@ def busy_fraction(trials: Iterable[TrialRecord]) -> float | None:
     return round(busy / present, 4) if present else None
 
 
+def is_number_of(name: str, value: Any) -> bool:
+    """Return whether a report's value is something that was measured."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and name not in ("epoch", "pid")
+
+
 def _reports(trials: Iterable[TrialRecord]) -> pd.DataFrame:
     import pandas as pd
 
@@ -342,12 +362,9 @@ def _reports(trials: Iterable[TrialRecord]) -> pd.DataFrame:
         for trial in trials
         for epoch in sorted(trial.reports)
     ]
-    return pd.DataFrame(rows, columns=list(REPORTED)).astype(REPORTED)
-
-
-def _known(trial: TrialRecord, name: str) -> list[float]:
-    values = (report.get(name) for report in trial.reports.values())
-    return [value for value in values if value is not None]
+    others = dict.fromkeys(name for row in rows for name in row if is_number_of(name, row[name]))
+    columns = REPORTED | {name: "float64" for name in others if name not in REPORTED}
+    return pd.DataFrame(rows, columns=list(columns)).astype(columns)
 
 
 def _read(file: Path) -> bytes | None:
