@@ -235,6 +235,21 @@ def find(reference: str, built_in: Mapping[str, Space]) -> Space:
     return _load(reference, folder, location, variable)
 
 
+def of_script(space: Space) -> Space | None:
+    """Return a space of the script that Python runs, as its file has it; None: no file does.
+
+    Its module is imported a second time, under a name of its own: workers have no ``__main__`` of this script.
+    """
+    main = sys.modules["__main__"]
+    file = getattr(main, "__file__", None)
+    names = [name for name, value in vars(main).items() if value is space]
+    if file is None or not names or not Path(file).is_file():
+        return None
+    found = _load(shown(Path(file).absolute()), Path(file).absolute().parent, Path(file).stem, names[0])
+    same = found.described() == space.described() and found.fixed == space.fixed
+    return found if same else None
+
+
 def _names(built_in: Mapping[str, Space]) -> str:
     return ", ".join(built_in)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from ray.tune.search.sample import Domain
 
+from tunefleet import lookup
 from tunefleet.metric import OF_IMAGES, metric_of
 from tunefleet.models.checks import boolean, check_integer, check_name, check_number, nearest
 from tunefleet.models.ranges import check_ranges, contains, described, middle
@@ -173,6 +174,10 @@ class Space:
         if missing := self.ranges.keys() - self.first.keys():
             raise ValueError(f"first lacks {', '.join(sorted(missing))}; give a value for each range")
 
+    def search(self, **options: Any) -> Any:
+        """Search this space; see ``tunefleet.search.api.search``."""
+        return lookup("search.api", "search")(self, **options)
+
     def __reduce__(self) -> Any:
         """Pickle where the space comes from: another process imports it from there."""
         if self.source is None:
@@ -268,6 +273,24 @@ class Space:
             ranges={key: domain for key, domain in self.ranges.items() if key not in values},
             first={key: value for key, value in first.items() if key not in values},
             fixed={**self.fixed, **values},
+        )
+
+    def ranging(self, ranges: Mapping[str, Domain]) -> Space:
+        """Return the space with other ranges; a first value that lies outside becomes the middle of its range.
+
+        Raises:
+            ValueError: A name is no hyperparameter that can be searched.
+        """
+        kept = {key: value for key, value in self.start.items() if key not in ranges}
+        moved = {
+            key: self.start[key] if key in self.start and contains(domain, self.start[key]) else middle(domain)
+            for key, domain in ranges.items()
+        }
+        return replace(
+            self,
+            ranges={**self.ranges, **ranges},
+            first={**kept, **moved},
+            fixed={key: value for key, value in self.fixed.items() if key not in ranges},
         )
 
     def fixed_values(self, *, epochs: int, seed: int, image_size: int, weights: str) -> dict[str, Any]:

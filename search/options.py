@@ -9,9 +9,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ray.tune.search.sample import Domain
+
 from tunefleet.cli import Parser, expanded, path_argument
 from tunefleet.metric import OF_IMAGES, Metric, metric_of
 from tunefleet.models.checks import check_integer, check_name, check_number
+from tunefleet.models.ranges import parse_range
 from tunefleet.models.space import FIELDS, NOT_SEARCHED, PRECISIONS, Space
 from tunefleet.models.spaces import SMALLEST_SIZE
 from tunefleet.search.asha import PRUNERS, rung_epochs
@@ -34,6 +37,7 @@ TYPES: dict[str, Any] = {
     "float": (int, float),
     "None": type(None),
     "dict[str, Any]": dict,
+    "dict[str, str]": dict,
     "list[dict[str, Any]]": list,
 }
 
@@ -72,6 +76,7 @@ class StudyOptions:
     time_budget: float | None = None  # resume; seconds of search, None: no limit
     storage: str | None = None  # URL of an object store that holds the study's folder; None: a disk does
     fix: dict[str, Any] | None = None  # config values that every trial has, instead of sampled ones
+    ranges: dict[str, str] | None = None  # in place of the space's, as text: {"lr": "loguniform(1e-5, 1e-2)"}
     points: list[dict[str, Any]] | None = None  # run these instead of sampling: config values per trial
 
     def __post_init__(self) -> None:
@@ -166,7 +171,10 @@ class StudyOptions:
     @functools.cached_property
     def searched(self) -> Space:
         """Return the space without what is fixed."""
-        return self.space.fixing(self.fix or {})
+        fix, ranges = self.fix or {}, self.ranges or {}
+        if both := fix.keys() & ranges.keys():
+            raise ValueError(f"{min(both)} is in --fix and in --range; leave it out of one")
+        return self.space.fixing(fix).ranging({name: _range(name, text) for name, text in ranges.items()})
 
     @property
     def rungs(self) -> tuple[int, ...]:
@@ -192,6 +200,13 @@ class StudyOptions:
         if points:
             return points[number] if number < len(points) else None
         return suggest(self.searcher, space.ranges, space.start, self.seed, number, observations)
+
+
+def _range(name: str, text: str) -> Domain:
+    try:
+        return parse_range(text)
+    except ValueError as error:
+        raise ValueError(f"--range {name}={text} is not possible ({error})") from None
 
 
 RESUMABLE = (
@@ -230,9 +245,11 @@ HELP = {
     "metric": "what rungs compare and the winner is chosen by (default: the space's, val_accuracy)",
     "precision": "auto chooses what the device is known to gain by",
     "fix": "values of TrainConfig that every trial has, instead of sampled ones: hidden=32 augment=crop",
+    "ranges": "other ranges than the space's: 'lr=loguniform(1e-5, 1e-2)' 'batch_size=choice(64, 128)'",
     "max_failures": "how often a trial's worker may die; a lost node does not count",
 }
 CHOICES = {"pruner": PRUNERS, "searcher": SEARCHERS, "precision": PRECISIONS, "metric": OF_IMAGES}
+PAIRS = {"fix": "--fix", "ranges": "--range"}  # fields of several names and values
 PARSED: dict[str, Any] = {"int": int, "float": float, "str": str}  # a field's type: what parses its flag
 
 
@@ -267,9 +284,15 @@ def add_options(parser: argparse.ArgumentParser, names: Collection[str]) -> None
             continue
         default = "" if field.default in (None, dataclasses.MISSING) else f" (default: {field.default})"
         text = (HELP[field.name] + default).replace("%", "%%")
-        if field.name == "fix":
+        if field.name in PAIRS:
             parser.add_argument(
-                "--fix", nargs="+", action=_Pairs, metavar="NAME=VALUE", default=argparse.SUPPRESS, help=text
+                PAIRS[field.name],
+                dest=field.name,
+                nargs="+",
+                action=_Pairs,
+                metavar="NAME=VALUE",
+                default=argparse.SUPPRESS,
+                help=text,
             )
             continue
         parser.add_argument(

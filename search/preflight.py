@@ -254,25 +254,23 @@ def _measure(run: TrainingRun, threads: int, images: int) -> float:
     return float(report["epoch_seconds"] * images / (len(run.inputs.train_y) + len(run.inputs.val_y)))
 
 
-def forecast(options: StudyOptions, resources: Resources, prepared: Prepared) -> dict[str, float]:
+def forecast(options: StudyOptions, resources: Resources, prepared: Prepared | None) -> dict[str, float]:
     """Return what the study will take.
 
     Returns:
-        epochs (of the search, in expectation), final_epochs and seconds.
+        epochs (of the search, in expectation) and final_epochs; of images also seconds and disk_bytes.
     """
     assert options.trials is not None
     assert options.epochs is not None
-    assert prepared.epoch_seconds is not None
     assert options.pruner is not None
     epochs = expected_epochs(options.trials, options.rungs, options.eta, options.epochs, options.pruner)
-    waves = math.ceil(options.final_seeds / resources.slots) * options.epochs
-    return {
-        "epochs": epochs,
-        "final_epochs": options.final_seeds * options.epochs,
-        "seconds": START_SECONDS
-        + prepared.preparing_seconds
-        + prepared.epoch_seconds * (epochs / resources.slots + waves),
-    }
+    found: dict[str, float] = {"epochs": epochs, "final_epochs": options.final_seeds * options.epochs}
+    if prepared and prepared.epoch_seconds is not None:
+        waves = math.ceil(options.final_seeds / resources.slots) * options.epochs
+        trained = prepared.epoch_seconds * (epochs / resources.slots + waves)
+        found["seconds"] = START_SECONDS + prepared.preparing_seconds + trained
+        found["disk_bytes"] = disk_needed(options, resources, prepared)[0]
+    return found
 
 
 def disk_needed(options: StudyOptions, resources: Resources, prepared: Prepared) -> tuple[int, int]:
@@ -312,17 +310,16 @@ def print_forecast(
     """Print what --dry-run promises; return 0."""
     assert options.trials is not None
     assert options.epochs is not None
-    assert options.pruner is not None
+    expected = forecast(options, resources, prepared)
     gpus = f" and {resources.gpus_per_trial:g} GPU" if resources.gpus_per_trial else ""
-    epochs = expected_epochs(options.trials, options.rungs, options.eta, options.epochs, options.pruner)
     lines = [
         f"space      {options.space.name}" + (f": {options.space.summary}" if options.space.summary else ""),
         f"trials     {options.trials}, {resources.slots} at once, each {resources.cpus_per_trial:g} CPU{gpus}"
         + (f", {settings.precision}" if data else ""),
-        f"epochs     {epochs} expected ({options.trials * options.epochs} unpruned), "
+        f"epochs     {expected['epochs']} expected ({options.trials * options.epochs} unpruned), "
         f"rungs {list(options.rungs)}, {options.pruner}",
         f"final      {counted(options.final_seeds, 'seed')}, "
-        f"{counted(options.final_seeds * options.epochs, 'epoch')}",
+        f"{counted(int(expected['final_epochs']), 'epoch')}",
         f"folder     {shown(folder)}, not written",
     ]
     if data and prepared:

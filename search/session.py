@@ -83,6 +83,7 @@ class Stops:
     """What stops one command, and what is then done.
 
     Attributes:
+        was_signalled: Whether a signal ever came.
         stop: Called in the main thread when a signal came, with an empty reason, or when ``watch`` gave one;
             returns the exit code, or None where the command is to end by itself.
         nothing_yet: What ``stop`` is before there is a study.
@@ -95,6 +96,7 @@ class Stops:
         self.watch: Callable[[], str] = str
         self._turn = threading.Lock()
         self._stopping = self._signalled = False
+        self.was_signalled = False  # ever
 
     def run(self, command: Callable[[], int]) -> int:
         """Run a command; return its exit code, or that of what stopped it.
@@ -173,7 +175,7 @@ class Stops:
         """
 
         def note(number: int, frame: Any) -> None:
-            self._signalled = True
+            self._signalled = self.was_signalled = True
 
         def listen() -> None:
             for number in SIGNALS:
@@ -205,6 +207,7 @@ class Session:
     Attributes:
         resume: The words of the command that continues a study.
         finish: Prints the results of a finished study; returns the exit code.
+        forecast: Of a dry run: epochs, final_epochs, and of images seconds and disk bytes.
         location: What is resumed instead of the study itself, such as a folder of several.
     """
 
@@ -212,4 +215,5 @@ class Session:
     resume: tuple[str, ...] = ("tunefleet", "resume")
     finish: Callable[[Path, Console], int] = print_result
     location: Path | None = None
+    forecast: dict[str, Any] = field(default_factory=dict)
     stops: Stops = field(default_factory=Stops)

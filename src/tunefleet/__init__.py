@@ -8,14 +8,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tunefleet.models.space import Space as Space
     from tunefleet.models.spaces import find_space as find_space
+    from tunefleet.search.api import resume as resume
     from tunefleet.study import Study as Study
+    from tunefleet.study import load as load
 
-_PUBLIC = {"Space": "models.space", "Study": "study", "find_space": "models.spaces"}  # name: its module
-__all__ = ["Space", "Study", "find_space"]
+_PUBLIC = {  # name: its module
+    "Space": "models.space",
+    "Study": "study",
+    "find_space": "models.spaces",
+    "load": "study",
+    "resume": "search.api",
+}
+__all__ = ["Space", "Study", "find_space", "load", "resume"]
+
+
+def lookup(module: str, name: str) -> Any:
+    """Return what a module further up has: the one way by which lower code calls it (`Space.search`)."""
+    return getattr(importlib.import_module(f"tunefleet.{module}"), name)
 
 
 def __getattr__(name: str) -> Any:
     """Look public names up when they are used: importing tunefleet imports nothing heavy."""
     if name in _PUBLIC:
-        return getattr(importlib.import_module(f"tunefleet.{_PUBLIC[name]}"), name)
+        return lookup(_PUBLIC[name], name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

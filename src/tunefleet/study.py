@@ -88,6 +88,24 @@ class Study:
             )
 
     @property
+    def best(self) -> dict[str, Any] | None:
+        """Return the winner's configuration; None where no trial has succeeded."""
+        return dict(self.winner.config) if self.winner else None
+
+    @property
+    def test(self) -> dict[str, Any] | None:
+        """Return what the fresh seeds gave on the test split: name, values, mean, sd and interval95."""
+        final = self.facts["final"]
+        test: dict[str, Any] | None = final and final["test"]
+        return test
+
+    @property
+    def test_accuracy(self) -> float | None:
+        """Return the mean test accuracy over the fresh seeds; None without one."""
+        final = self.facts["final"]
+        return final["test_accuracy"]["mean"] if final and final["test_accuracy"] else None
+
+    @property
     def winner(self) -> TrialRecord | None:
         """Return the best trial; None where none has succeeded."""
         return winner(self.records, self.metric)
@@ -155,6 +173,15 @@ class Study:
     def finals(self) -> pd.DataFrame:
         """Return a row per report of the winner's seeds."""
         return _reports(trial for trial in self.records.values() if trial.is_final)
+
+
+def load(folder: Path | str) -> Study:
+    """Return a study, finished or not, as its folder has it; nothing of the person's code is imported.
+
+    Raises:
+        ValueError: The folder holds no study, or a damaged one.
+    """
+    return Study(folder)
 
 
 def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,0 +1,108 @@
+"""Run studies from Python: what the commands do, with their options as keywords.
+
+``Space.search``, ``tunefleet.resume`` and ``tunefleet.load`` are the public names; ``tunefleet`` looks them up here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from rich.console import Console
+
+from tunefleet.cli import kept_environment, shown
+from tunefleet.mirror import fetch_study
+from tunefleet.models.checks import nearest
+from tunefleet.models.sources import of_script, pickled
+from tunefleet.models.space import Space
+from tunefleet.search import running
+from tunefleet.search.options import HELP, StudyOptions
+from tunefleet.search.session import Session
+from tunefleet.search.wandb_options import NAMES
+from tunefleet.study import Study
+
+NOT_OPTIONS = ("space", "points")
+OF_THE_STUDY = ("study_dir", "storage", "dry_run")
+OF_WANDB = ("wandb", "wandb_sweep", *(f"wandb_{name}" for name in NAMES))
+
+
+def search(space: Space, **options: Any) -> Any:
+    """Search a space, retrain the winner and test it; return the finished study.
+
+    Args:
+        space: What is searched.
+        options: Those of ``tunefleet search``, by the names of its flags: ``data``, ``trials``, ``study_dir``, ….
+            With ``dry_run=True`` nothing is written, and the forecast is returned.
+
+    Raises:
+        ValueError: An option is unknown or impossible, or the study cannot run.
+        KeyboardInterrupt: It was stopped; its folder is printed, and it can be resumed.
+        RuntimeError: It stopped for another reason; it can be resumed.
+    """
+    known = [*(name for name in HELP if name not in NOT_OPTIONS), *OF_THE_STUDY, *OF_WANDB]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"{name} is no option{nearest(name, known)}")
+    of_wandb = {name: options.pop(name) for name in OF_WANDB if name in options}
+    given = {name: options.pop(name) for name in OF_THE_STUDY if name in options}
+    space = space if space.source else of_script(space) or pickled(space)
+    checked = StudyOptions(space, **{name: _plain(value) for name, value in options.items()})
+    storage, dry_run = given.get("storage"), bool(given.get("dry_run"))
+    folder = Path(given.get("study_dir") or running.default_folder(space.name, checked.data))
+    how = {"dry_run": dry_run, "wandb": _wandb(of_wandb), "storage": storage}
+    session = _run(lambda session: running.start(checked, folder, session, **how), folder)
+    return session.forecast if dry_run else Study(folder)
+
+
+def resume(location: Path | str, *, space: Space | None = None, **options: Any) -> Study:
+    """Continue a study; return it once it is finished.
+
+    Args:
+        location: Its folder or URL.
+        space: The study's, where it was made in a notebook.
+        options: Those of ``tunefleet resume``, by the names of its flags.
+
+    Raises:
+        ValueError: It cannot be resumed as asked.
+        KeyboardInterrupt: It was stopped; it can be resumed again.
+        RuntimeError: It stopped for another reason; it can be resumed again.
+    """
+    of_wandb = {name: options.pop(name) for name in OF_WANDB if name in options}
+    changes = {name: _plain(value) for name, value in options.items()}
+    if space is not None and space.source is None:
+        space = pickled(space)
+    folder = fetch_study(str(location))
+    _run(
+        lambda session: running.resume(location, changes, session, wandb=_wandb(of_wandb), space=space), folder
+    )
+    return Study(folder)
+
+
+@kept_environment()
+def _run(work: Callable[[Session], int], folder: Path) -> Session:
+    """Run or resume a study; afterwards Ray runs only if it did before."""
+    ours, session = not ray.is_initialized(), Session(Console())
+    try:
+        code = session.stops.run(lambda: work(session))
+    finally:
+        if ours and ray.is_initialized():
+            ray.shutdown()
+    if code == 3:
+        if session.stops.was_signalled:
+            raise KeyboardInterrupt
+        raise RuntimeError(f"the study has stopped; resume it: tunefleet.resume({shown(folder)!r})")
+    return session
+
+
+def _plain(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _wandb(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return W&B's options by field; without any there is no upload but where W&B is set up."""
+    names = {"wandb": "mode"}
+    return {names.get(name, name.removeprefix("wandb_")): value for name, value in options.items()}

@@ -1,0 +1,146 @@
+"""Spaces in people's files: how they are found, kept apart, copied and taken elsewhere."""
+
+import pickle
+import sys
+
+import pytest
+from ray import tune
+
+from tunefleet.models import sources
+from tunefleet.models.sources import collected, pickled, restored, write
+from tunefleet.models.space import Space
+from tunefleet.models.spaces import find_space
+
+FILE = """
+from ray import tune
+from torch import nn
+from tunefleet import Space
+import helper
+
+def build(num_classes, image_shape, width=4):
+    import late
+    return nn.Sequential(nn.Flatten(), nn.Linear(helper.features(image_shape), num_classes))
+
+space = Space(build, {"lr": tune.loguniform(1e-3, 1e-1), "width": tune.choice([4, 8])})
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(FILE)
+    (tmp_path / "helper.py").write_text("import math\ndef features(shape): return math.prod(shape)\n")
+    (tmp_path / "late.py").write_text("LATE = 1\n")
+    (tmp_path / "unused.py").write_text("1 / 0\n")
+    return tmp_path
+
+
+def test_a_file_gives_its_only_space(folder):
+    space = find_space("mine.py")
+    assert (space.name, space.reference, list(space.arguments)) == ("mine", "mine.py", ["width"])
+    assert sorted(space.source.files) == ["helper.py", "mine.py"]
+    space.build(10, (3, 4, 4))
+    assert sorted(collected(space).source.files) == ["helper.py", "late.py", "mine.py"]
+    assert not {"mine", "helper", "late"} & set(sys.modules)
+
+
+def test_neighbours_of_equal_names_and_edited_files_are_kept_apart(folder, tmp_path):
+    first = find_space("mine.py")
+    (folder / "helper.py").write_text("def features(shape): return 7\n")
+    edited = find_space("mine.py")
+    other = folder / "other"
+    other.mkdir()
+    (other / "mine.py").write_text(FILE)
+    (other / "helper.py").write_text("def features(shape): return 9\n")
+    (other / "late.py").write_text("")
+    elsewhere = find_space("other/mine.py")
+    widths = [space.build(10, (3, 4, 4))[1].in_features for space in (first, edited, elsewhere, first)]
+    assert widths == [48, 7, 9, 48]
+    assert first.source.sha256 != edited.source.sha256
+
+
+def test_another_process_imports_the_sources_and_no_pickle_of_them(folder, tmp_path):
+    import dataclasses
+
+    space = find_space("mine.py")
+    space.build(10, (3, 4, 4))
+    space = collected(space)
+    source = dataclasses.replace(space.source, data_dir=str(tmp_path / "data"))
+    space = dataclasses.replace(space, source=source, channels_last=True)
+    content = pickle.dumps(space)
+    (folder / "mine.py").unlink()
+    elsewhere = pickle.loads(content)
+    assert elsewhere.build(10, (3, 4, 4))[1].in_features == 48
+    assert (elsewhere.name, elsewhere.channels_last) == ("mine", True)
+    (written,) = (tmp_path / "data" / "spaces").iterdir()
+    assert sorted(file.name for file in written.glob("*.py")) == ["helper.py", "late.py", "mine.py"]
+
+
+def test_a_space_without_a_file_is_pickled_whole():
+    def build(num_classes, image_shape, width=4):
+        return width
+
+    space = pickled(Space(build, {"width": tune.choice([4, 8])}, name="made"))
+    elsewhere = pickle.loads(pickle.dumps(space))
+    assert (elsewhere.name, elsewhere.build(1, 2, 8)) == ("made", 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "message"),
+    [
+        ("x = 1", "mine.py", r"mine.py has no Space; write for example: space = Space\(build, ranges\)"),
+        (FILE + "second = space", "mine.py", "mine.py has 2 spaces; give one: mine.py:space, …"),
+        (FILE, "mine.py:spaec", "spaec is no Space; did you mean space"),
+        ("import nothing_at_all", "mine.py", "cannot be imported: mine.py line 1: ModuleNotFoundError: No module"),
+        ("def f():\n    return x\nf()", "mine.py", "cannot be imported: mine.py line 2: NameError: name 'x'"),
+        ("if:\n  1", "mine.py", "cannot be imported: mine.py line 1: SyntaxError: invalid syntax"),
+        (FILE, "none.py", "there is no such file"),
+        (FILE, "mine", "mine is unknown; mine.py is here: give --space mine.py"),
+        (FILE, "nowhere.module:space", "there is no module nowhere here"),
+        (FILE.replace('"width"', '"widht"'), "mine.py", "widht is neither .* did you mean width"),
+    ],
+)
+def test_a_mistake_is_one_line(folder, text, reference, message):
+    (folder / "mine.py").write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        find_space(reference)
+    assert "\n" not in str(error.value)
+
+
+def test_a_package_is_copied_whole(folder):
+    package = folder / "networks"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "small.py").write_text(FILE.replace("import helper", "from networks import helper"))
+    (package / "helper.py").write_text((folder / "helper.py").read_text())
+    (package / "unused.py").write_text("")
+    space = find_space("networks.small:space")
+    assert space.name == "small"
+    assert sorted(space.source.files) == [f"networks/{name}.py" for name in ("__init__", "helper", "small", "unused")]
+
+
+def test_a_study_is_restored_from_its_copy_and_says_where_the_original_differs(folder, tmp_path):
+    space = find_space("mine.py")
+    write(space.source.files, tmp_path / "copy")
+    recorded = space.source.to_dict()
+    (folder / "helper.py").write_text("def features(shape): return 7\n")
+    found, line = restored(recorded, tmp_path / "copy", str(tmp_path / "data"))
+    (folder / "late.py").unlink()
+    assert found.name == "mine"
+    assert line == "helper.py differs from the study's copy, which is used"
+    (tmp_path / "copy" / "mine.py").write_text("changed")
+    with pytest.raises(ValueError, match=r"mine\.py is not what the study began with"):
+        restored(recorded, tmp_path / "copy", str(tmp_path / "data"))
+
+
+def test_a_space_of_a_notebook_is_not_restored_from_its_folder(tmp_path):
+    recorded = pickled(Space(lambda num_classes, image_shape: None, name="made")).source.to_dict()
+    with pytest.raises(ValueError, match=r"resume by tunefleet\.resume\(folder, space=space\)"):
+        restored(recorded, tmp_path, "")
+
+
+def test_built_in_spaces_travel_by_name():
+    space = find_space("convnet")
+    assert pickle.loads(pickle.dumps(space)).name == "convnet"
+    assert len(pickle.dumps(space)) < 1000
+    assert sources.find("convnet", {"convnet": space}) is space

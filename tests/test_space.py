@@ -1,0 +1,133 @@
+"""What a Space accepts: its keys, values, first point and builder."""
+
+import pytest
+from ray import tune
+from torch import nn
+
+from tunefleet import Space
+from tunefleet.models.ranges import parse_range
+
+LR = {"lr": tune.loguniform(1e-4, 1e-1)}
+
+
+def build(num_classes, image_shape, width=8, rate: float | None = None, flags=(1, 2)):
+    return nn.Linear(width, num_classes)
+
+
+class Network(nn.Module):
+    def __init__(self, num_classes, image_shape, *, depth: int, weights="none"):
+        super().__init__()
+
+
+class MyRun:
+    pass
+
+
+def test_a_function_or_a_class_builds_and_names_its_own_arguments():
+    assert list(Space(build, LR).arguments) == ["width", "rate", "flags"]
+    space = Space(Network, LR | {"depth": tune.choice([1, 2])})
+    assert (list(space.arguments), space.takes_weights, space.name) == (["depth"], True, "Network")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Space(), "needs build, which builds a network, or run"),
+        (lambda: Space(3, LR), "build=3 cannot be called"),
+        (lambda: Space(lambda a: a, LR), "first two arguments"),
+        (lambda: Space(build, {"widht": tune.choice([1])}), "did you mean width"),
+        (lambda: Space(build, {"momentun": tune.choice([0.1])}), "did you mean momentum"),
+        (lambda: Space(build, {"epochs": tune.choice([1, 2])}), "epochs cannot be searched; give --epochs"),
+        (lambda: Space(build, {"lr": 0.1}), "the range of lr cannot be searched"),
+        (lambda: Space(build, {"lr": tune.randn()}), "the range of lr cannot be searched"),
+        (lambda: Space(build, {"width": tune.choice([(1, 2)])}), "is not a JSON value"),
+        (lambda: Space(build, LR, fixed={"lr": 0.1}), "lr is in ranges and in fixed"),
+        (lambda: Space(build, LR, first={}), "first lacks lr"),
+        (lambda: Space(build, LR, first={"lr": 1.0}), "first has lr=1.0, which is not in its range"),
+        (lambda: Space(build, LR, first={"lr": 0.1, "momentum": 0.9}), "first has momentum, which has no range"),
+        (lambda: Space(build, LR, fixed={"batch_size": -1}), "batch_size=-1 is not possible"),
+        (lambda: Space(Network, LR), "needs depth, which has neither a range nor a default"),
+        (lambda: Space(lambda n, s, lr=1: n, {}), "has the name of a hyperparameter of the training; rename"),
+        (lambda: Space(lambda n, s, seconds=1: n, {}), "has the name of a column of the results; rename"),
+        (lambda: Space(build, LR, metric="val_f1", mode="max"), "metric=val_f1 is unknown"),
+        (lambda: Space(run=MyRun, ranges=LR, metric="f1"), "metric=f1 has no mode"),
+        (lambda: Space(build, LR, metric="val_loss", mode="max"), "mode='max' is not that of val_loss"),
+        (lambda: Space(build, LR, name="../x"), "is not possible; give letters, digits"),
+        (lambda: Space(build, LR, trials=0), "trials=0 is not possible"),
+    ],
+)
+def test_a_mistake_is_one_line(make, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+def test_without_a_first_point_the_middle_of_each_range_is_first():
+    ranges = {
+        "lr": tune.loguniform(1e-4, 1e-2),
+        "momentum": tune.uniform(0.0, 0.9),
+        "width": tune.choice([4, 8, 16]),
+        "batch_size": tune.qrandint(32, 96, 32),
+    }
+    start = Space(build, ranges).start
+    assert start == {"lr": pytest.approx(1e-3), "momentum": 0.45, "width": 8, "batch_size": 64}
+
+
+def test_open_builders_take_any_key():
+    space = Space(lambda num_classes, image_shape, **own: own, {"anything": tune.choice([1, 2])})
+    assert space.config({"anything": 2}).model == {"anything": 2}
+    assert space.network(2, (3, 8, 8), space.config({"anything": 2, "lr": 0.1})) == {"anything": 2}
+
+
+def test_own_values_are_flat_outside_a_config():
+    config = Space(build, LR).config({"lr": 0.1, "width": 3})
+    assert config.model == {"width": 3, "rate": None}
+    assert config.to_dict()["width"] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("width", "16", 16),
+        ("rate", "0.5", 0.5),
+        ("flags", "[1, 2]", [1, 2]),
+        ("lr", "1e-3", 0.001),
+        ("nesterov", "true", True),
+    ],
+)
+def test_texts_become_values_of_their_types(name, text, value):
+    assert Space(build, LR).parse(name, text) == value
+
+
+@pytest.mark.parametrize(("name", "text"), [("width", "wide"), ("lr", "x"), ("nesterov", "1"), ("widht", "3")])
+def test_texts_that_are_no_values_are_one_line(name, text):
+    with pytest.raises(ValueError, match=r"is not possible; .* is a value of type|is no hyperparameter"):
+        Space(build, LR).parse(name, text)
+
+
+def test_fixed_values_leave_the_others_searched():
+    space = Space(build, LR | {"width": tune.choice([4, 8])}).fixing({"width": 5})
+    assert (list(space.ranges), space.fixed, list(space.start)) == (["lr"], {"width": 5}, ["lr"])
+
+
+@pytest.mark.parametrize(
+    ("text", "described"),
+    [
+        ("loguniform(1e-5, 1e-2)", {"low": 1e-5, "high": 1e-2, "log": True}),
+        ("tune.uniform(0, 1)", {"low": 0.0, "high": 1.0, "log": False}),
+        ("choice(64, 128)", {"values": [64, 128]}),
+        ("choice(['a', 'b'])", {"values": ["a", "b"]}),
+        ("qrandint(32, 96, 32)", {"low": 32, "high": 96, "log": False, "step": 32.0}),
+        ("lograndint(1, 100)", {"low": 1, "high": 99, "log": True}),
+    ],
+)
+def test_ranges_are_read_from_text(text, described):
+    assert Space(build, {"width": parse_range(text)}, first=None).described()["width"] == described
+
+
+@pytest.mark.parametrize(
+    "text", ["", "3", "normal(0, 1)", "choice()", "uniform(1)", "uniform(x, y)", "__import__('os').system('x')"]
+)
+def test_text_that_is_no_range_is_one_line_and_runs_nothing(text):
+    with pytest.raises(ValueError, match=r"^[^\n]+$"):
+        parse_range(text)
