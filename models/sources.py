@@ -30,7 +30,7 @@ from ray import cloudpickle
 
 from tunefleet.cli import expanded, printable, shown
 from tunefleet.models.checks import nearest
-from tunefleet.models.space import Space
+from tunefleet.models.space import Space, builder_name
 
 BUILT_IN = "tunefleet.models.spaces"  # the module of the thirteen, in its SPACES
 PREFIX = "tunefleet_space_"
@@ -238,7 +238,8 @@ def find(reference: str, built_in: Mapping[str, Space]) -> Space:
 def of_script(space: Space) -> Space | None:
     """Return a space of the script that Python runs, as its file has it; None: no file does.
 
-    Its module is imported a second time, under a name of its own: workers have no ``__main__`` of this script.
+    Its module is imported a second time, under a name of its own: workers have no ``__main__`` of this
+    script.
     """
     main = sys.modules["__main__"]
     file = getattr(main, "__file__", None)
@@ -268,8 +269,9 @@ def _load(reference: str, folder: Path, module_name: str, variable: str) -> Spac
         raise ValueError(
             f"--space={printable(reference)}: {variable} is no Space{nearest(variable, _spaces_in(module))}"
         )
-    default = space.name in ("", getattr(space.build or space.run, "__name__", ""))
-    name = space.name if not default else module_name.rpartition(".")[2] if variable == "space" else variable
+    name = space.name
+    if name == builder_name(space):
+        name = module_name.rpartition(".")[2] if variable == "space" else variable
     source = Source(reference, name, module_name, variable, package=package, folder=str(folder))
     return collected(replace(space, name=name, source=source))
 

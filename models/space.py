@@ -117,7 +117,7 @@ class Space:
             raise ValueError("a space needs build, which builds a network, or run, which trains by itself")
         for name in ("ranges", "fixed"):
             object.__setattr__(self, name, dict(getattr(self, name) or {}))
-        object.__setattr__(self, "name", self.name or getattr(self.build or self.run, "__name__", "space"))
+        object.__setattr__(self, "name", self.name or builder_name(self))
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(f"name={self.name!r} is not possible; give letters, digits, _, - and .")
         self._check_arguments()
@@ -276,14 +276,16 @@ class Space:
         )
 
     def ranging(self, ranges: Mapping[str, Domain]) -> Space:
-        """Return the space with other ranges; a first value that lies outside becomes the middle of its range.
+        """Return the space with other ranges; a first value outside becomes the middle of its range.
 
         Raises:
             ValueError: A name is no hyperparameter that can be searched.
         """
         kept = {key: value for key, value in self.start.items() if key not in ranges}
         moved = {
-            key: self.start[key] if key in self.start and contains(domain, self.start[key]) else middle(domain)
+            key: self.start[key]
+            if key in self.start and contains(domain, self.start[key])
+            else middle(domain)
             for key, domain in ranges.items()
         }
         return replace(
@@ -369,6 +371,12 @@ class Space:
         assert self.build is not None
         weights = {"weights": config.weights} if self.takes_weights else {}
         return self.build(num_classes, image_shape, **config.model, **weights)
+
+
+def builder_name(space: Space) -> str:
+    """Return what a space is called that has no name of its own."""
+    name = getattr(space.build or space.run, "__name__", "space")
+    return name if name.isidentifier() else "space"
 
 
 def _space_of(source: Any, traits: Mapping[str, Any]) -> Space:

@@ -1,11 +1,10 @@
 """Run studies from Python: what the commands do, with their options as keywords.
 
-``Space.search``, ``tunefleet.resume`` and ``tunefleet.load`` are the public names; ``tunefleet`` looks them up here.
+``Space.search`` and ``tunefleet.resume`` are the public names; ``tunefleet`` looks them up here.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,7 +34,7 @@ def search(space: Space, **options: Any) -> Any:
 
     Args:
         space: What is searched.
-        options: Those of ``tunefleet search``, by the names of its flags: ``data``, ``trials``, ``study_dir``, ….
+        options: Those of ``tunefleet search``, by the names of its flags: ``data``, ``trials``, ….
             With ``dry_run=True`` nothing is written, and the forecast is returned.
 
     Raises:
@@ -51,9 +50,9 @@ def search(space: Space, **options: Any) -> Any:
     given = {name: options.pop(name) for name in OF_THE_STUDY if name in options}
     space = space if space.source else of_script(space) or pickled(space)
     checked = StudyOptions(space, **{name: _plain(value) for name, value in options.items()})
-    storage, dry_run = given.get("storage"), bool(given.get("dry_run"))
+    dry_run = bool(given.get("dry_run"))
     folder = Path(given.get("study_dir") or running.default_folder(space.name, checked.data))
-    how = {"dry_run": dry_run, "wandb": _wandb(of_wandb), "storage": storage}
+    how: Any = {"dry_run": dry_run, "wandb": _wandb(of_wandb), "storage": given.get("storage")}
     session = _run(lambda session: running.start(checked, folder, session, **how), folder)
     return session.forecast if dry_run else Study(folder)
 
@@ -77,7 +76,8 @@ def resume(location: Path | str, *, space: Space | None = None, **options: Any) 
         space = pickled(space)
     folder = fetch_study(str(location))
     _run(
-        lambda session: running.resume(location, changes, session, wandb=_wandb(of_wandb), space=space), folder
+        lambda session: running.resume(location, changes, session, wandb=_wandb(of_wandb), space=space),
+        folder,
     )
     return Study(folder)
 

@@ -164,7 +164,8 @@ def run(ready: Ready, session: Session, wandb: WandbOptions, changes: Mapping[st
         on, device = f" on {ready.data.name}", f"{device} {ready.settings.precision}"
     print_text(
         console,
-        f"{on}: {trials} of up to {epochs}, {ready.resources.slots} at once, {device} -> {shown(ready.location)}",
+        f"{on}: {trials} of up to {epochs}, {ready.resources.slots} at once, {device} "
+        f"-> {shown(ready.location)}",
         options.space.name,
     )
     live_upload = LiveUpload(ready.folder, wandb)

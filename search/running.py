@@ -210,7 +210,7 @@ def _checked(request: Request, session: Session) -> int:
         if not earlier and not options.storage:
             preflight.check_disk(request.folder, *preflight.disk_needed(options, share, prepared))
     if request.dry_run:
-        session.forecast |= preflight.forecast(options, share, prepared)
+        session.forecast.update(preflight.forecast(options, share, prepared))
         return preflight.print_forecast(options, request.folder, share, data, settings, prepared, console)
     ready = execution.Ready(options, request.folder.resolve(), data, settings, share)
     if earlier is None:

@@ -91,7 +91,11 @@ def test_a_space_without_a_file_is_pickled_whole():
         ("x = 1", "mine.py", r"mine.py has no Space; write for example: space = Space\(build, ranges\)"),
         (FILE + "second = space", "mine.py", "mine.py has 2 spaces; give one: mine.py:space, …"),
         (FILE, "mine.py:spaec", "spaec is no Space; did you mean space"),
-        ("import nothing_at_all", "mine.py", "cannot be imported: mine.py line 1: ModuleNotFoundError: No module"),
+        (
+            "import nothing_at_all",
+            "mine.py",
+            "cannot be imported: mine.py line 1: ModuleNotFoundError: No module",
+        ),
         ("def f():\n    return x\nf()", "mine.py", "cannot be imported: mine.py line 2: NameError: name 'x'"),
         ("if:\n  1", "mine.py", "cannot be imported: mine.py line 1: SyntaxError: invalid syntax"),
         (FILE, "none.py", "there is no such file"),
@@ -116,7 +120,9 @@ def test_a_package_is_copied_whole(folder):
     (package / "unused.py").write_text("")
     space = find_space("networks.small:space")
     assert space.name == "small"
-    assert sorted(space.source.files) == [f"networks/{name}.py" for name in ("__init__", "helper", "small", "unused")]
+    assert sorted(space.source.files) == [
+        f"networks/{name}.py" for name in ("__init__", "helper", "small", "unused")
+    ]
 
 
 def test_a_study_is_restored_from_its_copy_and_says_where_the_original_differs(folder, tmp_path):

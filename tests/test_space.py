@@ -44,7 +44,10 @@ def test_a_function_or_a_class_builds_and_names_its_own_arguments():
         (lambda: Space(build, LR, fixed={"lr": 0.1}), "lr is in ranges and in fixed"),
         (lambda: Space(build, LR, first={}), "first lacks lr"),
         (lambda: Space(build, LR, first={"lr": 1.0}), "first has lr=1.0, which is not in its range"),
-        (lambda: Space(build, LR, first={"lr": 0.1, "momentum": 0.9}), "first has momentum, which has no range"),
+        (
+            lambda: Space(build, LR, first={"lr": 0.1, "momentum": 0.9}),
+            "first has momentum, which has no range",
+        ),
         (lambda: Space(build, LR, fixed={"batch_size": -1}), "batch_size=-1 is not possible"),
         (lambda: Space(Network, LR), "needs depth, which has neither a range nor a default"),
         (lambda: Space(lambda n, s, lr=1: n, {}), "has the name of a hyperparameter of the training; rename"),
@@ -99,7 +102,9 @@ def test_texts_become_values_of_their_types(name, text, value):
     assert Space(build, LR).parse(name, text) == value
 
 
-@pytest.mark.parametrize(("name", "text"), [("width", "wide"), ("lr", "x"), ("nesterov", "1"), ("widht", "3")])
+@pytest.mark.parametrize(
+    ("name", "text"), [("width", "wide"), ("lr", "x"), ("nesterov", "1"), ("widht", "3")]
+)
 def test_texts_that_are_no_values_are_one_line(name, text):
     with pytest.raises(ValueError, match=r"is not possible; .* is a value of type|is no hyperparameter"):
         Space(build, LR).parse(name, text)
@@ -126,7 +131,8 @@ def test_ranges_are_read_from_text(text, described):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "3", "normal(0, 1)", "choice()", "uniform(1)", "uniform(x, y)", "__import__('os').system('x')"]
+    "text",
+    ["", "3", "normal(0, 1)", "choice()", "uniform(1)", "uniform(x, y)", "__import__('os').system('x')"],
 )
 def test_text_that_is_no_range_is_one_line_and_runs_nothing(text):
     with pytest.raises(ValueError, match=r"^[^\n]+$"):
