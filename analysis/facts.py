@@ -120,7 +120,7 @@ def _group(space: str) -> str:
 def cards(study: StudyResults) -> list[tuple[str, str]]:
     """Return the numbers at a report's top: what each is, and its value."""
     shown, known = [], study.facts
-    best, final, test = known.get("best"), known.get("final"), study.test_accuracy
+    best, final, test = known.get("best"), known.get("final"), study.test_figures
     if final and test:
         seeds = counted(len(final["seeds"]), "fresh seed")
         diverged = f", {len(final['diverged'])} of them diverged" if final.get("diverged") else ""

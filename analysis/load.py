@@ -83,7 +83,7 @@ class StudyResults(Study):
         return list(self.facts["data"]["classes"])
 
     @property
-    def test_accuracy(self) -> dict[str, Any] | None:
+    def test_figures(self) -> dict[str, Any] | None:
         """Return mean, sd, interval95 and values over the fresh seeds; None where none was tested."""
         final = self.facts["final"]
         return final["test_accuracy"] if final else None

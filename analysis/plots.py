@@ -392,7 +392,7 @@ def accuracy_against_seconds(studies: list[StudyResults]) -> Figure | None:
 
     Of many studies, only those on the front are named: no other is both faster and better.
     """
-    tests = [(study, study.test_accuracy) for study in studies if study.test_accuracy]
+    tests = [(study, study.test_figures) for study in studies if study.test_figures]
     if not tests:
         return None
     figure, axes = _axes()

@@ -53,7 +53,7 @@ def write(study: StudyResults, url: str) -> bool:
         try:
             for key in ("space", "status", "commit"):
                 exported.set_user_attr(key, study.facts[key])
-            exported.set_user_attr("test_accuracy", study.test_accuracy)
+            exported.set_user_attr("test_accuracy", study.test_figures)
             exported.set_user_attr("command", shell(*words(study.facts["command"])))
             exported.add_trials(trials)
         except BaseException:  # a Ctrl-C, too, must not leave half a study
