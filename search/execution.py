@@ -296,7 +296,8 @@ def keep_best(folder: Path, trials: Mapping[str, TrialRecord]) -> None:
     best = folder / "best"
     (best / "config.json").write_text(json.dumps(done[0].config, indent=2) + "\n")
     checkpoint = folder / checkpoint_name(done[0].trial_id)
-    if checkpoint.exists() and (network := _network_of(checkpoint)):
+    if checkpoint.exists() and (state := _state_of(checkpoint)):
+        network = state.get("network", {})  # of a training of its own, none that we know
         first = next((tensor for tensor in network.values() if tensor.dim() >= 2), None)
         if first is not None:
             np.save(best / "first_layer.npy", first.float().numpy())
@@ -310,14 +311,14 @@ def keep_best(folder: Path, trials: Mapping[str, TrialRecord]) -> None:
             others.unlink()
 
 
-def _network_of(checkpoint: Path) -> dict[str, Any] | None:
-    """Return a checkpoint's network; None, and a line that says so, where the file is damaged."""
+def _state_of(checkpoint: Path) -> dict[str, Any] | None:
+    """Return a checkpoint's content; None, and a line that says so, where the file is damaged."""
     with contextlib.suppress(zipfile.BadZipFile, EOFError):
         with zipfile.ZipFile(checkpoint) as archive:  # torch.load checks no sum (2.15)
             whole = archive.testzip() is None
         if whole:
-            network: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)["network"]
-            return network
+            state: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            return state
     print(f"best/ has no checkpoint: {checkpoint.name} is damaged; test accuracies and predictions are whole")
     return None
 
