@@ -40,9 +40,9 @@ from tunefleet.benchmarks.arms import ARMS
 from tunefleet.benchmarks.families import FAMILIES, Family, absolute, configurations, subset
 from tunefleet.benchmarks.task import Row, Task
 from tunefleet.cli import Parser, exit_code
+from tunefleet.host import cpu_count
 from tunefleet.models.checks import check_integer, check_name
 from tunefleet.trainables.data import DATA_DIR
-from tunefleet.trainables.host import cpu_count
 from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.provenance import commit, machine_name, versions
 

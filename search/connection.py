@@ -26,7 +26,7 @@ import ray
 
 from tunefleet.cli import printable, shell
 from tunefleet.files import is_full
-from tunefleet.trainables.host import cpu_count, may_be_used
+from tunefleet.host import cpu_count, may_be_used
 
 PROCESSES = ("gcs_server", "raylet")  # of a Ray on this host, without which there is none
 WATCH_SECONDS = 1.0  # between looks at them

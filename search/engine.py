@@ -31,6 +31,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from tunefleet.host import oom_kills
 from tunefleet.search.connection import TRIAL_SLOT, is_local
 from tunefleet.search.failures import (
     GpuFailures,
@@ -45,7 +46,6 @@ from tunefleet.search.failures import (
 from tunefleet.search.resources import Resources, Slots
 from tunefleet.search.scheduler import Job, Scheduler
 from tunefleet.trainables.ddp import drive
-from tunefleet.trainables.host import oom_kills
 from tunefleet.trainables.trial import Trial, TrialContext
 
 ROUND = 1000  # jobs of one fit()

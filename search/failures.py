@@ -28,8 +28,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tunefleet.files import says_full
+from tunefleet.host import oom_kills
 from tunefleet.store import StoreError
-from tunefleet.trainables.host import oom_kills
 
 MEMORY = ("NODE_OUT_OF_MEMORY", "running low on memory")
 NODE = (

@@ -17,6 +17,7 @@ from ray.tune.search.sample import Categorical, Integer
 from rich.console import Console
 
 from tunefleet.cli import counted, shown
+from tunefleet.host import cpu_count
 from tunefleet.models.space import TrainConfig
 from tunefleet.models.spaces import default_image_size
 from tunefleet.search.asha import expected_epochs
@@ -27,7 +28,6 @@ from tunefleet.search.suggest import suggest
 from tunefleet.trainables.data import BUILT_IN, ImageData, Progress
 from tunefleet.trainables.device import DeviceSettings, free_memory, is_out_of_memory
 from tunefleet.trainables.graph import WARM_UP_STEPS, CaptureError, CaptureMemoryError
-from tunefleet.trainables.host import cpu_count
 from tunefleet.trainables.inputs import build_model, kind_of, load_inputs, sample_inputs, split_counts
 from tunefleet.trainables.training import TrainingRun
 

@@ -12,10 +12,10 @@ import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from tunefleet.cli import counted
+from tunefleet.host import cpu_count, free_bytes
 from tunefleet.search.connection import TRIAL_SLOT, connect, is_local
 from tunefleet.search.options import StudyOptions
 from tunefleet.trainables.device import CONTEXT_BYTES, DeviceSettings, choose, why_unusable
-from tunefleet.trainables.host import cpu_count, free_bytes
 
 NODE_SECONDS = 900.0  # an autoscaler's first node may take so long to come up
 NODES_SECONDS = 5.0  # between looks at a cluster's nodes during a study

@@ -21,6 +21,7 @@ from ray.util.queue import Queue
 from rich.console import Console
 
 from tunefleet.cli import expanded, shell
+from tunefleet.host import hidden_by_environment
 from tunefleet.lease import NAME as LEASE
 from tunefleet.mirror import fetch_study
 from tunefleet.models.sources import collected, restored
@@ -35,7 +36,6 @@ from tunefleet.search.wandb_options import choose as choose_wandb
 from tunefleet.store import BRIEF_SECONDS, Store, reason
 from tunefleet.study import Study, lock_study
 from tunefleet.trainables.data import BUILT_IN, ImageData, Progress, check_sha256
-from tunefleet.trainables.host import hidden_by_environment
 from tunefleet.trainables.preparation import prepare
 
 if TYPE_CHECKING:

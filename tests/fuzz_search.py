@@ -33,7 +33,7 @@ from tunefleet.models.spaces import SPACES
 from tunefleet.search import lr_study, run, wandb_sync
 from tunefleet.search.options import HELP, flag
 from tunefleet.study import Study, write_result, write_study
-from tunefleet.trainables import training
+from tunefleet.trainables import train
 from tunefleet.trainables.preparation import prepare
 
 RAY_EVERY = 50  # draws
@@ -407,7 +407,7 @@ def make_command(rng: random.Random, folder: Path, number: int) -> Command:
     elif kind == "mirror":
         main, given = mirror.main, [study]
     elif kind == "training":
-        main = training.main
+        main = train.main
         names = [name for name in FIELD_TYPES if name != "architecture"]
         given = [f"--space={rng.choice([*SMALL, *SMALL, *WORDS])}", *small[:3], "--threads=1"]
         given += [
@@ -420,9 +420,7 @@ def make_command(rng: random.Random, folder: Path, number: int) -> Command:
             name = rng.choice(["data-dir", "device", "precision", "threads"])
             given.append(f"--{name}={rng.choice([*WORDS, make_path(rng, folder)])}")
     else:
-        main = rng.choice(
-            [run.main, lr_study.main, collect.main, wandb_sync.main, mirror.main, training.main]
-        )
+        main = rng.choice([run.main, lr_study.main, collect.main, wandb_sync.main, mirror.main, train.main])
         given = [rng.choice(["--help", "--help", "-h", "--nosuch", "--nosuch\n", "--list-spaces", "\udcff"])]
         dry = True
     data_dir = next((g.partition("=")[2] for g in reversed(given) if g.startswith("--data-dir=")), None)

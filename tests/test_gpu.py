@@ -5,8 +5,8 @@ import errno
 import pytest
 import torch
 
+from tunefleet import host as host_module
 from tunefleet.search.failures import IN_A_ROW, SAME_EVENT_SECONDS, GpuFailures, cause_of, gpu_named
-from tunefleet.trainables import host as host_module
 from tunefleet.trainables.device import BrokenGpuError, choose, is_out_of_memory
 from tunefleet.trainables.graph import CaptureError, CaptureMemoryError
 

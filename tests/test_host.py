@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tunefleet.trainables.host import cpu_count, oom_kills
+from tunefleet.host import cpu_count, oom_kills
 
 
 @pytest.fixture

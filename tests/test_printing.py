@@ -10,7 +10,7 @@ from tunefleet import collect, mirror
 from tunefleet.search import lr_study, run, wandb_sync
 from tunefleet.search.display import phase, print_result
 from tunefleet.study import write_study
-from tunefleet.trainables import training
+from tunefleet.trainables import train
 
 CONFIG = {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.9, "batch_size": 64, "schedule": "cosine"}
 
@@ -103,7 +103,7 @@ def test_a_phase_is_one_line_without_markup(monkeypatch):
     assert step.startswith("reading [red]a\\nb: decoding\\n 1 of 2 images")
 
 
-@pytest.mark.parametrize("command", [run, lr_study, collect, wandb_sync, mirror, training])
+@pytest.mark.parametrize("command", [run, lr_study, collect, wandb_sync, mirror, train])
 def test_help_fits_eighty_columns(command, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as end:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tests.configs import NETWORKS, make_config, own_arguments
 from tunefleet.trainables.data import SPLITS, ImageData
 from tunefleet.trainables.device import DeviceSettings
-from tunefleet.trainables.training import TrainingRun, lr_at, main
+from tunefleet.trainables.training import TrainingRun, lr_at
 
 FP32 = DeviceSettings("cpu", "fp32", channels_last=True, micro_batch_bytes=8 * 2**20)
 CLASSES = 4
@@ -349,32 +349,3 @@ def test_a_checkpoint_on_features_holds_the_head_alone(start):
 
 def test_a_last_batch_of_one_image_trains(start):
     start("resnet_softmax_updatable", batch_size=71).train_epoch()  # 72 images: 71 and 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "needle"),
-    [
-        (["--space", "twolayernn", "--hidden", str(10**12)], "does not fit into memory"),
-        (["--space", "softmax", "--optimizer", "a\nb"], r"optimizer=a\nb is unknown"),
-        (["--space", "softmax", "--data", "no\nwhere"], r"no\nwhere"),
-        (["softmax", "--threads", "0"], "--threads=0"),
-        (["--space", "softmax", "--hidden", "64"], "hidden is no hyperparameter"),
-        (["twolayernn", "--hidden", "many"], "hidden=many is not possible; hidden is a value of type int"),
-        (["twolayernn", "--hidden"], "--hidden is no flag with a value"),
-    ],
-)
-def test_a_mistake_by_hand_is_one_line(arguments, needle, tmp_path, capsys):
-    data = [] if "--data" in arguments else ["--data", "digits"]
-    assert main([*arguments, *data, "--data-dir", str(tmp_path)]) == 2
-    err = capsys.readouterr().err
-    assert needle in err
-    assert err.count("\n") == 1
-
-
-def test_a_ctrl_c_by_hand_is_one_line(tmp_path, monkeypatch, capsys):
-    def interrupt(self):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(TrainingRun, "epoch", interrupt)
-    assert main(["--space", "softmax", "--data", "digits", "--data-dir", str(tmp_path)]) == 3
-    assert capsys.readouterr().err == "stopped\n"

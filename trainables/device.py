@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tunefleet import host
 from tunefleet.models.space import PRECISIONS, Space
-from tunefleet.trainables import host
 
 DEVICES = ("auto", "cpu", "cuda")
 # Activations of one micro-batch that still fit a processor's caches while the backward pass reuses them

@@ -65,7 +65,8 @@ class Inputs:
 
 def kind_of(config: TrainConfig, data: ImageData) -> str:
     """Return which kind of inputs a config reads: features, normalised or images."""
-    if config.augment != "none":
+    augments = getattr(config.space.run, "augments", None)  # of a TrainingRun of a person's own
+    if config.augment != "none" or (augments and augments()):
         return "images"
     if config.space.feature_cache:
         return "features"

@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from tunefleet.cli import expanded, printable
+from tunefleet.host import cpu_count
 from tunefleet.trainables import decoding
 from tunefleet.trainables.archives import Archive
 from tunefleet.trainables.data import (
@@ -38,7 +39,6 @@ from tunefleet.trainables.data import (
 )
 from tunefleet.trainables.decoded import KEPT, cached, describe, folder_of, keep, locked, partial_folder
 from tunefleet.trainables.decoding import Decoder, SourceError, square
-from tunefleet.trainables.host import cpu_count
 from tunefleet.trainables.image_files import Tree, list_files, read_tree, scan
 
 BUILT_IN_SIZE = 32  # pixels per side; CIFAR-10's own, and the digits' 8 leave nothing after three poolings

@@ -1,18 +1,11 @@
-"""Train one configuration: TrainingRun(config, data, settings) trains an epoch per call of epoch().
-
-By hand, with the code that trials use; prints one line per epoch and writes nothing::
-
-    tunefleet train --space convnet --data digits --lr 0.03 --epochs 5
-"""
+"""Train one configuration: TrainingRun(config, data, settings) trains an epoch per call of epoch()."""
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,26 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tunefleet.cli import Parser, exit_code, rounded
 from tunefleet.metric import FRACTIONS
-from tunefleet.models.checks import check_integer
-from tunefleet.models.space import FIELDS, PARSERS, Space, TrainConfig
-from tunefleet.models.spaces import find_space
-from tunefleet.trainables.data import DATA_DIR, ImageData
+from tunefleet.models.space import TrainConfig
+from tunefleet.trainables.data import ImageData
 from tunefleet.trainables.device import (
     DeviceSettings,
-    choose,
     has_convolution,
-    is_out_of_memory,
     micro_batch,
     use_exact_fp32,
 )
 from tunefleet.trainables.graph import StepGraph
 from tunefleet.trainables.group import Group
-from tunefleet.trainables.host import cpu_count
 from tunefleet.trainables.inputs import Inputs, build_model, cached_features, load_inputs
 from tunefleet.trainables.pipeline import Pipeline, augment, draw_crops
-from tunefleet.trainables.preparation import prepare
 
 EVAL_BATCH_BYTES = 32 * 2**20  # inputs of one evaluation batch; activations are some 50 times that
 EVAL_BATCH_MAX = 256  # images through convolutions on a processor, whose caches hold no more
@@ -68,7 +54,7 @@ class TrainingRun:
         ValueError: The architecture cannot be built from the config.
     """
 
-    trains_images = True
+    trains_images = True  # a Space(run=…) that is a subclass trains a network on images
 
     def __init__(
         self,
@@ -99,7 +85,7 @@ class TrainingRun:
         self.trained = [p for p in self.network.parameters() if p.requires_grad]
         on_device = self.device.type == "cuda" or settings.cuda_graph  # a tensor, which a captured step reads
         self.lr = torch.tensor(config.lr, device=self.device) if on_device else config.lr
-        self.optimizer = make_optimizer(config, self.trained, self.lr)
+        self.optimizer = self.make_optimizer(self.trained)
         self.generator = torch.Generator().manual_seed(config.seed)  # order and augmentation
         torch.manual_seed(config.seed)  # dropout draws from the device's own generator
         self.reports: list[dict[str, Any]] = []  # of all epochs so far
@@ -112,6 +98,35 @@ class TrainingRun:
         sample = self.to_network(self.inputs.train_x[:1])
         self.micro_batch = micro_batch(settings, self.network, sample, config.batch_size)
         self.parallel = group.parallel(self.network)
+
+    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Return the mean loss of a batch; yours to override.
+
+        Args:
+            logits: float32 ``(N, C)``.
+            y: Labels ``(N,)``.
+        """
+        return F.cross_entropy(
+            logits, y, label_smoothing=self.config.label_smoothing if self.network.training else 0
+        )
+
+    def make_optimizer(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+        """Build the optimizer of what is trained, of ``self.config`` and ``self.lr``; yours to override."""
+        return make_optimizer(self.config, parameters, self.lr)
+
+    def augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Return training images as they are to be seen; yours to override, instead of crops and flips.
+
+        Args:
+            images: uint8 ``(N, 3, H, W)``, on the device.
+            generator: On the CPU, part of the checkpoint: draw from it alone.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def augments(cls) -> bool:
+        """Return whether a subclass augments images in a way of its own."""
+        return cls.augment is not TrainingRun.augment
 
     @property
     def epochs_done(self) -> int:
@@ -200,14 +215,14 @@ class TrainingRun:
         crop_parts = [None] * len(parts) if crops is None else group.share(crops).split(max(1, len(parts[0])))
         for k, (part, part_crops) in enumerate(zip(parts, crop_parts, strict=True), start=1):
             x, y = gather(inputs.train_x, part), inputs.train_y[part]
-            if part_crops is not None:
+            if self.augments():
+                x = self.augment(x, self.generator)
+            elif part_crops is not None:
                 x = augment(x, part_crops)
             with group.accumulating(self.parallel, last=k == len(parts)):
                 with self.settings.autocast():
                     logits = self.parallel(self.to_network(x)).float()
-                loss = F.cross_entropy(
-                    logits, y, reduction="sum", label_smoothing=self.config.label_smoothing
-                )
+                loss = self._loss_sum(logits, y, self.config.label_smoothing)
                 # parts add up to the mean over the batch; workers are averaged
                 (loss * (group.size / size)).backward()
             self.loss_sum += loss.detach()
@@ -215,13 +230,18 @@ class TrainingRun:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def _loss_sum(self, logits: Tensor, y: Tensor, smoothing: float = 0.0) -> Tensor:
+        if type(self).loss is TrainingRun.loss:
+            return F.cross_entropy(logits, y, reduction="sum", label_smoothing=smoothing)
+        return self.loss(logits, y) * len(y)
+
     def _draw_crops(self, sizes: list[int]) -> Tensor | None:
         """Draw how an epoch's images are augmented ``(N, 3)``; None: they are not.
 
         Drawn for whole batches, so that neither workers nor parts change it, and on the CPU, so that no
         device does.
         """
-        if self.config.augment == "none":
+        if self.config.augment == "none" or self.augments():
             return None
         side, flip = self.data.image_shape[1], self.config.augment == "crop_flip"
         crops = [draw_crops(size, side, self.generator, flip=flip) for size in sizes]
@@ -230,7 +250,7 @@ class TrainingRun:
     def _graph_of_epoch(self, sizes: list[int]) -> StepGraph | None:
         """Return what replays the full batches; None where steps run eagerly."""
         full = sizes.count(self.config.batch_size)
-        if not (self.settings.cuda_graph and self.group.size == 1 and full):
+        if not (self.settings.cuda_graph and self.group.size == 1 and full) or self.augments():
             return None
         if self.graph is None:
             assert isinstance(self.lr, Tensor)
@@ -253,7 +273,7 @@ class TrainingRun:
         confusion = torch.zeros(classes**2, device=self.device, dtype=torch.int64)
         batches = y.split(self._eval_batch(x))
         for part_y, logits in zip(batches, self._logits(self.network, self.to_network, x), strict=True):
-            loss_sum += F.cross_entropy(logits.float(), part_y, reduction="sum")
+            loss_sum += self._loss_sum(logits.float(), part_y)
             pairs = part_y * classes + logits.argmax(1)
             confusion.index_add_(0, pairs, torch.ones_like(pairs))
         return self.group.total(loss_sum, confusion.view(classes, classes))
@@ -444,87 +464,3 @@ def lr_at(config: TrainConfig, epochs: float) -> float:
         return config.lr
     done = (epochs - config.warmup_epochs) / max(config.epochs - config.warmup_epochs, 1e-9)
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-
-
-def _parser() -> Parser:
-    parser = Parser(prog="tunefleet train", description=main.__doc__)
-    parser.add_argument(
-        "--space", required=True, help="architecture, or a file with a Space; SPACE alone first"
-    )
-    for name, field in FIELDS.items():
-        kind = str(field.type)
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=PARSERS[kind], default=argparse.SUPPRESS, help=kind
-        )
-    parser.add_argument("--data", default="cifar10", help="cifar10, digits, or an image folder or archive")
-    parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="cache folder (%(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
-    parser.add_argument("--threads", type=int, default=cpu_count(), help="of the CPU (%(default)s)")
-    return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Train one configuration by hand; every field of TrainConfig is a flag."""
-    words = sys.argv[1:] if arguments is None else arguments
-    words = ["--space", *words] if words and not words[0].startswith("-") else words
-    options, others = _parser().parse_known_args(words)
-    return exit_code(lambda: train(vars(options), others))
-
-
-def train(options: dict[str, Any], others: list[str]) -> int:
-    """Train a configuration and print its epochs; return the exit code: 1 where it diverges.
-
-    Args:
-        options: The flags, and values of TrainConfig.
-        others: Flags and values of the builder's own arguments.
-
-    Raises:
-        ValueError: It cannot be trained as asked.
-    """
-    source, data_dir, device, precision, threads = (
-        options.pop(name) for name in ("data", "data_dir", "device", "precision", "threads")
-    )
-    space = find_space(options.pop("space"))
-    config = space.config(options | _own_values(space, others))
-    check_integer("--threads", threads, 1)
-    torch.set_num_threads(threads)
-    data = prepare(source, data_dir, config.image_size)
-    shown = "train_accuracy" if config.refit else "val_accuracy"
-    try:
-        run = TrainingRun(config, data, choose(device, precision), data_dir)
-        for _ in range(config.epochs):
-            report = run.epoch()
-            print(
-                f"epoch {report['epoch']}/{config.epochs}  train_loss {rounded(report['train_loss'])}  "
-                f"{shown} {rounded(report[shown])}  {report['epoch_seconds']:.3g} s",
-                flush=True,
-            )
-            if report["diverged"]:
-                print("diverged: the loss is not finite, or the accuracy that of chance; give a smaller --lr")
-                return 1
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ValueError(f"{space.name} does not fit into memory; give smaller sizes") from error
-    return 0
-
-
-def _own_values(space: Space, words: list[str]) -> dict[str, Any]:
-    """Return the values of flags such as ``--hidden 64`` or ``--hidden=64``, of the builder's own arguments.
-
-    Raises:
-        ValueError: A word is none.
-    """
-    values, left = {}, iter(words)
-    for word in left:
-        name, equals, text = word.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        if not word.startswith("--") or (not equals and (text := next(left, "")) == ""):
-            raise ValueError(f"{word} is no flag with a value; tunefleet train --help lists the flags")
-        values[name] = space.parse(name, text)
-    return values
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -23,6 +23,7 @@ import torch
 from ray import tune
 
 from tunefleet.files import is_full
+from tunefleet.host import oom_kills
 from tunefleet.metric import ACCURACY, Metric
 from tunefleet.models.space import Space
 from tunefleet.store import Store, StoreError
@@ -32,7 +33,6 @@ from tunefleet.trainables.device import DeviceSettings
 from tunefleet.trainables.evaluate import evaluate_test, result_files
 from tunefleet.trainables.graph import CaptureError
 from tunefleet.trainables.group import Group
-from tunefleet.trainables.host import oom_kills
 from tunefleet.trainables.own import OwnRun
 from tunefleet.trainables.training import ALONE, DamagedCheckpointError, TrainingRun
 

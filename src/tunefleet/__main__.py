@@ -19,7 +19,7 @@ COMMANDS = {  # name: module and function, summary
     "sync": ("search.wandb_sync:main", "upload a study's runs to W&B"),
     "push": ("mirror:main", "upload a study's folder to its object store"),
     "collect": ("collect:main", "write a study's tables from its journal"),
-    "train": ("trainables.training:main", "train one configuration in this process, without Ray"),
+    "train": ("trainables.train:main", "train one configuration in this process, without Ray"),
 }
 NOTHING_WRITTEN = {"search", "resume", "lr-study"}  # while these import, a signal is answered with a line
 
