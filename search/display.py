@@ -19,6 +19,7 @@ from rich.text import Text
 
 from tunefleet.cli import counted, printable, rounded, shown
 from tunefleet.journal import FAILED, TrialRecord
+from tunefleet.models.space import Space
 from tunefleet.models.spaces import SPACES
 from tunefleet.search.asha import expected_epochs
 from tunefleet.search.options import StudyOptions
@@ -111,6 +112,23 @@ def list_spaces(console: Console) -> int:
             highlight=False,
             soft_wrap=True,
         )
+    return 0
+
+
+def list_space(space: Space, console: Console) -> int:
+    """Print what a space searches: ranges, scales, the first point, fixed values and why."""
+    print_text(console, f": {space.summary}" if space.summary else "", space.name)
+    for name, found in space.described().items():
+        if "values" in found:
+            text = ", ".join(map(str, found["values"]))
+        else:
+            step = f", steps of {found['step']:g}" if "step" in found else ""
+            text = f"{found['low']:g} to {found['high']:g}, {'log' if found['log'] else 'linear'}{step}"
+        print_text(console, f"  {name}: {text}; first {space.start[name]}")
+    for name, value in space.fixed.items():
+        print_text(console, f"  {name}: always {value}")
+    if space.why:
+        print_text(console, f"  {space.why}")
     return 0
 
 

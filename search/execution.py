@@ -21,7 +21,8 @@ import torch
 
 from tunefleet.cli import counted, printable, shell, shown
 from tunefleet.files import is_full
-from tunefleet.journal import TrialRecord
+from tunefleet.journal import TrialRecord, winner
+from tunefleet.metric import Metric
 from tunefleet.mirror import Mirror
 from tunefleet.models.sources import write
 from tunefleet.search.asha import Asha
@@ -187,7 +188,7 @@ def run(ready: Ready, session: Session, wandb: WandbOptions, changes: Mapping[st
         try:
             if not scheduler.gave_up:
                 with mirror.paused():
-                    _tidy(ready, scheduler.trials)
+                    _tidy(ready, study.study.metric, scheduler.trials)
         except StoreError as error:
             scheduler.gave_up = str(error)
         if scheduler.gave_up:
@@ -269,12 +270,13 @@ def context_of(ready: Ready) -> TrialContext:
     )
 
 
-def _tidy(ready: Ready, trials: Mapping[str, TrialRecord]) -> None:
+def _tidy(ready: Ready, metric: Metric, trials: dict[str, TrialRecord]) -> None:
     """Keep the winner's results and drop what only a resume would need."""
     store = ready.store
     seeds = [checkpoint_name(trial.trial_id) for trial in trials.values() if trial.is_final]
     store.fetch([*seeds, *store.names("best")], ready.folder)
-    keep_best(ready.folder, trials)
+    best = winner(trials, metric)
+    keep_best(ready.folder, [trial for trial in trials.values() if best and trial.is_seed_of(best)])
     for name in ("checkpoints", "ray"):
         shutil.rmtree(ready.folder / name, ignore_errors=True)
     for folder in ("best", "checkpoints", "ray"):
@@ -283,14 +285,14 @@ def _tidy(ready: Ready, trials: Mapping[str, TrialRecord]) -> None:
                 store.remove(name)
 
 
-def keep_best(folder: Path, trials: Mapping[str, TrialRecord]) -> None:
-    """Fill best/ from the first finished seed.
+def keep_best(folder: Path, seeds: list[TrialRecord]) -> None:
+    """Fill best/ from the winner's first finished seed.
 
     config.json, checkpoint.pt, predictions.parquet, misclassified.npz and first_layer.npy: the
     first layer's weights ``(out, in, k, k)`` or ``(out, in)``, of the head
     where the backbone is frozen, whose own first layer was not trained.
     """
-    done = [trial for trial in trials.values() if trial.is_final and trial.status == "done"]
+    done = [trial for trial in seeds if trial.status == "done"]
     if not done:
         return
     best = folder / "best"

@@ -209,6 +209,7 @@ def _range(name: str, text: str) -> Domain:
         raise ValueError(f"--range {name}={text} is not possible ({error})") from None
 
 
+EXTENDING = ("trials", "final_seeds")  # may grow, also when a study is finished
 RESUMABLE = (
     "data",
     "device",

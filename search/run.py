@@ -32,8 +32,9 @@ from rich.console import Console
 from tunefleet.cli import Parser, exit_code, kept_environment, printable, shell, shown
 from tunefleet.files import write_whole
 from tunefleet.models.spaces import SPACES, find_space
-from tunefleet.search.display import list_spaces
+from tunefleet.search.display import list_space, list_spaces
 from tunefleet.search.options import (
+    EXTENDING,
     HELP,
     RESUMABLE,
     StudyOptions,
@@ -57,7 +58,13 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, An
     what = "architecture to search, or all; --list-spaces shows them"
     parser = study_parser("tunefleet search", __doc__.split("\n")[0], what)
     parser.add_argument("name", nargs="?", metavar="SPACE", help="the same as --space SPACE")
-    parser.add_argument("--list-spaces", action="store_true", help="print the spaces and exit")
+    parser.add_argument(
+        "--list-spaces",
+        nargs="?",
+        const="",
+        metavar="SPACE",
+        help="print the spaces, or the ranges of one, and exit",
+    )
     add_storage(parser)
     add_options(parser, HELP)
     add_wandb_flags(parser)
@@ -81,7 +88,7 @@ def resume_main(arguments: list[str] | None = None) -> int:
     """Run the command line of ``tunefleet resume``; return the exit code."""
     parser = Parser(prog="tunefleet resume", description="Continue a stopped or killed study.")
     parser.add_argument("study", help="its folder or URL")
-    add_options(parser, RESUMABLE)
+    add_options(parser, (*RESUMABLE, *EXTENDING))
     add_wandb_flags(parser)
     flags, options = parse_study(parser, arguments)
     session = Session(Console())
@@ -96,8 +103,9 @@ def search(flags: argparse.Namespace, options: dict[str, Any], session: Session)
     Raises:
         ValueError: It cannot run as asked.
     """
-    if flags.list_spaces:
-        return list_spaces(session.console)
+    if flags.list_spaces is not None:
+        named = flags.list_spaces or flags.space
+        return list_space(find_space(named), session.console) if named else list_spaces(session.console)
     if flags.resume:
         if flags.space or flags.study_dir or flags.storage:
             raise ValueError(

@@ -29,7 +29,7 @@ from tunefleet.models.space import Space
 from tunefleet.models.spaces import find_space
 from tunefleet.search.connection import RayWatch, connect, is_local
 from tunefleet.search.display import phase, print_text
-from tunefleet.search.options import RESUMABLE, StudyOptions, flag
+from tunefleet.search.options import EXTENDING, RESUMABLE, StudyOptions, flag
 from tunefleet.search.session import Session
 from tunefleet.search.wandb_options import WandbOptions
 from tunefleet.search.wandb_options import choose as choose_wandb
@@ -130,12 +130,16 @@ def resume(
     """
     folder = Path(os.path.realpath(fetch_study(str(location))))
     study = Study(folder)
-    fixed = [flag(name) for name in changes if name not in RESUMABLE]
+    fixed = [flag(name) for name in changes if name not in (*RESUMABLE, *EXTENDING)]
     if fixed and not extend:
-        allowed = ", ".join(flag(name) for name in RESUMABLE)
+        allowed = ", ".join(flag(name) for name in (*RESUMABLE, *EXTENDING))
         raise ValueError(f"{', '.join(fixed)} cannot change when a study is resumed; what can: {allowed}")
-    if study.status == "done" and not extend:
-        raise ValueError(f"{folder} is done; there is nothing to resume")
+    extends = extend or _grows(study, changes)
+    if study.status == "done" and not extends:
+        raise ValueError(
+            f"{folder} is done; there is nothing to resume; to continue it give more --trials or --final-seeds "
+            "than it has"
+        )
     lock_study(folder).release()  # before anything slow: another process may be running it
     if space is None:
         space, line = _space_of(study, changes)
@@ -147,6 +151,23 @@ def resume(
     shared = options.storage or str(folder.parent)
     uploads = choose_wandb(wandb or {}, study.spec.get("wandb"))
     return run(Request(options, folder, uploads, shared, False, study, changes), session)
+
+
+def _grows(study: Study, changes: Mapping[str, Any]) -> bool:
+    """Return whether changes ask for more trials, or more seeds of the winner, than a study has.
+
+    Raises:
+        ValueError: They ask for fewer, or for more of given points.
+    """
+    options = study.spec["options"]
+    if "trials" in changes and options.get("points"):
+        raise ValueError("--trials: this study runs given points; give a learning-rate study --extend")
+    for name in EXTENDING:
+        if changes.get(name, options[name]) < options[name]:
+            raise ValueError(
+                f"{flag(name)}={changes[name]} is fewer than the study's {options[name]}; give more"
+            )
+    return any(changes.get(name, options[name]) > options[name] for name in EXTENDING)
 
 
 def _space_of(study: Study, changes: Mapping[str, Any]) -> tuple[Space, str]:

@@ -182,6 +182,8 @@ class Scheduler:
         """Go through an old journal's events as if they happened now, without writing them again."""
         for event in events:
             if "run" in event:
+                if "trials" in event["run"].get("options", {}):  # a study that was finished is continued
+                    self.search_is_over = False
                 continue
             trial_id = event["trial_id"]
             if event.get("epoch") == 0:
@@ -199,8 +201,8 @@ class Scheduler:
         self.running.clear()
 
     def _start_again(self, trial_id: str, config: dict[str, Any]) -> None:
-        if trial_id.startswith(FINAL):
-            self.search_is_over = True
+        self.search_is_over = trial_id.startswith(FINAL)
+        if self.search_is_over:
             self.running = {running for running in self.running if self.trials[running].is_final}
         self._add(trial_id, config)
         self.running.add(trial_id)
@@ -231,11 +233,13 @@ class Scheduler:
 
     def _next_final_job(self) -> Job | None:
         best = winner(self.trials, self.metric)
+        finals = [trial for trial in self.trials.values() if trial.is_final]
+        seeds = {trial.config["seed"] for trial in finals if best and trial.is_seed_of(best)}
         for k in range(1, self.final_seeds + 1):
-            if best is None or f"{FINAL}{k}" in self.trials:
+            if best is None or best.config["seed"] + k in seeds:
                 continue
             fresh = {"seed": best.config["seed"] + k, "refit": True}
-            return self._start(f"{FINAL}{k}", best.config | fresh)
+            return self._start(f"{FINAL}{len(finals) + 1}", best.config | fresh)
         self.finished = not self.running
         return None
 

@@ -10,7 +10,8 @@ from typing import NoReturn
 from tunefleet.cli import end_at_once, printable
 
 COMMANDS = {  # name: module and function, summary
-    "search": ("search.run:main", "search one architecture's hyperparameters, then test the winner"),
+    "new": ("new:main", "write an example of a space in a file of your own"),
+    "search": ("search.run:main", "search a space's hyperparameters, then test the winner"),
     "resume": ("search.run:resume_main", "continue a stopped or killed study"),
     "lr-study": ("search.lr_study:main", "accuracy against the learning rate, everything else fixed"),
     "report": ("analysis.report:main", "write a study's page, event files or an Optuna database"),

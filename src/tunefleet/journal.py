@@ -267,6 +267,15 @@ class TrialRecord:
         """Return whether this is a seed of the retrained winner and no trial of the search."""
         return self.trial_id.startswith(FINAL)
 
+    def is_seed_of(self, other: TrialRecord) -> bool:
+        """Return whether this retrains another trial's configuration from a fresh seed."""
+        fresh = ("seed", "refit")
+        mine, theirs = (
+            {name: value for name, value in trial.config.items() if name not in fresh}
+            for trial in (self, other)
+        )
+        return self.is_final and mine == theirs
+
     def take(self, event: dict[str, Any]) -> None:
         """Record one event of this trial."""
         if event.get("epoch"):

@@ -130,9 +130,16 @@ class Study:
                 "config": best.config,
                 self.metric.name: best.value(self.metric),
             },
-            "final": final_results(self.records.values(), self.metric),
+            "final": final_results(self.seeds, self.metric),
+            "earlier_seeds": sum(trial.is_final for trial in self.records.values()) - len(self.seeds),
             "events": len(self.events),
         }
+
+    @property
+    def seeds(self) -> list[TrialRecord]:
+        """Return the winner's fresh seeds, without those of an earlier winner of a continued study."""
+        best = self.winner
+        return [trial for trial in self.records.values() if best and trial.is_seed_of(best)]
 
     def status_of(self, trial: TrialRecord) -> str:
         """Return done, pruned, diverged, out_of_memory or error; running or paused in an unfinished study."""
@@ -172,7 +179,7 @@ class Study:
     @functools.cached_property
     def finals(self) -> pd.DataFrame:
         """Return a row per report of the winner's seeds."""
-        return _reports(trial for trial in self.records.values() if trial.is_final)
+        return _reports(self.seeds)
 
 
 def load(folder: Path | str) -> Study:
