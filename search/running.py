@@ -137,8 +137,8 @@ def resume(
     extends = extend or _grows(study, changes)
     if study.status == "done" and not extends:
         raise ValueError(
-            f"{folder} is done; there is nothing to resume; for more, give a larger --trials or --final-seeds "
-            "than it has"
+            f"{folder} is done; there is nothing to resume; for more, give a larger --trials or "
+            "--final-seeds than it has"
         )
     lock_study(folder).release()  # before anything slow: another process may be running it
     if space is None:

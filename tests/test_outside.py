@@ -21,7 +21,8 @@ from tunefleet import Space
 import models
 
 def build(num_classes, image_shape, width=8, dropout=0.0):
-    return nn.Sequential(models.body(image_shape[0], width), nn.Dropout(dropout), nn.Linear(16 * width, num_classes))
+    body = models.body(image_shape[0], width)
+    return nn.Sequential(body, nn.Dropout(dropout), nn.Linear(16 * width, num_classes))
 
 space = Space(
     build,
@@ -187,8 +188,8 @@ def test_a_training_of_its_own_is_searched_pruned_killed_and_tested(folder):
 
 def test_a_study_from_python_is_stopped_by_nothing_and_resumed_by_name(folder):
     (folder / "script.py").write_text(
-        MINE
-        + "study = space.search(data='photos', trials=2, epochs=1, final_seeds=1, wandb='off', study_dir='s')\n"
+        MINE + "how = dict(data='photos', trials=2, epochs=1, final_seeds=1, wandb='off', study_dir='s')\n"
+        "study = space.search(**how)\n"
         "print('best', study.best['width'], study.test['name'], study.folder)\n"
         "import tunefleet\n"
         "again = tunefleet.resume('s', trials=3)\n"
