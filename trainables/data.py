@@ -41,6 +41,7 @@ class ImageData:
     sha256: str  # of the decoded arrays and the class names: the same from a folder and from an archive of it
     notes: tuple[str, ...] = ()  # for the user: files skipped, images rotated
     format_version: int = 1  # FORMAT_VERSION of the code that decoded them
+    val_count: int = 0  # of the training images, how many at the end validate; 0: they are drawn
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `from_dict` takes, ready for JSON."""

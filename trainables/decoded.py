@@ -80,7 +80,9 @@ def cached(folder: Path, name: str) -> ImageData | None:
     return data if [array.shape for array in arrays] == shapes else None
 
 
-def describe(folder: Path, name: str, classes: tuple[str, ...], notes: tuple[str, ...] = ()) -> ImageData:
+def describe(
+    folder: Path, name: str, classes: tuple[str, ...], notes: tuple[str, ...] = (), val_count: int = 0
+) -> ImageData:
     """Count, hash and measure the images in `folder`."""
     arrays = {
         kind: np.load(folder / f"{kind}.npy", mmap_mode="r")
@@ -100,6 +102,7 @@ def describe(folder: Path, name: str, classes: tuple[str, ...], notes: tuple[str
         sha256=_sha256(classes, list(arrays.values())),
         notes=notes,
         format_version=FORMAT_VERSION,
+        val_count=val_count,
     )
 
 

@@ -25,9 +25,11 @@ CAMERA_RAW = "camera raw (not supported; convert to JPEG)"
 DEEPEST = 4  # path parts of TOP/train/CLASS/FILE; a folder is walked one level deeper, to report images there
 MAX_IMAGE_BYTES = 500_000_000
 TICK_SECONDS = 0.02  # changes within one tick of the kernel's clock (at most 0.01 s) get the same time
-SPLITS = frozenset(("train", "test"))
+VALIDATION = ("val", "valid", "validation")  # names of a folder of validation images; all sort after train
+SPLITS = frozenset(("train", "test", *VALIDATION))
 LAYOUT = (
-    "give train/CLASS/FILE and test/CLASS/FILE, or CLASS/FILE alone, of which a part becomes the test images"
+    "give train/CLASS/FILE and test/CLASS/FILE, perhaps val/CLASS/FILE, or CLASS/FILE alone, of which a part "
+    "becomes the test images"
 )
 
 
@@ -164,7 +166,8 @@ class Tree:
     paths: list[str]  # per image: train/CLASS/FILE or CLASS/FILE, without a folder around all
     classes: tuple[str, ...]  # sorted
     labels: np.ndarray  # int64 (N,), indices into classes
-    is_test: np.ndarray | None  # bool (N,); None where the tree has no test/
+    is_test: np.ndarray | None  # bool (N,); None where none is given
+    val_count: int  # of those that don't test, how many at the end validate; 0: they are drawn
     notes: tuple[str, ...]  # for the user
 
 
@@ -189,28 +192,35 @@ def read_tree(listing: Listing) -> Tree:
     is_split = any(path.count("/") > 1 and path.partition("/")[0] in SPLITS for path in paths)
     depth = 2 if is_split else 1
     tops = {path.partition("/")[0] for path in paths}
-    if is_split and not tops <= SPLITS:
-        raise SourceError(f"holds {_listed(tops)}, not train/ and test/ alone; {LAYOUT}")
+    validation = sorted(tops & set(VALIDATION)) if is_split else []
+    if is_split and (not tops <= SPLITS or len(validation) > 1):
+        raise SourceError(f"holds {_listed(tops)}, not train/, val/ and test/ alone; {LAYOUT}")
     for entry, path in zip(entries, paths, strict=True):
         if path.count("/") != depth:
             raise SourceError(f"holds {entry.name!r}, which is in no class's folder; {LAYOUT}")
-    if is_split and tops == {"test"}:
-        raise SourceError(f"holds test/ but no train/; {LAYOUT}")
+    if is_split and "train" not in tops:
+        raise SourceError(f"holds {_listed(tops)} but no train/; {LAYOUT}")
 
     folders = [path.split("/")[depth - 1] for path in paths]
     _check_folders(listing, top, {path.rpartition("/")[0] for path in paths})
     names = sorted(set(folders))
     index = {name: label for label, name in enumerate(names)}
     notes = [f"skipped in {printable(str(listing.path))}: {skipped}"] if skipped else []
-    has_test = is_split and "test" in tops
-    if not has_test:
+    tested = "test" if is_split and "test" in tops else validation[0] if validation else ""
+    if not tested:
         notes.append("no test/ folder: 20 % of each class's images are used as test images")
+    elif tested != "test":
+        notes.append(
+            f"no test/ folder: {tested}/ is the test split, and validation images are drawn from train/"
+        )
+    validates = tuple(f"{name}/" for name in validation if name != tested)
     tree = Tree(
         entries=entries,
         paths=paths,
         classes=tuple(printable(name) for name in names),
         labels=np.array([index[name] for name in folders], dtype=np.int64),
-        is_test=np.array([path.startswith("test/") for path in paths]) if has_test else None,
+        is_test=np.array([path.startswith(f"{tested}/") for path in paths]) if tested else None,
+        val_count=sum(path.startswith(validates) for path in paths),
         notes=tuple(notes),
     )
     _check_classes(tree)
@@ -247,8 +257,9 @@ def _check_classes(tree: Tree) -> None:
         raise SourceError(f"holds one class only, {tree.classes[0]!r}; give two or more")
     counts = {"": tree.labels}
     if tree.is_test is not None:
-        counts = {"train/": tree.labels[~tree.is_test], "test/": tree.labels[tree.is_test]}
-    fewest = {"": 3, "train/": 2, "test/": 1}
+        train = tree.labels[~tree.is_test]
+        counts = {"train/": train[: len(train) - tree.val_count], "test/": tree.labels[tree.is_test]}
+    fewest = {"": 3, "train/": 1 if tree.val_count else 2, "test/": 1}
     for folder, labels in counts.items():
         for name, count in zip(tree.classes, np.bincount(labels, minlength=len(tree.classes)), strict=True):
             if count < fewest[folder]:

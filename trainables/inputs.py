@@ -182,7 +182,10 @@ def _module_sha256(module: nn.Module) -> str:
 def _training_split(data: ImageData) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, str]:
     """Return all training images; labels and order, those that validate last; how many train; a hash."""
     images, labels = load_split(data, "train")
-    train, val = split_validation(labels)
+    if data.val_count:
+        train, val = np.split(np.arange(len(labels)), [len(labels) - data.val_count])
+    else:
+        train, val = split_validation(labels)
     order = np.concatenate([train, val])  # one array: a refit reads it whole
     return images, labels[order], order, len(train), split_sha256(train, val)
 

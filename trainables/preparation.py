@@ -58,7 +58,8 @@ def prepare(
 
     Args:
         source: `cifar10` (downloaded), `digits` (scikit-learn's 1,797 images) or the path of a folder or
-            archive of `train/CLASS/FILE` and `test/CLASS/FILE`, or of `CLASS/FILE`, of which 20 % test.
+            archive of `train/CLASS/FILE` and `test/CLASS/FILE`, perhaps `val/CLASS/FILE`, or of `CLASS/FILE`,
+            of which 20 % test. Without test/, val/ tests.
         data_dir: Where downloads and decoded images are kept.
         image_size: Pixels per side to which larger, not square or differently sized images are resized.
         progress: Called at the start of a phase and during it. Phases: "listing files", "12 % of the
@@ -140,7 +141,7 @@ def _prepare_files(path: Path, data_dir: Path, image_size: int, show: Progress, 
         if not data:
             content, rotated = files.decode(image_size)
             note = f"rotated {rotated:,} of {len(tree.entries):,} images by their EXIF orientation"
-            data = describe(partial / KEPT, name, tree.classes, (note,) if rotated else ())
+            data = describe(partial / KEPT, name, tree.classes, (note,) if rotated else (), tree.val_count)
             data = keep(partial, folder_of(data_dir, content, image_size), data)
             data = replace(data, notes=tree.notes + data.notes)
         records.mkdir(exist_ok=True)
