@@ -243,7 +243,7 @@ HELP = {
     "seed": "of the sampling, and of each trial's initialisation and order",
     "final_seeds": "fresh seeds on which the winner is retrained and tested",
     "device": "auto, cpu or cuda; on resume the device to continue on",
-    "metric": "what rungs compare and the winner is chosen by (default: the space's, val_accuracy)",
+    "metric": f"what trials are compared by: {', '.join(OF_IMAGES)} (default: the space's)",
     "precision": "auto chooses what the device is known to gain by",
     "fix": "values of TrainConfig that every trial has, instead of sampled ones: hidden=32 augment=crop",
     "ranges": "other ranges than the space's: 'lr=loguniform(1e-5, 1e-2)' 'batch_size=choice(64, 128)'",
@@ -300,6 +300,7 @@ def add_options(parser: argparse.ArgumentParser, names: Collection[str]) -> None
             flag(field.name),
             type=PARSED[str(field.type).removesuffix(" | None")],
             choices=CHOICES.get(field.name),
+            metavar="METRIC" if field.name == "metric" else None,
             default=argparse.SUPPRESS,
             help=text,
         )

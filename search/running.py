@@ -162,12 +162,13 @@ def _grows(study: Study, changes: Mapping[str, Any]) -> bool:
     options = study.spec["options"]
     if "trials" in changes and options.get("points"):
         raise ValueError("--trials: this study runs given points; give a learning-rate study --extend")
+    grows = False
     for name in EXTENDING:
-        if changes.get(name, options[name]) < options[name]:
-            raise ValueError(
-                f"{flag(name)}={changes[name]} is fewer than the study's {options[name]}; give more"
-            )
-    return any(changes.get(name, options[name]) > options[name] for name in EXTENDING)
+        asked, has = changes.get(name), options.get(name) or 0
+        if asked is not None and asked < has:
+            raise ValueError(f"{flag(name)}={asked} is fewer than the study's {has}; give more")
+        grows |= asked is not None and asked > has
+    return grows
 
 
 def _space_of(study: Study, changes: Mapping[str, Any]) -> tuple[Space, str]:

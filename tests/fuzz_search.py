@@ -20,7 +20,6 @@ import ray
 import torch
 from filelock import FileLock
 from PIL import Image
-from tunefleet.trainables.config import FIELD_TYPES
 
 from tests.configs import make_options
 from tests.fuzz import ROOT, Command
@@ -29,6 +28,7 @@ from tests.test_damage import DAMAGES
 from tests.test_wandb_sync import STUDY_JSON
 from tests.test_wandb_sync import write_study as write_trials
 from tunefleet import collect, mirror
+from tunefleet.models.space import FIELDS
 from tunefleet.models.spaces import SPACES
 from tunefleet.search import lr_study, run, wandb_sync
 from tunefleet.search.options import HELP, flag
@@ -295,7 +295,7 @@ def make_flags(rng: random.Random, folder: Path, names: list[str], most: int) ->
             word = make_path(rng, folder)
         if name == "fix":
             pairs = [
-                f"{rng.choice([*FIELD_TYPES, 'x', ''])}={rng.choice(WORDS)}"
+                f"{rng.choice([*FIELDS, 'hidden', 'x', ''])}={rng.choice(WORDS)}"
                 for _ in range(rng.choice([1, 3]))
             ]
             given += ["--fix", *pairs]
@@ -408,7 +408,7 @@ def make_command(rng: random.Random, folder: Path, number: int) -> Command:
         main, given = mirror.main, [study]
     elif kind == "training":
         main = train.main
-        names = [name for name in FIELD_TYPES if name != "architecture"]
+        names = [*FIELDS, "hidden"]
         given = [f"--space={rng.choice([*SMALL, *SMALL, *WORDS])}", *small[:3], "--threads=1"]
         given += [
             f"--{name.replace('_', '-')}={rng.choice(WORDS)}"

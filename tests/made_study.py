@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tunefleet.journal import records, winner
 from tunefleet.study import Study, write_result
 
 EVIL = '<script>alert("x")</script> & ünï $a_b$'
@@ -61,8 +62,9 @@ def write_study(
             events[-1] |= {"status": "diverged", "val_accuracy": None}
         elif last == epochs:
             events[-1]["status"] = "done"
+    best = winner(records(events))
     for seed, accuracy in ((1, 0.6456), (2, 0.6630)):  # mean 0.6543, sd 0.0123
-        of_seed = FIXED | {"epochs": epochs, "seed": seed}
+        of_seed = (best.config if best else FIXED) | {"epochs": epochs, "seed": seed, "refit": True}
         events.append({"trial_id": f"final-{seed}", "epoch": 0, "config": of_seed})
         events += [report(f"final-{seed}", n, 1e6 + n, None) for n in range(1, epochs + 1)]
         events[-1] |= {"status": "done", "test_accuracy": accuracy}

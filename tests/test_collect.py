@@ -14,6 +14,8 @@ from tunefleet.files import write_whole
 from tunefleet.journal import Journal, records
 from tunefleet.study import Study, busy_fraction, lock_study, write_result, write_study, write_tables
 
+SEED = {"architecture": "softmax", "epochs": 9, "lr": 0.1, "seed": 1, "refit": True}  # of the winner
+
 
 def report(trial_id, epoch, value, **more):
     return {
@@ -46,7 +48,7 @@ def folder(tmp_path):
     journal.append(report("0002", 1, 0.3))
     journal.append(report("0002", 2, math.nan, status="diverged", val_loss=None))
     journal.append({"trial_id": "0003", "status": "error", "error": "lost"})
-    journal.append({"trial_id": "final-1", "epoch": 0, "config": {"epochs": 9, "seed": 1}})
+    journal.append({"trial_id": "final-1", "epoch": 0, "config": SEED})
     journal.append(report("final-1", 1, 0.8, status="done", test_accuracy=0.75))
     write_study(tmp_path, spec(rungs=[1, 3], options={"epochs": 9, "pruner": "promote"}))
     write_tables(tmp_path, status="done", seconds=5.0)

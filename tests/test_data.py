@@ -454,9 +454,10 @@ def test_killed_decoding_leaves_no_cache(tree: Path, cache: Path, monkeypatch: p
         ({"train/cat": 2, "train/dog": 3}, ["2 images of class 'cat'", "needs 3 or more"]),
         ({"test/cat": 2, "test/dog": 2}, ["holds test/ but no train/"]),
         (
-            {"train/cat": 2, "train/dog": 2, "val/cat": 2, "val/dog": 2},
-            ["train/, val/, not train/ and test/"],
+            {"train/cat": 2, "train/dog": 2, "more/cat": 2, "more/dog": 2},
+            ["more/, train/, not train/, val/ and test/"],
         ),
+        ({"val/cat": 2, "val/dog": 2}, ["holds val/ but no train/"]),
         (SPLIT_TREE | {"train/fox": 2}, ["0 images of class 'fox' in test/"]),
         (SPLIT_TREE | {"test/fox": 2}, ["0 images of class 'fox' in train/"]),
         (SPLIT_TREE | {"train/dog": 1}, ["1 image of class 'dog' in train/", "needs 2 or more"]),

@@ -42,7 +42,7 @@ def trained(data: ImageData, tmp_path, architecture: str, values: dict) -> Train
 @pytest.mark.parametrize(("architecture", "values"), CASES)
 def test_accuracy_and_predictions_are_the_naive_loops(data, tmp_path, architecture, values):
     run = trained(data, tmp_path, architecture, values)
-    accuracy = evaluate_test(run, tmp_path, "-made")
+    accuracy = evaluate_test(run, tmp_path, "-made")["test_accuracy"]
 
     images, labels = load_split(data, "test")
     run.model.eval()
@@ -86,7 +86,7 @@ def test_features_of_the_test_images_are_computed_by_the_first_seed_alone(
     whole = [
         run.model.eval()(run.pipeline(torch.from_numpy(load_split(data, "test")[0].copy()))) for run in runs
     ]
-    first = evaluate_test(runs[0], tmp_path, "-first")
+    first = evaluate_test(runs[0], tmp_path, "-first")["test_accuracy"]
     assert len(set((tmp_path / "prepared").glob("*.npy")) - before) == 1
     table = pd.read_parquet(tmp_path / "predictions-first.parquet")
     np.testing.assert_allclose(
@@ -100,7 +100,7 @@ def test_features_of_the_test_images_are_computed_by_the_first_seed_alone(
     runs[1].model.backbone.register_forward_hook(fail)
     monkeypatch.setattr("tunefleet.trainables.inputs._Preparation.function", fail)
     labels = load_split(data, "test")[1]
-    assert evaluate_test(runs[1]) == (whole[1].argmax(1).numpy() == labels).mean()
+    assert evaluate_test(runs[1])["test_accuracy"] == (whole[1].argmax(1).numpy() == labels).mean()
 
 
 def test_testing_twice_gives_the_same_and_changes_nothing(data, tmp_path):

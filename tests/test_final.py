@@ -61,9 +61,9 @@ def test_best_folder_keeps_the_first_seed_and_may_be_filled_twice(tmp_path):
     for k in (1, 2):
         (tmp_path / "best" / f"predictions-final-{k}.parquet").write_text(str(k))
         (tmp_path / "best" / f"misclassified-final-{k}.npz").write_text(str(k))
-    trials = {"a": final(1, 0.5), "b": final(2, 0.7)}
-    keep_best(tmp_path, trials)
-    keep_best(tmp_path, trials)  # a kill in between makes a resumed study do it again
+    seeds = [final(1, 0.5), final(2, 0.7)]
+    keep_best(tmp_path, seeds)
+    keep_best(tmp_path, seeds)  # a kill in between makes a resumed study do it again
     assert {path.name for path in (tmp_path / "best").iterdir()} == {
         "checkpoint.pt",
         "config.json",
@@ -87,6 +87,6 @@ def test_damaged_checkpoint_of_the_winner_costs_no_result(tmp_path, capsys, dama
         content[content.index(torch.tensor(299.0).numpy().tobytes())] ^= 8
     file.write_bytes(content)
     (tmp_path / "best" / "predictions-final-1.parquet").write_text("1")
-    keep_best(tmp_path, {"a": final(1, 0.5)})
+    keep_best(tmp_path, [final(1, 0.5)])
     assert {path.name for path in (tmp_path / "best").iterdir()} == {"config.json", "predictions.parquet"}
     assert "final-1.pt is damaged" in capsys.readouterr().out

@@ -131,13 +131,14 @@ def test_a_learning_rate_study_starts_from_the_row_of_its_space(script):
 
 def test_every_row_is_a_command_that_could_run(script):
     """Each flag and value is parsed as search/run.py would."""
+    from tunefleet.search.options import parsed
     from tunefleet.search.run import parse
 
     _, calls = script("rows", LANES="4")
     assert len(calls) == len(SPACES)
     for call in calls:
         do, options = parse(call.split())
-        study = make_options(do.space, **options)
+        study = make_options(do.space, **parsed(options, SPACES[do.space]))
         assert study.epochs <= SPACES[do.space].epochs
 
 

@@ -52,7 +52,7 @@ def train(run: TrainingRun) -> dict:
     return {
         "reports": reports,
         "network": run.network.state_dict(),
-        "sums": [value.item() for value in sums],
+        "sums": [value.tolist() for value in sums],
         "seen": torch.cat(seen),
     }
 
@@ -146,9 +146,9 @@ def test_one_worker_goes_on_from_a_groups_checkpoint_and_counts_the_same(folder,
     size, settings, config = CASES[name]
     alone = TrainingRun(config, data, settings, folder)
     alone.load(folder / f"{name}.pt")
-    loss_sum, correct = (value.item() for value in alone.evaluate(alone.inputs.val_x, alone.inputs.val_y))
+    loss_sum, confusion = (value.tolist() for value in alone.evaluate(alone.inputs.val_x, alone.inputs.val_y))
     for found in found_by(folder, size):
-        assert found[name]["sums"][1] == correct
+        assert found[name]["sums"][1] == confusion
         assert found[name]["sums"][0] == pytest.approx(loss_sum, rel=1e-5)
     assert alone.epoch()["epoch"] == EPOCHS + 1
 

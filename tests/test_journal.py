@@ -134,12 +134,12 @@ def test_records_hold_config_and_reports_by_epoch():
     trial = records([*EVENTS, report("0000", 2, 0.6)])["0000"]
     assert trial.config == {"lr": 0.1}
     assert sorted(trial.reports) == [1, 2]
-    assert (trial.epoch, trial.val_accuracy, trial.status) == (2, 0.6, None)
+    assert (trial.epoch, trial.value(), trial.status) == (2, 0.6, None)
 
 
 def test_repeated_trial_and_epoch_replaces_the_earlier_line():
     trial = records([start("0000"), report("0000", 1, 0.5), report("0000", 1, 0.7)])["0000"]
-    assert (trial.epoch, trial.val_accuracy) == (1, 0.7)
+    assert (trial.epoch, trial.value()) == (1, 0.7)
 
 
 def test_records_are_in_the_order_of_the_trials_starts():
@@ -149,7 +149,7 @@ def test_records_are_in_the_order_of_the_trials_starts():
 
 def test_trial_before_its_first_report_has_no_value():
     trial = TrialRecord("0000", {})
-    assert (trial.epoch, trial.val_accuracy, trial.status) == (0, None, None)
+    assert (trial.epoch, trial.value(), trial.status) == (0, None, None)
 
 
 def test_status_comes_with_the_last_report_or_without_one():

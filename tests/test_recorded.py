@@ -101,7 +101,8 @@ def test_tables_and_winner_are_the_recorded_ones(recorded, tmp_path):
     study = write_tables(copy)
     assert (copy / "trials.csv").read_bytes() == (recorded.folder / "trials.csv").read_bytes()
     result = json.loads((recorded.folder / "result.json").read_text())
-    for name in ("best", "final", "statuses", "epochs_spent", "trials", "busy_fraction"):
+    for name in ("best", "statuses", "epochs_spent", "trials", "busy_fraction"):
         assert study.facts[name] == result[name]
+    assert {name: study.facts["final"][name] for name in result["final"]} == result["final"]
     epochs = pd.read_parquet(io.BytesIO((copy / "epochs.parquet").read_bytes()))
     assert len(epochs) == sum(not decides(event) and "epoch" in event for event in events_of(recorded))

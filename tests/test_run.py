@@ -75,9 +75,14 @@ def write_images(folder, classes=("cat", "dog"), count=6, color=40):
         (["--space", "resnet34"], ["resnet34 is unknown; Choose from: softmax"]),
         (["--space", "softmax", "--seed", 99999999999999], ["--seed=99999999999999", "from 0 to 4294967295"]),
         (
-            ["--space", "resnet_finetune", "--fix", "batch_size=1"],
-            ["batch_size=1 is not possible with the BatchNorm of resnet_finetune; give 2 or more"],
+            ["--space", "softmax", "--fix", "lr=high"],
+            ["--fix lr=high is not possible; lr is a value of type float"],
         ),
+        (["--space", "softmax", "--fix", "learning_rate=0.1"], ["--fix learning_rate is no hyperparameter"]),
+        (["--space", "softmax", "--range", "lr=normal(0, 1)"], ["--range lr=normal(0, 1) is not possible"]),
+        (["--space", "softmax", "--range", "x=choice(1, 2)"], ["x is neither a hyperparameter"]),
+        (["--space", "softmax", "--metric", "val_accuracy", "--fix", "epochs=3"], ["give --epochs"]),
+        (["--space", "mine.py"], ["mine.py: there is no such file"]),
         (["--space", "softmax", "--study-dir", "/proc/x"], ["/proc/x cannot be made", "give another"]),
         (["--space", "softmax", "--study-dir", 300 * "x"], ["cannot be made", "give another"]),
         (["--space", "softmax", "--study-dir", "/etc/passwd/x"], ["--study-dir", "give another"]),
@@ -154,11 +159,12 @@ def studies(monkeypatch):
     done, codes = [], {}
 
     def start(options, folder, script, **others):
-        done.append(("start", options.space, str(script.location)))
+        name = options.space.name
+        done.append(("start", name, str(script.location)))
         folder.mkdir(parents=True, exist_ok=True)
-        status = "stopped" if codes.get(options.space) == 3 else "done"
-        write_study(folder, spec(space=options.space, status=status))
-        return codes.get(options.space, 0)
+        status = "stopped" if codes.get(name) == 3 else "done"
+        write_study(folder, spec(space=name, status=status))
+        return codes.get(name, 0)
 
     def resume(folder, changes, script, **others):
         done.append(("resume", folder.name, str(script.location)))
@@ -200,6 +206,10 @@ def ray_beside(monkeypatch):
         (["--space", "twolayernn", "--fix", f"hidden={10**12}"], ["does not fit into memory", "--fix"]),
         (["--space", "resnet_softmax", "--weights", "nothing.pth"], ["nothing.pth"]),
         (
+            ["--space", "resnet_finetune", "--weights", "none", "--fix", "batch_size=1"],
+            ["batch_size=1 is not possible with the network's BatchNorm; give 2 or more"],
+        ),
+        (
             ["--space", "resnet_mymodel", "--weights", "none", "--image-size", 8],
             ["kernel_size=3", "larger images"],
         ),
@@ -237,8 +247,6 @@ def test_error_beside_ray_leaves_nothing_of_it(cli, tmp_path):
         ["--pruner", "median"],
         ["--no-such-flag"],
         ["--fix", "lr"],
-        ["--fix", "lr=high"],
-        ["--fix", "learning_rate=0.1"],
     ],
 )
 def test_argument_of_the_wrong_kind_is_one_line(run, capsys, arguments):

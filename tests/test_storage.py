@@ -21,6 +21,7 @@ from tunefleet.analysis.load import load
 from tunefleet.analysis.report import main as report
 from tunefleet.journal import Journal
 from tunefleet.mirror import Mirror, fetch_study, main
+from tunefleet.models.spaces import SPACES
 from tunefleet.search.failures import cause_of, text_of
 from tunefleet.search.running import check_storage
 from tunefleet.store import Store, StoreError
@@ -219,7 +220,9 @@ def test_a_trial_goes_on_upon_another_node(storage, data_dir, tmp_path):
     data, settings = prepare("digits", data_dir), choose("cpu", "fp32")
 
     def node(name, store=storage):
-        return TrialContext(data, settings, tmp_path / name, tmp_path / "driver", store, 1, None)
+        return TrialContext(
+            SPACES["softmax"], data, settings, tmp_path / name, tmp_path / "driver", store, 1, None
+        )
 
     alone = node("alone", Store(str(tmp_path / "driver")))
 

@@ -39,6 +39,9 @@ from tunefleet.study import write_study as write_study_json
 LONGEST_SECONDS = 15  # for a command to end, whatever the server does
 
 
+SEED = {"architecture": "softmax", "epochs": 9, "lr": 0.1, "seed": 1, "refit": True}  # of the winner
+
+
 def report(trial_id, epoch, value, **more):
     return {
         "trial_id": trial_id,
@@ -81,7 +84,7 @@ def write_study(folder, status="done"):
     journal.append(report("0002", 1, 0.3))
     journal.append(report("0002", 2, float("nan"), status="diverged", val_loss=None))
     journal.append({"trial_id": "0003", "status": "error", "error": "lost"})
-    journal.append({"trial_id": "final-1", "epoch": 0, "config": {"epochs": 9, "seed": 1}})
+    journal.append({"trial_id": "final-1", "epoch": 0, "config": SEED})
     journal.append(report("final-1", 1, None, status="done", test_accuracy=0.75))
     (folder / "study.json").write_text(json.dumps(STUDY_JSON))
     write_tables(folder, status=status, seconds=9.0)
