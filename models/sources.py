@@ -35,6 +35,7 @@ from tunefleet.models.space import Space, builder_name
 BUILT_IN = "tunefleet.models.spaces"  # the module of the thirteen, in its SPACES
 PREFIX = "tunefleet_space_"
 _numbers = itertools.count(1)
+_importing: list[str] = []  # packages of modules that are being imported
 _folders: dict[str, str] = {}  # of sources in this process, by the name of their package
 _spaces: dict[str, Space] = {}  # of sources that a worker has imported, by their hash
 
@@ -356,8 +357,21 @@ def describe(error: BaseException, folder: Path | None = None) -> str:
     return printable(f"{where}{type(error).__name__}{': ' + text if text else ''}")
 
 
+def is_importing() -> bool:
+    """Return whether a person's module is being imported: nothing that it calls may start a study."""
+    return bool(_importing)
+
+
 def _import(folder: Path, module: str, package: str) -> ModuleType:
     """Import a module of a folder under a package name of its own."""
+    _importing.append(package)
+    try:
+        return _imported(folder, module, package)
+    finally:
+        _importing.pop()
+
+
+def _imported(folder: Path, module: str, package: str) -> ModuleType:
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
     _folders[package] = str(folder)

@@ -16,7 +16,7 @@ from rich.console import Console
 from tunefleet.cli import kept_environment, shown
 from tunefleet.mirror import fetch_study
 from tunefleet.models.checks import nearest
-from tunefleet.models.sources import of_script, pickled
+from tunefleet.models.sources import is_importing, of_script, pickled
 from tunefleet.models.space import Space
 from tunefleet.search import running
 from tunefleet.search.options import HELP, StudyOptions
@@ -42,6 +42,11 @@ def search(space: Space, **options: Any) -> Any:
         KeyboardInterrupt: It was stopped; its folder is printed, and it can be resumed.
         RuntimeError: It stopped for another reason; it can be resumed.
     """
+    if is_importing():
+        raise ValueError(
+            f"{space.name}.search() is called when its file is imported, which workers do, too; put the call "
+            "under: if __name__ == '__main__':"
+        )
     known = [*(name for name in HELP if name not in NOT_OPTIONS), *OF_THE_STUDY, *OF_WANDB]
     for name in options:
         if name not in known:

@@ -188,12 +188,13 @@ def test_a_training_of_its_own_is_searched_pruned_killed_and_tested(folder):
 
 def test_a_study_from_python_is_stopped_by_nothing_and_resumed_by_name(folder):
     (folder / "script.py").write_text(
-        MINE + "how = dict(data='photos', trials=2, epochs=1, final_seeds=1, wandb='off', study_dir='s')\n"
-        "study = space.search(**how)\n"
-        "print('best', study.best['width'], study.test['name'], study.folder)\n"
-        "import tunefleet\n"
-        "again = tunefleet.resume('s', trials=3)\n"
-        "print('trials', len(tunefleet.load('s').trials))\n"
+        MINE + "if __name__ == '__main__':\n"
+        "    how = dict(data='photos', trials=2, epochs=1, final_seeds=1, wandb='off', study_dir='s')\n"
+        "    study = space.search(**how)\n"
+        "    print('best', study.best['width'], study.test['name'], study.folder)\n"
+        "    import tunefleet\n"
+        "    again = tunefleet.resume('s', trials=3)\n"
+        "    print('trials', len(tunefleet.load('s').trials))\n"
     )
     environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
     script = subprocess.Popen(

@@ -150,3 +150,10 @@ def test_built_in_spaces_travel_by_name():
     assert pickle.loads(pickle.dumps(space)).name == "convnet"
     assert len(pickle.dumps(space)) < 1000
     assert sources.find("convnet", {"convnet": space}) is space
+
+
+def test_a_script_that_searches_when_it_is_imported_is_one_line(folder):
+    (folder / "mine.py").write_text(FILE + "space.search(data='digits')\n")
+    with pytest.raises(ValueError, match=r"mine\.py line \d+: .*under: if __name__ == '__main__':") as error:
+        find_space("mine.py")
+    assert "\n" not in str(error.value)
