@@ -16,17 +16,21 @@ from tunefleet.analysis import results, stats
 from tunefleet.analysis.load import StudyResults
 from tunefleet.analysis.text import clock, listed, mean_and_spread, number, percent, words
 from tunefleet.cli import counted, printable, shell
+from tunefleet.metric import ACCURACY, Metric
+from tunefleet.study import tested
 
 GROUPS = {
     "Plain networks": "Trained from scratch on pixels.",
     "Frozen ResNet-18": "The head is trained, the backbone is not.",
     "Updatable ResNet-18": "Backbone and head are trained from the backbone's weights.",
+    "Own trainings": "Each has a metric of its own.",
 }
+COSTS = "Epochs: of a trial that is not pruned (of all trials together). Minutes: of the whole study."
 COMPARED = (
     "Each architecture's best, retrained over fresh seeds: percent of the test images. Published: the "
-    "course report's accuracy on CIFAR-10, to be compared with that of CIFAR-10 images only. Epochs: of a "
-    "trial that is not pruned (of all trials together). Minutes: of the whole study."
+    "course report's accuracy on CIFAR-10, to be compared with that of CIFAR-10 images only. " + COSTS
 )
+UNTESTED = "Validation accuracy; no fresh seeds were tested."
 SHOWN_WEIGHTS = 64  # filters
 PIXELS = 200  # of an image's longer side: two for each CSS pixel, for high-resolution screens
 FIRST_ROWS = 200  # of the trials' table, shown at first, and all that is shown without JavaScript
@@ -37,16 +41,13 @@ def facts(study: StudyResults) -> dict[str, Any]:
     known, best = study.facts, study.facts.get("best")
     config = best["config"] if best else {}
     return {
-        "title": f"{known['space']} on {known['data']['name']}"
-        + (", by learning rate" if study.lr_curve is not None else ""),
-        "subtitle": f"A study of {counted(known['trials'], 'trial')}, status {known['status']}"
-        + (f", on {known['machine']}." if known.get("machine") else "."),
+        "title": title(study) + (", by learning rate" if study.lr_curve is not None else ""),
+        "subtitle": f"A study of {counted(known['trials'], 'trial')}{_compared_by(study.metric)}, "
+        f"status {known['status']}" + (f", on {known['machine']}." if known.get("machine") else "."),
         "cards": cards(study),
+        "metric": printable(study.metric.name),
         "best": [(name, plain(config[name])) for name in study.hyperparameters if name in config],
-        "best_text": f"Trial {best['trial_id']}, chosen by its validation accuracy of "
-        f"{number(best['val_accuracy'])} on {counted(known['validation_count'], 'image')}."
-        if best
-        else "",
+        "best_text": _best_text(study),
         "edges": _edges(study),
         "weights": (weights := first_layer_images(study.first_layer)),
         "weights_text": "Of the winner's first seed; each image has its own scale"
@@ -60,9 +61,42 @@ def facts(study: StudyResults) -> dict[str, Any]:
         "most confidence: true class, predicted class and its probability.",
         **_trials(study),
         "footer": f"Code {known['commit']}, {', '.join(f'{k} {v}' for k, v in known['versions'].items())}; "
-        f"seed {known['seed']}, data {known['data_sha256'][:12]}, split {known['split_sha256'][:12]}. "
-        f"Command: {shell(*words(known['command']))}",
+        f"seed {known['seed']}"
+        + (
+            f", data {known['data_sha256'][:12]}, split {known['split_sha256'][:12]}"
+            if study.trains_images
+            else ""
+        )
+        + f". Command: {shell(*words(known['command']))}",
     }
+
+
+def title(study: StudyResults) -> str:
+    """Return what was searched, and on which images, if any."""
+    space = str(study.facts["space"])
+    return f"{space} on {study.facts['data']['name']}" if study.trains_images else space
+
+
+def called(metric: Metric) -> str:
+    """Return what a page's sentences call a metric."""
+    return "validation accuracy" if metric == ACCURACY else str(printable(metric.name))
+
+
+def _compared_by(metric: Metric) -> str:
+    better = "more" if metric.mode == "max" else "less"
+    return "" if metric == ACCURACY else f" by {called(metric)} ({better} is better)"
+
+
+def _best_text(study: StudyResults) -> str:
+    known, best, metric = study.facts, study.facts.get("best"), study.metric
+    if not best:
+        return ""
+    text = f"Trial {best['trial_id']}, chosen by its {called(metric)} of {number(best[metric.name])}"
+    if study.trains_images:
+        return f"{text} on {counted(known['validation_count'], 'image')}."
+    if known["final"] and not known["final"]["test"]:
+        text += "; there is no test figure"
+    return f"{text}."
 
 
 def comparison(studies: list[StudyResults]) -> dict[str, Any]:
@@ -71,18 +105,23 @@ def comparison(studies: list[StudyResults]) -> dict[str, Any]:
     groups: dict[str, list[list[str]]] = {name: [] for name in GROUPS}
     for study in searches:
         space, *cells = [cell.replace("**", "") for cell in results.row(study.facts)]
-        groups[_group(study.facts["space"])].append([space, study.facts["data"]["name"], *cells])
-    names = sorted({study.facts["data"]["name"] for study in studies})
+        images = study.facts["data"]["name"] if study.trains_images else ""
+        groups[_group(study)].append([space, images, *cells])
+    names = sorted({study.facts["data"]["name"] for study in studies if study.trains_images})
+    of_images = any(study.trains_images for study in searches)
+    subtitle = COMPARED if of_images else COSTS if searches else UNTESTED
     return {
-        "title": f"{len(studies)} studies on {listed(names)}",
-        "subtitle": COMPARED if searches else "Validation accuracy; no fresh seeds were tested.",
-        "tables": [(name, GROUPS[name], *_filled(rows)) for name, rows in groups.items() if rows],
+        "title": f"{len(studies)} studies" + (f" on {listed(names)}" if names else ""),
+        "subtitle": subtitle,
+        "tables": [(name, GROUPS[name], *_filled(name, rows)) for name, rows in groups.items() if rows],
     }
 
 
-def _filled(rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+def _filled(group: str, rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
     """Return the heads and cells of the comparison's columns that have a value in any row."""
     heads = ["architecture", "images", *results.COLUMNS[1:]]
+    if group == "Own trainings":
+        heads[0], heads[heads.index(results.TESTED)] = "space", "mean ± sd (seeds)"
     kept = [k for k in range(len(heads)) if any(row[k] for row in rows)]
     return [heads[k] for k in kept], [[row[k] for k in kept] for row in rows]
 
@@ -110,8 +149,11 @@ def first_layer_images(weights: np.ndarray | None) -> list[str]:
     return images
 
 
-def _group(space: str) -> str:
-    plain, frozen, updatable = GROUPS
+def _group(study: StudyResults) -> str:
+    plain, frozen, updatable, own = GROUPS
+    space = study.facts["space"]
+    if not study.trains_images:
+        return own
     if not space.startswith("resnet"):
         return plain
     return updatable if space.endswith(("_updatable", "_finetune")) else frozen
@@ -120,22 +162,22 @@ def _group(space: str) -> str:
 def cards(study: StudyResults) -> list[tuple[str, str]]:
     """Return the numbers at a report's top: what each is, and its value."""
     shown, known = [], study.facts
-    best, final, test = known.get("best"), known.get("final"), study.test_figures
-    if final and test:
+    best, final, metric = known.get("best"), known.get("final") or {}, study.metric
+    for name, test in tested(final).items():
         seeds = counted(len(final["seeds"]), "fresh seed")
         diverged = f", {len(final['diverged'])} of them diverged" if final.get("diverged") else ""
-        mean, spread, digits = mean_and_spread(test)
-        shown.append(
-            (
-                f"test accuracy, mean{' ± sd' if spread else ''} of {seeds}{diverged}",
-                f"{mean}{spread} %",
-            )
-        )
-        if test["interval95"]:
-            low, high = (percent(end, digits) for end in test["interval95"])
-            shown.append(("95 % interval of that mean", f"{low} to {high} %"))
+        fraction = Metric(name).bounds is not None
+        mean, spread, interval = mean_and_spread(test, fraction=fraction)
+        what = "test accuracy" if name == "test_accuracy" else str(printable(name))
+        untested = "" if final["test"] else "; there is no test figure"
+        text = f"{what}, mean{' ± sd' if spread else ''} of {seeds}{diverged}{untested}"
+        unit = " %" if fraction else ""
+        shown.append((text, f"{mean}{spread}{unit}"))
+        if interval:
+            shown.append(("95 % interval of that mean", f"{interval}{unit}"))
     if best:
-        shown.append(("best validation accuracy", f"{percent(best['val_accuracy'], 2)} %"))
+        value = best[metric.name]
+        shown.append((f"best {called(metric)}", f"{percent(value, 2)} %" if metric.bounds else number(value)))
     counts = ", ".join(f"{count:,} {status}" for status, count in known["statuses"].items())
     shown += [
         (f"trials: {counts}" if counts else "trials", f"{known['trials']:,}"),
@@ -150,7 +192,7 @@ def _edges(study: StudyResults) -> list[tuple[str, str, str]]:
     rows = []
     for name, described in study.facts.get("ranges", {}).items():
         if "low" in described and len(table):
-            values = stats.top(table)[name].astype(float)
+            values = stats.top(table, study.metric)[name].astype(float)
             share = stats.boundary_share(values, described["low"], described["high"], log=described["log"])
             rows.append((name, f"{percent(share['low'])} %", f"{percent(share['high'])} %"))
     return rows

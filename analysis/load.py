@@ -64,18 +64,35 @@ class StudyResults(Study):
     def facts(self) -> dict[str, Any]:
         """Return all that is known of the study but its trials."""
         facts = super().facts
-        return printable(facts) | {"command": facts["command"]}  # analysis/text.py, shell, quotes its words
+        kept = {"command": facts["command"]}  # analysis/text.py, shell, quotes its words
+        if "ranges" in facts:
+            kept["ranges"] = {
+                name: described | {"values": [_cell(value) for value in described["values"]]}
+                if "values" in described
+                else described
+                for name, described in printable(facts["ranges"]).items()
+            }
+        return printable(facts) | kept
 
     @functools.cached_property
     def trials(self) -> pd.DataFrame:
         """Return a row per trial of the search."""
         table = super().trials
-        return table.assign(node=table.node.map(printable, na_action="ignore"))
+        chosen = [
+            name for name in self.spec.get("ranges", {}) if name in table and table[name].dtype == object
+        ]
+        cells = {name: table[name].map(_cell) for name in chosen}
+        return table.assign(**cells, node=table.node.map(printable, na_action="ignore"))
 
     @property
     def name(self) -> str:
         """Return the folder's name, fit to be shown."""
         return str(printable(Path(os.path.abspath(self.folder)).name))  # noqa: PTH100  of "..", too
+
+    @property
+    def trains_images(self) -> bool:
+        """Return whether its trials train a network on images, and no training of the person's own."""
+        return bool(self.classes)
 
     @property
     def classes(self) -> list[str]:
@@ -84,7 +101,7 @@ class StudyResults(Study):
 
     @property
     def test_figures(self) -> dict[str, Any] | None:
-        """Return mean, sd, interval95 and values over the fresh seeds; None where none was tested."""
+        """Return mean, sd, interval95 and values of test_accuracy over the fresh seeds; None without it."""
         final = self.facts["final"]
         return final["test_accuracy"] if final else None
 
@@ -133,6 +150,11 @@ def fetch(url: str, into: Path) -> Path:
         why = reason(error.__cause__ or error)
         raise ValueError(f"{url} cannot be read ({why}); check the address and the credentials") from None
     return folder
+
+
+def _cell(value: Any) -> Any:
+    """Return a hyperparameter's value as a table holds it: a list or an object as text."""
+    return str(value) if isinstance(value, list | dict) else value
 
 
 def _is_range(described: Any) -> bool:

@@ -19,13 +19,14 @@ from matplotlib.axis import Axis
 from matplotlib.collections import LineCollection
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, PercentFormatter, ScalarFormatter
 
 from tunefleet.analysis import stats
 from tunefleet.analysis.load import StudyResults
 from tunefleet.analysis.text import number
 from tunefleet.cli import counted, printable
 from tunefleet.journal import LOST
+from tunefleet.metric import ACCURACY, Metric
 
 INK, GRID = "#101114", "#d9dadd"  # markers for the page's text and rule colours
 BLUE, ORANGE, GREEN, PINK, GREY = "#3b82d0", "#e07b00", "#1a9a6c", "#c8558f", "#8a8f98"  # Okabe-Ito's, toned
@@ -37,9 +38,11 @@ NUMBERED = 20  # classes of a confusion matrix with its counts
 NAMED = 40  # classes that have their names on an axis
 WORST = 20  # classes, pairs of them or studies that are named where all are too many
 DOTTED = 60  # epochs up to which a curve's points are drawn large
+LABEL = 30  # characters of a name on an axis
 CELLS = 200  # of a larger matrix' side
 CHOICES = 12  # of a list that have a tick each
 ACROSS = 7  # hyperparameters beside each other in parallel coordinates
+LOSS = Metric("val_loss", "min")
 KINDS = {  # of trials: colour, line, marker, width
     "pruned": (GREY, "solid", ".", 0.8),
     "all epochs": (BLUE, "solid", ".", 1.4),
@@ -98,38 +101,61 @@ def _drawn_by(family: str, character: str) -> bool:
 
 
 def winner_curves(study: StudyResults) -> Figure | None:
-    """Draw loss and accuracy of the winner's trial, and of its seeds on their training images.
+    """Draw loss, accuracy and the study's metric, where reported, of the winner's trial and of its seeds.
 
-    None where no trial has succeeded.
+    Seeds without validation values are drawn by their training values. None where no trial has succeeded.
     """
     if not study.facts["best"]:
         return None
-    figure, (loss, accuracy) = _axes(1, 2)
     best = study.epochs[study.epochs.trial_id == study.facts["best"]["trial_id"]]
-    for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
-        mark = "." if len(best) < 2 else None  # a line of one point is not seen
-        for k, (_, seed) in enumerate(study.finals.groupby("trial_id")):
-            label = "its fresh seeds, training" if k == 0 else None
-            axes.plot(seed.epoch, seed[f"train_{name}"], color=GREY, marker=mark, linewidth=0.9, label=label)
-        training, validation = best[f"train_{name}"], best[f"val_{name}"]
-        axes.plot(best.epoch, training, color=ORANGE, ls="--", marker=mark, label="winner, training")
-        axes.plot(best.epoch, validation, color=BLUE, marker=mark, label="winner, validation")
-        axes.set(xlabel="epoch", ylabel=name)
-        _whole(axes.xaxis)
-    _percent(accuracy.yaxis)
-    _legend_below(figure, accuracy)
+    metrics = {metric.name: metric for metric in (LOSS, ACCURACY, study.metric)}
+    shown = [metric for name, metric in metrics.items() if name in best and best[name].notna().any()]
+    columns = min(2, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure, grid = _axes(rows, columns, height=HEIGHT * rows, squeeze=False)
+    for axes, metric in zip(grid.flat, shown, strict=False):
+        _winner(axes, best, study.finals, metric)
+    for axes in grid.flat[len(shown) :]:
+        axes.set_visible(False)
+    _legend_below(figure, max(grid.flat, key=lambda axes: len(axes.lines)))
     return figure
 
 
+def _winner(axes: Axes, best: pd.DataFrame, finals: pd.DataFrame, metric: Metric) -> None:
+    """Draw one quantity: by the epoch, of validation and of training."""
+    quantity, tables = metric.name.removeprefix("val_"), (best, finals)
+    training = f"train_{quantity}"
+    columns = [name for name in (training, metric.name) if name in best and best[name].notna().any()]
+    drawn = [table[name] for table in tables for name in columns if name in table]
+    seen = stats.span(np.concatenate(drawn), metric)
+    mark = "." if len(best) < 2 else None  # a line of one point is not seen
+    validated = finals[metric.name].notna().any()
+    of_seeds = metric.name if validated else training
+    for k, (_, seed) in enumerate(finals.groupby("trial_id") if of_seeds in finals else ()):
+        label = f"its fresh seeds{'' if validated else ', training'}" if k == 0 else None
+        look: Any = {"color": GREY, "marker": mark, "linewidth": 0.9, "label": label}
+        axes.plot(seed.epoch, seen.drawn(seed[of_seeds]), **look)
+    for name in columns:
+        look = {"color": BLUE, "label": "winner, validation" if len(columns) > 1 else "winner"}
+        if name == training:
+            look = {"color": ORANGE, "ls": "--", "label": "winner, training"}
+        axes.plot(best.epoch, seen.drawn(best[name]), marker=mark, **look)
+    axes.set(xlabel="epoch", ylabel=_short(quantity, LABEL))
+    _whole(axes.xaxis)
+    _value_axis(axes, metric, seen)
+    _note(axes, seen)
+
+
 def all_curves(study: StudyResults) -> Figure:
-    """Draw val_accuracy of every trial; pruned, finished and diverged ones differ."""
+    """Draw the metric of every trial; pruned, finished and diverged ones differ."""
     figure, axes = _axes()
+    name = study.metric.name
     kinds = study.trials.set_index("trial_id").status.map(_kind)
-    rows = study.epochs.dropna(subset="val_accuracy").sort_values(["trial_id", "epoch"], kind="stable")
+    rows = study.epochs.dropna(subset=[name]).sort_values(["trial_id", "epoch"], kind="stable")
+    seen = stats.span(rows[name], study.metric)
     begins = np.flatnonzero(~rows.trial_id.duplicated())
-    curves = np.split(
-        rows[["epoch", "val_accuracy"]].to_numpy(), begins[1:]
-    )  # a groupby takes 40 s of 10,000
+    reports = np.column_stack([rows.epoch, seen.drawn(rows[name])])
+    curves = np.split(reports, begins[1:])  # a groupby takes 40 s of 10,000
     lines: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
     for kind, curve in zip(kinds.loc[rows.trial_id.iloc[begins]], curves, strict=False):  # [] has one part
         lines[kind].append(curve)
@@ -153,32 +179,36 @@ def all_curves(study: StudyResults) -> Figure:
             )
     for rung in study.facts["rungs"]:
         axes.axvline(rung, color=GRID, linewidth=1.2, zorder=0.5)
-    axes.set(xlabel="epoch (vertical lines: rungs)", ylabel="val_accuracy")
+    axes.set(xlabel="epoch (vertical lines: rungs)", ylabel=_short(name, LABEL))
     _whole(axes.xaxis)
-    _percent(axes.yaxis)
+    _value_axis(axes, study.metric, seen)
+    _note(axes, seen)
     _legend_below(figure, axes)
     return figure
 
 
 def best_so_far(study: StudyResults) -> Figure:
-    """Draw the best val_accuracy against epochs spent and against seconds."""
+    """Draw the best value of the metric against epochs spent and against seconds."""
     figure, (by_epochs, by_seconds) = _axes(1, 2, sharey=True)
-    table = stats.best_so_far(study.epochs)
+    table = stats.best_so_far(study.epochs, study.metric)
+    seen = stats.span(table.value, study.metric)
     for axes, x, label in (
         (by_epochs, table.epochs, "epochs spent, all trials"),
         (by_seconds, table.seconds, "seconds since the first epoch began"),
     ):
         many = len(table) > MANY
         grey: Any = {"color": GREY, "markersize": 3, "alpha": _alpha(len(table)), "rasterized": many}
-        axes.plot(x, table.val_accuracy, ".", label="a report", **grey)
+        axes.plot(x, seen.drawn(table.value), ".", label="a report", **grey)
         steps = table.best.ne(table.best.shift()) | (table.index == len(table) - 1)  # of a million rows, few
-        axes.step(x[steps], table.best[steps], where="post", color=BLUE, label="best so far")
+        best = seen.drawn(table.best[steps])
+        axes.step(x[steps], best, where="post", color=BLUE, label="best so far")
         axes.set(xlabel=label)
         if x.max() >= 1e5:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 3M, and no 1e6 beside the axis
+        _value_axis(axes, study.metric, seen)
     _whole(by_epochs.xaxis)
-    by_epochs.set(ylabel="val_accuracy")
-    _percent(by_epochs.yaxis)
+    by_epochs.set(ylabel=_short(study.metric.name, LABEL))
+    _note(by_epochs, seen)
     _legend_below(figure, by_epochs)
     return figure
 
@@ -198,27 +228,32 @@ def rung_survival(study: StudyResults) -> Figure:
 
 
 def hyperparameters(study: StudyResults) -> Figure | None:
-    """Draw each hyperparameter against val_accuracy at the first rung; None where none was sampled."""
+    """Draw each hyperparameter against the metric at the first rung; None where none was sampled."""
     table, names = stats.comparable(study), study.hyperparameters
     if not names or table.empty:
         return None
     columns = 2
     rows = math.ceil(len(names) / columns)
     figure, grid = _axes(rows, columns, height=2.6 * rows)
-    best = stats.top(table).index
+    best = table.index.isin(stats.top(table, study.metric).index)
+    reached = table[study.metric.name]
+    seen = stats.span(reached, study.metric)
+    heights = seen.drawn(reached)
     for axes, name in zip(np.ravel(grid), names, strict=False):
-        _against(axes, table, name, study.facts.get("ranges", {}).get(name), table.index.isin(best))
+        _against(axes, table[name], heights, study.facts.get("ranges", {}).get(name), best)
+        _value_axis(axes, study.metric, seen)
+    _note(np.ravel(grid)[0], seen)
     for axes in np.ravel(grid)[len(names) :]:
         axes.set_visible(False)
     for axes in np.ravel(grid)[::columns]:
-        axes.set_ylabel("val_accuracy")
+        axes.set_ylabel(_short(study.metric.name, LABEL))
     return figure
 
 
 def parallel_coordinates(study: StudyResults) -> Figure | None:
-    """Draw each trial as a line through hyperparameters to val_accuracy; the best quarter in colour.
+    """Draw each trial as a line through hyperparameters to the metric; the best quarter in colour.
 
-    Many hyperparameters are split into rows of at most ACROSS, each of which ends at val_accuracy.
+    Many hyperparameters are split into rows of at most ACROSS, each of which ends at the metric.
     """
     table, names = stats.comparable(study), study.hyperparameters
     if len(names) < 2 or table.empty:
@@ -226,13 +261,14 @@ def parallel_coordinates(study: StudyResults) -> Figure | None:
     rows = math.ceil(len(names) / ACROSS)
     each = math.ceil(len(names) / rows)
     figure, grid = _axes(rows, 1, height=HEIGHT * rows, squeeze=False)
-    good = table.index.isin(stats.top(table).index)
+    good = table.index.isin(stats.top(table, study.metric).index)
+    reached = _reached(table[study.metric.name].to_numpy(), study.metric)
     for axes, first in zip(grid.flat, range(0, len(names), each), strict=True):
         places = {
             name: _places(table[name], study.facts.get("ranges", {}).get(name))
             for name in names[first : first + each]
         }
-        _parallel(axes, places | {"val_accuracy": _reached(table.val_accuracy.to_numpy())}, good)
+        _parallel(axes, places | {study.metric.name: reached}, good)
     return figure
 
 
@@ -246,30 +282,54 @@ def _parallel(axes: Axes, places: dict[str, tuple[np.ndarray, Ticks]], good: np.
     for k, (_, ticks) in enumerate(places.values()):
         for place, text in ticks:
             axes.text(k + 0.03, place, text, fontsize=7.5, va="center")
-    axes.set_xticks(range(len(places)), list(places), rotation=20, ha="right")
+    axes.set_xticks(range(len(places)), _shorts(list(places), LABEL), rotation=20, ha="right")
     axes.set_yticks([])
     axes.set_xlim(-0.1, len(places) - 0.6)
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
 
 
-def _reached(values: np.ndarray) -> tuple[np.ndarray, Ticks]:
-    """Return the heights and ticks of val_accuracy, whose axis goes from its lowest to its highest value."""
-    low, high = float(values.min()), float(values.max())
-    low_text, high_text = (PercentFormatter(1).format_pct(end, high - low) for end in (low, high))
-    if low == high:
-        return np.full(len(values), 0.5), [(0.5, low_text)]
-    return (values - low) / (high - low), [(0.0, low_text), (1.0, high_text)]
+def _reached(values: np.ndarray, metric: Metric) -> tuple[np.ndarray, Ticks]:
+    """Return the heights and ticks of a metric, whose axis goes from its lowest to its highest value."""
+    seen = stats.span(values, metric)
+    drawn = seen.drawn(values)
+    shown = drawn[drawn != seen.edge]
+    low, high = float(shown.min()), float(shown.max())
+    if metric.bounds:
+        texts = [PercentFormatter(1).format_pct(end, high - low) for end in (low, high)]
+    else:
+        texts = _distinct(low, high)
+    ticks = dict(zip((low, high), texts, strict=True))
+    if seen.beyond:
+        ticks[seen.edge] = "beyond"
+    if len(ticks) == 1:
+        return np.full(len(values), 0.5), [(0.5, texts[0])]
+
+    def scaled(of: Any) -> np.ndarray:
+        return np.log(of) if seen.log else np.asarray(of)
+
+    bottom, top = scaled([min(ticks), max(ticks)])
+    heights = (scaled(list(ticks)) - bottom) / (top - bottom)
+    ends = list(zip(heights.tolist(), ticks.values(), strict=True))
+    return (scaled(drawn) - bottom) / (top - bottom), ends
+
+
+def _distinct(low: float, high: float) -> list[str]:
+    """Return two numbers with as many digits as tell them apart."""
+    texts = [[number(end, digits) for end in (low, high)] for digits in range(4, 18)]
+    return next((pair for pair in texts if pair[0] != pair[1]), texts[0])
 
 
 def importance(study: StudyResults) -> Figure | None:
-    """Draw how much of the variance of val_accuracy each hyperparameter explains."""
-    found = stats.importance(stats.comparable(study), study.facts.get("ranges", {}))
+    """Draw how much of the variance of the metric each hyperparameter explains."""
+    found = stats.importance(stats.comparable(study), study.facts.get("ranges", {}), study.metric)
     if found is None:
         return None
     figure, axes = _axes(height=0.6 + 0.34 * len(found))
     rows = found.iloc[::-1]
-    axes.barh(rows.name, rows["mean"], xerr=rows.sd, color=BLUE, ecolor=INK, height=0.6)
+    axes.barh(
+        _shorts(rows.name.tolist(), LABEL), rows["mean"], xerr=rows.sd, color=BLUE, ecolor=INK, height=0.6
+    )
     axes.set(xlabel="share of variance explained (lines: sd over bootstrap samples)")
     axes.set_xlim(left=0)
     _percent(axes.xaxis)
@@ -468,6 +528,26 @@ def _percent(*axis: Axis) -> None:
         each.set_major_formatter(PercentFormatter(1))
 
 
+def _value_axis(axes: Axes, metric: Metric, seen: stats.Span) -> None:
+    """Give the y axis ticks as the metric's values are written, and a line before those at the edge."""
+    if metric.bounds:
+        _percent(axes.yaxis)
+    elif seen.log:
+        axes.set_yscale("log")
+    else:
+        axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
+    if seen.beyond:
+        axes.axhline(seen.border, color=GREY, linewidth=0.8, linestyle=":")
+
+
+def _note(axes: Axes, seen: stats.Span) -> None:
+    """Say how many values are drawn at the edge."""
+    if seen.beyond:
+        side = "below" if seen.edge < seen.low else "above"
+        text = f"{counted(seen.beyond, 'value')} far {side}, drawn beyond the dotted line"
+        axes.set_title(text, loc="right", fontsize=8)
+
+
 def _whole(axis: Axis) -> None:
     """Give an axis ticks at whole numbers only."""
     axis.set_major_locator(MaxNLocator("auto", steps=(1, 2, 5, 10), integer=True, min_n_ticks=1))
@@ -509,8 +589,8 @@ def _kind(status: str) -> str:
     return "all epochs" if status == "done" else "pruned"
 
 
-def _against(axes: Axes, table: pd.DataFrame, name: str, described: Range, good: np.ndarray) -> None:
-    values, many = table[name], len(table) > MANY
+def _against(axes: Axes, values: pd.Series, heights: np.ndarray, described: Range, good: np.ndarray) -> None:
+    many = len(values) > MANY
     if choices := _choices(values, described):
         spread = np.random.default_rng(0).uniform(-0.18, 0.18, len(values))
         x = _indices(choices, values) + spread
@@ -524,10 +604,9 @@ def _against(axes: Axes, table: pd.DataFrame, name: str, described: Range, good:
         if described is not None and described["log"]:
             axes.set_xscale("log")
     for chosen, marker, colour, size in ((~good, ".", GREY, 5), (good, "D", BLUE, 4)):
-        look: Any = {"color": colour, "markersize": size, "alpha": _alpha(len(table)), "rasterized": many}
-        axes.plot(x[chosen], table.val_accuracy[chosen], marker, **look)
-    axes.set_xlabel(name)
-    _percent(axes.yaxis)
+        look: Any = {"color": colour, "markersize": size, "alpha": _alpha(len(values)), "rasterized": many}
+        axes.plot(x[chosen], heights[chosen], marker, **look)
+    axes.set_xlabel(_short(str(values.name), LABEL))
 
 
 def _choices(values: pd.Series, described: Range) -> list[Any]:

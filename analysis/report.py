@@ -34,11 +34,12 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from tunefleet.analysis import plots, to_optuna, to_tensorboard
-from tunefleet.analysis.facts import comparison, facts
+from tunefleet.analysis.facts import called, comparison, facts
 from tunefleet.analysis.load import StudyResults, load
 from tunefleet.analysis.text import clock
 from tunefleet.cli import Parser, counted, exit_code, path_argument, printable, writing
 from tunefleet.files import write_whole
+from tunefleet.metric import ACCURACY
 
 SECTIONS = (
     ("Learning rate", "Everything else fixed, over several seeds.", ["lr_curves"]),
@@ -61,21 +62,25 @@ SECTIONS = (
     ),
     ("What it cost", "All of a study: its search and its fresh seeds.", ["accuracy_against_seconds"]),
 )
-CAPTIONS = {
+CAPTIONS = {  # {metric} is the study's
     "winner_curves": "Loss and accuracy of the winner. Fresh seeds, where it has any, train on the "
     "validation images, too, and have no validation curve.",
-    "all_curves": "Validation accuracy of every trial.",
-    "best_so_far": "Best validation accuracy found, against what it had cost.",
+    "all_curves": "{metric} of every trial.",
+    "best_so_far": "Best {metric} found, against what it had cost.",
     "rung_survival": "Trials that reached each epoch at which trials are compared, and the last.",
-    "hyperparameters": "Validation accuracy at the first rung; listed values are spread sideways to be seen.",
+    "hyperparameters": "{metric} at the first rung; listed values are spread sideways to be seen.",
     "parallel_coordinates": "Each line is a trial.",
-    "importance": "fANOVA importance (optuna) for validation accuracy at the first rung.",
+    "importance": "fANOVA importance (optuna) for {metric} at the first rung.",
     "confusion": "Test images by true and predicted class; colour: their share of the true class.",
     "confused_pairs": "The most frequent confusions of test images.",
     "class_accuracy": "Test accuracy of each class, with its interval.",
     "accuracy_against_seconds": "Test accuracy of each study against the time it took.",
     "lr_curves": "Validation accuracy against the learning rate.",
 }
+OWN_WINNER = "The winner, by epoch; grey: its fresh seeds, if any."  # of an own training
+RANKED = (
+    "fANOVA importance (optuna) for the rank of {metric} at the first rung."  # of a metric without bounds
+)
 OF_SEVERAL = ("accuracy_against_seconds", "lr_curves")  # figures that compare studies
 
 
@@ -87,6 +92,22 @@ def figures(study: StudyResults) -> dict[str, Figure]:
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
+def captions(study: StudyResults) -> dict[str, str]:
+    """Return what is below each figure."""
+    metric, texts = called(study.metric), dict(CAPTIONS)
+    if not study.trains_images:
+        texts["winner_curves"] = OWN_WINNER
+    elif study.metric.name not in ("val_loss", "val_accuracy"):
+        texts["winner_curves"] = texts["winner_curves"].replace(" and accuracy", f", accuracy and {metric}")
+    if not study.metric.bounds:
+        texts["importance"] = RANKED
+    capital = metric.capitalize() if study.metric == ACCURACY else metric
+    return {
+        name: text.replace("{metric}", capital if text.startswith("{") else metric)
+        for name, text in texts.items()
+    }
+
+
 def write(studies: list[StudyResults], out: Path) -> Path:
     """Write report.html and figures/ of one study, or of several compared; return the page's path.
 
@@ -96,16 +117,18 @@ def write(studies: list[StudyResults], out: Path) -> Path:
     texts = []
     for study in studies:
         texts += [study.facts["space"], study.facts["data"]["name"], *study.classes]
+        texts += [study.metric.name, *study.hyperparameters]
         for described in study.facts.get("ranges", {}).values():
             texts += map(str, described.get("values", []))
     with mpl.rc_context(plots.style(texts)):
         if len(studies) == 1:
-            return _write(facts(studies[0]), figures(studies[0]), out)
+            return _write(facts(studies[0]), figures(studies[0]), captions(studies[0]), out)
         compared = {name: getattr(plots, name)(studies) for name in OF_SEVERAL}
-        return _write(comparison(studies), {name: f for name, f in compared.items() if f is not None}, out)
+        shown = {name: figure for name, figure in compared.items() if figure is not None}
+        return _write(comparison(studies), shown, CAPTIONS, out)
 
 
-def _write(content: dict[str, Any], drawn: dict[str, Figure], out: Path) -> Path:
+def _write(content: dict[str, Any], drawn: dict[str, Figure], captions: dict[str, str], out: Path) -> Path:
     folder = out / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     inline = {}
@@ -118,7 +141,7 @@ def _write(content: dict[str, Any], drawn: dict[str, Figure], out: Path) -> Path
         inline[name] = _themed(buffer.getvalue())
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     page = environment.get_template("report.html.j2").render(
-        content, figures=inline, sections=SECTIONS, captions=CAPTIONS
+        content, figures=inline, sections=SECTIONS, captions=captions
     )
     write_whole(out / "report.html", page.encode())
     return out / "report.html"

@@ -5,7 +5,7 @@
     tunefleet results studies/* > RESULTS.md
 
 An architecture without a study here has the row "not run". Accuracies are of the test images,
-measured by a study's fresh seeds (README.md, "Words").
+measured by a study's fresh seeds (README.md, "Words"); a training of your own has its metric there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 
 from tunefleet.analysis.text import mean_and_spread, number, words
 from tunefleet.cli import Parser, exit_code, path_argument, printable, shell
-from tunefleet.study import read_study
+from tunefleet.metric import Metric
+from tunefleet.study import read_study, tested
 
 # The course report's, of CIFAR-10's test images; its ResNets began with ImageNet weights
 PUBLISHED = {
@@ -53,39 +54,46 @@ WEIGHTS = {  # of backbones, by --weights or a file's name
     "none": "random",
 }
 PIPE = "\\|"  # inside a cell
+TESTED = "test accuracy ± sd (seeds)"
 COLUMNS = (
-    *("architecture", "published", "test accuracy ± sd (seeds)", "trials", "epochs (all)", "weights"),
+    *("architecture", "published", TESTED, "trials", "epochs (all)", "weights"),
     *("best hyperparameters", "minutes", "machine", "commit"),
 )
 
 
 def row(study: dict[str, Any]) -> list[str]:
     """Return the cells of one study, in the order of COLUMNS."""
-    final, best, options = study["final"], study["best"], study["options"]
-    accuracy = "no seed was tested"
-    if final and final["test_accuracy"]:
-        test, count = final["test_accuracy"], len(final["seeds"])
-        mean, spread, _ = mean_and_spread(test)
-        diverged = f", {len(final['diverged'])} diverged" if final["diverged"] else ""
-        accuracy = f"**{mean}**{spread} ({count}{diverged})"
+    best, options = study["best"], study["options"]
     config = best["config"] if best else {}
     backbone = Path(str(config.get("weights", "none"))).name
     return [
         study["space"],
         f"{100 * PUBLISHED[study['space']]:.2f}" if study["space"] in PUBLISHED else "",
-        accuracy,
+        _over_seeds(study["final"]),
         str(study["trials"]),
         f"{options['epochs']} ({study['epochs_spent']})",
         WEIGHTS.get(backbone, backbone) if study["space"].startswith("resnet") else "",
         ", ".join(
             f"{name} {number(config[name], 3)}"
-            for name in SHOWN
+            for name in dict.fromkeys((*SHOWN, *study.get("ranges", {})))
             if config.get(name) not in (None, HIDDEN.get(name))
         ),
         number(study["seconds"] / 60, 2),
         str(study.get("machine") or ""),
         study["commit"] or "",
     ]
+
+
+def _over_seeds(final: dict[str, Any] | None) -> str:
+    """Return the test accuracy; of a training that has none, what its fresh seeds gave, by name."""
+    figures = tested(final)
+    if not final or not figures:
+        return "no seed was tested"
+    name = "test_accuracy" if "test_accuracy" in figures else next(iter(figures))
+    mean, spread, _ = mean_and_spread(figures[name], fraction=Metric(name).bounds is not None)
+    diverged = f", {len(final['diverged'])} diverged" if final["diverged"] else ""
+    called = "" if name == "test_accuracy" else f"{name} "
+    return f"{called}**{mean}**{spread} ({len(final['seeds'])}{diverged})"
 
 
 def table(studies: list[dict[str, Any]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,33 +14,94 @@ import pandas as pd
 from scipy import stats
 
 from tunefleet.analysis.load import StudyResults
+from tunefleet.metric import ACCURACY, Metric
 
 EDGE = 0.1  # of a range's width, at either end: a best value there asks for a wider range
 TOP = 0.25  # of the trials, from which boundary shares are computed
+FAR = 100.0  # times the size of the best quarter: values further from the best would hide the others
+FAR_LOG = 1e5  # the same on a logarithmic axis
+LARGEST = 1e300  # matplotlib's ticks overflow beyond
+LOG_FROM = 100.0  # largest divided by smallest value from which an axis is logarithmic
 IMPORTANCE_MIN = 8  # trials
 IMPORTANCE_MAX = 200  # trials in a sample; a forest's time grows with their square
 IMPORTANCE_REPEATS = 10  # bootstrap samples of the trials, whose spread is the uncertainty
 IMPORTANCE_TREES = 16  # of each sample's forest: 160 in all, where optuna alone grows 64
 
 
-def best_so_far(epochs: pd.DataFrame) -> pd.DataFrame:
-    """Return the best val_accuracy over the course of a search.
+@dataclass(frozen=True)
+class Span:
+    """What an axis shows of a metric: all values but those that would hide the others.
 
     Args:
-        epochs: One row per report: trial_id, epoch, val_accuracy, epoch_seconds, finished_at.
+        low: The lowest value shown.
+        high: The highest.
+        edge: Where the others are drawn, on the side of what is worse.
+        log: Whether the axis is logarithmic.
+        beyond: How many others there are.
+    """
+
+    low: float
+    high: float
+    edge: float
+    log: bool = False
+    beyond: int = 0
+
+    @property
+    def border(self) -> float:
+        """Return what is between the values shown and the edge."""
+        end = self.high if self.edge > self.high else self.low
+        return math.sqrt(end * self.edge) if self.log else (end + self.edge) / 2
+
+    def drawn(self, values: Any) -> np.ndarray:
+        """Return values as they are drawn, those that are not shown at the edge."""
+        values = np.clip(np.asarray(values, dtype=float), -LARGEST, LARGEST)
+        return np.where((values < self.low) | (values > self.high), self.edge, values)
+
+
+def span(values: Any, metric: Metric) -> Span:
+    """Return what an axis shows of a metric's values; of one with bounds, everything.
+
+    The size of a metric is the largest magnitude in the best quarter of its values.
+    """
+    values = np.asarray(values, dtype=float)
+    values = np.clip(values[np.isfinite(values)], -LARGEST, LARGEST)
+    if metric.bounds or not len(values):
+        return Span(-math.inf, math.inf, math.nan)
+    score = values if metric.mode == "max" else -values
+    leading = np.sort(score)[-max(1, round(TOP * len(score))) :]
+    size = float(np.abs(leading).max() or np.median(np.abs(values)) or math.inf)
+    can_log = metric.mode == "min" and bool(values.min() > 0)
+    shown = values[score.max() - score <= (FAR_LOG if can_log else FAR) * size]
+    low, high = float(shown.min()), float(shown.max())
+    log = can_log and high / low >= LOG_FROM
+    if log:
+        edge = high * (high / low) ** 0.08
+    else:
+        margin = 0.08 * (high - low or abs(high) or 1.0)
+        edge = low - margin if metric.mode == "max" else high + margin
+    return Span(low, high, edge, log, len(values) - len(shown))
+
+
+def best_so_far(epochs: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
+    """Return the best value of the metric over the course of a search.
+
+    Args:
+        epochs: One row per report: trial_id, epoch, the metric, epoch_seconds, finished_at.
+        metric: What trials are compared by.
 
     Returns:
         A row per report in the order of finished_at: epochs (reports so far, this one included),
-        seconds (since the first epoch began), val_accuracy and best (highest val_accuracy so far).
+        seconds (since the first epoch began), value and best (the best value so far).
     """
     rows = epochs.sort_values("finished_at", kind="stable")
+    values = rows[metric.name]
     began = (rows.finished_at - rows.epoch_seconds).min()
     return pd.DataFrame(
         {
             "epochs": np.arange(1, len(rows) + 1),
             "seconds": (rows.finished_at - began).to_numpy(),
-            "val_accuracy": rows.val_accuracy.to_numpy(),
-            "best": rows.val_accuracy.cummax().ffill().to_numpy(),
+            "value": values.to_numpy(),
+            "best": (values.cummax() if metric.mode == "max" else values.cummin()).ffill().to_numpy(),
         }
     )
 
@@ -56,15 +118,16 @@ def rung_survival(trials: pd.DataFrame, rungs: list[int], epochs: int) -> pd.Ser
 
 
 def comparable(study: StudyResults) -> pd.DataFrame:
-    """Return each trial's hyperparameters and its val_accuracy at the first rung.
+    """Return each trial's hyperparameters and its metric at the first rung.
 
-    The last val_accuracy of a pruned trial and of a finished one are of different epochs; at the first
-    rung (the last epoch, where there are no rungs) every trial that did not fail before has a value.
+    The last values of a pruned trial and of a finished one are of different epochs; at the first rung
+    (the last epoch, where there are no rungs) every trial that did not fail before has a value.
     """
+    name = study.metric.name
     epoch = study.facts["rungs"][0] if study.facts["rungs"] else study.facts["options"]["epochs"]
-    values = study.epochs[study.epochs.epoch == epoch].set_index("trial_id").val_accuracy
+    values = study.epochs[study.epochs.epoch == epoch].set_index("trial_id")[name]
     table = study.trials.set_index("trial_id")[study.hyperparameters]
-    return table.assign(val_accuracy=values).dropna(subset="val_accuracy")
+    return table.assign(**{name: values}).dropna(subset=[name])
 
 
 def boundary_share(values: pd.Series, low: float, high: float, *, log: bool) -> dict[str, float]:
@@ -75,27 +138,31 @@ def boundary_share(values: pd.Series, low: float, high: float, *, log: bool) -> 
     return {"low": float((place <= EDGE).mean()), "high": float((place >= 1 - EDGE).mean())}
 
 
-def top(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the TOP share of the trials by val_accuracy, at least one."""
+def top(table: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
+    """Return the TOP share of the trials by the metric, at least one."""
     count = max(1, round(TOP * len(table)))
-    return table.sort_values("val_accuracy", ascending=False, kind="stable").head(count)
+    return table.sort_values(metric.name, ascending=metric.mode == "min", kind="stable").head(count)
 
 
-def importance(table: pd.DataFrame, ranges: dict[str, Any]) -> pd.DataFrame | None:
-    """Return how much of the variance of val_accuracy each hyperparameter explains.
+def importance(table: pd.DataFrame, ranges: dict[str, Any], metric: Metric = ACCURACY) -> pd.DataFrame | None:
+    """Return how much of the variance of the metric each hyperparameter explains.
 
-    fANOVA (Hutter et al. 2014) as optuna has it, on bootstrap samples of the trials.
+    fANOVA (Hutter et al. 2014) as optuna has it, on bootstrap samples of the trials. Of a metric without
+    bounds, the ranks of its values are explained: one trial at 1e29 would be all of the variance.
 
     Args:
         table: Of ``comparable``.
         ranges: Of study.json: ``{"low", "high", "log"}`` or ``{"values"}`` by name.
+        metric: What trials are compared by.
 
     Returns:
         A row per hyperparameter, most important first: name, mean and sd over the samples; None where
         the trials are too few.
     """
-    if len(table) < IMPORTANCE_MIN or not ranges or table.val_accuracy.nunique() < 2:
+    if len(table) < IMPORTANCE_MIN or not ranges or table[metric.name].nunique() < 2:
         return None
+    if not metric.bounds:
+        table = table.assign(**{metric.name: table[metric.name].rank()})
     distributions = {name: distribution(described) for name, described in ranges.items()}
     generator = np.random.default_rng(0)
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # not a line for each study
@@ -103,7 +170,7 @@ def importance(table: pd.DataFrame, ranges: dict[str, Any]) -> pd.DataFrame | No
     for seed in range(IMPORTANCE_REPEATS):
         sample = table.iloc[generator.integers(0, len(table), min(len(table), IMPORTANCE_MAX))]
         study = optuna.create_study(direction="maximize")
-        study.add_trials([_trial(dict(row), distributions) for _, row in sample.iterrows()])
+        study.add_trials([_trial(dict(row), distributions, metric.name) for _, row in sample.iterrows()])
         evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=IMPORTANCE_TREES, seed=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -114,11 +181,13 @@ def importance(table: pd.DataFrame, ranges: dict[str, Any]) -> pd.DataFrame | No
 
 
 def choice_index(choices: Sequence[Any], value: Any) -> int:
-    """Return which of a range's choices a value from a CSV file is: 0 is also 0.0, "False" also False.
+    """Return which of a range's choices a table's cell is: 0 is also 0.0, "False" also False, NaN null.
 
     Raises:
         ValueError: It is none of them.
     """
+    if isinstance(value, float) and math.isnan(value):
+        value = None
     for k, choice in enumerate(choices):
         if choice == value or str(choice) == str(value):
             return k
@@ -169,9 +238,9 @@ def distribution(described: dict[str, Any]) -> Any:
     return optuna.distributions.FloatDistribution(described["low"], described["high"], log=described["log"])
 
 
-def _trial(row: dict[Any, Any], distributions: dict[str, Any]) -> Any:
+def _trial(row: dict[Any, Any], distributions: dict[str, Any], metric: str) -> Any:
     params = {name: param(row[name], distribution) for name, distribution in distributions.items()}
-    return optuna.trial.create_trial(params=params, distributions=distributions, value=row["val_accuracy"])
+    return optuna.trial.create_trial(params=params, distributions=distributions, value=row[metric])
 
 
 def param(value: Any, distribution: Any) -> Any:

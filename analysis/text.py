@@ -53,11 +53,21 @@ def spread_digits(sd: float | None, least: int) -> int:
     return least if not sd else max(least, min(12, math.ceil(-math.log10(sd))))
 
 
-def mean_and_spread(test: dict[str, Any]) -> tuple[str, str, int]:
-    """Return a test accuracy's mean in percent, " ± sd" or nothing, and their number of decimals."""
-    digits = spread_digits(100 * (test["sd"] or 0), 2)
-    spread = "" if test["sd"] is None else f" ± {100 * test['sd']:.{digits}f}"
-    return percent(test["mean"], digits), spread, digits
+def mean_and_spread(test: dict[str, Any], *, fraction: bool = True) -> tuple[str, str, str]:
+    """Return what seeds gave: the mean, " ± sd" or nothing, "low to high" of the interval or nothing.
+
+    Args:
+        test: mean, sd and interval95.
+        fraction: Write percent, without the sign.
+    """
+    mean, sd, ends = test["mean"], test["sd"], test["interval95"]
+    if fraction:
+        digits = spread_digits(100 * (sd or 0), 2)
+        spread = "" if sd is None else f" ± {100 * sd:.{digits}f}"
+        return percent(mean, digits), spread, " to ".join(percent(end, digits) for end in ends or ())
+    digits = 4 if not sd or not mean else max(4, min(12, 2 + math.ceil(math.log10(abs(mean) / sd))))
+    spread = "" if sd is None else f" ± {number(sd, 2)}"
+    return number(mean, digits), spread, " to ".join(number(end, digits) for end in ends or ())
 
 
 def clock(seconds: float) -> str:

@@ -16,6 +16,8 @@ from tunefleet.analysis.load import StudyResults
 from tunefleet.analysis.text import listed, reason, words
 from tunefleet.cli import shell
 from tunefleet.journal import LOST
+from tunefleet.metric import ACCURACY
+from tunefleet.study import tested
 
 TABLES = {"studies", "trials", "version_info", "alembic_version"}  # in every database of optuna's
 TRIAL_SECONDS = 0.03  # that SQLite takes to add one (optuna 4 and 5)
@@ -49,11 +51,19 @@ def write(study: StudyResults, url: str) -> bool:
                 f"--optuna={shown(url)} holds another study {study.name!r}, or an older state of it; give "
                 f"another database, or delete that study first: {delete}"
             )
-        exported = optuna.create_study(storage=storage, study_name=study.name, direction="maximize")
+        exported = optuna.create_study(
+            storage=storage,
+            study_name=study.name,
+            direction="maximize" if study.metric.mode == "max" else "minimize",
+        )
         try:
             for key in ("space", "status", "commit"):
                 exported.set_user_attr(key, study.facts[key])
             exported.set_user_attr("test_accuracy", study.test_figures)
+            if study.metric != ACCURACY:
+                exported.set_user_attr("metric", study.metric.name)
+                for name, figures in tested(study.facts["final"]).items():
+                    exported.set_user_attr(name, figures)
             exported.set_user_attr("command", shell(*words(study.facts["command"])))
             exported.add_trials(trials)
         except BaseException:  # a Ctrl-C, too, must not leave half a study
@@ -105,7 +115,7 @@ def frozen_trials(study: StudyResults) -> list[FrozenTrial]:
         ValueError: Trials are missing from trials.csv, so that numbers would not be theirs.
     """
     distributions = {name: _distribution(study, name) for name in study.hyperparameters}
-    reports = dict(list(study.epochs.groupby("trial_id")))
+    reports, metric = dict(list(study.epochs.groupby("trial_id"))), study.metric.name
     trials = []
     order = study.trials.trial_id.astype(int).argsort()  # as text, 10000 comes before 9999
     for number, row in enumerate(study.trials.iloc[order].to_dict("records")):
@@ -119,13 +129,13 @@ def frozen_trials(study: StudyResults) -> list[FrozenTrial]:
         state = STATES[row["status"]]
         trial = optuna.trial.create_trial(
             state=state,
-            value=row["val_accuracy"] if state in (TrialState.COMPLETE, TrialState.PRUNED) else None,
+            value=_plain(row[metric]) if state in (TrialState.COMPLETE, TrialState.PRUNED) else None,
             params={n: stats.param(row[n], d) for n, d in sampled.items()},
             distributions=sampled,
             user_attrs={name: _plain(row[name]) for name in ("status", "rung", "epochs", "seconds", "node")},
             intermediate_values={
                 int(epoch): float(value)
-                for epoch, value in zip(seen.epoch, seen.val_accuracy, strict=True)
+                for epoch, value in zip(seen.epoch, seen[metric], strict=True)
                 if not pd.isna(value)
             },
         )

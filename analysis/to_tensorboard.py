@@ -13,7 +13,7 @@ from tunefleet.analysis.load import StudyResults
 from tunefleet.cli import INSTALL
 from tunefleet.journal import LOST
 
-METRICS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "epoch_seconds")
+NOT_SCALARS = ("trial_id", "epoch", "finished_at")  # columns of the reports' table; all others are numbers
 UNFINISHED = ("running", "paused")
 EVENTS = "events.out.tfevents."  # the beginning of names that TensorBoard looks for
 
@@ -21,8 +21,8 @@ EVENTS = "events.out.tfevents."  # the beginning of names that TensorBoard looks
 def write(study: StudyResults, out: Path) -> Path:
     """Write ``out/tensorboard``, whole or not at all; return it.
 
-    A run per trial, and one per fresh seed of the winner, holds METRICS by epoch, at the time of each
-    report. The hyperparameters are those that were sampled, with their ranges.
+    A run per trial, and one per fresh seed of the winner, holds every number that was reported, by epoch, at
+    the time of each report. The hyperparameters are those that were sampled, with their ranges.
 
     Raises:
         ValueError: TensorBoard is not installed, or the folder holds something else.
@@ -48,10 +48,11 @@ def _write_runs(study: StudyResults, folder: Path) -> None:
     from tensorboard.plugins.hparams import summary_v2
 
     reports = pd.concat([study.epochs, study.finals])
+    others = ["val_loss", "train_loss"] if study.trains_images else _scalars_of(reports)
     began = float((reports.finished_at - reports.epoch_seconds).min()) if len(reports) else 0.0
     experiment = summary_v2.hparams_config_pb(
         [summary_v2.HParam(name, _domain(study, name)) for name in study.hyperparameters],
-        [summary_v2.Metric("val_accuracy"), summary_v2.Metric("val_loss"), summary_v2.Metric("train_loss")],
+        [summary_v2.Metric(name) for name in dict.fromkeys((study.metric.name, *others))],
         time_created_secs=began,
     )
     _write_run(folder, [_event(began, summary=experiment)])
@@ -90,12 +91,17 @@ def _write_run(folder: Path, events: list[Any]) -> None:
             writer.write(event.SerializeToString())
 
 
+def _scalars_of(reports: pd.DataFrame) -> list[str]:
+    """Return the columns that hold numbers of an epoch."""
+    return [name for name in reports.columns if name not in NOT_SCALARS and reports[name].notna().any()]
+
+
 def _scalars(rows: pd.DataFrame) -> list[Any]:
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    events = []
+    events, names = [], _scalars_of(rows)
     for row in rows.sort_values("epoch").to_dict("records"):
-        values = [Summary.Value(tag=n, simple_value=row[n]) for n in METRICS if not pd.isna(row[n])]
+        values = [Summary.Value(tag=n, simple_value=row[n]) for n in names if not pd.isna(row[n])]
         events.append(_event(row["finished_at"], step=int(row["epoch"]), summary=Summary(value=values)))
     return events
 

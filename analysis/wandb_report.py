@@ -24,7 +24,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from tunefleet.analysis.facts import cards, plain
+from tunefleet.analysis.facts import cards, plain, title
 from tunefleet.analysis.load import StudyResults, load
 from tunefleet.analysis.text import reason
 from tunefleet.cli import INSTALL, Parser, exit_code, path_argument, printable, writing
@@ -33,13 +33,14 @@ if TYPE_CHECKING:
     import wandb_workspaces.reports.v2 as wr
 
 PROJECT = "tunefleet"  # W&B's, where neither --project nor WANDB_PROJECT names one
-MEDIA = (  # keys of the run of job_type "study": its figures, and images
+MEDIA = (  # keys of the run of job_type "study": its figures
     *("figures/winner_curves", "figures/all_curves", "figures/best_so_far", "figures/hyperparameters"),
-    *("figures/importance", "figures/confusion", "figures/confused_pairs", "figures/class_accuracy"),
-    "figures/lr_curves",
-    "misclassified",
+    "figures/importance",
 )
-MEASURE = "best_val_accuracy"  # in the summary of each trial's run
+IMAGE_MEDIA = (  # the same, of trainings on images only
+    *("figures/confusion", "figures/confused_pairs", "figures/class_accuracy"),
+    *("figures/lr_curves", "misclassified"),
+)
 TITLE_MOST = 128  # characters that W&B allows
 RETRIES = {  # wandb asks a server that does not answer for minutes otherwise (0.31)
     "WANDB_X_GRAPHQL_RETRY_MAX": "3",
@@ -69,7 +70,7 @@ def build(
     place = {"entity": entity, "project": project} if linked else {}
     for study, group in zip(studies, groups, strict=True):
         blocks += _section(wr, study, group, place)
-    names = ", ".join(_name(study) for study in studies)
+    names = ", ".join(map(title, studies))
     return wr.Report(
         entity=entity,
         project=project,
@@ -94,20 +95,24 @@ def _section(wr: Any, study: StudyResults, group: str, place: dict[str, str]) ->
         chosen = f"Metric('Group') == {group!r} and Metric('JobType') == {job_type!r}"
         return wr.Runset(name=name, filters=chosen, **place)
 
-    blocks = [wr.H2(_name(study)), *headline(wr, study)]
+    blocks = [wr.H2(title(study)), *headline(wr, study)]
     blocks.append(wr.PanelGrid(runsets=[runs("trial", "trials")], panels=_of_trials(wr, study)))
+    training, tested = "train_loss", "test_accuracy"
+    if not study.trains_images:
+        training, tested = study.metric.name, study.metric.test_name
     if not study.finals.empty:
         blocks += [
             wr.H3("The winner's fresh seeds"),
             wr.PanelGrid(
                 runsets=[runs("final", "fresh seeds")],
                 panels=[
-                    wr.LinePlot(title="train_loss", x="epoch", y=["train_loss"], layout=_place(wr, 0, 0)),
-                    wr.BarPlot(title="test_accuracy", metrics=["test_accuracy"], layout=_place(wr, 12, 0)),
+                    wr.LinePlot(title=training, x="epoch", y=[training], layout=_place(wr, 0, 0)),
+                    wr.BarPlot(title=tested, metrics=[tested], layout=_place(wr, 12, 0)),
                 ],
             ),
         ]
-    media = wr.MediaBrowser(media_keys=list(MEDIA), num_columns=2, layout=_place(wr, 0, 0, 24, 16))
+    keys = [*MEDIA, *(IMAGE_MEDIA if study.trains_images else ())]
+    media = wr.MediaBrowser(media_keys=keys, num_columns=2, layout=_place(wr, 0, 0, 24, 16))
     return [*blocks, wr.H3("Figures"), wr.PanelGrid(runsets=[runs("study", "the study")], panels=[media])]
 
 
@@ -125,26 +130,28 @@ def headline(wr: Any, study: StudyResults) -> list[Any]:
 
 
 def _of_trials(wr: Any, study: StudyResults) -> list[Any]:
-    ranges = study.facts.get("ranges", {})
+    ranges, metric = study.facts.get("ranges", {}), study.metric.name
+    best, losses = f"best_{metric}", ["train_loss", "val_loss"]
+    if not study.trains_images:
+        losses = [f"train_{metric.removeprefix('val_')}", metric]
     columns = [
         wr.ParallelCoordinatesPlotColumn(wr.Config(name), log=bool(ranges.get(name, {}).get("log")))
         for name in study.hyperparameters
     ]
-    columns.append(wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(MEASURE)))
+    columns.append(wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(best)))
+    across = "lr" if "lr" in study.hyperparameters or study.trains_images else study.hyperparameters[0]
     return [
-        wr.LinePlot(title="val_accuracy", x="epoch", y=["val_accuracy"], layout=_place(wr, 0, 0)),
-        wr.LinePlot(
-            title="train_loss, val_loss", x="epoch", y=["train_loss", "val_loss"], layout=_place(wr, 12, 0)
-        ),
+        wr.LinePlot(title=metric, x="epoch", y=[metric], layout=_place(wr, 0, 0)),
+        wr.LinePlot(title=", ".join(losses), x="epoch", y=losses, layout=_place(wr, 12, 0)),
         wr.ParallelCoordinatesPlot(
             title="each line is a trial", columns=columns, layout=_place(wr, 0, 8, 24, 10)
         ),
-        wr.ParameterImportancePlot(with_respect_to=MEASURE, layout=_place(wr, 0, 18)),
+        wr.ParameterImportancePlot(with_respect_to=best, layout=_place(wr, 0, 18)),
         wr.ScatterPlot(
-            title="lr against accuracy",
-            x=wr.Config("lr"),
-            y=wr.SummaryMetric(MEASURE),
-            log_x=True,
+            title=f"{across} against {'accuracy' if metric == 'val_accuracy' else metric}",
+            x=wr.Config(across),
+            y=wr.SummaryMetric(best),
+            log_x=bool(ranges.get(across, {"log": True}).get("log")),
             layout=_place(wr, 12, 18),
         ),
         wr.RunComparer(diff_only="split", layout=_place(wr, 0, 26, 24, 10)),
@@ -153,10 +160,6 @@ def _of_trials(wr: Any, study: StudyResults) -> list[Any]:
 
 def _place(wr: Any, x: int, y: int, w: int = 12, h: int = 8) -> Any:
     return wr.Layout(x=x, y=y, w=w, h=h)  # of a grid 24 wide
-
-
-def _name(study: StudyResults) -> str:
-    return f"{study.facts['space']} on {study.facts['data']['name']}"
 
 
 def save(studies: list[StudyResults], *, entity: str, project: str, groups: list[str]) -> str:

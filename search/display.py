@@ -24,7 +24,7 @@ from tunefleet.models.spaces import SPACES
 from tunefleet.search.asha import expected_epochs
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.scheduler import Scheduler
-from tunefleet.study import Study
+from tunefleet.study import Study, tested
 
 SHOWN = ("lr", "weight_decay", "momentum", "batch_size", "hidden", "kernel_size", "schedule", "augment")
 TERMINAL_SECONDS = 0.5  # between refreshes
@@ -72,20 +72,6 @@ def print_result(folder: Path, console: Console) -> int:
     if failed:
         print_line(f"failed: {failed}; the errors are in {shown(folder / 'reports.jsonl')}")
     return 1 if failed else 0
-
-
-def tested(final: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """Return what the fresh seeds gave, by name: the metric on the test split, and accuracy beside it.
-
-    Of a training without a test, the metric itself.
-    """
-    if not final:
-        return {}
-    first = final.get("test") or final.get("metric")
-    figures = {first["name"]: first} if first else {}
-    if final["test_accuracy"]:
-        figures["test_accuracy"] = final["test_accuracy"]
-    return figures
 
 
 def print_text(console: Console, text: str, head: str = "", style: str = "bold") -> None:

@@ -43,6 +43,7 @@ from filelock import Timeout
 from tunefleet.cli import Parser, exit_code, kept_environment, printable, shell, shown
 from tunefleet.files import holding, is_full, says_full, write_whole
 from tunefleet.journal import TrialRecord
+from tunefleet.metric import Metric
 from tunefleet.search.wandb_options import (
     LONGEST_NAME,
     PASSED_ON,
@@ -53,10 +54,10 @@ from tunefleet.search.wandb_options import (
     take_flags,
 )
 from tunefleet.store import within
-from tunefleet.study import Study, read_study
+from tunefleet.study import Study, is_number_of, read_study, tested
 
 STUDY = "study"  # the key of the study's own run, beside trial ids
-COLUMNS = (  # of a row, those of epochs.parquet
+COLUMNS = (  # of a row, those of epochs.parquet; then come further numbers that were reported
     *("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy"),
     *("lr", "epoch_seconds", "finished_at"),
 )
@@ -134,34 +135,44 @@ def runs_of(folder: Path) -> list[Run]:
     if any(trial.is_final for trial in trials):  # the search is over: what is paused was pruned
         study.status = "done"
         statuses |= {trial.trial_id: study.status_of(trial) for trial in study.searched}
-    runs = [_of_trial(stem, trial, statuses[trial.trial_id]) for trial in trials]
-    return runs if facts["status"] == "running" else [*runs, _of_study(stem, facts, folder)]
+    runs = [_of_trial(stem, trial, statuses[trial.trial_id], study.metric) for trial in trials]
+    return runs if facts["status"] == "running" else [*runs, _of_study(stem, facts, study.metric, folder)]
 
 
-def _of_trial(stem: str, trial: TrialRecord, status: str) -> Run:
-    values = [r["val_accuracy"] for r in trial.reports.values() if r.get("val_accuracy") is not None]
-    summary = {"status": status, "epochs": trial.epoch, "best_val_accuracy": max(values, default=None)}
+def _of_trial(stem: str, trial: TrialRecord, status: str, metric: Metric) -> Run:
+    best = metric.best(trial.values(metric.name))
+    summary = {"status": status, "epochs": trial.epoch, f"best_{metric.name}": best}
     if status == "pruned":
         summary["pruned_at_epoch"] = trial.epoch
     if trial.error:
         summary["error"] = trial.error
-    if "test_accuracy" in (last := trial.reports.get(trial.epoch, {})):
-        summary["test_accuracy"] = last["test_accuracy"]
-    rows = [{name: report.get(name) for name in COLUMNS} for _, report in sorted(trial.reports.items())]
+    last = trial.reports.get(trial.epoch, {})
+    summary |= {name: last[name] for name in (metric.test_name, "test_accuracy") if name in last}
+    rows = [_row(report) for _, report in sorted(trial.reports.items())]
     job_type = "final" if trial.is_final else "trial"
     return Run(trial.trial_id, f"{stem}-{trial.trial_id}", job_type, trial.config, summary, rows=tuple(rows))
 
 
-def _of_study(stem: str, study: dict[str, Any], folder: Path) -> Run:
+def _row(report: dict[str, Any]) -> dict[str, Any]:
+    """Return the numbers of a report."""
+    fixed = {name: report[name] for name in COLUMNS if name in report}
+    others = {name: value for name, value in report.items() if is_number_of(name, value)}
+    return fixed | {name: value for name, value in others.items() if name not in fixed}
+
+
+def _of_study(stem: str, study: dict[str, Any], metric: Metric, folder: Path) -> Run:
     names = ("status", "trials", "epochs_spent", "epochs_unpruned", "seconds")
     summary = {name: study.get(name) for name in names}
     if best := study.get("best"):
-        summary |= {"best_trial": best["trial_id"], "val_accuracy": best["val_accuracy"]}
+        summary |= {"best_trial": best["trial_id"], metric.name: best[metric.name]}
         summary |= {f"best/{name}": value for name, value in best["config"].items()}
-    if test := (study.get("final") or {}).get("test_accuracy"):
+    for name, test in tested(study.get("final")).items():
         low, high = test["interval95"] or (None, None)
-        summary |= {"test_accuracy": test["mean"], "test_accuracy_sd": test["sd"]}
-        summary |= {"test_accuracy_low": low, "test_accuracy_high": high, "seeds": len(test["values"])}
+        key = (
+            f"final_{name}" if name == metric.name else name
+        )  # without a test; the best trial's has the name
+        summary |= {key: test["mean"], f"{key}_sd": test["sd"]}
+        summary |= {f"{key}_low": low, f"{key}_high": high, "seeds": len(test["values"])}
     config = {name: study.get(name) for name in ("space", "seed", "commit", "versions", "machine", "options")}
     media = [file.relative_to(folder).as_posix() for file in sorted((folder / "figures").glob("*.png"))]
     if all((folder / "best" / name).exists() for name in ("misclassified.npz", "predictions.parquet")):
@@ -441,8 +452,9 @@ def sweep_config(study: dict[str, Any], name: str) -> dict[str, Any]:
     for parameter in dict.fromkeys(name for point in points for name in point):
         values = {point[parameter] for point in points if parameter in point}
         parameters[parameter] = {"values": sorted(values)}
-    metric = {"name": "val_accuracy", "goal": "maximize"}
-    return {"name": name, "method": "random", "metric": metric, "parameters": parameters}
+    metric = Metric(**study.get("metric", {}))
+    goal = {"name": metric.name, "goal": "maximize" if metric.mode == "max" else "minimize"}
+    return {"name": name, "method": "random", "metric": goal, "parameters": parameters}
 
 
 def reason(text: str, key: str | None = None) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.made_study import change, remove_trials, write_study
+from tests.made_study import change, edit_events, remove_trials, write_own_study, write_study
 from tunefleet.analysis import report, results, wandb_report
 from tunefleet.analysis.load import load
 from tunefleet.benchmarks import replay
@@ -83,6 +83,9 @@ def test_each_damaged_file_is_named_with_what_to_do(folder, name, how):
         ({"ranges": {"lr": {"low": 0, "high": 1, "log": True}}}, "an impossible range of lr"),
         ({"ranges": {"lr": {"low": 1, "high": 1, "log": False}}}, "an impossible range of lr"),
         ({"ranges": {"hidden": {"values": [1]}}}, "an impossible range of hidden"),
+        ({"metric": "val_loss"}, "study.json has an impossible metric"),
+        ({"metric": {"name": "val_loss", "mode": "least"}}, "study.json has an impossible metric"),
+        ({"metric": {"name": None, "mode": "min"}}, "study.json has an impossible metric"),
     ],
 )
 def test_an_impossible_value_is_named(folder, facts, needle):
@@ -128,6 +131,31 @@ def test_a_study_without_a_trial_has_nothing_to_replay(folder, capsys):
     change(folder, options=options | {"pruner": "none"})
     assert replay.main([str(folder)]) == 2
     assert "has no trial" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["sound", "untested", "all diverged", "all failed", "no trial"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_own_training_is_read_with_and_without_a_success(tmp_path, command, kind, capsys):
+    ranges = {"layers": {"values": [[64], [64, 32], None]}, "lr": {"low": 0.01, "high": 1.0, "log": True}}
+    folder = write_own_study(tmp_path / "made", ranges=ranges, tested=kind == "sound")
+
+    def edit(event):
+        if event["epoch"] == 0 or event["trial_id"].startswith("final"):
+            return None if event["trial_id"].startswith("final") else event
+        if kind == "all failed":
+            return (
+                {"trial_id": event["trial_id"], "status": "error", "error": "no"}
+                if event["epoch"] == 1
+                else None
+            )
+        return event | {"status": "diverged", "val_mse": None} if event["epoch"] == 1 else None
+
+    if kind.startswith("all"):
+        edit_events(folder, edit)
+    if kind == "no trial":
+        edit_events(folder, lambda event: None)
+    assert COMMANDS[command](str(folder)) == 0
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -13,11 +13,12 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
 from matplotlib.text import Text
 
-from tests.made_study import EVIL, edit_events, with_changes, write_study
+from tests.made_study import EVIL, change, edit_events, with_changes, write_own_study, write_study
 from tunefleet.analysis import plots, stats
 from tunefleet.analysis.load import load
 from tunefleet.analysis.report import figures
 from tunefleet.benchmarks.replay import compare
+from tunefleet.metric import Metric
 
 
 @pytest.fixture
@@ -396,4 +397,87 @@ def test_val_accuracies_of_exactly_0_are_drawn(tmp_path):
     assert len(stats.comparable(study)) == 12
     assert [line.get_ydata().tolist() for line in plots.best_so_far(study).axes[0].lines[:1]] == [[0.0] * 21]
     for figure in figures(study).values():
+        drawn(figure)
+
+
+@pytest.fixture
+def own(tmp_path):
+    """The same study of a loss: trial 8 ends at 34; trials 1 and 3 are at 1e29 and 1e27."""
+    folder = write_own_study(tmp_path / "own")
+    huge = {"0001": 1e29, "0003": 1e27}
+    edit_events(
+        folder,
+        lambda e: e | ({"val_mse": huge[e["trial_id"]]} if e["epoch"] and e["trial_id"] in huge else {}),
+    )
+    return load(folder)
+
+
+def test_a_loss_has_plain_numbers_and_huge_values_are_at_the_edge(own):
+    for draw in (plots.all_curves, plots.best_so_far, plots.hyperparameters):
+        axes = drawn(draw(own)).axes[0]
+        assert axes.get_ylabel() == "val_mse"
+        assert axes.get_ylim()[1] < 100
+        assert not any(label.endswith("%") for _, label in labelled(axes.yaxis))
+        assert axes.get_title(loc="right") == "2 values far above, drawn beyond the dotted line"
+
+
+def test_a_loss_falls_as_the_best_is_found(own):
+    best = plots.best_so_far(own).axes[0].lines[1]
+    assert (np.diff(best.get_ydata()) <= 0).all()
+    assert best.get_ydata()[-1] == 34.0
+
+
+def test_the_best_quarter_of_a_loss_is_the_lowest(own):
+    others, best = plots.hyperparameters(own).axes[0].lines[:2]
+    assert max(best.get_ydata()) < min(others.get_ydata())
+    texts = [text.get_text() for text in plots.parallel_coordinates(own).axes[0].texts]
+    assert texts[-3:] == ["43", "65", "beyond"]  # trials 11 and 0 at epoch 1
+
+
+def test_winner_of_an_own_training_is_drawn_by_what_it_reports(own):
+    (axes,) = plots.winner_curves(own).axes
+    seed_1, _, training, validation = points(axes)
+    assert seed_1 == [(n, 36.0) for n in range(1, 5)]
+    assert training == [(n, round(1 / n, 6)) for n in range(1, 5)]
+    assert validation == [(n, 54.0 - 5 * n) for n in range(1, 5)]
+    assert axes.get_ylabel() == "mse"
+    labels = [line.get_label() for line in axes.lines]
+    assert [label for label in labels if label[0] != "_"] == [
+        *("its fresh seeds", "winner, training", "winner, validation")
+    ]
+
+
+def test_another_metric_of_images_is_drawn_beside_loss_and_accuracy(tmp_path):
+    folder = write_study(tmp_path / "made")
+    change(folder, metric={"name": "val_macro_f1", "mode": "max"})
+    edit_events(folder, lambda e: e | ({"val_macro_f1": e["val_accuracy"]} if e["epoch"] else {}))
+    shown = [axes for axes in drawn(plots.winner_curves(load(folder))).axes if axes.get_visible()]
+    assert [axes.get_ylabel() for axes in shown] == ["loss", "accuracy", "macro_f1"]
+
+
+def test_losses_over_many_orders_of_magnitude_are_on_a_log_axis(tmp_path):
+    folder = write_own_study(tmp_path / "own")
+
+    def edit(event):
+        value = event.get("val_mse")
+        return event if value is None else event | {"val_mse": 10.0 ** -(value / 20)}
+
+    edit_events(folder, edit)
+    study = load(folder)
+    for figure in figures(study).values():
+        drawn(figure)
+    edit_events(folder, lambda e: e | ({"val_mse": e["val_mse"] ** 3} if e.get("val_mse") else {}))
+    assert plots.all_curves(load(folder)).axes[0].get_yscale() == "log"
+    for figure in figures(load(folder)).values():
+        drawn(figure)
+
+
+@pytest.mark.parametrize("name", ["reward", "$x$", "größe", "val_" + "long_" * 20])
+@pytest.mark.parametrize("value", [0.0, -1e29, 1e29, 1e-300, 1.5e308, 7])
+def test_a_metric_of_any_name_and_value_is_drawn(tmp_path, name, value):
+    folder = write_own_study(tmp_path / "own", Metric(name, "max"))
+    edit_events(
+        folder, lambda e: e | ({name: value} if e.get(name) and e["trial_id"] in ("0001", "0004") else {})
+    )
+    for figure in figures(load(folder)).values():
         drawn(figure)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from tests.made_study import EVIL, change, edit_events, remove_trials, write_study
+from tests.made_study import EVIL, change, edit_events, remove_trials, write_own_study, write_study
 from tunefleet.analysis import plots
 from tunefleet.analysis.facts import PIXELS, facts, first_layer_images
 from tunefleet.analysis.load import load
@@ -96,6 +96,63 @@ def test_several_studies_are_compared_in_one_page(folder, tmp_path):
     assert "58.36" in page  # published
     assert "65.43 ± 1.23 (2)" in page
     assert page.count("<td>softmax</td>") == 0  # a learning-rate study has no test accuracy
+
+
+def test_page_of_an_own_training_has_its_metric_and_nothing_of_images(tmp_path):
+    folder = write_own_study(tmp_path / "own")
+    page = write([load(folder)], tmp_path / "out").read_text()
+    for text in (
+        "<h1>mine</h1>",
+        "A study of 12 trials by val_mse (less is better), status done",
+        "<b>34.57 ± 1.2</b><span>test_mse, mean ± sd of 2 fresh seeds<",
+        "<b>23.52 to 45.62</b><span>95 % interval of that mean<",
+        "<b>34</b><span>best val_mse<",
+        "Trial 0008, chosen by its val_mse of 34.</p>",
+        "val_mse of every trial.",
+        "Best val_mse found",
+        "for the rank of val_mse at the first rung",
+        "val_mse: at its last epoch",
+        "best_val_mse",
+    ):
+        assert text in page
+    body = page.partition("</style>")[2]
+    for text in ("accuracy", "images", "Misclassified", "First layer", "split ", " %</b>"):
+        assert text not in body, text
+
+
+def test_page_says_that_there_is_no_test_figure(tmp_path):
+    page = write([load(write_own_study(tmp_path / "own", tested=False))], tmp_path / "out").read_text()
+    assert "<b>35 ± 1.4</b><span>val_mse, mean ± sd of 2 fresh seeds; there is no test figure<" in page
+    assert "chosen by its val_mse of 34; there is no test figure.</p>" in page
+    assert "test_mse" not in page
+
+
+def test_a_study_by_another_metric_has_its_test_figure_and_accuracy_beside_it(folder):
+    change(folder, metric={"name": "val_loss", "mode": "min"})
+    tests = {"final-1": 1.25, "final-2": 0.75}
+    edit_events(folder, lambda e: e | ({"test_loss": tests[e["trial_id"]]} if "test_accuracy" in e else {}))
+    said = facts(load(folder))
+    assert said["cards"][:5] == [
+        ("test_loss, mean ± sd of 2 fresh seeds", "1 ± 0.35"),
+        ("95 % interval of that mean", "-2.177 to 4.177"),
+        ("test accuracy, mean ± sd of 2 fresh seeds", "65.43 ± 1.23 %"),
+        ("95 % interval of that mean", "54.38 to 76.48 %"),
+        ("best val_loss", "0.3"),
+    ]
+    assert said["best_text"] == "Trial 0000, chosen by its val_loss of 0.3 on 100 images."
+
+
+def test_own_trainings_are_compared_in_a_table_of_their_own(folder, tmp_path):
+    own = write_own_study(tmp_path / "own")
+    page = write([load(folder), load(own)], tmp_path / "out").read_text()
+    assert "65.43 ± 1.23 (2)" in page
+    (table,) = re.findall(r"<h2>Own trainings</h2>.*?</table>", page, re.DOTALL)
+    assert "<td>test_mse 34.57 ± 1.2 (2)</td>" in table
+    assert "accuracy" not in table
+    assert "images" not in table
+    alone = write([load(own), load(own)], tmp_path / "alone").read_text()
+    assert "<h1>2 studies</h1>" in alone
+    assert "accuracy" not in alone
 
 
 def test_images_of_a_page_are_no_larger_than_it_shows_them(tmp_path):

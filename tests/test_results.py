@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.made_study import change, write_study
+from tests.made_study import change, write_own_study, write_study
 from tunefleet.analysis.results import COLUMNS, PUBLISHED, command, main, table
 from tunefleet.models.spaces import SPACES
 
@@ -119,6 +119,17 @@ def test_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main([])
     assert exit_info.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("tested", "said"), [(True, "| test_mse **34.57** ± 1.2 (2) |"), (False, "| val_mse **35** ± 1.4 (2) |")]
+)
+def test_an_own_training_has_its_metric_and_its_hyperparameters(tmp_path, tested, said, capsys):
+    folder = write_own_study(tmp_path / "own", tested=tested)
+    assert main([str(folder)]) == 0
+    (ours,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| mine |")]
+    assert said in ours
+    assert "| lr 0.0373, schedule cosine |" in ours
 
 
 def test_a_study_made_outside_a_checkout_has_no_commit_and_a_row(tmp_path, capsys):

@@ -5,6 +5,7 @@ import pytest
 from tunefleet.analysis.text import (
     clock,
     listed,
+    mean_and_spread,
     number,
     percent,
     spread_digits,
@@ -57,6 +58,17 @@ def test_a_spread_is_0_only_where_all_values_are_equal():
     for sd, digits in ((None, 2), (0.0, 2), (1.23, 2), (0.006, 3), (0.0001, 4)):
         assert spread_digits(sd, 2) == digits
         assert not sd or float(f"{sd:.{digits}f}") > 0
+
+
+def test_seeds_are_summed_up_in_percent_or_in_plain_numbers():
+    def said(mean, sd, ends, *, fraction):
+        return mean_and_spread({"mean": mean, "sd": sd, "interval95": ends}, fraction=fraction)
+
+    assert said(0.6543, 0.0123, [0.5438, 0.7648], fraction=True) == ("65.43", " ± 1.23", "54.38 to 76.48")
+    assert said(26.3503, 23.0975, [-181.17, 233.87], fraction=False) == ("26.35", " ± 23", "-181.2 to 233.9")
+    assert said(1000.25, 0.0125, [1000.1, 1000.4], fraction=False)[:2] == ("1000.25", " ± 0.013")
+    assert said(1e29, 0.0, [1e29, 1e29], fraction=False) == ("1e+29", " ± 0", "1e+29 to 1e+29")
+    assert said(5.0, None, None, fraction=False) == ("5", "", "")
 
 
 def test_clock_carries_into_minutes():

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from optuna.trial import TrialState
 
-from tests.made_study import change, edit_events, write_study
+from tests.made_study import change, edit_events, write_own_study, write_study
 from tunefleet.analysis import to_optuna
 from tunefleet.analysis.load import load
 from tunefleet.analysis.report import main
@@ -43,6 +43,31 @@ def test_optuna_loads_the_same_numbers(folder, url):
     lr, schedule = (study.trials[0].distributions[name] for name in ("lr", "schedule"))
     assert (lr.low, lr.high, lr.log) == (1e-4, 0.1, True)
     assert schedule.choices == ("constant", "cosine")
+
+
+@pytest.mark.parametrize("tested", [True, False])
+def test_a_loss_is_minimised_and_its_values_are_those_of_the_study(tmp_path, url, tested):
+    folder = write_own_study(tmp_path / "own", tested=tested)
+    at = ("0003", 1)
+    edit_events(folder, lambda e: e | ({"val_mse": 1e29} if (e["trial_id"], e["epoch"]) == at else {}))
+    assert main([str(folder), "--optuna", url]) == 0
+    study = optuna.load_study(study_name="own", storage=url)
+    assert study.direction == optuna.study.StudyDirection.MINIMIZE
+    assert (study.best_trial.number, study.best_value) == (8, 34.0)
+    assert study.trials[3].value == 1e29
+    assert study.trials[8].intermediate_values == {1: 49.0, 2: 44.0, 3: 39.0, 4: 34.0}
+    assert study.user_attrs["metric"] == "val_mse"
+    name, mean = ("test_mse", 34.57) if tested else ("val_mse", 35.0)
+    assert study.user_attrs[name]["mean"] == pytest.approx(mean)
+
+
+def test_lists_and_null_among_choices_are_exported(tmp_path, url):
+    ranges = {"layers": {"values": [[64], [64, 32]]}, "dropout": {"values": [None, 0.5]}}
+    folder = write_own_study(tmp_path / "own", ranges=ranges)
+    assert main([str(folder), "--optuna", url]) == 0
+    trials = optuna.load_study(study_name="own", storage=url).trials
+    assert {trial.params["layers"] for trial in trials} == {"[64]", "[64, 32]"}
+    assert {trial.params.get("dropout") for trial in trials} == {None, 0.5}
 
 
 def test_exporting_twice_adds_nothing(folder, url, capsys):

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from tests.made_study import write_study
+from tests.made_study import write_own_study, write_study
 from tunefleet.analysis.load import load
 from tunefleet.analysis.report import main
 
@@ -49,6 +49,21 @@ def test_each_trial_is_a_run_with_its_reports(folder, capsys):
     assert "val_accuracy" in read(out / "0008").Tags()["scalars"]
     assert "val_accuracy" not in read(out / "final-1").Tags()["scalars"]  # a fresh seed has none
     assert "val_accuracy" not in read(out / "0005").Tags()["scalars"]  # diverged
+
+
+def test_every_number_of_an_own_training_is_a_scalar(tmp_path):
+    ranges = {"layers": {"values": [[64], [64, 32]]}, "dropout": {"values": [None, 0.5]}}
+    folder = write_own_study(tmp_path / "own", ranges=ranges)
+    assert main([str(folder), "--tensorboard"]) == 0
+    out = folder / "tensorboard"
+    assert set(read(out / "0008").Tags()["scalars"]) == {"val_mse", "train_mse", "grad_norm", "epoch_seconds"}
+    assert [event.value for event in read(out / "0008").Scalars("val_mse")] == [49.0, 44.0, 39.0, 34.0]
+    assert [event.step for event in read(out / "final-1").Scalars("test_mse")] == [4]
+    names = [metric.name.tag for metric in plugin(out, "experiment").metric_infos]
+    assert names[0] == "val_mse"
+    assert "val_loss" not in names
+    layers, _ = plugin(out, "experiment").hparam_infos
+    assert list(layers.domain_discrete) == ["[64, 32]", "[64]"]
 
 
 def test_hparams_plugin_gets_ranges_values_and_ends(folder):

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import pytest
 
-from tests.made_study import EVIL, edit_events, write_study
+from tests.made_study import EVIL, edit_events, write_own_study, write_study
 from tunefleet.analysis.load import load
 from tunefleet.analysis.wandb_report import build, main
 
@@ -79,6 +79,22 @@ def test_headline_says_what_was_found_and_what_it_cost(folder):
         "Best configuration, trial 0008: lr 0.03734, schedule cosine.",
     ):
         assert told in text
+
+
+def test_an_own_training_has_panels_of_its_metric_and_none_of_images(tmp_path):
+    folder = write_own_study(tmp_path / "own", ranges={"width": {"low": 1.0, "high": 9.0, "log": False}})
+    assert main([str(folder)]) == 0
+    report = loaded(folder / "wandb_report.json")
+    assert report.title == "mine"
+    trials, finals, study = grids(report)
+    curve, pair, parallel, importance, scatter, _ = trials.panels
+    assert [y.name for y in curve.y] == ["val_mse"]
+    assert [y.name for y in pair.y] == ["train_mse", "val_mse"]
+    assert [column.metric.name for column in parallel.columns] == ["width", "best_val_mse"]
+    assert importance.with_respect_to == "best_val_mse"
+    assert (scatter.x.name, scatter.y.name, scatter.log_x) == ("width", "best_val_mse", False)
+    assert [panel.title for panel in finals.panels] == ["val_mse", "test_mse"]
+    assert not {"misclassified", "figures/confusion"} & set(study.panels[0].media_keys)
 
 
 def test_each_study_is_a_section_with_its_group(folder, tmp_path):

@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 
 from tests.conftest import ROOT
-from tests.made_study import spec
+from tests.made_study import spec, write_own_study
 from tests.wandb_server import KEY, WandbServer
 from tunefleet.journal import Journal
 from tunefleet.search.run import main, parse
@@ -154,11 +154,17 @@ def sync(environment):
 
 
 def expected_rows(folder):
-    """epochs.parquet as rows by trial, None for NaN: what W&B has to have."""
+    """epochs.parquet as rows by trial, None for NaN: what W&B has to have.
+
+    Of what only some trials report, such as test_accuracy, the others' rows have nothing.
+    """
     table = pd.read_parquet(io.BytesIO((folder / "epochs.parquet").read_bytes())).astype(object)
     table = table.where(table.notna(), None)
     return {
-        trial_id: part.drop(columns="trial_id").to_dict("records")
+        trial_id: [
+            {name: value for name, value in row.items() if name in COLUMNS or value is not None}
+            for row in part.drop(columns="trial_id").to_dict("records")
+        ]
         for trial_id, part in table.groupby("trial_id")
     }
 
@@ -438,10 +444,30 @@ def test_following_outlives_the_servers_death_and_brings_each_row_once(server, e
     assert state["runs"].keys() == {"0000", "0001", "0002", "0003", "final-1", "study"}
 
 
+@pytest.mark.parametrize("tested", [True, False])
+def test_an_own_training_has_rows_and_summaries_of_its_metric(tmp_path, tested):
+    folder = write_own_study(tmp_path / "own", tested=tested)
+    runs = {run.key: run for run in runs_of(folder)}
+    row = {"epoch": 4, "epoch_seconds": 1.0, "finished_at": 84.0}
+    assert runs["0008"].rows[-1] == row | {"val_mse": 34.0, "train_mse": 0.25, "grad_norm": 2}
+    assert list(runs["0008"].rows[-1])[:3] == list(row)
+    assert runs["0008"].summary == {"status": "done", "epochs": 4, "best_val_mse": 34.0}
+    assert runs["0005"].summary["best_val_mse"] is None  # diverged in its first epoch
+    assert runs["final-1"].summary.get("test_mse") == (35.44 if tested else None)
+    study = runs["study"].summary
+    assert (study["best_trial"], study["val_mse"], study["seeds"]) == ("0008", 34.0, 2)
+    key, mean = ("test_mse", 34.57) if tested else ("final_val_mse", 35.0)
+    assert study[key] == pytest.approx(mean)
+    assert study[f"{key}_low"] < mean < study[f"{key}_high"]
+    assert sweep_config(read_study(folder), "x")["metric"] == {"name": "val_mse", "goal": "minimize"}
+
+
 def test_a_sweep_of_given_points_has_their_values():
     points = [{"lr": 0.1}, {"lr": 0.01, "augment": "crop"}]
     study = {"ranges": {}, "options": {"points": points}}
-    parameters = sweep_config(study, "a name")["parameters"]
+    config = sweep_config(study, "a name")
+    assert config["metric"] == {"name": "val_accuracy", "goal": "maximize"}
+    parameters = config["parameters"]
     assert parameters == {"lr": {"values": [0.01, 0.1]}, "augment": {"values": ["crop"]}}
 
 

@@ -77,7 +77,7 @@ class Study:
         self.journal.check_holds(self.events, result.get("events", 0))
         self.runs = [event["run"] for event in self.events if "run" in event]
         self.spec = _spec(content, self.runs)
-        self.metric = Metric(**self.spec.get("metric", {}))
+        self.metric = _metric(self.spec, self.folder)
         self.status: str = result["status"]
         self.seconds: float = result["seconds"]  # of all runs
         self.records: dict[str, TrialRecord] = records(self.events)
@@ -174,12 +174,12 @@ class Study:
     @functools.cached_property
     def epochs(self) -> pd.DataFrame:
         """Return a row per report of the search."""
-        return _reports(trial for trial in self.records.values() if not trial.is_final)
+        return _reports(self.searched, self.metric)
 
     @functools.cached_property
     def finals(self) -> pd.DataFrame:
         """Return a row per report of the winner's seeds."""
-        return _reports(self.seeds)
+        return _reports(self.seeds, self.metric)
 
 
 def load(folder: Path | str) -> Study:
@@ -266,7 +266,7 @@ def write_tables(folder: Path, **standing: Any) -> Study:
             write_result(study, **standing)
         write_whole(folder / "trials.csv", study.trials.to_csv(index=False, lineterminator="\n").encode())
         parquet = io.BytesIO()  # pyarrow opens no path that is not UTF-8
-        _reports(study.records.values()).to_parquet(parquet, index=False)
+        _reports(study.records.values(), study.metric).to_parquet(parquet, index=False)
         write_whole(folder / "epochs.parquet", parquet.getvalue())
     return study
 
@@ -314,6 +314,16 @@ def _spec(content: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]
     return spec
 
 
+def _metric(spec: dict[str, Any], folder: Path) -> Metric:
+    """Return what a study compares trials by; of older ones, val_accuracy."""
+    found = spec.get("metric", {"name": ACCURACY.name, "mode": ACCURACY.mode})
+    try:
+        _check(found, {"name": str, "mode": str}, "metric")
+        return Metric(found["name"], found["mode"])
+    except ValueError:
+        raise ValueError(f"{folder}/study.json has an impossible metric; restore it from a copy") from None
+
+
 def _extent(facts: dict[str, Any]) -> tuple[int, int, int]:
     """Return how much a study tells of: trials, their epochs, and seeds of the winner that ended."""
     final = facts.get("final") or {"seeds": [], "failed": []}
@@ -346,6 +356,20 @@ def final_results(trials: Iterable[TrialRecord], metric: Metric = ACCURACY) -> d
         "test": {"name": metric.test_name, **tests[metric.test_name]} if metric.test_name in tests else None,
         "metric": {"name": metric.name, **tests[metric.name]} if metric.name in tests else None,
     }
+
+
+def tested(final: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """Return what the fresh seeds gave, by name: the metric on the test split, and accuracy beside it.
+
+    Of a training without a test, the metric itself.
+    """
+    if not final:
+        return {}
+    first = final.get("test") or final.get("metric")
+    figures = {first["name"]: first} if first else {}
+    if final["test_accuracy"]:
+        figures["test_accuracy"] = final["test_accuracy"]
+    return figures
 
 
 def over_seeds(values: list[float], metric: Metric = ACCURACY) -> dict[str, Any]:
@@ -388,7 +412,7 @@ def is_number_of(name: str, value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and name not in ("epoch", "pid")
 
 
-def _reports(trials: Iterable[TrialRecord]) -> pd.DataFrame:
+def _reports(trials: Iterable[TrialRecord], metric: Metric) -> pd.DataFrame:
     import pandas as pd
 
     rows = [
@@ -397,7 +421,7 @@ def _reports(trials: Iterable[TrialRecord]) -> pd.DataFrame:
         for epoch in sorted(trial.reports)
     ]
     others = dict.fromkeys(name for row in rows for name in row if is_number_of(name, row[name]))
-    columns = REPORTED | {name: "float64" for name in others if name not in REPORTED}
+    columns = REPORTED | {name: "float64" for name in (metric.name, *others) if name not in REPORTED}
     return pd.DataFrame(rows, columns=list(columns)).astype(columns)
 
 
