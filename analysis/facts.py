@@ -108,6 +108,8 @@ def comparison(studies: list[StudyResults]) -> dict[str, Any]:
         images = study.facts["data"]["name"] if study.trains_images else ""
         groups[_group(study)].append([space, images, *cells])
     names = sorted({study.facts["data"]["name"] for study in studies if study.trains_images})
+    if not all(study.trains_images for study in studies):
+        names = []  # not all are on them
     of_images = any(study.trains_images for study in searches)
     subtitle = COMPARED if of_images else COSTS if searches else UNTESTED
     return {

@@ -65,13 +65,8 @@ class StudyResults(Study):
         """Return all that is known of the study but its trials."""
         facts = super().facts
         kept = {"command": facts["command"]}  # analysis/text.py, shell, quotes its words
-        if "ranges" in facts:
-            kept["ranges"] = {
-                name: described | {"values": [_cell(value) for value in described["values"]]}
-                if "values" in described
-                else described
-                for name, described in printable(facts["ranges"]).items()
-            }
+        if isinstance(ranges := facts.get("ranges"), dict):
+            kept["ranges"] = {name: _flat(described) for name, described in printable(ranges).items()}
         return printable(facts) | kept
 
     @functools.cached_property
@@ -155,6 +150,13 @@ def fetch(url: str, into: Path) -> Path:
 def _cell(value: Any) -> Any:
     """Return a hyperparameter's value as a table holds it: a list or an object as text."""
     return str(value) if isinstance(value, list | dict) else value
+
+
+def _flat(described: Any) -> Any:
+    """Return a range whose choices are as in a table."""
+    if not isinstance(described, dict) or not isinstance(described.get("values"), list):
+        return described
+    return described | {"values": [_cell(value) for value in described["values"]]}
 
 
 def _is_range(described: Any) -> bool:

@@ -34,6 +34,8 @@ def read(place: str) -> Curves:
         ValueError: There are none that can be replayed.
     """
     study = load(place)
+    if not study.trains_images:
+        raise ValueError(f"{place} is of an own training, and a replay compares val_accuracy; give another")
     if (pruner := study.facts["options"]["pruner"]) != "none":
         raise ValueError(f"{place} was pruned (--pruner {pruner}), so its curves end early; {HOW}")
     if study.status != "done":

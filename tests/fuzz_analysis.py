@@ -14,9 +14,10 @@ import numpy as np
 import pandas as pd
 
 from tests.fuzz import Command
-from tests.made_study import edit_events, remove_trials, write_study
+from tests.made_study import MSE, edit_events, remove_trials, write_own_study, write_study
 from tunefleet.analysis import report, results, wandb_report
 from tunefleet.benchmarks import replay
+from tunefleet.metric import ACCURACY, Metric
 
 NAMES = (
     "study",
@@ -47,14 +48,22 @@ def make_study(rng: random.Random, folder: Path) -> None:
     )
     epochs = rng.choice([1, 4])
     rungs = rng.choice([(), (1,)]) if epochs > 1 else ()
-    write_study(folder, trials=rng.choice([1, 9, 12]), epochs=epochs, rungs=rungs, classes=classes)
+    size = {"trials": rng.choice([1, 9, 12]), "epochs": epochs, "rungs": rungs}
+    metric = rng.choice(
+        [ACCURACY, ACCURACY, ACCURACY, MSE, Metric(rng.choice(["$x$", "\udcff", "a b"]), "max")]
+    )
+    if metric == ACCURACY:
+        write_study(folder, classes=classes, **size)
+    else:
+        write_own_study(folder, metric, tested=rng.random() < 0.5, **size)
     kind = rng.choice(["done", "done", "no trial", "new", "zero", "lr"])
     if kind in ("no trial", "new"):
         remove_trials(folder)
     if kind == "new":  # killed before it had a result
         (folder / "result.json").unlink()
     if kind == "zero":
-        edit_events(folder, lambda event: event | ({"val_accuracy": 0.0} if event["epoch"] else {}))
+        value = rng.choice([0.0, None, 1e29] if metric != ACCURACY else [0.0])
+        edit_events(folder, lambda event: event | ({metric.name: value} if event["epoch"] else {}))
     if kind == "lr":
         curve = {"lr": [0.01, 0.1], "seeds": 3, "mean": [0.5, None], "low": [0.4, None], "high": [0.6, None]}
         pd.DataFrame(curve).assign(verdict=["done", "diverged"]).to_csv(folder / "lr_curve.csv", index=False)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from tests.made_study import write_events, write_study
+from tests.made_study import write_events, write_own_study, write_study
 from tunefleet.analysis.load import load
 from tunefleet.benchmarks.curves import read
 from tunefleet.benchmarks.record import main, new_options
@@ -215,3 +215,8 @@ def test_a_real_search_spends_what_its_replay_does(recorded):
     assert seen.tolist() == real.trials.epochs.tolist()
     assert 6 < sum(seen) < 6 * 4
     assert f"{pick(seen, reports, order):04d}" == real.facts["best"]["trial_id"]
+
+
+def test_an_own_training_has_no_accuracy_to_replay(tmp_path):
+    with pytest.raises(ValueError, match="is of an own training"):
+        read(str(write_own_study(tmp_path / "own")))

@@ -1,8 +1,11 @@
+import math
+
 import pytest
 import torch
 from scipy import stats
 
 from tunefleet.journal import TrialRecord
+from tunefleet.metric import Metric
 from tunefleet.search.execution import keep_best
 from tunefleet.study import final_results, over_seeds
 
@@ -28,6 +31,12 @@ def test_one_seed_has_no_spread():
 def test_interval_stays_between_zero_and_one():
     low, high = over_seeds([0.9, 1.0])["interval95"]
     assert 0 <= low < high == 1.0
+
+
+def test_interval_of_a_loss_has_no_bounds_and_no_number_is_too_large():
+    assert over_seeds([0.5, 1.5], Metric("val_mse", "min"))["interval95"][0] < 0
+    summary = over_seeds([1e200, 3e200], Metric("val_mse", "min"))
+    assert (summary["mean"], summary["sd"]) == (pytest.approx(2e200), pytest.approx(math.sqrt(2) * 1e200))
 
 
 def test_a_diverged_seed_counts_and_a_failed_one_is_named():

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 CRC = ',\n  "crc": "'  # the last entry of a JSON file: the CRC-32 of what precedes it; older files have none
 STANDING: dict[str, Any] = {"status": str, "seconds": float}  # result.json; and the count of events
+LARGEST = 1e100  # whose square is a float
 TABLE_SECONDS = 30.0  # that another process may take to write the same tables
 SPEC: dict[str, Any] = {  # study.json; a tuple (None, x) is what may be null
     **dict.fromkeys(("space", "command", "data_sha256", "split_sha256"), str),
@@ -383,12 +384,13 @@ def over_seeds(values: list[float], metric: Metric = ACCURACY) -> dict[str, Any]
         ``values``, ``mean``, ``sd`` (n - 1 in the denominator) and ``interval95``; the last two are
         None for fewer than two seeds. The interval speaks of the seeds, not of other images.
     """
-    n, mean = len(values), math.fsum(values) / len(values)
+    scale = max(1.0, max(map(abs, values)) / LARGEST)
+    n, mean = len(values), math.fsum(value / scale for value in values) / len(values) * scale
     if n < 2:
         return {"values": values, "mean": mean, "sd": None, "interval95": None}
     from scipy.special import stdtrit  # half a second, which a study without seeds need not wait for
 
-    sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+    sd = math.sqrt(math.fsum(((value - mean) / scale) ** 2 for value in values) / (n - 1)) * scale
     half = float(stdtrit(n - 1, 0.975)) * sd / math.sqrt(n)
     return {"values": values, "mean": mean, "sd": sd, "interval95": metric.clip(mean - half, mean + half)}
 
