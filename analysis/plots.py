@@ -207,6 +207,7 @@ def best_so_far(study: StudyResults) -> Figure:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 3M, and no 1e6 beside the axis
         _value_axis(axes, study.metric, seen)
     _whole(by_epochs.xaxis)
+    by_seconds.tick_params(axis="y", which="both", labelleft=False)  # a log scale shows them again
     by_epochs.set(ylabel=_short(study.metric.name, LABEL))
     _note(by_epochs, seen)
     _legend_below(figure, by_epochs)

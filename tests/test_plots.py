@@ -468,6 +468,9 @@ def test_losses_over_many_orders_of_magnitude_are_on_a_log_axis(tmp_path):
         drawn(figure)
     edit_events(folder, lambda e: e | ({"val_mse": e["val_mse"] ** 3} if e.get("val_mse") else {}))
     assert plots.all_curves(load(folder)).axes[0].get_yscale() == "log"
+    by_epochs, by_seconds = drawn(plots.best_so_far(load(folder))).axes
+    assert labelled(by_epochs.yaxis)
+    assert not any(tick.label1.get_visible() for tick in by_seconds.yaxis.get_major_ticks())
     for figure in figures(load(folder)).values():
         drawn(figure)
 
