@@ -23,14 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunefleet.cli import Parser, exit_code, expanded, path_argument, printable
+from tunefleet.cli import Parser, exit_code, path_argument, printable
 from tunefleet.files import write_whole
-from tunefleet.inference.predict import check_new, image_model
+from tunefleet.inference.predict import DATA_DIR_HELP, check_new, image_model
 from tunefleet.inference.winner import WinnerModel
 from tunefleet.mirror import fetch_study
 from tunefleet.models.building import make_plain
 from tunefleet.study import Study
-from tunefleet.trainables.data import DATA_DIR
 from tunefleet.trainables.pipeline import normalise
 
 SUFFIX = ".pt2"
@@ -121,17 +120,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="tunefleet export", description=main.__doc__)
     parser.add_argument("study", help="its folder or URL")
     parser.add_argument("file", type=path_argument, help=f"a new file, NAME{SUFFIX}")
-    parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="cache folder (%(default)s)")
+    parser.add_argument("--data-dir", type=Path, help=DATA_DIR_HELP)
     flags = parser.parse_args(arguments)
     return exit_code(lambda: _main(**vars(flags)))
 
 
-def _main(study: str, file: Path, data_dir: Path) -> int:
+def _main(study: str, file: Path, data_dir: Path | None) -> int:
     if file.suffix != SUFFIX:
         raise ValueError(f"{file} has not the suffix of torch's programs; give NAME{SUFFIX}")
     check_new("file", file)
     of_study = Study(fetch_study(study))
-    model = image_model(of_study, "cpu", expanded("--data-dir", data_dir), precision="fp32")
+    model = image_model(of_study, "cpu", precision="fp32", data_dir=data_dir)
     write_whole(file, export(model, of_study.spec["space"]))
     side = model.stored_size
     print(f"{file}: uint8 (N, 3, {side}, {side}) -> probabilities (N, {len(model.classes)}), fp32")

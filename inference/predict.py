@@ -21,20 +21,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tunefleet.cli import Parser, counted, exit_code, expanded, path_argument, printable
+from tunefleet.cli import Parser, counted, exit_code, path_argument, printable
 from tunefleet.files import write_whole
 from tunefleet.inference.images import read_images
-from tunefleet.inference.winner import WinnerModel, load_winner
+from tunefleet.inference.winner import WinnerModel, cache_folder, load_winner
 from tunefleet.mirror import fetch_study
 from tunefleet.study import Study
-from tunefleet.trainables.data import DATA_DIR
 from tunefleet.trainables.device import DEVICES
 
+DATA_DIR_HELP = "cache folder (default: the study's, where it is here)"
 CLOSE = 0.02  # difference of the two best probabilities that another device's rounding may turn round
 
 
 def predictions(
-    model: WinnerModel, paths: Iterable[Path], skip: Callable[[str], None], data_dir: Path = DATA_DIR
+    model: WinnerModel, paths: Iterable[Path], skip: Callable[[str], None], data_dir: Path
 ) -> pd.DataFrame:
     """Return a row per image: path, class, and a column ``p_CLASS`` per class, its probability.
 
@@ -75,16 +75,17 @@ def predict(study: Study, paths: Any, device: str | None = None) -> pd.DataFrame
     def warn(line: str) -> None:
         warnings.warn(f"skipped: {printable(line)}", stacklevel=2)
 
-    return predictions(image_model(study, device), [Path(path) for path in listed], warn)
+    model, data_dir = image_model(study, device), cache_folder(study, None)
+    return predictions(model, [Path(path) for path in listed], warn, data_dir)
 
 
-def image_model(study: Study, device: str | None, data_dir: Path = DATA_DIR, **options: Any) -> WinnerModel:
-    """Return a study's winner, which has to be a network.
+def image_model(study: Study, device: str | None, **options: Any) -> WinnerModel:
+    """Return a study's winner, which has to be a network; takes what ``load_winner`` does.
 
     Raises:
         ValueError: It is a training of its own, or cannot be loaded.
     """
-    model = load_winner(study, device, data_dir=data_dir, **options)
+    model = load_winner(study, device, **options)
     if not isinstance(model, WinnerModel):
         raise ValueError(
             f"{study.folder} trains {type(model).__name__}, which has no images; use study.model() in Python"
@@ -99,16 +100,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("paths", nargs="+", type=path_argument, metavar="path", help="image, folder, archive")
     parser.add_argument("--out", type=path_argument, help="file of the CSV, a new one (default: printed)")
     parser.add_argument("--device", choices=DEVICES, help="(default: the study's, where it is here)")
-    parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="cache folder (%(default)s)")
+    parser.add_argument("--data-dir", type=Path, help=DATA_DIR_HELP)
     flags = parser.parse_args(arguments)
     return exit_code(lambda: _main(**vars(flags)))
 
 
-def _main(study: str, paths: list[Path], out: Path | None, device: str | None, data_dir: Path) -> int:
+def _main(study: str, paths: list[Path], out: Path | None, device: str | None, data_dir: Path | None) -> int:
     if out:
         check_new("--out", out)
-    data_dir = expanded("--data-dir", data_dir)
-    model = image_model(Study(fetch_study(study)), device, data_dir)
+    of_study = Study(fetch_study(study))
+    data_dir = cache_folder(of_study, data_dir)
+    model = image_model(of_study, device, data_dir=data_dir)
     skipped: list[str] = []
 
     def skip(line: str) -> None:

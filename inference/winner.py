@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tunefleet.cli import shell, shown
+from tunefleet.cli import expanded, shell, shown
 from tunefleet.models.sources import describe
 from tunefleet.models.space import Space
 from tunefleet.models.spaces import recorded_space
@@ -151,7 +151,7 @@ def decode_file(file: Path, size: int) -> bytes:
 
 
 def load_winner(
-    study: Study, device: str | None = None, precision: str | None = None, data_dir: Path = DATA_DIR
+    study: Study, device: str | None = None, precision: str | None = None, data_dir: Path | None = None
 ) -> Any:
     """Return a study's winner with its trained state.
 
@@ -159,7 +159,7 @@ def load_winner(
         study: Finished, with a seed of its winner that is done.
         device: auto, cpu or cuda; None: the study's, where it is here, else the CPU.
         precision: fp32 or bf16; None: the study's, where the device has it.
-        data_dir: Below which the study's copy of a person's sources is imported.
+        data_dir: As for ``cache_folder``; the study's copy of a person's sources is imported below it.
 
     Returns:
         A ``WinnerModel``; of a space with a ``run`` of its own, an instance of that class.
@@ -167,7 +167,7 @@ def load_winner(
     Raises:
         ValueError: The study has no such seed, or a file of it is missing or damaged.
     """
-    saved = read_winner(study)
+    saved, data_dir = read_winner(study), cache_folder(study, data_dir)
     space = space_of(study, data_dir)
     if "state" in saved:
         return _own_run(study, space, saved, device, data_dir)
@@ -177,6 +177,14 @@ def load_winner(
     if settings.channels_last and has_convolution(network):
         network.to(memory_format=torch.channels_last)
     return WinnerModel(network, saved, settings)
+
+
+def cache_folder(study: Study, given: Path | None) -> Path:
+    """Return the ``--data-dir`` that is given; else the study's, where it is here, or the default."""
+    if given:
+        return expanded("--data-dir", given)
+    recorded = study.spec["options"].get("data_dir")
+    return Path(recorded) if recorded and Path(recorded).is_dir() else DATA_DIR
 
 
 def read_winner(study: Study) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from tunefleet.models.sources import pickled
 from tunefleet.models.spaces import SPACES, find_space
 from tunefleet.store import Store
 from tunefleet.study import Study
+from tunefleet.trainables.data import DATA_DIR
 from tunefleet.trainables.device import choose
 from tunefleet.trainables.trial import JobRun, TrialContext
 
@@ -299,6 +300,14 @@ def test_a_missing_damaged_or_strange_file_is_one_line(small, tmp_path, monkeypa
     refused("study", "does not fit convnet as it is now .*; use the commit in study.json")
     file.unlink()
     refused("study", "model.pt is missing: it was removed, or the study is of an earlier version")
+
+
+def test_the_cache_is_the_one_given_the_studys_or_the_default(small, data_dir, tmp_path):
+    study = Study(small)
+    assert winner.cache_folder(study, tmp_path) == tmp_path
+    assert winner.cache_folder(study, None) == data_dir
+    study.spec["options"]["data_dir"] = str(tmp_path / "elsewhere")  # on another machine
+    assert winner.cache_folder(study, None) == DATA_DIR
 
 
 def test_another_device_than_the_studys_is_chosen_by_what_is_here(small):
