@@ -87,7 +87,7 @@ out, work = pathlib.Path(os.environ["OUT"]), pathlib.Path(os.environ["WORK"])
 large = 10**6  # bytes: a first layer above is left out
 def wanted(file, best):
     parts = file.relative_to(work).parts[2:]
-    if {"checkpoints", "ray", "wandb", ".lock", "checkpoint.pt"} & {*parts} or not file.is_file():
+    if {"checkpoints", "ray", "wandb", ".lock", "model.pt"} & {*parts} or not file.is_file():
         return False
     return (parts[0] == "best") == best and (file.name != "first_layer.npy" or file.stat().st_size < large)
 for name in ("studies", "best"):

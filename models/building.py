@@ -4,7 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from tunefleet.models import heads, resnet
-from tunefleet.models.folded import fold_convolutions
+from tunefleet.models.folded import FoldedConv2d, fold_convolutions
+
+# What our layers are forms of that train faster; of torch's own
+PLAIN: dict[type[nn.Module], type[nn.Module]] = {FoldedConv2d: nn.Conv2d, heads.FlattenMaps: nn.Flatten}
 
 
 class Classifier(nn.Module):
@@ -101,6 +104,12 @@ def build(
     model = Classifier(backbone, row.build(features, num_classes, **args), frozen=frozen)
     fold_convolutions(model)
     return model
+
+
+def make_plain(network: nn.Module) -> None:
+    """Turn our layers back into torch's, of which they are faster forms: same parameters, same numbers."""
+    for module in network.modules():
+        module.__class__ = PLAIN.get(type(module), type(module))
 
 
 def _check_int(arg: str, value: int | None, *, at_least: int) -> None:

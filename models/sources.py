@@ -176,7 +176,10 @@ def restored(recorded: Mapping[str, Any], folder: Path, data_dir: str) -> tuple[
     )
     changed = [name for name in files if _differs(Path(recorded["folder"], name), recorded["files"][name])]
     line = f"{', '.join(changed)} differs from the study's copy, which is used" if changed else ""
-    return source.space(), line
+    try:
+        return source.space(), line
+    except Exception as error:  # whatever a person's module raises
+        raise ValueError(f"{shown(folder)} cannot be imported: {describe(error)}; fix it") from error
 
 
 def _differs(file: Path, sha256: str) -> bool:

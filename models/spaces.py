@@ -26,13 +26,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ray import tune
 from ray.tune.search.sample import Domain
 
 from tunefleet.models.network import Network
-from tunefleet.models.sources import BUILT_IN, Source, find
+from tunefleet.models.sources import BUILT_IN, Source, find, restored
 from tunefleet.models.space import Space
 
 FLAT_HEADS = ("softmax", "twolayernn")  # read pixels in NCHW order
@@ -292,6 +293,23 @@ def find_space(reference: str) -> Space:
         ValueError: There is none.
     """
     return find(reference, SPACES)
+
+
+def recorded_space(spec: Mapping[str, Any], folder: Path, data_dir: str) -> tuple[Space, str]:
+    """Return a study's space, from the copy of its sources, and a line where the originals differ.
+
+    Args:
+        spec: The content of study.json.
+        folder: The study's.
+        data_dir: Below which the copy is imported.
+
+    Raises:
+        ValueError: There is no such space, or the copy is damaged.
+    """
+    if spec.get("source") is None:
+        return find_space(spec["options"].get("space", "")), ""
+    space, line = restored(spec["source"], folder / "source", data_dir)
+    return dataclasses.replace(space, **spec["network"]), line
 
 
 def default_image_size(space: Space, weights: str, device: str) -> int:

@@ -59,7 +59,7 @@ def search(space: Space, **options: Any) -> Any:
     folder = Path(given.get("study_dir") or running.default_folder(space.name, checked.data))
     how: Any = {"dry_run": dry_run, "wandb": _wandb(of_wandb), "storage": given.get("storage")}
     session = _run(lambda session: running.start(checked, folder, session, **how), folder)
-    return session.forecast if dry_run else Study(folder)
+    return session.forecast if dry_run else _finished(folder, space)
 
 
 def resume(location: Path | str, *, space: Space | None = None, **options: Any) -> Study:
@@ -84,7 +84,7 @@ def resume(location: Path | str, *, space: Space | None = None, **options: Any) 
         lambda session: running.resume(location, changes, session, wandb=_wandb(of_wandb), space=space),
         folder,
     )
-    return Study(folder)
+    return _finished(folder, space)
 
 
 @kept_environment()
@@ -101,6 +101,13 @@ def _run(work: Callable[[Session], int], folder: Path) -> Session:
             raise KeyboardInterrupt
         raise RuntimeError(f"the study has stopped; resume it: tunefleet.resume({shown(folder)!r})")
     return session
+
+
+def _finished(folder: Path, space: Space | None) -> Study:
+    """Return a study, with its space where that is of a notebook."""
+    study = Study(folder)
+    study.space = space if space and space.source.pickled else None
+    return study
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,6 @@ import shutil
 import sys
 import threading
 import time
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +40,10 @@ from tunefleet.store import Store, StoreError
 from tunefleet.study import Study, lock_study, write_result, write_study, write_tables
 from tunefleet.trainables.data import ImageData
 from tunefleet.trainables.device import DeviceSettings
+from tunefleet.trainables.evaluate import MODEL_FILE, result_files
 from tunefleet.trainables.provenance import command_line, commit, machine_name, versions
-from tunefleet.trainables.trial import TrialContext, checkpoint_name
+from tunefleet.trainables.training import DamagedCheckpointError, read_checkpoint
+from tunefleet.trainables.trial import TrialContext
 
 
 @dataclass(frozen=True)
@@ -273,8 +274,7 @@ def context_of(ready: Ready) -> TrialContext:
 def _tidy(ready: Ready, metric: Metric, trials: dict[str, TrialRecord]) -> None:
     """Keep the winner's results and drop what only a resume would need."""
     store = ready.store
-    seeds = [checkpoint_name(trial.trial_id) for trial in trials.values() if trial.is_final]
-    store.fetch([*seeds, *store.names("best")], ready.folder)
+    store.fetch(store.names("best"), ready.folder)
     best = winner(trials, metric)
     keep_best(ready.folder, [trial for trial in trials.values() if best and trial.is_seed_of(best)])
     for name in ("checkpoints", "ray"):
@@ -288,7 +288,7 @@ def _tidy(ready: Ready, metric: Metric, trials: dict[str, TrialRecord]) -> None:
 def keep_best(folder: Path, seeds: list[TrialRecord]) -> None:
     """Fill best/ from the winner's first finished seed.
 
-    config.json, checkpoint.pt, predictions.parquet, misclassified.npz and first_layer.npy: the
+    config.json, model.pt, predictions.parquet, misclassified.npz and first_layer.npy: the
     first layer's weights ``(out, in, k, k)`` or ``(out, in)``, of the head
     where the backbone is frozen, whose own first layer was not trained.
     """
@@ -297,32 +297,34 @@ def keep_best(folder: Path, seeds: list[TrialRecord]) -> None:
         return
     best = folder / "best"
     (best / "config.json").write_text(json.dumps(done[0].config, indent=2) + "\n")
-    checkpoint = folder / checkpoint_name(done[0].trial_id)
-    if checkpoint.exists() and (state := _state_of(checkpoint)):
-        network = state.get("network", {})  # of a training of its own, none that we know
-        first = next((tensor for tensor in network.values() if tensor.dim() >= 2), None)
-        if first is not None:
-            np.save(best / "first_layer.npy", first.float().numpy())
-        checkpoint.replace(best / "checkpoint.pt")
-    for name in ("predictions.parquet", "misclassified.npz"):
+    for name in result_files():
         file = best / name
         of_seed = file.with_stem(f"{file.stem}-{done[0].trial_id}")
         if of_seed.exists():
             of_seed.replace(file)
         for others in best.glob(f"{file.stem}-*{file.suffix}"):
             others.unlink()
+    _write_first_layer(best)
 
 
-def _state_of(checkpoint: Path) -> dict[str, Any] | None:
-    """Return a checkpoint's content; None, and a line that says so, where the file is damaged."""
-    with contextlib.suppress(zipfile.BadZipFile, EOFError):
-        with zipfile.ZipFile(checkpoint) as archive:  # torch.load checks no sum (2.15)
-            whole = archive.testzip() is None
-        if whole:
-            state: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            return state
-    print(f"best/ has no checkpoint: {checkpoint.name} is damaged; test accuracies and predictions are whole")
-    return None
+def _write_first_layer(best: Path) -> None:
+    """Write first_layer.npy; a damaged model.pt is removed, with a line that says so."""
+    file = best / MODEL_FILE
+    if not file.exists():  # an earlier version tested the seed
+        return
+    try:
+        saved = read_checkpoint(file)
+    except DamagedCheckpointError as error:
+        file.unlink()
+        print(f"best/ has no {MODEL_FILE}: {error}; test accuracies and predictions are whole")
+        return
+    trained = [
+        tensor
+        for name, tensor in saved.get("network", {}).items()  # of a training of its own, none that we know
+        if isinstance(tensor, torch.Tensor) and not (saved["frozen"] and name.startswith("backbone."))
+    ]
+    if first := [tensor for tensor in trained if tensor.dim() >= 2]:
+        np.save(best / "first_layer.npy", first[0].float().numpy())
 
 
 def _end_early(

@@ -105,6 +105,7 @@ class Prepared:
     preparing_seconds: float = 0.0  # that inputs will take which a forecast left out
     peak_bytes: int | None = None  # of a GPU, of the largest trial; None: on a CPU, or it did not fit
     gpu_bytes: int | None = None  # free on the GPU before
+    model_bytes: int = 0  # of the largest network, backbone included: what is kept of a seed
 
 
 def prepare(
@@ -152,9 +153,9 @@ def prepare(
     peak = None
     if settings.device == "cuda":
         peak = largest_peak(options, data, settings, sampled=threads is not None)
-    return Prepared(
-        split, train_count, val_count, mean_checkpoint, largest_checkpoint, seconds, left, peak, gpu_bytes
-    )
+    sizes = (mean_checkpoint, largest_checkpoint)
+    whole, _ = _sizes(largest(options), data, head=False)
+    return Prepared(split, train_count, val_count, *sizes, seconds, left, peak, gpu_bytes, whole)
 
 
 def largest_peak(
@@ -208,15 +209,14 @@ def largest(options: StudyOptions) -> TrainConfig:
 
 def checkpoint_bytes(config: TrainConfig, data: ImageData) -> int:
     """Return what the tensors of a config's checkpoint take, once the optimizer has its state."""
-    kept, trained = _sizes(config, data)
+    kept, trained = _sizes(config, data, head=kind_of(config, data) == "features")
     values = 2 if config.optimizer in ("adam", "adamw") else int(config.momentum > 0)  # per parameter
     return kept + values * trained
 
 
-def _sizes(config: TrainConfig, data: ImageData) -> tuple[int, int]:
+def _sizes(config: TrainConfig, data: ImageData, *, head: bool) -> tuple[int, int]:
     """Return the bytes of a network's tensors and of its trained parameters, of its head alone or of all."""
     config = replace(config, weights="none")
-    head = kind_of(config, data) == "features"
     key = json.dumps([config.space.name, len(data.classes), config.image_size, dict(config.model), head])
     if key not in _known_sizes:
         model = build_model(config, data)
@@ -274,12 +274,13 @@ def forecast(options: StudyOptions, resources: Resources, prepared: Prepared | N
 
 
 def disk_needed(options: StudyOptions, resources: Resources, prepared: Prepared) -> tuple[int, int]:
-    """Return the bytes of checkpoints that the study will have at once: about, and at most."""
+    """Return the bytes of checkpoints and networks that the study will have at once: about, and at most."""
     assert options.trials is not None
     # a seed's stays to the end, and one is written beside the old
     at_once = options.final_seeds + max(resources.slots, resources.slots_max or 0)
     mean, largest = prepared.mean_checkpoint, prepared.largest_checkpoint
-    return mean * options.trials + largest * at_once, largest * (options.trials + at_once)
+    always = largest * at_once + options.final_seeds * prepared.model_bytes
+    return mean * options.trials + always, largest * options.trials + always
 
 
 def check_disk(folder: Path, needed: int, most: int) -> None:

@@ -24,9 +24,9 @@ from tunefleet.cli import expanded, shell
 from tunefleet.host import hidden_by_environment
 from tunefleet.lease import NAME as LEASE
 from tunefleet.mirror import fetch_study
-from tunefleet.models.sources import collected, restored
+from tunefleet.models.sources import collected
 from tunefleet.models.space import Space
-from tunefleet.models.spaces import find_space
+from tunefleet.models.spaces import recorded_space
 from tunefleet.search.connection import RayWatch, connect, is_local
 from tunefleet.search.display import phase, print_text
 from tunefleet.search.options import EXTENDING, RESUMABLE, StudyOptions, flag
@@ -142,7 +142,8 @@ def resume(
         )
     lock_study(folder).release()  # before anything slow: another process may be running it
     if space is None:
-        space, line = _space_of(study, changes)
+        data_dir = changes.get("data_dir") or study.spec["options"]["data_dir"]
+        space, line = recorded_space(study.spec, study.folder, data_dir)
         _say(line, session.console)
     try:
         options = _absolute(StudyOptions.from_dict(study.spec["options"] | changes, space))
@@ -169,20 +170,6 @@ def _grows(study: Study, changes: Mapping[str, Any]) -> bool:
             raise ValueError(f"{flag(name)}={asked} is fewer than the study's {has}; give more")
         grows |= asked is not None and asked > has
     return grows
-
-
-def _space_of(study: Study, changes: Mapping[str, Any]) -> tuple[Space, str]:
-    """Return a study's space, from the copy of its sources, and a line where the originals differ.
-
-    Raises:
-        ValueError: There is no such space, or the copy is damaged.
-    """
-    options, recorded = study.spec["options"], study.spec.get("source")
-    if recorded is None:
-        return find_space(options.get("space", "")), ""
-    data_dir = changes.get("data_dir") or options["data_dir"]
-    space, line = restored(recorded, study.folder / "source", data_dir)
-    return dataclasses.replace(space, **study.spec["network"]), line
 
 
 def run(request: Request, session: Session) -> int:

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -60,42 +61,54 @@ def test_study_without_an_ended_seed_has_no_final():
     assert final_results([TrialRecord("final-1", {"seed": 1})]) is None
 
 
+def save_model(file, frozen=False, **network):
+    torch.save({"network": network, "frozen": frozen}, file)
+
+
 def test_best_folder_keeps_the_first_seed_and_may_be_filled_twice(tmp_path):
-    for name in ("best", "checkpoints"):
-        (tmp_path / name).mkdir()
+    best = tmp_path / "best"
+    best.mkdir()
     weight = torch.arange(6.0).view(2, 3)
-    torch.save(
-        {"network": {"0.bias": torch.zeros(2), "0.weight": weight}}, tmp_path / "checkpoints" / "final-1.pt"
-    )
     for k in (1, 2):
-        (tmp_path / "best" / f"predictions-final-{k}.parquet").write_text(str(k))
-        (tmp_path / "best" / f"misclassified-final-{k}.npz").write_text(str(k))
+        (best / f"predictions-final-{k}.parquet").write_text(str(k))
+        (best / f"misclassified-final-{k}.npz").write_text(str(k))
+        save_model(best / f"model-final-{k}.pt", **{"0.bias": torch.zeros(2), "0.weight": k * weight})
     seeds = [final(1, 0.5), final(2, 0.7)]
     keep_best(tmp_path, seeds)
     keep_best(tmp_path, seeds)  # a kill in between makes a resumed study do it again
-    assert {path.name for path in (tmp_path / "best").iterdir()} == {
-        "checkpoint.pt",
+    assert {path.name for path in best.iterdir()} == {
         "config.json",
         "first_layer.npy",
         "misclassified.npz",
+        "model.pt",
         "predictions.parquet",
     }
-    assert (tmp_path / "best" / "predictions.parquet").read_text() == "1"
+    assert (best / "predictions.parquet").read_text() == "1"
+    assert np.array_equal(np.load(best / "first_layer.npy"), weight)
+    assert torch.equal(torch.load(best / "model.pt", weights_only=True)["network"]["0.weight"], weight)
+
+
+def test_the_first_layer_of_a_frozen_backbone_is_the_heads(tmp_path):
+    best, ones = tmp_path / "best", torch.ones(2, 2)
+    best.mkdir()
+    save_model(best / "model.pt", frozen=True, **{"backbone.conv1.weight": ones, "head.1.weight": 3 * ones})
+    keep_best(tmp_path, [final(1, 0.5)])
+    assert np.load(best / "first_layer.npy").tolist() == [[3, 3], [3, 3]]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
-def test_damaged_checkpoint_of_the_winner_costs_no_result(tmp_path, capsys, damage):
-    for name in ("best", "checkpoints"):
-        (tmp_path / name).mkdir()
-    file = tmp_path / "checkpoints" / "final-1.pt"
-    torch.save({"network": {"0.weight": torch.arange(600.0).view(2, 300)}}, file)
+def test_a_damaged_network_of_the_winner_costs_no_result(tmp_path, capsys, damage):
+    best = tmp_path / "best"
+    best.mkdir()
+    file = best / "model-final-1.pt"
+    save_model(file, **{"0.weight": torch.arange(600.0).view(2, 300)})
     content = bytearray(file.read_bytes())
     if damage == "cut":
         del content[len(content) // 2 :]
     else:
         content[content.index(torch.tensor(299.0).numpy().tobytes())] ^= 8
     file.write_bytes(content)
-    (tmp_path / "best" / "predictions-final-1.parquet").write_text("1")
+    (best / "predictions-final-1.parquet").write_text("1")
     keep_best(tmp_path, [final(1, 0.5)])
-    assert {path.name for path in (tmp_path / "best").iterdir()} == {"config.json", "predictions.parquet"}
-    assert "final-1.pt is damaged" in capsys.readouterr().out
+    assert {path.name for path in best.iterdir()} == {"config.json", "predictions.parquet"}
+    assert "best/ has no model.pt: " in capsys.readouterr().out

@@ -25,7 +25,7 @@ with open(os.environ["CALLS"], "a") as calls:
 (study / "checkpoints").mkdir(parents=True, exist_ok=True)
 (study / "checkpoints" / "0000.pt").write_bytes(bytes(1000))
 (study / "best").mkdir(exist_ok=True)
-for name, size in (("checkpoint.pt", 10), ("predictions.parquet", 10), ("first_layer.npy", 2 * 10**6)):
+for name, size in (("model.pt", 10), ("predictions.parquet", 10), ("first_layer.npy", 2 * 10**6)):
     (study / "best" / name).write_bytes(bytes(size))
 space = study.name
 from tests.made_study import spec, write_events

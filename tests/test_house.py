@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("models", "trainables", "search", "analysis", "benchmarks")
+PACKAGES = ("models", "trainables", "search", "inference", "analysis", "benchmarks")
 GROUND = {
     "cli",
     "collect",
@@ -28,6 +28,7 @@ ALLOWED = {  # of our packages, what each may import
     "models": {"models"},
     "trainables": {"trainables", "models"},
     "search": {"search", "trainables", "models"},
+    "inference": {"inference", "trainables", "models"},
     "analysis": {"analysis"},
     "benchmarks": set(PACKAGES),
     "src": set(),
@@ -35,6 +36,7 @@ ALLOWED = {  # of our packages, what each may import
 FORBIDDEN = {  # of others'
     "models": {"wandb"},
     "trainables": {"wandb"},
+    "inference": {"ray", "wandb"},
     "analysis": {"ray", "torch", "torchvision"},
     "src": {"ray", "torch", "torchvision", "wandb"},
 }
@@ -368,7 +370,7 @@ TEXTS = [
     if file.is_file() and file.name != "CHANGELOG.md"  # history names what was there
 ]
 NAMED = re.compile(
-    r"(?<![\w/.{}-])((?:src/tunefleet|search|trainables|models|analysis|benchmarks|tests|cluster|docs)/"
+    r"(?<![\w/.{}-])((?:src/tunefleet|search|trainables|models|inference|analysis|benchmarks|tests|cluster|docs)/"
     r"[\w/.-]*\.(?:py|md|sh|yaml|j2)|[A-Z]{4,}\.md)"
 )
 

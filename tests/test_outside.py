@@ -153,6 +153,10 @@ def test_a_strangers_network_from_search_to_report(folder):
     assert sorted(file.name for file in (folder / "study" / "source").iterdir()) == ["mine.py", "models.py"]
     assert "report.html" in done(tunefleet(folder, "report", "study"))
     assert list((folder / "study" / "wandb").glob("offline-run-*"))
+    table = done(tunefleet(folder, "predict", "study", "photos")).splitlines()
+    assert (len(table), table[0]) == (1 + 300, "path,class,p_dark,p_light")
+    assert sum(row.split("/")[1] == row.split(",")[1] for row in table[1:]) > 0.8 * 300
+    assert "probabilities (N, 2)" in done(tunefleet(folder, "export", "study", "model.pt2"))
 
 
 def test_a_training_of_its_own_is_searched_pruned_killed_and_tested(folder):
@@ -180,6 +184,7 @@ def test_a_training_of_its_own_is_searched_pruned_killed_and_tested(folder):
     assert study.test["name"] == "test_mse"
     assert len(study.test["values"]) == 2
     assert study.test_accuracy is None
+    assert study.model().test() == pytest.approx(study.test["values"][0])
     assert "best val_mse" in out
     assert "test_mse" in out
     with pytest.raises(ValueError, match="--data is for images, and own trains by itself"):

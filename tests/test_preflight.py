@@ -1,3 +1,4 @@
+import dataclasses
 import re
 import shutil
 
@@ -227,6 +228,8 @@ def test_the_disk_that_is_asked_for_is_that_of_the_configs_that_are_sampled(data
     resources = Resources(slots=2, cpus_per_trial=1.0, gpus_per_trial=0.0)
     prepared = Prepared("", 0, 0, mean, most, None)
     assert disk_needed(options, resources, prepared) == (30 * mean + 5 * most, 35 * most)
+    kept = dataclasses.replace(prepared, model_bytes=7)  # of three seeds
+    assert disk_needed(options, resources, kept) == (30 * mean + 5 * most + 21, 35 * most + 21)
 
 
 def test_clock_speaks_of_seconds_minutes_and_hours():

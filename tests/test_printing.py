@@ -7,6 +7,7 @@ from rich.console import Console
 
 from tests.made_study import edit_events, spec, write_events
 from tunefleet import collect, mirror
+from tunefleet.inference import export, predict
 from tunefleet.search import lr_study, run, wandb_sync
 from tunefleet.search.display import phase, print_result
 from tunefleet.study import write_study
@@ -103,7 +104,7 @@ def test_a_phase_is_one_line_without_markup(monkeypatch):
     assert step.startswith("reading [red]a\\nb: decoding\\n 1 of 2 images")
 
 
-@pytest.mark.parametrize("command", [run, lr_study, collect, wandb_sync, mirror, train])
+@pytest.mark.parametrize("command", [run, lr_study, collect, wandb_sync, mirror, train, predict, export])
 def test_help_fits_eighty_columns(command, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as end:

@@ -79,10 +79,10 @@ def test_study_folder_holds_what_the_readme_says(undisturbed):
     }
     best = {path.name for path in (folder / "best").iterdir()}
     assert best == {
-        "checkpoint.pt",
         "config.json",
         "first_layer.npy",
         "misclassified.npz",
+        "model.pt",
         "predictions.parquet",
     }
 

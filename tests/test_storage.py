@@ -264,7 +264,7 @@ def test_study_in_a_store_is_complete_there_and_goes_on_from_there(bucket, cli, 
     resumed = cli("--resume", f"{bucket}/all/there", "--wandb", "off")
     assert resumed.wait(120) == 0, resumed.stderr.read()
     names = Store(f"{bucket}/all/there").names()
-    assert {"study.json", "reports.jsonl", "trials.csv", "epochs.parquet", "best/checkpoint.pt"} <= set(names)
+    assert {"study.json", "reports.jsonl", "trials.csv", "epochs.parquet", "best/model.pt"} <= set(names)
     assert not [name for name in names if name.startswith(("checkpoints/", "ray/")) or "final-1" in name]
     monkeypatch.chdir(tmp_path)
     there, local = load(f"{bucket}/all/there"), load(tmp_path / "local")

@@ -82,6 +82,7 @@ def test_the_last_epoch_is_kept_only_of_what_is_the_best(worker, tmp_path):
     report_of(worker("0000", epochs=1))
     report_of(worker("final-1", final=True, epochs=1))
     assert [file.name for file in (tmp_path / "checkpoints").iterdir()] == ["final-1.pt"]
+    assert (tmp_path / "best" / "model-final-1.pt").exists()
 
 
 def test_a_last_report_that_a_kill_swallowed_is_trained_again(worker):

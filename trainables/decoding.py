@@ -147,6 +147,20 @@ class Decoder:
         with _errors_naming(entry.name):
             return _open(content).size
 
+    def pixels_of(self, entry: Entry) -> bytes:
+        """Return an image's pixels as ``run`` stores them.
+
+        Raises:
+            SourceError: It cannot be decoded; the message completes "PATH …".
+        """
+        content = self._read(entry)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return self._decode(content)[0]
+        except Exception as error:
+            raise SourceError(f"cannot be decoded ({_reason(error)})") from error
+
     def _read(self, entry: Entry) -> bytes:
         try:
             if self.file is None:
@@ -183,16 +197,26 @@ def _open(content: bytes) -> Image.Image:
     return Image.open(io.BytesIO(content), formats=(found,))
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """Return an image rotated as its EXIF orientation says; itself, where there is none."""
+    image.load()
+    rotation = _rotation(image)
+    return image if rotation is None else image.transpose(rotation)
+
+
 @contextlib.contextmanager
 def _errors_naming(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of a damaged file Pillow raises OSError, SyntaxError, struct.error and more
-        unclear = isinstance(error, Image.UnidentifiedImageError)  # "cannot identify <_io.BytesIO object …>"
-        reason = type(error).__name__ if unclear or not str(error) else error
         raise SourceError(
-            f"holds {name!r}, which cannot be decoded ({reason}); replace or remove it"
+            f"holds {name!r}, which cannot be decoded ({_reason(error)}); replace or remove it"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    unclear = isinstance(error, Image.UnidentifiedImageError)  # "cannot identify <_io.BytesIO object …>"
+    return type(error).__name__ if unclear or not str(error) else str(error)
 
 
 def _rotation(image: Image.Image) -> Image.Transpose | None:

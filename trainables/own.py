@@ -75,7 +75,7 @@ class OwnRun:
     ) -> None:
         assert space.run is not None
         self.name, self.metric, self.epochs = space.run.__name__, metric, int(values["epochs"])
-        self.values = dict(values)
+        self.values, self.reference = dict(values), space.reference
         own = {name: value for name, value in values.items() if name not in OF_EVERY_RUN}
         parameters = inspect.signature(space.run).parameters
         offered = {**keywords, "seed": values["seed"], "epochs": self.epochs}
@@ -118,6 +118,10 @@ class OwnRun:
         if value is None:
             raise ValueError(f"{self.name}.test() returns no number")
         return {self.metric.test_name: value}
+
+    def trained_state(self) -> dict[str, Any]:
+        """Return what best/model.pt holds of the run."""
+        return {"builder": self.reference, "config": self.values, "state": self.run.state_dict()}
 
     def save(self, file: IO[bytes]) -> None:
         """Write a checkpoint; the first one is read back.

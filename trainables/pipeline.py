@@ -43,17 +43,26 @@ class Pipeline:
 
         Uses ``x * (1 / (255 std)) - mean / std`` in place: one pass over memory for each half.
         """
-        scale, shift = _affine(self.mean, self.std, images.device)
-        x = images.to(torch.float32).mul_(scale).sub_(shift)
-        if x.shape[-1] != self.image_size:
-            x = F.interpolate(x, size=self.image_size, mode="bilinear", antialias=True)
-        return x.to(self.settings.dtype)
+        scale, shift = affine(self.mean, self.std, images.device)
+        return normalise(images, scale, shift, self.image_size).to(self.settings.dtype)
+
+
+def normalise(images: Tensor, scale: Tensor, shift: Tensor, image_size: int) -> Tensor:
+    """Normalise uint8 images ``(N, 3, H, W)`` and enlarge them to ``(N, 3, image_size, image_size)``.
+
+    ``scale`` and ``shift`` are those of ``affine``.
+    """
+    x = images.to(torch.float32).mul_(scale).sub_(shift)
+    if x.shape[-1] != image_size:
+        x = F.interpolate(x, size=image_size, mode="bilinear", antialias=True)
+    return x
 
 
 @functools.lru_cache  # made once per device: a copy to a GPU in each step would wait for it
-def _affine(
+def affine(
     mean: tuple[float, float, float], std: tuple[float, float, float], device: torch.device
 ) -> tuple[Tensor, Tensor]:
+    """Return scale and shift ``(1, 3, 1, 1)`` that normalise bytes: ``x · scale - shift``."""
     deviation = torch.tensor(std, device=device).view(1, 3, 1, 1)
     return 1 / (255 * deviation), torch.tensor(mean, device=device).view(1, 3, 1, 1) / deviation
 

@@ -271,7 +271,7 @@ class TrainingRun:
         x, y = self.group.stretch(x), self.group.stretch(y)
         loss_sum, classes = torch.zeros((), device=self.device), len(self.data.classes)
         confusion = torch.zeros(classes**2, device=self.device, dtype=torch.int64)
-        batches = y.split(self._eval_batch(x))
+        batches = y.split(self.eval_batch(x))
         for part_y, logits in zip(batches, self._logits(self.network, self.to_network, x), strict=True):
             loss_sum += self._loss_sum(logits.float(), part_y)
             pairs = part_y * classes + logits.argmax(1)
@@ -293,7 +293,7 @@ class TrainingRun:
     ) -> Iterator[Tensor]:
         """Yield the logits of x in batches, in eval mode."""
         network.eval()
-        for part in x.split(self._eval_batch(x)):
+        for part in x.split(self.eval_batch(x)):
             with self.settings.autocast():
                 logits = network(prepare_batch(part.to(self.device)))
             yield logits
@@ -352,7 +352,7 @@ class TrainingRun:
         """
         self.load_state_dict(read_checkpoint(file))
 
-    def _eval_batch(self, x: Tensor) -> int:
+    def eval_batch(self, x: Tensor) -> int:
         """Return how many rows of x to evaluate at a time."""
         if self.device.type == "cpu" and has_convolution(self.model):
             return min(self.micro_batch, EVAL_BATCH_MAX)

@@ -30,7 +30,7 @@ from tunefleet.store import Store, StoreError
 from tunefleet.trainables import device
 from tunefleet.trainables.data import ImageData
 from tunefleet.trainables.device import DeviceSettings
-from tunefleet.trainables.evaluate import evaluate_test, result_files
+from tunefleet.trainables.evaluate import evaluate_test, model_file, result_files
 from tunefleet.trainables.graph import CaptureError
 from tunefleet.trainables.group import Group
 from tunefleet.trainables.own import OwnRun
@@ -104,11 +104,13 @@ class JobRun:
         return report
 
     def _test(self) -> dict[str, Any]:
-        """Return what the trained run gives on the test split, and whether it has one."""
-        if isinstance(self.run, OwnRun):
-            found = self.run.test()
-            return {"tested": bool(found), **found}
+        """Return what the trained run gives on the test split, and whether it has one; keep its state."""
         tag = f"-{self.job['trial_id']}"
+        if isinstance(self.run, OwnRun):
+            found, stream = self.run.test(), io.BytesIO()
+            torch.save(self.run.trained_state(), stream)
+            self.context.store.write(stream.getbuffer(), f"best/{model_file(tag)}")
+            return {"tested": bool(found), **found}
         with tempfile.TemporaryDirectory() as folder:
             found = evaluate_test(self.run, Path(folder), tag)
             for name in result_files(tag):

@@ -15,6 +15,8 @@ COMMANDS = {  # name: module and function, summary
     "resume": ("search.run:resume_main", "continue a stopped or killed study"),
     "lr-study": ("search.lr_study:main", "accuracy against the learning rate, everything else fixed"),
     "report": ("analysis.report:main", "write a study's page, event files or an Optuna database"),
+    "predict": ("inference.predict:main", "predict the classes of images with a study's winner"),
+    "export": ("inference.export:main", "write a study's winner as a file that torch alone loads"),
     "wandb-report": ("analysis.wandb_report:main", "write or upload a W&B report of studies"),
     "results": ("analysis.results:main", "print a table of studies, and their commands"),
     "sync": ("search.wandb_sync:main", "upload a study's runs to W&B"),

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from tunefleet import lookup
 from tunefleet.files import holding, locked, write_whole
 from tunefleet.journal import Journal, TrialRecord, finite, records, winner
 from tunefleet.metric import ACCURACY, Metric
@@ -66,9 +67,14 @@ class RunningError(ValueError):
 class Study:
     """One study, finished or not, as its files were when it was read.
 
+    Attributes:
+        space: That of a notebook, which the study has no copy of; None: as the study has it.
+
     Raises:
         ValueError: The folder holds no study, or a damaged one.
     """
+
+    space: Any = None
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -141,6 +147,38 @@ class Study:
         """Return the winner's fresh seeds, without those of an earlier winner of a continued study."""
         best = self.winner
         return [trial for trial in self.records.values() if best and trial.is_seed_of(best)]
+
+    def model(self, device: str | None = None) -> Any:
+        """Return the winner, trained and in eval mode.
+
+        A space's network takes PIL images, uint8 tensors ``(N, 3, H, W)``, paths, or a list of them, returns
+        class probabilities ``(N, classes)`` and knows its ``classes``. Of a space with a ``run`` of its own,
+        it is an instance of that class with its state loaded. A person's code is imported from the study's
+        copy.
+
+        Args:
+            device: auto, cpu or cuda; None: the study's, where it is here.
+
+        Raises:
+            ValueError: The study has no finished seed of its winner, or a file of it is damaged.
+        """
+        return lookup("inference.winner", "load_winner")(self, device)
+
+    def predict(self, paths: Any, device: str | None = None) -> pd.DataFrame:
+        """Predict the classes of image files; warn of those that are skipped.
+
+        Args:
+            paths: An image, a folder or an archive of images, or a list of these.
+            device: As for ``model``.
+
+        Returns:
+            A row per image: path, class, and a column ``p_CLASS`` per class, its probability.
+
+        Raises:
+            ValueError: As ``model``; or no image could be read.
+        """
+        frame: pd.DataFrame = lookup("inference.predict", "predict")(self, paths, device)
+        return frame
 
     def status_of(self, trial: TrialRecord) -> str:
         """Return done, pruned, diverged, out_of_memory or error; running or paused in an unfinished study."""

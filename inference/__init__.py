@@ -1,0 +1,1 @@
+"""The winner at work: as a module of torch, at new images, and as a file that torch alone loads."""

@@ -1,0 +1,65 @@
+"""The code of the documentation runs: its blocks one after another, in a folder of their own."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from sklearn.datasets import load_digits
+
+from tests.conftest import ROOT
+from tests.images import pack
+
+BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks_of(name):
+    """Returns the language and text of each block of a page."""
+    return BLOCK.findall((ROOT / "docs" / name).read_text("utf-8"))
+
+
+def run_blocks(name, folder, data_dir):
+    """Runs a page's blocks; returns what each prints."""
+    scripts = folder / "bin"
+    scripts.mkdir()
+    command = scripts / "tunefleet"  # of this checkout, whatever is installed
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m tunefleet "$@"\n')
+    command.chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{scripts}:{os.environ['PATH']}",
+        "XDG_CACHE_HOME": str(data_dir.parent),
+        "WANDB_MODE": "disabled",
+    }
+    outputs = []
+    for language, text in blocks_of(name):
+        words = ["sh", "-ec", text] if language == "sh" else [sys.executable, "-c", text]
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, f"{text}\n{done.stdout}{done.stderr}"
+        outputs.append(done.stdout)
+    return outputs
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Ten digits as image files, in a folder and in an archive."""
+    from PIL import Image
+
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, image in enumerate(load_digits().images[:10]):
+        Image.fromarray((image * 15).astype("uint8")).save(folder / f"{number}.png")
+    pack(tmp_path / "photos.zip", folder)
+    return folder
+
+
+@pytest.mark.ray
+def test_the_blocks_of_predict_run(photos, tmp_path, data_dir):
+    search, predicted, in_python, exported, loaded = run_blocks("predict.md", tmp_path, data_dir)
+    assert "test_accuracy" in search
+    assert len(predicted.splitlines()) == 1 + 10
+    assert predicted.startswith("path,class,p_0,p_1,")
+    assert (tmp_path / "predictions.csv").read_text().count("\n") == 1 + 1 + 10
+    assert in_python.strip() in {str(digit) for digit in range(10)}
+    assert exported == "model.pt2: uint8 (N, 3, 32, 32) -> probabilities (N, 10), fp32\n"
+    assert loaded.startswith("['")
