@@ -132,9 +132,8 @@ def test_a_study_by_another_metric_has_its_test_figure_and_accuracy_beside_it(fo
     tests = {"final-1": 1.25, "final-2": 0.75}
     edit_events(folder, lambda e: e | ({"test_loss": tests[e["trial_id"]]} if "test_accuracy" in e else {}))
     best = load(folder).winner.config  # another one than by val_accuracy
-    edit_events(
-        folder, lambda e: e | ({"config": best | e["config"]} if e.get("config", {}).get("refit") else {})
-    )
+    fresh = [best | {"seed": seed, "refit": True} for seed in (1, 2)]
+    edit_events(folder, lambda e: e | ({"config": fresh.pop(0)} if e.get("config", {}).get("refit") else {}))
     said = facts(load(folder))
     assert said["cards"][:5] == [
         ("test_loss, mean ± sd of 2 fresh seeds", "1 ± 0.35"),
