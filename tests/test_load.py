@@ -83,6 +83,8 @@ def test_each_damaged_file_is_named_with_what_to_do(folder, name, how):
         ({"ranges": {"lr": {"low": 0, "high": 1, "log": True}}}, "an impossible range of lr"),
         ({"ranges": {"lr": {"low": 1, "high": 1, "log": False}}}, "an impossible range of lr"),
         ({"ranges": {"hidden": {"values": [1]}}}, "an impossible range of hidden"),
+        ({"ranges": []}, "ranges is '[]', and has to be an object"),
+        ({"ranges": -0.0}, "ranges is '-0.0', and has to be an object"),
     ],
 )
 def test_an_impossible_value_is_named(folder, facts, needle):
