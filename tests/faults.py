@@ -61,7 +61,9 @@ class Run:
         self.folder = folder
         self.work_in(folder / "study")
         self.environment = os.environ | {"COLUMNS": "80", "WANDB_MODE": "disabled"}
-        self.environment |= {"RAY_AUTH_TOKEN": TOKEN} | (environment or {})
+        self.environment |= environment or {}
+        if "RAY_ADDRESS" not in self.environment:  # a cluster has a token of its own
+            self.environment["RAY_AUTH_TOKEN"] = TOKEN
         self.started: set[tuple[int, float]] = set()  # processes: pid, and when each was created
         self.process: subprocess.Popen[str] | None = None
 

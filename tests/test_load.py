@@ -86,6 +86,8 @@ def test_each_damaged_file_is_named_with_what_to_do(folder, name, how):
         ({"metric": "val_loss"}, "study.json has an impossible metric"),
         ({"metric": {"name": "val_loss", "mode": "least"}}, "study.json has an impossible metric"),
         ({"metric": {"name": None, "mode": "min"}}, "study.json has an impossible metric"),
+        ({"ranges": []}, "ranges is '[]', and has to be an object"),
+        ({"ranges": -0.0}, "ranges is '-0.0', and has to be an object"),
     ],
 )
 def test_an_impossible_value_is_named(folder, facts, needle):

@@ -44,6 +44,7 @@ SPEC: dict[str, Any] = {  # study.json; a tuple (None, x) is what may be null
     "versions": {},
     "levers": {},
 }
+OPTIONAL: dict[str, Any] = {"ranges": {}}  # of study.json; the first studies had none
 KINDS = {str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
 RESULTS = (  # what the first edition kept in study.json, too
     *("status", "seconds", "events", "trials", "statuses", "epochs_spent", "epochs_unpruned"),
@@ -242,6 +243,7 @@ def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if content is None:
         raise ValueError(f"{folder} holds no study: there is no study.json in it")
     spec = parse(content, str(folder / "study.json"), SPEC)
+    _check(spec, {name: OPTIONAL[name] for name in OPTIONAL if name in spec}, str(folder / "study.json"))
     standing = spec if result is None else parse(result, str(folder / "result.json"), {})
     standing = {"status": "running", "seconds": 0.0} | standing
     _check(standing, STANDING, str(folder / ("study.json" if result is None else "result.json")))
