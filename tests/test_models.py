@@ -43,13 +43,13 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def test_there_are_the_thirteen_architectures_of_the_report():
-    assert list(NETWORKS) == [
+    assert set(NETWORKS) >= {  # more may have been added
         *("softmax", "twolayernn", "convnet", "mymodel"),
         *("resnet_softmax", "resnet_twolayernn", "resnet_conv", "resnet_mymodel"),
         *("resnet_softmax_updatable", "resnet_twolayernn_updatable"),
         *("resnet_conv_updatable", "resnet_mymodel_updatable", "resnet_finetune"),
-    ]
-    assert FROZEN == ["resnet_softmax", "resnet_twolayernn", "resnet_conv", "resnet_mymodel"]
+    }
+    assert set(FROZEN) >= {"resnet_softmax", "resnet_twolayernn", "resnet_conv", "resnet_mymodel"}
 
 
 @EVERY_ARCHITECTURE

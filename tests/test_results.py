@@ -29,7 +29,7 @@ STUDY = {
 
 
 def test_published_accuracies_are_those_of_the_spaces():
-    assert {name: space.published for name, space in SPACES.items()} == PUBLISHED
+    assert PUBLISHED.items() <= {name: space.published for name, space in SPACES.items()}.items()
 
 
 def test_a_row_says_what_was_found_and_the_others_were_not_run():

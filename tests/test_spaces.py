@@ -39,11 +39,11 @@ def fixed(name, **changes):
 
 
 def test_there_is_a_space_for_each_architecture():
-    assert list(SPACES) == list(NETWORKS)
-    assert len(SPACES) == 13
+    assert set(SPACES) >= set(PUBLISHED)
+    assert len(PUBLISHED) == 13
 
 
-@each_space
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_published_best_is_the_one_of_the_design(name):
     weight_decay, momentum, batch_size, lr, hidden, kernel_size, optimizer, accuracy = PUBLISHED[name]
     config = SPACES[name].config(fixed(name) | SPACES[name].start)
