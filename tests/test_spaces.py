@@ -6,7 +6,7 @@ import re
 import pytest
 from ray.tune.search.sample import Categorical
 
-from tests.configs import NETWORKS, make_config, make_options, own_arguments
+from tests.configs import make_config, make_options, own_arguments
 from tunefleet.models.ranges import described
 from tunefleet.models.spaces import SPACES, find_space
 from tunefleet.search.asha import rung_epochs
