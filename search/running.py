@@ -142,7 +142,7 @@ def resume(
         )
     lock_study(folder).release()  # before anything slow: another process may be running it
     if space is None:
-        data_dir = changes.get("data_dir") or study.spec["options"]["data_dir"]
+        data_dir = changes.get("data_dir") or study.spec["options"].get("data_dir", "")
         space, line = recorded_space(study.spec, study.folder, data_dir)
         _say(line, session.console)
     try:

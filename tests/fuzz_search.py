@@ -6,7 +6,6 @@ Of a hundred draws two start Ray, for a study of two trials; the others are refu
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import json
 import os
@@ -202,9 +201,9 @@ def make_study(rng: random.Random, folder: Path) -> tuple[Path, str]:
     """Write a study and damage it; return its folder and what was done."""
     made, study = folder / "made", folder / "studies" / rng.choice(NAMES)
     write_trials(made)
-    options = dataclasses.asdict(
-        make_options("softmax", epochs=9, data="digits", image_size=32, data_dir=str(cache_dir()))
-    )
+    options = make_options(
+        "softmax", epochs=9, data="digits", image_size=32, data_dir=str(cache_dir())
+    ).to_dict()
     options["storage"] = rng.choice(
         [None] * 8 + ["nosuch://a/b", "s3://", "s3://no-bucket/x", "file:///proc/x", "\udcff"]
     )

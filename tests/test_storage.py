@@ -239,7 +239,10 @@ def test_a_trial_goes_on_upon_another_node(storage, data_dir, tmp_path):
     for got, wanted in zip(told, expected, strict=True):
         assert (got["train_loss"], got["val_accuracy"]) == (wanted["train_loss"], wanted["val_accuracy"])
     assert told[2]["test_accuracy"] == expected[2]["test_accuracy"]
-    names = ["best/misclassified-0000.npz", "best/predictions-0000.parquet", "checkpoints/0000.pt"]
+    best = [
+        f"best/{name}" for name in ("misclassified-0000.npz", "model-0000.pt", "predictions-0000.parquet")
+    ]
+    names = [*best, "checkpoints/0000.pt"]
     assert storage.names() == names
     assert Store(str(tmp_path / "driver")).names() == names  # of the study in a folder
     kept = {file.suffix for file in (tmp_path / "first").rglob("*")}
