@@ -174,6 +174,8 @@ def run(ready: Ready, session: Session, wandb: WandbOptions, changes: Mapping[st
     mirror = Mirror(ready.folder, ready.store, functools.partial(print_text, console))
     with mirror.running(), open_study(ready, wandb, changes) as study:
         scheduler = scheduler_of(ready, study.study)
+        if "trials" in changes:
+            scheduler.search_is_over = False
         live_upload.start()
         with Progress(scheduler, options, console, mirror.trouble) as progress:
 
