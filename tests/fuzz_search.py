@@ -202,7 +202,15 @@ def make_study(rng: random.Random, folder: Path) -> tuple[Path, str]:
     made, study = folder / "made", folder / "studies" / rng.choice(NAMES)
     write_trials(made)
     options = dataclasses.asdict(
-        StudyOptions(space="softmax", epochs=9, data="digits", image_size=32, data_dir=str(cache_dir()))
+        StudyOptions(
+            "softmax",
+            epochs=9,
+            data="digits",
+            image_size=32,
+            data_dir=str(cache_dir()),
+            pruner="promote",
+            workers_per_trial=1,
+        )
     )
     options["storage"] = rng.choice(
         [None] * 8 + ["nosuch://a/b", "s3://", "s3://no-bucket/x", "file:///proc/x", "\udcff"]
