@@ -313,7 +313,7 @@ def _end_early(
 
 
 def tell_stopped(location: Path | str, session: Session, reason: str) -> int:
-    """Print that a study has stopped and how to resume it from a place; return the exit code."""
+    """Print that a study has stopped and how to resume it; return the exit code."""
     resume_by = shell(*session.resume, shown(session.location or location))
     if reason:
         print(f"error: {printable(reason)}; fix the cause, then resume with: {resume_by}", file=sys.stderr)

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import ray
 from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from tunefleet.cli import shell
@@ -47,7 +48,7 @@ class Request:
     Attributes:
         folder: The study's; new, or as it was left.
         wandb: What is uploaded to W&B.
-        shared: The place that all nodes of a cluster must see; None: none was given.
+        shared: The folder or URL that all nodes of a cluster must see; None: none was given.
         earlier: The study as it was left; None: it is new.
         changes: Options that were given when it was resumed.
     """
@@ -125,10 +126,7 @@ def resume(
     if study.status == "done" and not extend:
         raise ValueError(f"{folder} is done; there is nothing to resume")
     lock_study(folder).release()  # before anything slow: another process may be running it
-    try:
-        options = _absolute(StudyOptions(**(study.spec["options"] | changes)))
-    except TypeError as error:
-        raise ValueError(f"{folder / 'study.json'} has options of another version ({error})") from None
+    options = _absolute(_from_file(StudyOptions, study.spec["options"] | changes, folder))
     shared = options.storage or str(folder.parent)
     uploads = choose_wandb(wandb or {}, study.spec.get("wandb"))
     return run(Request(options, folder, uploads, shared, False, study, changes), session)
@@ -201,7 +199,7 @@ def _device(request: Request, console: Console) -> tuple[StudyOptions, Any, Any]
     from tunefleet.trainables.device import DeviceSettings
 
     options, earlier = request.options, request.earlier
-    before = DeviceSettings(**earlier.spec["levers"]) if earlier else None
+    before = _from_file(DeviceSettings, earlier.spec["levers"], request.folder) if earlier else None
     if before and "device" not in request.changes:
         machine = resources.find_machine(before.device)
         resources.check_device(before, machine)
@@ -219,6 +217,18 @@ def _device(request: Request, console: Console) -> tuple[StudyOptions, Any, Any]
         _say("CUDA_VISIBLE_DEVICES hides every GPU: training on CPUs", console)
     options = preflight.settle_image_size(options, settings, machine)
     return resources.settle(options, settings, machine), settings, machine
+
+
+def _from_file(kind: Callable[..., T], values: Mapping[str, Any], folder: Path) -> T:
+    """Return what a part of a study.json describes.
+
+    Raises:
+        ValueError: It has other entries, those of another version.
+    """
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(f"{folder / 'study.json'} is of another version ({error}); use that one") from None
 
 
 def _read_images(options: StudyOptions, console: Console) -> ImageData:
@@ -258,7 +268,8 @@ def _on_a_node(
     task = ray.remote(function).options(num_cpus=share["CPU"], num_gpus=share.get("GPU", 0))
 
     def call(*arguments: Any) -> T:
-        queue = Queue(actor_options={"num_cpus": 0})
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
         running = task.remote(*arguments, functools.partial(_put, queue))
         try:
             while not ray.wait([running], timeout=PROGRESS_SECONDS)[0]:

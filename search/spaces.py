@@ -243,7 +243,7 @@ def find_space(name: str, fix: Mapping[str, Any] | None = None) -> Space:
 
     Args:
         name: The row.
-        fix: Config values that every trial shall have, sampled otherwise or not.
+        fix: Config values that every trial has, sampled otherwise or not.
 
     Raises:
         ValueError: There is none of that name; names the nearest.

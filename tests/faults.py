@@ -207,8 +207,8 @@ def outcome(
     if like is not None and result(run.study) != result(like):
         wrong.append("another winner or other finals than undisturbed")
     token = TOKEN.encode()
-    if told := [file for file in run.study.rglob("*") if file.is_file() and token in file.read_bytes()]:
-        wrong.append(f"Ray's token is in {told}")
+    if files := [file for file in run.study.rglob("*") if file.is_file() and token in file.read_bytes()]:
+        wrong.append(f"Ray's token is in {files}")
     if left := run.left_behind():
         wrong.append(f"left behind: {left}")
     lines = (err or out).strip().splitlines()
@@ -517,18 +517,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("faults", nargs="*", choices=[*FAULTS, []], metavar="FAULT", help=", ".join(FAULTS))
     parser.add_argument("--short", action="store_true", help="each fault once or twice")
-    spec = parser.parse_args()
+    options = parser.parse_args()
     print(f"| {' | '.join(HEADER)} |\n|{' --- |' * len(HEADER)}")
     failed = False
     with tempfile.TemporaryDirectory(prefix="faults-", dir="/var/tmp") as location:
         folder = Path(location)
         undisturbed = Undisturbed(folder)
-        for name in spec.faults or FAULTS:
+        for name in options.faults or FAULTS:
             fault = FAULTS[name]
             if reason := fault.why_not():
                 print(f"| {fault.text} | not run: {reason} |", flush=True)
                 continue
-            done, seconds = inject(name, folder, undisturbed, spec.short)
+            done, seconds = inject(name, folder, undisturbed, options.short)
             assert done.run is not None
             if left := done.run.left_behind(AGENTS_GONE_WITHIN, but=()):
                 done.wrong.append(f"left behind for long: {left}")

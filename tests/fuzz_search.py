@@ -216,7 +216,11 @@ def make_study(rng: random.Random, folder: Path) -> tuple[Path, str]:
         [None] * 8 + ["nosuch://a/b", "s3://", "s3://no-bucket/x", "file:///proc/x", "\udcff"]
     )
     status = rng.choice(["done", "stopped", "running"])
-    facts = STUDY_JSON | {"options": options, "data_sha256": "0" * 64, "split_sha256": "0" * 64, "levers": {}}
+    facts = STUDY_JSON | {"options": options, "data_sha256": "0" * 64, "split_sha256": "0" * 64}
+    if rng.random() < 0.1:
+        facts["levers"] = facts["levers"] | {
+            rng.choice([*facts["levers"], "of another version"]): rng.choice(VALUES)
+        }
     if rng.random() < 0.4:
         points = [{"lr": lr, "seed": 0} for lr in (0.1, 0.2, 0.4)]
         facts["options"]["points"] = rng.choice([points, points, points, None, []])
@@ -388,11 +392,11 @@ def make_command(rng: random.Random, folder: Path, number: int) -> Command:
     elif kind == "all":  # a folder of studies: what was asked is damaged, or refused for each space
         top = folder / rng.choice(NAMES)
         top.mkdir()
-        spec: Any = {"options": {"data": "no/such"}, "storage": None, "wandb": {}}
+        of_all: Any = {"options": {"data": "no/such"}, "storage": None, "wandb": {}}
         if rng.random() < 0.7:
-            at = rng.choice([spec, spec["options"]])
+            at = rng.choice([of_all, of_all["options"]])
             at[rng.choice(["options", "storage", "wandb", "data", "epochs", "x"])] = rng.choice(VALUES)
-        text = json.dumps(spec).encode()
+        text = json.dumps(of_all).encode()
         content = rng.choice(
             [text, text, text, b"", b"{}", b"[]", b"null", text[:20], b"\xff", b"[" * 100_000]
         )

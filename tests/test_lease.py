@@ -270,9 +270,9 @@ def test_mirror_by_hand_does_not_replace_what_another_driver_has_continued(stora
 @pytest.mark.ray
 def test_second_driver_is_refused_and_a_killed_ones_study_is_resumed_at_once(store, cli, tmp_path):
     store.fault = ""
-    spec = ("--space", "softmax", "--data", "digits", "--trials", 3, "--epochs", 60, "--concurrency", 1)
-    spec = (*spec, "--pruner", "none", "--fix", "batch_size=2", "--final-seeds", 0, "--wandb", "off")
-    first = cli(*spec, "--study-dir", "two", "--storage", f"{store.url}/all")
+    flags = ("--space", "softmax", "--data", "digits", "--trials", 3, "--epochs", 60, "--concurrency", 1)
+    flags = (*flags, "--pruner", "none", "--fix", "batch_size=2", "--final-seeds", 0, "--wandb", "off")
+    first = cli(*flags, "--study-dir", "two", "--storage", f"{store.url}/all")
     journal = tmp_path / "two" / "reports.jsonl"
     until(lambda: journal.exists() and len(Journal(journal).read()) >= 4, 90)
     second = cli("--resume", f"{store.url}/all/two", "--wandb", "off")
@@ -294,9 +294,9 @@ def test_second_driver_is_refused_and_a_killed_ones_study_is_resumed_at_once(sto
 @pytest.mark.ray
 def test_driver_whose_study_was_taken_over_stops_with_three(store, cli, tmp_path):
     store.fault = ""
-    spec = ("--space", "softmax", "--data", "digits", "--trials", 4, "--epochs", 200, "--concurrency", 1)
-    spec = (*spec, "--pruner", "none", "--fix", "batch_size=2", "--final-seeds", 0, "--wandb", "off")
-    driver = cli(*spec, "--study-dir", "lost", "--storage", f"{store.url}/all")
+    flags = ("--space", "softmax", "--data", "digits", "--trials", 4, "--epochs", 200, "--concurrency", 1)
+    flags = (*flags, "--pruner", "none", "--fix", "batch_size=2", "--final-seeds", 0, "--wandb", "off")
+    driver = cli(*flags, "--study-dir", "lost", "--storage", f"{store.url}/all")
     journal = tmp_path / "lost" / "reports.jsonl"
     until(lambda: journal.exists() and len(Journal(journal).read()) >= 4, 90)
     write_lease(Store(f"{store.url}/all/lost"), pid=7)

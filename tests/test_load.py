@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.made_study import change, remove_trials, write_study
+from tests.made_study import change, remove_trials, spec, write_study
 from tunefleet.analysis import report, results, wandb_report
 from tunefleet.analysis.load import load
 from tunefleet.benchmarks import replay
@@ -83,6 +83,8 @@ def test_each_damaged_file_is_named_with_what_to_do(folder, name, how):
         ({"ranges": {"lr": {"low": 0, "high": 1, "log": True}}}, "an impossible range of lr"),
         ({"ranges": {"lr": {"low": 1, "high": 1, "log": False}}}, "an impossible range of lr"),
         ({"ranges": {"hidden": {"values": [1]}}}, "an impossible range of hidden"),
+        ({"levers": {}}, "levers lacks device"),
+        ({"levers": spec()["levers"] | {"channels_last": 1}}, "channels_last is '1', and has to be true or"),
         ({"ranges": []}, "ranges is '[]', and has to be an object"),
         ({"ranges": -0.0}, "ranges is '-0.0', and has to be an object"),
     ],

@@ -802,8 +802,8 @@ def test_ctrl_c_beside_a_hanging_server_stops_within_ten_seconds(server, cli, ra
 
 def test_key_is_taken_out_of_the_drivers_environment(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    do, _ = parse(["--space", "softmax"])
-    assert do.wandb == {"key": KEY}
+    flags, _ = parse(["--space", "softmax"])
+    assert flags.wandb == {"key": KEY}
     assert "WANDB_API_KEY" not in os.environ
 
 

@@ -1,4 +1,4 @@
-"""A study's folder, seen from Python: what was asked, what happened, and the results.
+"""A study's folder, seen from Python: its spec, its journal and its results.
 
 study.json holds what was asked at the start and is written once; what is asked later is an event of the
 journal. result.json holds status and results for people and other programs, written by the process that holds
@@ -39,10 +39,17 @@ SPEC: dict[str, Any] = {  # study.json; a tuple (None, x) is what may be null
     "data": {"name": str, "classes": [str]},
     "options": {"epochs": int, "pruner": str},
     "versions": {},
-    "levers": {},
+    "levers": {"device": str, "precision": str, "channels_last": bool, "micro_batch_bytes": (None, int)},
 }
 OPTIONAL: dict[str, Any] = {"ranges": {}}  # of study.json; the first studies had none
-KINDS = {str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
+KINDS: dict[type, str] = {
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    dict: "an object",
+    list: "a list",
+}
 RESULTS = (  # what the first edition kept in study.json, too
     *("status", "seconds", "events", "trials", "statuses", "epochs_spent", "epochs_unpruned"),
     *("lost_workers", "busy_fraction", "best", "final", "lr_study"),
@@ -367,7 +374,7 @@ def parse(content: bytes, location: str, shape: dict[str, Any]) -> dict[str, Any
     Args:
         content: The file's.
         location: Where it is, for the error.
-        shape: What it has to hold, such as ASKED.
+        shape: What it has to hold, such as SPEC.
 
     Raises:
         ValueError: It is damaged.
@@ -405,8 +412,8 @@ def _check_value(value: Any, shape: Any, name: str) -> None:
     if isinstance(shape, tuple):
         return None if value is None else _check_value(value, shape[1], name)
     kind: Any = dict if isinstance(shape, dict) else list if isinstance(shape, list) else shape
-    fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
-    if not fits:
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if not fits or isinstance(value, bool) != (kind is bool):  # a bool is an int to Python
         raise ValueError(f"{name} is {str(value)[:40]!r}, and has to be {KINDS[kind]}")
     if isinstance(shape, dict):
         for key, of in shape.items():
