@@ -164,7 +164,7 @@ class Progress:
 
     Args:
         jobs: The study.
-        options: What was asked for.
+        options: The study's.
         console: Where to; a terminal gets the table, anything else plain lines.
         trouble: Returns what the study waits for, in a few words; nothing where it does not.
     """

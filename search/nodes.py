@@ -148,7 +148,7 @@ def _ask(nodes: list[Node], question: Question) -> dict[str, dict[str, Any]]:
             reason = str(error).strip().rpartition("\n")[2]
             answers[refs[ref].node_id] = {
                 "failed": f"cannot run this code ({reason}); install it there, or start the study by "
-                "ray job submit --working-dir ."
+                "ray job submit --working-dir src"
             }
     return answers
 
@@ -218,7 +218,7 @@ def _problems(
     if differing:
         found.append(f"has {', '.join(differing)}; install the same with constraints.txt")
     if answer["code"] != code_sha256():
-        found.append("has other code than the driver; copy it there, or ray job submit --working-dir .")
+        found.append("has other code than the driver; copy it there, or ray job submit --working-dir src")
     if answer["storage"] or unseen:
         reason = answer["storage"] or "the driver does not see what it wrote"
         found.append(f"cannot use --storage={location} ({reason}); give one that all nodes share, or s3://…")

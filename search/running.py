@@ -1,4 +1,4 @@
-"""Run a study: check what was asked, prepare, train the trials, test the winner. One road for all studies.
+"""Run a study: check its options, prepare, train the trials, test the winner. One road for all studies.
 
 ``start`` and ``resume`` differ in where the options come from; what follows is the same for a search, a
 learning-rate study and recorded curves, new or resumed.
@@ -74,7 +74,7 @@ def start(
     """Run a new study; return the exit code.
 
     Args:
-        options: What was asked for.
+        options: The study's.
         folder: The study's, new or empty; None: one under studies/.
         session: The command.
         dry_run: Forecast the study and write nothing.

@@ -389,7 +389,7 @@ def make_command(rng: random.Random, folder: Path, number: int) -> Command:
     elif kind == "resume":
         main = rng.choice([run.main, lr_study.main])
         given = [f"--resume={study}", *make_flags(rng, folder, options if main is run.main else of_lr, 1)]
-    elif kind == "all":  # a folder of studies: what was asked is damaged, or refused for each space
+    elif kind == "all":  # a folder of studies: their options are damaged, or refused for each space
         top = folder / rng.choice(NAMES)
         top.mkdir()
         of_all: Any = {"options": {"data": "no/such"}, "storage": None, "wandb": {}}

@@ -28,7 +28,7 @@ SPEC = STUDY_JSON | {"options": dataclasses.asdict(StudyOptions("softmax", epoch
 
 
 class AcceptedError(Exception):
-    """Stands for a resume that would have gone on."""
+    """Replaces a resume that would have continued."""
 
 
 def lines_of(content):

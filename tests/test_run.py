@@ -150,7 +150,7 @@ def test_an_option_of_another_type_is_one_line(name, value):
 
 @pytest.fixture
 def studies(monkeypatch):
-    """Stands in for studies: notes which are started and resumed; those of `codes` end with that code."""
+    """Replaces studies: records which are started and resumed; those of `codes` end with that code."""
     done, codes = [], {}
 
     def start(options, folder, script, **others):

@@ -1,4 +1,4 @@
-"""Studies in an object store: whole files, a copy that follows, and a study that goes on elsewhere."""
+"""Studies in an object store: whole files, a copy that follows, and a study continued on another machine."""
 
 import errno
 import pickle
@@ -131,7 +131,7 @@ def test_mirror_puts_what_changed_and_only_that(storage, tmp_path, monkeypatch):
     assert mirror.finish() == ""
 
 
-def test_store_out_of_reach_is_told_at_the_end(storage, tmp_path, monkeypatch, capsys):
+def test_a_store_out_of_reach_is_reported_at_the_end(storage, tmp_path, monkeypatch, capsys):
     options = {"epochs": 4, "pruner": "promote", "storage": storage.location.rpartition("/")[0]}
     write_study(tmp_path, spec(options=options))
 
@@ -215,7 +215,7 @@ def test_no_name_in_a_store_leads_out_of_the_folder(storage, tmp_path, monkeypat
     assert not (tmp_path / "studies").exists()
 
 
-def test_a_trial_goes_on_upon_another_node(storage, data_dir, tmp_path):
+def test_a_trial_continues_on_another_node(storage, data_dir, tmp_path):
     data, settings = prepare("digits", data_dir), choose("cpu", "fp32")
 
     def node(name, store=storage):
@@ -244,7 +244,7 @@ def test_a_trial_goes_on_upon_another_node(storage, data_dir, tmp_path):
 
 
 @pytest.mark.ray
-def test_study_in_a_store_is_complete_there_and_goes_on_from_there(bucket, cli, tmp_path, monkeypatch):
+def test_study_in_a_store_is_complete_there_and_continues_from_there(bucket, cli, tmp_path, monkeypatch):
     arguments = ("--space", "softmax", "--data", "digits", "--trials", 6, "--epochs", 9, "--concurrency", 1)
     arguments = (*arguments, "--final-seeds", 1, "--wandb", "off")
     whole = cli(*arguments, "--study-dir", tmp_path / "local")

@@ -173,7 +173,7 @@ def assert_all_there(server, folder, *, once=True):
 
 
 def assert_no_key(*folders):
-    """The key stands in no file below these folders, whole or in part."""
+    """No file below these folders contains the key, whole or in part."""
     for folder in folders:
         for file in folder.rglob("*"):
             if file.is_file() and not file.is_symlink():

@@ -1,6 +1,6 @@
 """A study's folder, seen from Python: its spec, its journal and its results.
 
-study.json holds what was asked at the start and is written once; what is asked later is an event of the
+study.json holds the study's spec and is written once; what is changed later is an event of the
 journal. result.json holds status and results for people and other programs, written by the process that holds
 the study's lock; only its status, seconds and count of events are read here, since everything else follows
 from the journal. Folders of the first edition, whose study.json holds everything, are read alike.
@@ -100,7 +100,7 @@ class Study:
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
-        """Return all that is known of the study but its trials: what was asked, and its results."""
+        """Return all that is known of the study but its trials: its spec and its results."""
         best = self.winner
         lost = Counter(event["lost"] for event in self.events if "lost" in event)
         return self.spec | {

@@ -177,7 +177,7 @@ def load(name):
 
 def changed(name, path, value):
     """Returns a file's content with one thing at a /-separated path (~1 is a /) set or taken away."""
-    config = json.loads(json.dumps(load(name)))  # an anchor and its aliases are one object, and shall not be
+    config = json.loads(json.dumps(load(name)))  # an anchor and its aliases are one object, and should not be
     *parents, last = [part.replace("~1", "/") for part in path.split("/")]
     location = config
     for part in parents:
@@ -261,7 +261,7 @@ def test_what_kuberay_accepts_is_refused(path, value):
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Runs slurm.sbatch with a stand-in for Slurm; returns the process and what ``srun`` was asked for."""
+    """Runs slurm.sbatch with a stand-in for Slurm; returns the process and the arguments of ``srun``."""
     for name, body in {
         "scontrol": 'echo "node1\nnode2\nnode3"',
         "srun": 'case "$*" in *hostname*) echo "10.1.2.3 172.17.0.1"; exit;; esac\n'
