@@ -187,7 +187,7 @@ def _checked(request: Request, session: Session) -> int:
         return preflight.print_forecast(options, request.folder, share, data, settings, prepared, console)
     ready = execution.Ready(options, request.folder.resolve(), data, settings, share)
     if earlier is None:
-        with session.stops.held(functools.partial(execution.tell_stopped, ready.location, session)):
+        with session.stops.held(functools.partial(execution.tell_stopped, ready.folder, session)):
             check_free(request.folder)
             execution.create(ready, prepared)
     return execution.run(ready, session, request.wandb, request.changes)

@@ -105,7 +105,6 @@ def cache_dir() -> Path:
     folder = Path(tempfile.gettempdir()) / "tunefleet-fuzz"
     prepare("digits", folder)
     torch.set_num_threads(1)
-    ray.init = _no_ray
     return folder
 
 
@@ -357,6 +356,7 @@ def make_environment(rng: random.Random, folder: Path) -> dict[str, str | None]:
 
 def make_command(rng: random.Random, folder: Path, number: int) -> Command:
     """Return a command that writes or runs a study, with what it reads."""
+    ray.init = _no_ray  # in the forks of this process
     cache = cache_dir()
     environment = make_environment(rng, folder)
     if number % RAY_EVERY == 0:
