@@ -179,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    """Write what was asked for; return the exit code.
+    """Write the report and its exports; return the exit code.
 
     Raises:
         ValueError: It cannot be done.

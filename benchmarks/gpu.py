@@ -79,8 +79,8 @@ def timed_run(
 ) -> TrainingRun:
     """Return a run on a sample of inputs, which are not cached; its epoch has STEPS."""
     config, space = case.config(weights, settings.device), SPACES[case.space]
-    trains_resnet = space.takes_weights and not space.feature_cache
-    steps = STEPS["ResNet" if trains_resnet else "small"][settings.cuda_graph]
+    size = "ResNet" if space.takes_weights and not space.feature_cache else "small"
+    steps = STEPS[size][settings.cuda_graph]
     inputs, _ = sample_inputs(config, data, settings, data_dir, steps * config.batch_size)
     whole = len(inputs.train_y) // config.batch_size * config.batch_size or len(inputs.train_y)
     inputs = replace(inputs, train_x=inputs.train_x[:whole], train_y=inputs.train_y[:whole])
@@ -127,8 +127,8 @@ def epoch_lines(
     yield f"{torch.backends.cpu.get_cpu_capability() if settings.device == 'cpu' else _gpu()}"
     yield (
         f"{settings.device} {settings.precision}, torch {torch.__version__}, {data.name}; "
-        f"peak {peak / 1e12:.1f} "
-        f"TFLOP/s of a {MATRIX_SIDE[settings.device]}³ product; 2 FLOP a multiply-add; no evaluation"
+        f"peak {peak / 1e12:.1f} TFLOP/s of a {MATRIX_SIDE[settings.device]}³ product; "
+        "2 FLOP a multiply-add; no evaluation"
     )
     heads = (("px", 4), ("batch", 6), ("MFLOP", 8), ("eager/s", 10), ("graph/s", 10), ("ratio", 7))
     yield f"{'space':28}" + "".join(

@@ -1,4 +1,4 @@
-"""Does a study of thousands of trials stay as fast and as small as it was at its beginning?
+"""Does a study of thousands of trials stay as fast and as small as at its beginning?
 
 Runs a study whose trials train nothing, with the default pruner, and prints milliseconds per trial and the
 driver's memory at its beginning and its end, and the size of the study's folder; writes nothing else. A

@@ -58,7 +58,7 @@ def connect(trial_slots: int = 0, device: str = "auto") -> None:
     """Start Ray on this host, or join the cluster that RAY_ADDRESS names; silent.
 
     Args:
-        trial_slots: How many groups of workers shall run at once; 0: trials have one worker each.
+        trial_slots: How many groups of workers run at once; 0: trials have one worker each.
         device: ``--device``; with cpu a Ray of our own has no GPUs.
 
     Raises:
@@ -123,25 +123,24 @@ def check_answers(address: str) -> None:
     remedy = "start that cluster, or unset RAY_ADDRESS to use this host"
     try:
         with socket.create_connection((host, int(port)), JOIN_SECONDS) as connection:
-            answers = _answers_tls(connection) if os.environ.get("RAY_USE_TLS", "0") != "0" else None
+            tls = os.environ.get("RAY_USE_TLS", "0") != "0"
+            answers = _answers_tls(connection) if tls else _answers_grpc(f"{host}:{port}")
     except OSError as error:
         raise ValueError(f"RAY_ADDRESS={address} cannot be reached ({error}); {remedy}") from error
-    if not (_answers_grpc(f"{host}:{port}") if answers is None else answers):
+    if not answers:
         raise ValueError(
             f"RAY_ADDRESS={address} is no Ray cluster, or does not answer in {JOIN_SECONDS:g} s; {remedy}"
         )
 
 
 def _answers_tls(connection: socket.socket) -> bool:
-    """Return whether something answers a TLS greeting in time, be it to refuse it."""
+    """Return whether a TLS handshake is answered in time, even by a refusal."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # Ray verifies, with its own files
     try:
-        context.wrap_socket(connection, do_handshake_on_connect=True).close()
-    except TimeoutError:
-        return False
-    except OSError:
-        return True
+        context.wrap_socket(connection).close()
+    except OSError as error:
+        return not isinstance(error, TimeoutError)
     return True
 
 
@@ -221,7 +220,7 @@ def _token() -> str:
 
 @contextlib.contextmanager
 def _from_our_code() -> Iterator[None]:
-    """Have the folder that tunefleet lies in as working directory while Ray notes it.
+    """Context manager: work in the folder that contains tunefleet while Ray records the working directory.
 
     Ray (2.60) puts it before all else on its workers' path, and a user's own queue.py there would be taken
     for Python's.
@@ -252,7 +251,7 @@ def _remedy(error: Exception, variables: Mapping[str, str]) -> str:
 
 
 class RayWatch:
-    """Says when the Ray that a study runs on is gone, before Ray itself ends this process for it (2.60).
+    """Detects the end of the Ray that a study runs on, before Ray (2.60) ends this process because of it.
 
     It does so 13 s after the end of a raylet and 60 s after that of the control server.
     """

@@ -182,7 +182,7 @@ class Progress:
 
     Args:
         jobs: The study.
-        options: What was asked for.
+        options: The study's.
         console: Where to; a terminal gets the table, anything else plain lines.
         trouble: Returns what the study waits for, in a few words; nothing where it does not.
     """
@@ -307,8 +307,8 @@ class Progress:
         untested = self.options.final_seeds - sum(trial.status is not None for trial in finals)
         each = sum(self.test_seconds) / max(1, len(self.test_seconds))
         at_once = max(1, len(self.testing_since))
-        begun = max((now - since for since in self.testing_since.values()), default=0.0)
-        return max(0, epochs) / rate + max(0.0, math.ceil(untested / at_once) * each - begun)
+        elapsed = max((now - since for since in self.testing_since.values()), default=0.0)
+        return max(0, epochs) / rate + max(0.0, math.ceil(untested / at_once) * each - elapsed)
 
 
 def counts(trials: list[TrialRecord], jobs: Scheduler) -> Counter[str]:

@@ -162,9 +162,9 @@ class Workers:
 
     def _has_killed(self, location: dict[str, Any]) -> bool:
         """Return whether a worker's node has killed a process for lack of memory, which Ray does not say."""
-        node_id = "" if is_local() else location.get("node_id", "")
+        node_id = "" if is_local() else location.get("node_id")
         now = oom_kills_on(node_id) if node_id else oom_kills()
-        if now is None:
+        if node_id is None or now is None:
             return False
         known = max(location.get("oom_kills", 0), self._kills.get(node_id, 0))
         self._kills[node_id] = now
@@ -204,7 +204,7 @@ class JobSearcher(Searcher):
         Path(checkpoint_path).touch()
 
     def restore(self, checkpoint_path: str) -> None:
-        """Is never called."""
+        """Do nothing: it is never called."""
         raise NotImplementedError("studies resume from reports.jsonl")
 
 
@@ -234,7 +234,7 @@ class TuneScheduler(FIFOScheduler):
         return self._not_offered.popleft() if self._not_offered else None
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
-        """Record a report; STOP ends the job, be it paused, pruned or done."""
+        """Record a report; STOP ends the job, whether it is paused, pruned or done."""
         trial_id = trial.config["trial_id"]
         if "location" in result:
             self.workers.locate(trial_id, json.loads(result["location"]))

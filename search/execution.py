@@ -120,7 +120,7 @@ class OpenStudy:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._lock, self._ending = lock_study(folder), threading.Lock()
+        self._lock, self._ending, self._begun = lock_study(folder), threading.Lock(), False
         try:
             self.study = Study(folder)
         except ValueError:
@@ -132,22 +132,30 @@ class OpenStudy:
 
     def begin(self, run: Mapping[str, Any]) -> None:
         """Record what differs in this run, and that the study is running."""
-        self.study.journal.append({"run": {"at": self._began, **run}})
-        write_result(self.study, "running", self.study.seconds)
-
-    def end(self, status: str) -> None:
-        """Write the study's tables, status and seconds, and release its lock; only the first call does."""
         with self._ending:
-            if not self._lock.is_locked:
-                return
+            self.study.journal.append({"run": {"at": self._began, **run}})
+            self._begun = True
+            write_result(self.study, "running", self.study.seconds)
+
+    def end(self, status: str) -> bool:
+        """Write the study's tables, status and seconds, and release its lock; only the first call does.
+
+        Of a study that had ended earlier and has not begun again, nothing is written.
+
+        Returns:
+            Whether it had begun.
+        """
+        with self._ending:
             try:
-                seconds = round(self.study.seconds + time.time() - self._began, 3)
-                write_tables(self.study.folder, status=status, seconds=seconds)
+                if self._lock.is_locked and (self._begun or self.study.status == "running"):
+                    seconds = round(self.study.seconds + time.time() - self._began, 3)
+                    write_tables(self.study.folder, status=status, seconds=seconds)
             except OSError as error:
                 if not is_full(error) or status == "done":
                     raise  # else result.json still says running, as after a kill, and a resume counts on
             finally:
                 self._lock.release()
+            return self._begun
 
 
 def run(ready: Ready, session: Session, wandb: WandbOptions, changes: Mapping[str, Any]) -> int:
@@ -172,30 +180,37 @@ def run(ready: Ready, session: Session, wandb: WandbOptions, changes: Mapping[st
     )
     live_upload = LiveUpload(ready.folder, wandb)
     mirror = Mirror(ready.folder, ready.store, functools.partial(print_text, console))
-    with mirror.running(), open_study(ready, wandb, changes) as study:
-        scheduler = scheduler_of(ready, study.study)
-        if "trials" in changes:
-            scheduler.search_is_over = False
-        live_upload.start()
-        with Progress(scheduler, options, console, mirror.trouble) as progress:
+    ray_watch = RayWatch()
+    with open_study(ready.folder) as study:
 
-            def stop(reason: str) -> int:
-                scheduler.journal.close()
+        def stop(progress: Progress | None, reason: str) -> int:
+            study.study.journal.close()
+            if progress:
                 progress.close()
-                return _end_early(ready, study, session, mirror, live_upload, reason)
+            return _end_early(ready, study, session, mirror, live_upload, reason)
 
-            ray_watch = RayWatch()
-            session.stops.change(stop, lambda: mirror.lost or ray_watch())
-            run_jobs(scheduler, context_of(ready), resources=ready.resources, on_step=progress.update)
-        session.stops.change(lambda reason: None)  # what is left takes seconds, and is worth them
-        try:
-            if not scheduler.gave_up:
-                with mirror.paused():
-                    _tidy(ready, study.study.metric, scheduler.trials)
-        except StoreError as error:
-            scheduler.gave_up = str(error)
-        if scheduler.gave_up:
-            return _end_early(ready, study, session, mirror, live_upload, scheduler.gave_up)
+        def watch() -> str:
+            return mirror.lost or ray_watch()
+
+        session.stops.change(functools.partial(stop, None), watch)
+        with mirror.running():
+            study.begin(run_facts(ready, wandb, changes, study.study))
+            scheduler = scheduler_of(ready, study.study)
+            if "trials" in changes:
+                scheduler.search_is_over = False
+            live_upload.start()
+            with Progress(scheduler, options, console, mirror.trouble) as progress:
+                session.stops.change(functools.partial(stop, progress), watch)
+                run_jobs(scheduler, context_of(ready), resources=ready.resources, on_step=progress.update)
+            session.stops.change(lambda reason: None)  # what is left takes seconds, and is worth them
+            try:
+                if not scheduler.gave_up:
+                    with mirror.paused():
+                        _tidy(ready, study.study.metric, scheduler.trials)
+            except StoreError as error:
+                scheduler.gave_up = str(error)
+            if scheduler.gave_up:
+                return _end_early(ready, study, session, mirror, live_upload, scheduler.gave_up)
     code = session.finish(ready.folder, console)
     if scheduler.avoided:
         print_text(console, f"nodes excluded after repeated failures: {named(scheduler.avoided)}")
@@ -208,24 +223,28 @@ def run(ready: Ready, session: Session, wandb: WandbOptions, changes: Mapping[st
 
 
 @contextlib.contextmanager
-def open_study(ready: Ready, wandb: WandbOptions, changes: Mapping[str, Any]) -> Iterator[OpenStudy]:
-    """Context manager: run the study, and end it however the body ends."""
-    study = OpenStudy(ready.folder)
+def open_study(folder: Path) -> Iterator[OpenStudy]:
+    """Context manager: have a study's lock, and end the study however the body ends."""
+    study = OpenStudy(folder)
     status = "stopped"
     try:
-        options = ready.options.to_dict()
-        run = {
-            "options": {name: options[name] for name in changes},
-            "resources": dataclasses.asdict(ready.resources),
-            "wandb": wandb.remembered(),
-        }
-        if ready.settings.to_dict() != study.study.spec["levers"]:  # resumed on another device
-            run["levers"] = ready.settings.to_dict()
-        study.begin(run)
         yield study
         status = "done"
     finally:
         study.end(status)
+
+
+def run_facts(ready: Ready, wandb: WandbOptions, changes: Mapping[str, Any], study: Study) -> dict[str, Any]:
+    """Return what differs in a study's run from now on."""
+    options = ready.options.to_dict()
+    run = {
+        "options": {name: options[name] for name in changes},
+        "resources": dataclasses.asdict(ready.resources),
+        "wandb": wandb.remembered(),
+    }
+    if ready.settings.to_dict() != study.spec["levers"]:  # resumed on another device
+        run["levers"] = ready.settings.to_dict()
+    return run
 
 
 def scheduler_of(ready: Ready, study: Study) -> Scheduler:
@@ -333,7 +352,9 @@ def _end_early(
     ready: Ready, study: OpenStudy, session: Session, mirror: Mirror, live_upload: LiveUpload, reason: str
 ) -> int:
     """Leave a study so that it can be resumed, and print how; return the exit code."""
-    study.end("stopped")
+    if not study.end("stopped"):
+        mirror.release()
+        return tell_stopped(ready.folder, session, reason)  # its URL may not have it yet
     left = mirror.finish(STOP_SECONDS)
     tell_stopped(ready.folder if left and not mirror.lost else ready.location, session, reason)
     _say(live_upload.end(STOP_SECONDS), session.console)
@@ -342,7 +363,7 @@ def _end_early(
 
 
 def tell_stopped(location: Path | str, session: Session, reason: str) -> int:
-    """Print that a study has stopped and how to resume it from a place; return the exit code."""
+    """Print that a study has stopped and how to resume it; return the exit code."""
     resume_by = shell(*session.resume, shown(session.location or location))
     if reason:
         print(f"error: {printable(reason)}; fix the cause, then resume with: {resume_by}", file=sys.stderr)

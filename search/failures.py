@@ -85,8 +85,8 @@ def node_named(error: BaseException | None) -> str | None:
 
 def oom_kills_on(node_id: str) -> int | None:
     """Return how often a node's kernel has killed a process for lack of memory; None: it does not answer."""
-    there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    count: Any = ray.remote(oom_kills).options(num_cpus=0, scheduling_strategy=there)
+    on_node = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    count: Any = ray.remote(oom_kills).options(num_cpus=0, scheduling_strategy=on_node)
     try:
         return int(ray.get(count.remote(), timeout=NODE_SECONDS))
     except ray.exceptions.RayError:

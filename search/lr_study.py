@@ -265,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(flags: argparse.Namespace, given: dict[str, Any], session: Session) -> int:
-    """Run what was asked for; return the exit code.
+    """Start, resume or extend a study; return the exit code.
 
     Raises:
         ValueError: It cannot run as asked.

@@ -1,4 +1,4 @@
-"""What must be true on every node of a cluster before the first trial? Asked of all of them at once.
+"""What must be true on every node of a cluster before the first trial? Checks all nodes at once.
 
 Each node says which versions and code it has, whether torch sees its GPUs, what its disk has left, and
 whether it reads and writes the study's storage; what it lacks of images and weights is sent to it through
@@ -48,7 +48,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Question:
-    """What each node is asked; plain values, so that a node with other code can read it."""
+    """What each node has to check; plain values, so that a node with other code can read it."""
 
     store: Store  # where studies are kept
     mark: str  # the name of a file that the driver has written there
@@ -75,11 +75,11 @@ def worker_nodes() -> list[Node]:
 def check_nodes(
     options: StudyOptions, location: str | None, data: ImageData, settings: DeviceSettings, console: Console
 ) -> None:
-    """Print a table of the cluster's nodes; sends images and weights to those that lack them.
+    """Print a table of the cluster's nodes; send images and weights to those that lack them.
 
     Args:
         options: The study's.
-        location: Where studies are kept, as asked for; None: on the driver's disk.
+        location: Where studies are kept, as given; None: on the driver's disk.
         data: The decoded images, on the driver's disk.
         settings: What the trials will run on.
         console: Where to print.
@@ -148,7 +148,7 @@ def _ask(nodes: list[Node], question: Question) -> dict[str, dict[str, Any]]:
             reason = str(error).strip().rpartition("\n")[2]
             answers[refs[ref].node_id] = {
                 "failed": f"cannot run this code ({reason}); install it there, or start the study by "
-                "ray job submit --working-dir ."
+                "ray job submit --working-dir src"
             }
     return answers
 
@@ -192,7 +192,7 @@ def _leave_mark(question: Question) -> None:
 
 
 def _written_by(nodes: list[Node], question: Question) -> set[str]:
-    """Return the ids of nodes whose mark the driver does not find, and removes the others'."""
+    """Return the ids of nodes whose mark the driver does not find, and remove the others'."""
     missing = set()
     for node in nodes:
         name = f"{question.mark}-{node.node_id}"
@@ -218,7 +218,7 @@ def _problems(
     if differing:
         found.append(f"has {', '.join(differing)}; install the same with constraints.txt")
     if answer["code"] != code_sha256():
-        found.append("has other code than the driver; copy it there, or ray job submit --working-dir .")
+        found.append("has other code than the driver; copy it there, or ray job submit --working-dir src")
     if answer["storage"] or unseen:
         reason = answer["storage"] or "the driver does not see what it wrote"
         found.append(f"cannot use --storage={location} ({reason}); give one that all nodes share, or s3://…")

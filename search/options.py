@@ -153,16 +153,6 @@ class StudyOptions:
         for point in self.points or [] if self.space.trains_images else []:
             self.space.config(values | point)
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], space: Space) -> StudyOptions:
-        """Build a study's options from those in its study.json.
-
-        Raises:
-            TypeError: They are those of another version.
-            ValueError: A value is impossible.
-        """
-        return cls(**{**values, "space": space})
-
     def to_dict(self) -> dict[str, Any]:
         """Return all options as plain JSON-able values."""
         names = [field.name for field in dataclasses.fields(self) if field.name != "space"]

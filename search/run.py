@@ -50,7 +50,7 @@ from tunefleet.search.wandb_options import WandbOptions, add_wandb_flags
 from tunefleet.store import Store
 from tunefleet.study import read_files
 
-ALL = "all.json"  # in a folder of the studies of all spaces: what was asked of each
+ALL = "all.json"  # in a folder of the studies of all spaces: their options
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -98,7 +98,7 @@ def resume_main(arguments: list[str] | None = None) -> int:
 
 
 def search(flags: argparse.Namespace, options: dict[str, Any], session: Session) -> int:
-    """Run what was asked for; return the exit code.
+    """Start or resume a study, or list the spaces; return the exit code.
 
     Raises:
         ValueError: It cannot run as asked.
@@ -153,7 +153,7 @@ def resume_any(location: str, changes: dict[str, Any], session: Session, wandb: 
 
 
 def read_all(file: Path) -> dict[str, Any]:
-    """Return what was asked of the studies of all spaces.
+    """Return the options of the studies of all spaces.
 
     Raises:
         ValueError: The file cannot be read, or is damaged.

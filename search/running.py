@@ -1,4 +1,4 @@
-"""Run a study: check what was asked, prepare, train the trials, test the winner. One road for all studies.
+"""Run a study: check its options, prepare, train the trials, test the winner. One road for all studies.
 
 ``start`` and ``resume`` differ in where the options come from; what follows is the same for a search, a
 learning-rate study and recorded curves, new or resumed.
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from tunefleet.cli import expanded, shell
@@ -55,7 +56,7 @@ class Request:
     Attributes:
         folder: The study's; new, or as it was left.
         wandb: What is uploaded to W&B.
-        shared: The place that all nodes of a cluster must see; None: none was given.
+        shared: The folder or URL that all nodes of a cluster must see; None: none was given.
         earlier: The study as it was left; None: it is new.
         changes: Options that were given when it was resumed.
     """
@@ -81,7 +82,7 @@ def start(
     """Run a new study; return the exit code.
 
     Args:
-        options: What was asked for.
+        options: The study's.
         folder: The study's, new or empty; None: one under studies/.
         session: The command.
         dry_run: Forecast the study and write nothing.
@@ -145,10 +146,8 @@ def resume(
         data_dir = changes.get("data_dir") or study.spec["options"].get("data_dir", "")
         space, line = recorded_space(study.spec, study.folder, data_dir)
         _say(line, session.console)
-    try:
-        options = _absolute(StudyOptions.from_dict(study.spec["options"] | changes, space))
-    except (TypeError, LookupError) as error:
-        raise ValueError(f"{folder / 'study.json'} has options of another version ({error})") from None
+    values = study.spec["options"] | changes | {"space": space}
+    options = _absolute(_from_file(StudyOptions, values, folder))
     shared = options.storage or str(folder.parent)
     uploads = choose_wandb(wandb or {}, study.spec.get("wandb"))
     return run(Request(options, folder, uploads, shared, False, study, changes), session)
@@ -223,7 +222,7 @@ def _checked(request: Request, session: Session) -> int:
         return preflight.print_forecast(options, request.folder, share, data, settings, prepared, console)
     ready = execution.Ready(options, request.folder.resolve(), data, settings, share)
     if earlier is None:
-        with session.stops.held(functools.partial(execution.tell_stopped, ready.location, session)):
+        with session.stops.held(functools.partial(execution.tell_stopped, ready.folder, session)):
             check_free(request.folder)
             execution.create(ready, prepared)
     return execution.run(ready, session, request.wandb, request.changes)
@@ -256,7 +255,7 @@ def _device(request: Request, console: Console) -> tuple[StudyOptions, Any, Any]
     from tunefleet.trainables.device import DeviceSettings
 
     options, earlier = request.options, request.earlier
-    before = DeviceSettings(**earlier.spec["levers"]) if earlier else None
+    before = _from_file(DeviceSettings, earlier.spec["levers"], request.folder) if earlier else None
     if before and "device" not in request.changes:
         machine = resources.find_machine(before.device)
         resources.check_device(before, machine)
@@ -297,6 +296,18 @@ def _examined(options: StudyOptions, data: ImageData | None, console: Console) -
     return dataclasses.replace(space, source=dataclasses.replace(space.source, data_dir=options.data_dir))
 
 
+def _from_file(kind: Callable[..., T], values: Mapping[str, Any], folder: Path) -> T:
+    """Return what a part of a study.json describes.
+
+    Raises:
+        ValueError: It has other entries, those of another version.
+    """
+    try:
+        return kind(**values)
+    except (TypeError, LookupError) as error:
+        raise ValueError(f"{folder / 'study.json'} is of another version ({error}); use that one") from None
+
+
 def _read_images(options: StudyOptions, console: Console) -> ImageData:
     """Return a study's images, decoded now unless they are already.
 
@@ -334,7 +345,8 @@ def _on_a_node(
     task = ray.remote(function).options(num_cpus=share["CPU"], num_gpus=share.get("GPU", 0))
 
     def call(*arguments: Any) -> T:
-        queue = Queue(actor_options={"num_cpus": 0})
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
         running = task.remote(*arguments, functools.partial(_put, queue))
         try:
             while not ray.wait([running], timeout=PROGRESS_SECONDS)[0]:

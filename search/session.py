@@ -26,7 +26,7 @@ from tunefleet.cli import NOTHING_WRITTEN, end_at_once
 from tunefleet.search.display import print_result
 
 TICK_SECONDS = 0.05  # between looks; Ray (2.60) puts a handler of its own in place when it starts
-LEAVE_TICK_SECONDS = 0.002
+LEAVE_TICK_SECONDS = 0.002  # the same while Ray shuts down
 AFTERMATH_SECONDS = 1.5  # in which a signal, or the end of Ray's processes, explains an exception
 SHUTDOWN_SECONDS = 4.0  # for Ray to end its processes; it takes 1
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -138,7 +138,7 @@ class Stops:
         return self._answer(reason) if self._signalled or reason else None
 
     def change(self, stop: Callable[[str], int | None], watch: Callable[[], str] = str) -> None:
-        """Have another answer from now on; called by the command.
+        """Replace what answers a stop from now on; called by the command.
 
         Raises:
             SystemExit: It is being stopped, and has no more to do.

@@ -48,7 +48,7 @@ KEY_LENGTH = 40
 
 @dataclass(frozen=True)
 class WandbOptions:
-    """What a user may ask of W&B; none of it changes a result, so a resumed study may change it.
+    """What a user may choose about W&B; none of it changes a result, so a resumed study may change it.
 
     Raises:
         ValueError: A value that W&B would refuse.

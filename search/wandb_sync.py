@@ -8,7 +8,7 @@
 There is one run per trial and one for the study. All of it is read from the study's folder, never from W&B's
 own files, so whatever happens to W&B, the same runs can be uploaded again: a run is opened with
 ``resume="allow"``, the server says how many rows it has and gets the rest, so each row arrives once. Then the
-server is asked what it has; only that counts as synced and is noted in ``wandb/state.json``. Exit code 0: W&B
+server reports what it has; only that counts as synced and is noted in ``wandb/state.json``. Exit code 0: W&B
 has everything, 1: something is missing, 2: bad input.
 
 Beside a running study the same happens over and over, in a process of its own at low priority. It may hang,
@@ -198,12 +198,14 @@ def read_state(folder: Path, options: WandbOptions) -> dict[str, Any]:
             if found["target"] == state["target"]:
                 state |= {name: found[name] for name in state} | {"runs": dict(found["runs"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error}); remove it: W&B is asked what it has then") from None
+        raise ValueError(
+            f"{file} is damaged ({error}); remove it, and the next sync asks W&B what it has"
+        ) from None
     return state
 
 
 def describe(folder: Path, options: WandbOptions, state: dict[str, Any], why: str = "") -> tuple[str, bool]:
-    """Return how a study stands with W&B, in a line, and whether anything is missing there.
+    """Return how complete a study is in W&B, in a line, and whether anything is missing there.
 
     ``why`` is the reason for what is missing, where W&B gave none.
     """
@@ -230,7 +232,7 @@ def legible(text: str, longest: int = LONGEST_NAME) -> str:
 
 
 class Uploader:
-    """Brings W&B up to date and keeps the runs of unfinished trials open, so that they are live.
+    """Uploads what W&B lacks and keeps the runs of unfinished trials open, so that they are live.
 
     Args:
         folder: The study's.
@@ -393,7 +395,7 @@ class Uploader:
             )
 
     def _save(self) -> None:
-        """Write state.json; where there is no room, W&B is asked again the next time."""
+        """Write state.json; without room for it, the next sync asks W&B again."""
         content = (json.dumps(self.state, indent=1) + "\n").encode()
         try:
             write_whole(self.folder / "wandb" / "state.json", content)
@@ -606,7 +608,7 @@ class LiveUpload:
         """End the process, which may take some seconds to upload the rest.
 
         Returns:
-            How the study stands with W&B and what to do about it; nothing with mode off.
+            How complete the study is in W&B and what to do about it; nothing with mode off.
         """
         if self.options.mode == "off":
             return ""

@@ -1,6 +1,6 @@
-"""What does each fault cost a study? Injects it, counts what is lost, and prints a table.
+"""What does each fault cost a study? Inject it, count what is lost, and print a table.
 
-    python -m tests.faults                 all of it, some 20 minutes on two cores (RELIABILITY.md)
+    python -m tests.faults                 all faults, some 20 minutes on two cores (RELIABILITY.md)
     python -m tests.faults driver worker   these faults only
     python -m tests.faults --short         each fault once or twice, as the tests do
 
@@ -44,7 +44,7 @@ STUDY = ("--space", "softmax", "--data", "digits", "--wandb", "off", "--concurre
 TRIALS = (*STUDY, "--trials", "12", "--epochs", "27", "--final-seeds", "1")
 PLACE_AND_TIME = ("seconds", "node")  # columns of trials.csv
 SLOW_TRIALS = (*TRIALS, "--fix", "batch_size=2")  # 0.1 s an epoch: long enough to be hit in mid-trial
-AMID = {*range(4, 7), *range(10, 24)}  # their epochs from which a trial goes on for some: no rung is near
+AMID = {*range(4, 7), *range(10, 24)}  # epochs of a trial that has several to go: no rung is near
 TOKEN = secrets.token_hex(32)  # of the Ray of every study, which no file of a study may have
 FULL_BYTES = 4 * 2**20  # of the small disk
 
@@ -77,7 +77,7 @@ class Run:
         self.work_in(folder)
 
     def start(self, *arguments: object) -> "Run":
-        """Starts a new study, or goes on with it where ``--resume`` is asked."""
+        """Starts a new study, or continues one with ``--resume``."""
         if not {"--resume", "--storage"} & {*arguments}:
             arguments = (*arguments, "--study-dir", self.study)
         command = [sys.executable, ROOT / "search" / "run.py", *arguments]
@@ -94,7 +94,7 @@ class Run:
         return self
 
     def resume(self) -> "Run":
-        """Goes on with the study."""
+        """Continues the study."""
         return self.start("--resume", self.study, "--data-dir", self.folder / "data")
 
     def look(self) -> list[psutil.Process]:
@@ -192,11 +192,11 @@ def outcome(
     """
     was, out, err = ended
     wrong = [] if was == code else [f"exit code {was}, not {code}: {err[-300:]}"]
-    if err:  # all that it has to say stands in the journal and in the result
+    if err:  # the journal and the result hold all there is to report
         wrong.append(f"on stderr: {err[:300]}")
-    said = Counter((report["trial_id"], report["epoch"]) for report in run.reports())
-    if twice := [key for key, count in said.items() if count > 1]:
-        wrong.append(f"said twice: {twice}")
+    reported = Counter((report["trial_id"], report["epoch"]) for report in run.reports())
+    if twice := [key for key, count in reported.items() if count > 1]:
+        wrong.append(f"reported twice: {twice}")
     for trial in records(run.journal.read()).values():
         if sorted(trial.reports) != list(range(1, trial.epoch + 1)):
             wrong.append(f"reports lost of {trial.trial_id}")
@@ -207,8 +207,8 @@ def outcome(
     if like is not None and result(run.study) != result(like):
         wrong.append("another winner or other finals than undisturbed")
     token = TOKEN.encode()
-    if told := [file for file in run.study.rglob("*") if file.is_file() and token in file.read_bytes()]:
-        wrong.append(f"Ray's token is in {told}")
+    if files := [file for file in run.study.rglob("*") if file.is_file() and token in file.read_bytes()]:
+        wrong.append(f"Ray's token is in {files}")
     if left := run.left_behind():
         wrong.append(f"left behind: {left}")
     lines = (err or out).strip().splitlines()
@@ -216,7 +216,7 @@ def outcome(
 
 
 class Undisturbed:
-    """Studies that are left alone, each made once, when it is first asked for."""
+    """Studies without a fault, each run once, when it is first needed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -517,18 +517,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("faults", nargs="*", choices=[*FAULTS, []], metavar="FAULT", help=", ".join(FAULTS))
     parser.add_argument("--short", action="store_true", help="each fault once or twice")
-    spec = parser.parse_args()
+    options = parser.parse_args()
     print(f"| {' | '.join(HEADER)} |\n|{' --- |' * len(HEADER)}")
     failed = False
     with tempfile.TemporaryDirectory(prefix="faults-", dir="/var/tmp") as location:
         folder = Path(location)
         undisturbed = Undisturbed(folder)
-        for name in spec.faults or FAULTS:
+        for name in options.faults or FAULTS:
             fault = FAULTS[name]
             if reason := fault.why_not():
                 print(f"| {fault.text} | not run: {reason} |", flush=True)
                 continue
-            done, seconds = inject(name, folder, undisturbed, spec.short)
+            done, seconds = inject(name, folder, undisturbed, options.short)
             assert done.run is not None
             if left := done.run.left_behind(AGENTS_GONE_WITHIN, but=()):
                 done.wrong.append(f"left behind for long: {left}")

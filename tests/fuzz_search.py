@@ -105,7 +105,6 @@ def cache_dir() -> Path:
     folder = Path(tempfile.gettempdir()) / "tunefleet-fuzz"
     prepare("digits", folder)
     torch.set_num_threads(1)
-    ray.init = _no_ray
     return folder
 
 
@@ -202,13 +201,23 @@ def make_study(rng: random.Random, folder: Path) -> tuple[Path, str]:
     made, study = folder / "made", folder / "studies" / rng.choice(NAMES)
     write_trials(made)
     options = make_options(
-        "softmax", epochs=9, data="digits", image_size=32, data_dir=str(cache_dir())
+        "softmax",
+        epochs=9,
+        data="digits",
+        image_size=32,
+        data_dir=str(cache_dir()),
+        pruner="promote",
+        workers_per_trial=1,
     ).to_dict()
     options["storage"] = rng.choice(
         [None] * 8 + ["nosuch://a/b", "s3://", "s3://no-bucket/x", "file:///proc/x", "\udcff"]
     )
     status = rng.choice(["done", "stopped", "running"])
-    facts = STUDY_JSON | {"options": options, "data_sha256": "0" * 64, "split_sha256": "0" * 64, "levers": {}}
+    facts = STUDY_JSON | {"options": options, "data_sha256": "0" * 64, "split_sha256": "0" * 64}
+    if rng.random() < 0.1:
+        facts["levers"] = facts["levers"] | {
+            rng.choice([*facts["levers"], "of another version"]): rng.choice(VALUES)
+        }
     if rng.random() < 0.4:
         points = [{"lr": lr, "seed": 0} for lr in (0.1, 0.2, 0.4)]
         facts["options"]["points"] = rng.choice([points, points, points, None, []])
@@ -345,6 +354,7 @@ def make_environment(rng: random.Random, folder: Path) -> dict[str, str | None]:
 
 def make_command(rng: random.Random, folder: Path, number: int) -> Command:
     """Return a command that writes or runs a study, with what it reads."""
+    ray.init = _no_ray  # in the forks of this process
     cache = cache_dir()
     environment = make_environment(rng, folder)
     if number % RAY_EVERY == 0:
@@ -377,14 +387,14 @@ def make_command(rng: random.Random, folder: Path, number: int) -> Command:
     elif kind == "resume":
         main = rng.choice([run.main, lr_study.main])
         given = [f"--resume={study}", *make_flags(rng, folder, options if main is run.main else of_lr, 1)]
-    elif kind == "all":  # a folder of studies: what was asked is damaged, or refused for each space
+    elif kind == "all":  # a folder of studies: their options are damaged, or refused for each space
         top = folder / rng.choice(NAMES)
         top.mkdir()
-        spec: Any = {"options": {"data": "no/such"}, "storage": None, "wandb": {}}
+        of_all: Any = {"options": {"data": "no/such"}, "storage": None, "wandb": {}}
         if rng.random() < 0.7:
-            at = rng.choice([spec, spec["options"]])
+            at = rng.choice([of_all, of_all["options"]])
             at[rng.choice(["options", "storage", "wandb", "data", "epochs", "x"])] = rng.choice(VALUES)
-        text = json.dumps(spec).encode()
+        text = json.dumps(of_all).encode()
         content = rng.choice(
             [text, text, text, b"", b"{}", b"[]", b"null", text[:20], b"\xff", b"[" * 100_000]
         )

@@ -1,4 +1,4 @@
-"""A study folder as search/ writes one, made up: with hostile names, and as many trials as are asked for."""
+"""A study folder as search/ writes one, made up: with hostile names, and any number of trials."""
 
 import copy
 import json
@@ -43,7 +43,7 @@ def write_study(
     classes: tuple[str, ...] = (EVIL, "dog"),
     pixels: int = 8,
 ) -> Path:
-    """Writes a study of which each rung lets every eta-th trial go on; trial 5 diverged at its first epoch.
+    """Writes a study whose rungs each promote every eta-th trial; trial 5 diverged at its first epoch.
 
     Trial k's val_accuracy rises with k and with the epoch; of 12, trial 8 is the winner. Of
     more than two classes, each has eight test images, of which the last two are taken for its neighbours.

@@ -81,7 +81,7 @@ class Store:
 
 @contextmanager
 def faulty_store() -> Iterator[Store]:
-    """Serves an empty bucket. Credentials and address stand in the environment meanwhile."""
+    """Serves an empty bucket. Credentials and address are in the environment meanwhile."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     store = Store()
     variables = {

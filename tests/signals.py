@@ -82,12 +82,12 @@ def main() -> int:
                 folder.mkdir()
                 after = FIRST + (last - FIRST) * k / max(1, times - 1)
                 code, seconds, said = stop(way, folder, after, data_dir)
-                there = (folder / "study" / "study.json").exists()
+                exists = (folder / "study" / "study.json").exists()
                 right = code in (0, 3) and seconds < LONGEST and "Traceback" not in said
-                if code == 3 and there:
+                if code == 3 and exists:
                     resume = command("--resume", "study", data_dir=data_dir)
                     subprocess.run(resume, cwd=folder, capture_output=True, check=False)
-                right = right and (outcome(folder) == expected if there else "nothing was written" in said)
+                right = right and (outcome(folder) == expected if exists else "nothing was written" in said)
                 wrong += not right
                 line = said.strip().rpartition("\n")[2][-60:]
                 print(f"{way:8}{after:6.1f} s{code:4}{seconds:7.1f} s  {right}  {line}", flush=True)

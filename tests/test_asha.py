@@ -1,4 +1,4 @@
-"""Which trials go on, worked out by hand on hand-written reports."""
+"""Which trials continue, worked out by hand on hand-written reports."""
 
 import math
 import random
@@ -25,7 +25,7 @@ def promoted_on_arrival(values, eta=3):
 
 
 def survivors_on_arrival(values, eta=3):
-    """Reports the values at rung 1 in order; returns the numbers of those that `stop` lets go on."""
+    """Reports the values at rung 1 in order; returns the numbers of those that `stop` continues."""
     asha = Asha((1,), eta)
     survivors = []
     for number, value in enumerate(values):
@@ -184,7 +184,7 @@ def test_highest_rung_is_asked_first():
         asha.record(str(number), 3, 1 - number / 100)
     assert asha.promotable() == ("9", 3)
     asha.promote("9", 3)
-    assert asha.promotable() == ("8", 1)  # 12 // 3 = 4 go on from rung 1, three have
+    assert asha.promotable() == ("8", 1)  # 12 // 3 = 4 continue from rung 1, three have
 
 
 def test_best_of_a_small_rung_waits_until_no_more_trials_come():
@@ -272,7 +272,7 @@ def test_state_is_a_function_of_the_reports():
         (9, (1, 3), 9, 9 * 1 + 3 * 2 + 1 * 6),
         (12, (1, 3), 9, 12 * 1 + 4 * 2 + 1 * 6),
         (32, (1, 3, 9), 27, 32 * 1 + 10 * 2 + 3 * 6 + 1 * 18),
-        (2, (1, 3), 9, 2 * 1 + 1 * 2 + 1 * 6),  # at least one goes on
+        (2, (1, 3), 9, 2 * 1 + 1 * 2 + 1 * 6),  # at least one continues
         (1, (1, 3), 9, 9),
         (10, (), 9, 90),
     ],

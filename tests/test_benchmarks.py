@@ -137,10 +137,10 @@ def test_repetitions_of_an_unsteady_machine_have_no_ratio():
 def test_unsteady_repetitions_are_made_up_for(steady_after, repeat, runs, tmp_path, monkeypatch):
     order = []
 
-    def stand_in(spec, before):
-        order.append(spec.arm)
-        unsteady = spec.arm == "ours" and len(order) <= 2 * steady_after
-        found = ((trial, 2, 0.5, 1.0) for trial in range(len(spec.configurations)))
+    def stand_in(task, before):
+        order.append(task.arm)
+        unsteady = task.arm == "ours" and len(order) <= 2 * steady_after
+        found = ((trial, 2, 0.5, 1.0) for trial in range(len(task.configurations)))
         return measured(1.0, *found, steady=1.0 if unsteady else STEADY)
 
     monkeypatch.setattr(compare, "measure", stand_in)
@@ -192,12 +192,12 @@ def test_the_machines_speed_varies_by_a_fraction_of_the_median():
     ],
 )
 def test_arm_that_trained_less_is_refused(found, pruning, said):
-    spec = task(pruning=pruning)
+    given = task(pruning=pruning)
     if said is None:
-        check_same_work(spec, rows(*found))
+        check_same_work(given, rows(*found))
     else:
         with pytest.raises(RuntimeError, match=said):
-            check_same_work(spec, rows(*found))
+            check_same_work(given, rows(*found))
 
 
 def test_time_per_trial_is_that_of_first_reports():

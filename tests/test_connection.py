@@ -194,7 +194,7 @@ def test_a_call_of_a_study_that_is_being_stopped_starts_no_other_ray():
     assert "ray.init" in ended.stderr
 
 
-def test_the_raylet_of_a_joined_cluster_is_watched_where_it_can_be_told():
+def test_the_raylet_of_a_joined_cluster_is_watched_where_it_is_the_only_one():
     address = "10.0.0.1:6379"
     words = ["raylet", "-c", f"read line # --gcs-address={address}"]
     first, second = (subprocess.Popen(words, executable="/bin/sh", stdin=subprocess.PIPE) for _ in range(2))

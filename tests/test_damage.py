@@ -27,7 +27,7 @@ SPEC = STUDY_JSON | {"options": make_options("softmax", epochs=9, pruner="promot
 
 
 class AcceptedError(Exception):
-    """Stands for a resume that would have gone on."""
+    """Replaces a resume that would have continued."""
 
 
 def lines_of(content):
@@ -226,6 +226,27 @@ def test_advice_about_a_damaged_journal_makes_a_study_that_can_be_resumed(study,
     assert (folder / "reports.jsonl.damaged").read_bytes() == b"".join(lines)
     assert len(Journal(folder / "reports.jsonl").read()) == 6
     assert readers("resume", folder) == (0, "")
+
+
+@pytest.mark.parametrize("study", ["stopped"], indirect=True)
+@pytest.mark.parametrize("count", ["-1", "1000", "9" * 30])
+def test_no_more_lines_are_kept_than_there_are(study, count, capsys):
+    before = {file.name: file.read_bytes() for file in study.iterdir() if file.name != ".lock"}
+    assert collect_command(["--keep-lines", count, str(study)]) == 2
+    err = capsys.readouterr().err
+    assert f"--keep-lines={count}" in err
+    assert err.count("\n") == 1
+    assert {file.name: file.read_bytes() for file in study.iterdir() if file.name != ".lock"} == before
+
+
+@pytest.mark.parametrize("study", ["stopped"], indirect=True)
+def test_a_second_cut_keeps_the_copy_of_the_first(study, tmp_path):
+    shutil.copytree(study, folder := tmp_path / "study")
+    whole = (folder / "reports.jsonl").read_bytes()
+    assert collect_command(["--keep-lines", "6", str(folder)]) == 0
+    assert collect_command(["--keep-lines", "3", str(folder)]) == 0
+    assert (folder / "reports.jsonl.damaged").read_bytes() == whole
+    assert len((folder / "reports.jsonl.damaged-2").read_bytes().splitlines()) == 6
 
 
 def test_finished_study_is_never_cut(tmp_path, readers, capsys):

@@ -204,7 +204,7 @@ def test_no_process_outlives_a_killed_command(tmp_path: Path, cache: Path, sent:
     assert stderr.count("Traceback") == (sent == signal.SIGINT)  # the script's own
 
 
-# ---- how it is asked
+# ---- how it is called
 
 
 def test_a_process_answers_every_other_line(tree: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every way in which a write fails for want of room is recognised, on a disk of 256 KiB that is full."""
+"""Every way in which a write fails on a full disk is recognised, on a full disk of 256 KiB."""
 
 import errno
 import gzip

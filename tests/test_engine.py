@@ -126,7 +126,7 @@ def test_rounds_keep_what_tune_remembers_small_and_change_no_result(study, monke
 
 
 def test_a_bug_in_a_trial_is_recorded_and_the_study_goes_on(study, tmp_path):
-    """A checkpoint folder that cannot be written stands for any exception in a worker."""
+    """A checkpoint folder that cannot be written is an example of any exception in a worker."""
     broken = []
 
     def break_folder():

@@ -10,7 +10,7 @@ import pytest
 @pytest.mark.ray
 @pytest.mark.parametrize("imports", ["tunefleet.search", "ray, tunefleet.search"])
 def test_ray_starts_whichever_is_imported_first(imports):
-    """Ray settles once how it authenticates; a server that is told otherwise later refuses it."""
+    """Ray chooses its authentication once per process; a server with another mode refuses it later."""
     code = (
         f"import {imports}\n"
         "from tunefleet.search.connection import connect\n"

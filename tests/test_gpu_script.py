@@ -137,9 +137,9 @@ def test_every_row_is_a_command_that_could_run(script):
     _, calls = script("rows", LANES="4")
     assert len(calls) == len(SPACES)
     for call in calls:
-        do, options = parse(call.split())
-        study = make_options(do.space, **parsed(options, SPACES[do.space]))
-        assert study.epochs <= SPACES[do.space].epochs
+        flags, options = parse(call.split())
+        study = make_options(flags.space, **parsed(options, SPACES[flags.space]))
+        assert study.epochs <= SPACES[flags.space].epochs
 
 
 def test_a_measurement_is_taken_again_at_another_commit(script, tmp_path):

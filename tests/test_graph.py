@@ -35,7 +35,7 @@ CASES = {
 
 @pytest.fixture
 def replays(monkeypatch):
-    """Stands in for CUDA: capturing executes nothing, a replay runs the step; returns what was done."""
+    """Replaces CUDA: capturing executes nothing, a replay runs the step; returns what was done."""
     done = []
 
     def warm_up(graph, train_step):

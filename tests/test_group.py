@@ -142,7 +142,7 @@ def test_each_image_is_seen_by_one_worker_in_an_epoch(folder, data, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_one_worker_goes_on_from_a_groups_checkpoint_and_counts_the_same(folder, data, name):
+def test_one_worker_continues_from_a_groups_checkpoint_and_counts_the_same(folder, data, name):
     size, settings, config = CASES[name]
     alone = TrainingRun(config, data, settings, folder)
     alone.load(folder / f"{name}.pt")

@@ -1,4 +1,4 @@
-"""Who may import whom, and who may see the test images: read from the source, with ast."""
+"""Which packages may import which, and which may see the test images: read from the source, with ast."""
 
 import ast
 import re
@@ -136,7 +136,7 @@ WRITERS = ("pop", "update", "setdefault", "clear")
 
 
 def origins(tree: ast.AST) -> dict[str, str]:
-    """Returns what imported names stand for: {"tune": "ray.tune"}."""
+    """Returns the full names of what is imported: {"tune": "ray.tune"}."""
     found = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -270,9 +270,9 @@ def test_mirror_by_hand_does_not_replace_what_another_driver_has_continued(stora
 @pytest.mark.ray
 def test_second_driver_is_refused_and_a_killed_ones_study_is_resumed_at_once(store, cli, tmp_path):
     store.fault = ""
-    spec = ("--space", "softmax", "--data", "digits", "--trials", 3, "--epochs", 60, "--concurrency", 1)
-    spec = (*spec, "--pruner", "none", "--fix", "batch_size=2", "--final-seeds", 0, "--wandb", "off")
-    first = cli(*spec, "--study-dir", "two", "--storage", f"{store.url}/all")
+    flags = ("--space", "softmax", "--data", "digits", "--trials", 3, "--epochs", 60, "--concurrency", 1)
+    flags = (*flags, "--pruner", "none", "--fix", "batch_size=2", "--final-seeds", 0, "--wandb", "off")
+    first = cli(*flags, "--study-dir", "two", "--storage", f"{store.url}/all")
     journal = tmp_path / "two" / "reports.jsonl"
     until(lambda: journal.exists() and len(Journal(journal).read()) >= 4, 90)
     second = cli("--resume", f"{store.url}/all/two", "--wandb", "off")
@@ -294,9 +294,9 @@ def test_second_driver_is_refused_and_a_killed_ones_study_is_resumed_at_once(sto
 @pytest.mark.ray
 def test_driver_whose_study_was_taken_over_stops_with_three(store, cli, tmp_path):
     store.fault = ""
-    spec = ("--space", "softmax", "--data", "digits", "--trials", 4, "--epochs", 200, "--concurrency", 1)
-    spec = (*spec, "--pruner", "none", "--fix", "batch_size=2", "--final-seeds", 0, "--wandb", "off")
-    driver = cli(*spec, "--study-dir", "lost", "--storage", f"{store.url}/all")
+    flags = ("--space", "softmax", "--data", "digits", "--trials", 4, "--epochs", 200, "--concurrency", 1)
+    flags = (*flags, "--pruner", "none", "--fix", "batch_size=2", "--final-seeds", 0, "--wandb", "off")
+    driver = cli(*flags, "--study-dir", "lost", "--storage", f"{store.url}/all")
     journal = tmp_path / "lost" / "reports.jsonl"
     until(lambda: journal.exists() and len(Journal(journal).read()) >= 4, 90)
     write_lease(Store(f"{store.url}/all/lost"), pid=7)
@@ -306,3 +306,40 @@ def test_driver_whose_study_was_taken_over_stops_with_three(store, cli, tmp_path
     assert time.monotonic() - began < 20  # a heartbeat, and what stopping takes
     assert "is now driven by process 7 on other" in err
     assert "Traceback" not in err
+
+
+TAKES_LONG = """
+import time
+from tunefleet import mirror as module
+
+take = module.Lease.take
+
+def slowly(self):
+    take(self)
+    print("taken", flush=True)
+    time.sleep(60)
+
+module.Lease.take = slowly
+"""
+
+
+@pytest.mark.ray
+def test_a_ctrl_c_before_the_trials_leaves_no_lease(store, cli, tmp_path):
+    """A second one finds the study as it was left, and so does a driver on another host, at once."""
+    store.fault = ""
+    flags = ("--space", "softmax", "--data", "digits", "--trials", 1, "--epochs", 2, "--concurrency", 1)
+    flags = (*flags, "--final-seeds", 0, "--wandb", "off")
+    place = Store(f"{store.url}/all/early")
+    new = (*flags, "--study-dir", "early", "--storage", f"{store.url}/all")
+    for arguments in (new, ("--resume", tmp_path / "early", "--wandb", "off")):
+        driver = cli(*arguments, before=TAKES_LONG.strip())
+        until(lambda: read_lease(place), 90)
+        driver.send_signal(signal.SIGINT)
+        _, err = driver.communicate(timeout=30)
+        assert driver.returncode == 3
+        assert err.strip() == "stopped; nothing is lost. To resume: tunefleet resume early"
+        assert NAME not in place.names()
+        assert json.loads((tmp_path / "early" / "result.json").read_text())["status"] == "stopped"
+    driver = cli("--resume", tmp_path / "early", "--wandb", "off")
+    _, err = driver.communicate(timeout=90)
+    assert driver.returncode == 0, err

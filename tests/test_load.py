@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.made_study import change, edit_events, remove_trials, write_own_study, write_study
+from tests.made_study import change, edit_events, remove_trials, spec, write_own_study, write_study
 from tunefleet.analysis import report, results, wandb_report
 from tunefleet.analysis.load import load
 from tunefleet.benchmarks import replay
@@ -86,6 +86,8 @@ def test_each_damaged_file_is_named_with_what_to_do(folder, name, how):
         ({"metric": "val_loss"}, "study.json has an impossible metric"),
         ({"metric": {"name": "val_loss", "mode": "least"}}, "study.json has an impossible metric"),
         ({"metric": {"name": None, "mode": "min"}}, "study.json has an impossible metric"),
+        ({"levers": {}}, "levers lacks device"),
+        ({"levers": spec()["levers"] | {"channels_last": 1}}, "channels_last is '1', and has to be true or"),
         ({"ranges": []}, "ranges is '[]', and has to be an object"),
         ({"ranges": -0.0}, "ranges is '-0.0', and has to be an object"),
     ],

@@ -73,10 +73,10 @@ def test_a_node_of_a_cluster_is_asked_whether_its_kernel_killed(workers, monkeyp
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setattr("tunefleet.search.engine.oom_kills_on", lambda node_id: counted[node_id])
     workers = workers(slots=1)
-    for node_id, before in (("n1", 6), ("n1", 7), ("n2", 7), ("gone", 0)):
+    for node_id, before in (("n1", 6), ("n1", 7), ("n2", 7), ("gone", 0), (None, 0)):
         lose(workers, start(workers, node_id=node_id, oom_kills=before))
         workers.memory.suspects.clear()
-    assert [cause for _, cause in lost(workers)] == ["memory", "worker", "worker", "worker"]
+    assert [cause for _, cause in lost(workers)] == ["memory", "worker", "worker", "worker", "worker"]
 
 
 def test_a_lost_worker_names_the_gpu_of_its_place_or_of_its_last_report(workers):

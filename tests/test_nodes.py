@@ -18,7 +18,7 @@ from tunefleet.trainables.provenance import code_sha256, commit, versions
 CPU = DeviceSettings("cpu", "fp32", True, 2**20)
 CUDA = DeviceSettings("cuda", "bf16", True, None)
 NODE = nodes.Node("ab12", "worker-1", 4, 1)
-SPEC = ("--space", "softmax", "--data", "digits", "--wandb", "off", "--final-seeds", 1)
+STUDY = ("--space", "softmax", "--data", "digits", "--wandb", "off", "--final-seeds", 1)
 
 
 def well(**other):
@@ -35,7 +35,7 @@ def well(**other):
 
 
 @pytest.mark.parametrize(
-    ("told", "settings", "unseen", "needles"),
+    ("answer", "settings", "unseen", "needles"),
     [
         ({"versions": versions() | {"torch": "2.0.0"}}, CPU, False, ["torch 2.0.0, not", "constraints.txt"]),
         ({"code": "another"}, CPU, False, ["other code", "ray job submit"]),
@@ -47,8 +47,8 @@ def well(**other):
         ({"weights": "/w.pth"}, CPU, False, ["other weights under /w.pth"]),
     ],
 )
-def test_each_fault_of_a_node_has_its_remedy(told, settings, unseen, needles):
-    (problem,) = nodes._problems(NODE, well(**told), settings, unseen, "/mnt")
+def test_each_fault_of_a_node_has_its_remedy(answer, settings, unseen, needles):
+    (problem,) = nodes._problems(NODE, well(**answer), settings, unseen, "/mnt")
     for needle in needles:
         assert needle in problem
 
@@ -76,7 +76,7 @@ def cluster(bucket):
 @pytest.mark.ray
 def test_without_storage_several_nodes_are_refused_at_once(cluster, cli, tmp_path):
     began = time.monotonic()
-    process = cli(*SPEC)
+    process = cli(*STUDY)
     assert process.wait(60) == 2
     error = process.stderr.read()
     assert time.monotonic() - began < 20
@@ -88,8 +88,8 @@ def test_without_storage_several_nodes_are_refused_at_once(cluster, cli, tmp_pat
 
 @pytest.mark.ray
 def test_study_runs_on_both_nodes_and_outlives_one(cluster, bucket, cli, tmp_path):
-    spec = (*SPEC, "--study-dir", "lost", "--storage", f"{bucket}/all")
-    process = cli(*spec, "--trials", 6, "--epochs", 60, "--pruner", "none")
+    arguments = (*STUDY, "--study-dir", "lost", "--storage", f"{bucket}/all")
+    process = cli(*arguments, "--trials", 6, "--epochs", 60, "--pruner", "none")
     journal = tmp_path / "lost" / "reports.jsonl"
     while not journal.exists() or len({e.get("pid") for e in Journal(journal).read()} - {None}) < 2:
         assert process.poll() is None, process.stderr.read()
@@ -104,8 +104,8 @@ def test_study_runs_on_both_nodes_and_outlives_one(cluster, bucket, cli, tmp_pat
     assert set(study.facts["statuses"]) <= {"done", "diverged"}
     assert study.facts["trials"] == 6
     assert study.test_accuracy is not None
-    told = [(event["trial_id"], event["epoch"]) for event in events if event.get("epoch")]
-    assert len(told) == len(set(told))
+    reported = [(event["trial_id"], event["epoch"]) for event in events if event.get("epoch")]
+    assert len(reported) == len(set(reported))
 
 
 BROKEN = """
@@ -127,7 +127,7 @@ def test_node_that_fails_whatever_it_gets_gets_no_more(cluster, bucket, cli, tmp
     path = f"{tmp_path}:{Path(__file__).parents[1] / 'src'}"
     broken = cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": path})
     process = cli(
-        *(*SPEC, "--study-dir", "broken", "--storage", f"{bucket}/all"),
+        *(*STUDY, "--study-dir", "broken", "--storage", f"{bucket}/all"),
         *("--trials", 12, "--epochs", 40, "--pruner", "none", "--searcher", "random"),
     )
     out, error = process.communicate(timeout=300)

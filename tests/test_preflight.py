@@ -203,8 +203,8 @@ def test_the_largest_trial_of_a_space_has_the_highest_of_everything():
 def test_the_image_size_is_the_spaces_best_that_there_is_room_for(
     space, options, settings, gpu_bytes, size, tmp_path
 ):
-    spec = make_options(space, data_dir=str(tmp_path), **options)
-    assert settle_image_size(spec, settings, Machine(16, 1, gpu_bytes=gpu_bytes)).image_size == size
+    wanted = make_options(space, data_dir=str(tmp_path), **options)
+    assert settle_image_size(wanted, settings, Machine(16, 1, gpu_bytes=gpu_bytes)).image_size == size
 
 
 def test_images_are_counted_without_reading_them_all(tmp_path):
@@ -332,16 +332,16 @@ def test_groups_of_workers_are_no_more_than_fit_since_they_cannot_wait(nodes):
 
 
 def test_an_autoscaler_starts_the_first_node_and_one_that_a_trial_fits_on(nodes, monkeypatch):
-    spec = []
+    requested = []
 
     def start(bundles):
-        spec.append(bundles)
+        requested.append(bundles)
         nodes.append(node(sum(bundle["CPU"] for bundle in bundles)))
 
     monkeypatch.setattr("tunefleet.search.resources._wait_for", start)
     nodes[:] = [node(0, **{"ray.io/node-group": "head"})]
     _, resources = on_cluster(cpus_per_trial=3.0)
-    assert spec == [[{"CPU": 1}], [{"CPU": 3.0}]]
+    assert requested == [[{"CPU": 1}], [{"CPU": 3.0}]]
     assert resources.slots == 1
     nodes[:] = [node(0)]  # started by hand: nobody starts more
     with pytest.raises(ValueError, match="trials need 1 CPU, but there are 0 CPUs"):

@@ -29,14 +29,14 @@ def recorded(request):
 
 
 def test_each_pruner_and_sampler_is_recorded():
-    spec = [Study(RECORDED / name).spec["options"] for name in STUDIES]
-    assert {options["pruner"] for options in spec} == {"promote", "stop", "none"}
-    assert {options["searcher"] for options in spec} == {"random", "tpe", "grid"}
+    recorded_options = [Study(RECORDED / name).spec["options"] for name in STUDIES]
+    assert {options["pruner"] for options in recorded_options} == {"promote", "stop", "none"}
+    assert {options["searcher"] for options in recorded_options} == {"random", "tpe", "grid"}
 
 
 def scheduler_of(study, folder):
     folder.mkdir(exist_ok=True)
-    options = StudyOptions.from_dict(study.spec["options"], SPACES[study.spec["space"]])
+    options = StudyOptions(**study.spec["options"] | {"space": SPACES[study.spec["space"]]})
     return Scheduler(
         suggest=options.suggest,
         asha=Asha(options.rungs, options.eta),

@@ -1,4 +1,4 @@
-"""Where ResNet-18 is cut, and that wrong weights are told from right ones."""
+"""ResNet-18 is cut where it should be, and unusable weights are refused."""
 
 import os
 import pickle

@@ -155,7 +155,7 @@ def test_an_option_of_another_type_is_one_line(name, value):
 
 @pytest.fixture
 def studies(monkeypatch):
-    """Stands in for studies: notes which are started and resumed; those of `codes` end with that code."""
+    """Replaces studies: records which are started and resumed; those of `codes` end with that code."""
     done, codes = [], {}
 
     def start(options, folder, script, **others):
@@ -283,6 +283,16 @@ def test_finished_study_is_not_resumed(run, tmp_path):
 def test_resume_refuses_what_would_change_results(run, tmp_path):
     (tmp_path / "study.json").write_text(json.dumps(spec(space="softmax", status="stopped")))
     assert_one_line_error(run("--resume", tmp_path, "--eta", 4, data=None), "--eta cannot change")
+
+
+@pytest.mark.parametrize("part", ["options", "levers"])
+def test_a_study_of_another_version_is_one_line(run, tmp_path, part):
+    study = spec(space="softmax", status="stopped")
+    study["options"] = {"space": "softmax", "epochs": 1, "pruner": "none", "workers_per_trial": 1}
+    study[part] = study[part] | {"of_tomorrow": 1}
+    (tmp_path / "study.json").write_text(json.dumps(study))
+    error = run("--resume", tmp_path, data=None)
+    assert_one_line_error(error, "study.json is of another version", "of_tomorrow")
 
 
 @pytest.mark.parametrize("damage", ["empty", "one class", "corrupt image", "no train"])

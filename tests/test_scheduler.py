@@ -154,14 +154,14 @@ def test_promote_trains_the_best_of_each_rung_on_as_worked_out_by_hand(tmp_path)
         tmp_path / "reports.jsonl", values=[0.5, 0.3, 0.8, 0.1, 0.9, 0.2, 0.7, 0.4, 0.6], trials=9
     )
     work(jobs)
-    # rung 1 lets .8 go on at n=3, .9 at n=6 and .7 at n=9; rung 3 has these three then, and lets .9 go on
+    # rung 1 promotes .8 at n=3, .9 at n=6 and .7 at n=9; rung 3 has these three then, and promotes .9
     assert epochs_of(jobs) == [1, 1, 3, 1, 9, 1, 3, 1, 1]
     promotions = [
         (event["trial_id"], event["promoted_from"])
         for event in jobs.journal.read()
         if "promoted_from" in event
     ]
-    # .8 goes on as it arrives, unpaused; .9 waits for n=6, .7 for n=9, and .9 at rung 3 for n=3
+    # .8 continues as it arrives, unpaused; .9 waits for n=6, .7 for n=9, and .9 at rung 3 for n=3
     assert promotions == [("0004", 1), ("0006", 1), ("0004", 3)]
 
 
@@ -295,7 +295,7 @@ def test_trial_that_is_lost_too_often_counts_as_last_and_frees_its_slot(tmp_path
     for _ in range(2):
         trial_id = jobs.next_job().trial_id
         jobs.report(trial_id, outcome_at(jobs, trial_id, 1))
-    assert "0002" in jobs.running  # n = 3 with the lost one: 0002, the best, goes on
+    assert "0002" in jobs.running  # n = 3 with the lost one: 0002, the best, continues
 
 
 @pytest.mark.parametrize("cause", ["node", "neighbour", "graph", "graph_memory"])

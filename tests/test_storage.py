@@ -1,4 +1,4 @@
-"""Studies in an object store: whole files, a copy that follows, and a study that goes on elsewhere."""
+"""Studies in an object store: whole files, a copy that follows, and a study continued on another machine."""
 
 import errno
 import pickle
@@ -132,7 +132,7 @@ def test_mirror_puts_what_changed_and_only_that(storage, tmp_path, monkeypatch):
     assert mirror.finish() == ""
 
 
-def test_store_out_of_reach_is_told_at_the_end(storage, tmp_path, monkeypatch, capsys):
+def test_a_store_out_of_reach_is_reported_at_the_end(storage, tmp_path, monkeypatch, capsys):
     options = {"epochs": 4, "pruner": "promote", "storage": storage.location.rpartition("/")[0]}
     write_study(tmp_path, spec(options=options))
 
@@ -141,9 +141,9 @@ def test_store_out_of_reach_is_told_at_the_end(storage, tmp_path, monkeypatch, c
 
     with monkeypatch.context() as patch:
         patch.setattr(Store, "write", refuse)
-        told = Mirror(tmp_path, storage).finish()
-        assert "no route to host" in told
-        assert f"tunefleet push {tmp_path}" in told
+        message = Mirror(tmp_path, storage).finish()
+        assert "no route to host" in message
+        assert f"tunefleet push {tmp_path}" in message
         assert main([str(tmp_path)]) == 1
         assert capsys.readouterr().err.startswith("error: ")
     assert main([str(tmp_path)]) == 0
@@ -216,7 +216,7 @@ def test_no_name_in_a_store_leads_out_of_the_folder(storage, tmp_path, monkeypat
     assert not (tmp_path / "studies").exists()
 
 
-def test_a_trial_goes_on_upon_another_node(storage, data_dir, tmp_path):
+def test_a_trial_continues_on_another_node(storage, data_dir, tmp_path):
     data, settings = prepare("digits", data_dir), choose("cpu", "fp32")
 
     def node(name, store=storage):
@@ -232,13 +232,13 @@ def test_a_trial_goes_on_upon_another_node(storage, data_dir, tmp_path):
     whole = JobRun(JOB, alone)
     expected = [report(whole) for _ in range(3)]
     first = JobRun(JOB, node("first"))
-    told = [report(first)]
-    first.report()  # trained and kept, and the node died before it was told
+    reports = [report(first)]
+    first.report()  # trained and kept, and the node died before the report arrived
     second = JobRun(JOB | {"reported": 1}, node("second"))
-    told += [report(second), report(second)]
-    for got, wanted in zip(told, expected, strict=True):
+    reports += [report(second), report(second)]
+    for got, wanted in zip(reports, expected, strict=True):
         assert (got["train_loss"], got["val_accuracy"]) == (wanted["train_loss"], wanted["val_accuracy"])
-    assert told[2]["test_accuracy"] == expected[2]["test_accuracy"]
+    assert reports[2]["test_accuracy"] == expected[2]["test_accuracy"]
     best = [
         f"best/{name}" for name in ("misclassified-0000.npz", "model-0000.pt", "predictions-0000.parquet")
     ]
@@ -250,12 +250,12 @@ def test_a_trial_goes_on_upon_another_node(storage, data_dir, tmp_path):
 
 
 @pytest.mark.ray
-def test_study_in_a_store_is_complete_there_and_goes_on_from_there(bucket, cli, tmp_path, monkeypatch):
-    spec = ("--space", "softmax", "--data", "digits", "--trials", 6, "--epochs", 9, "--concurrency", 1)
-    spec = (*spec, "--final-seeds", 1, "--wandb", "off")
-    whole = cli(*spec, "--study-dir", tmp_path / "local")
+def test_study_in_a_store_is_complete_there_and_continues_from_there(bucket, cli, tmp_path, monkeypatch):
+    arguments = ("--space", "softmax", "--data", "digits", "--trials", 6, "--epochs", 9, "--concurrency", 1)
+    arguments = (*arguments, "--final-seeds", 1, "--wandb", "off")
+    whole = cli(*arguments, "--study-dir", tmp_path / "local")
     assert whole.wait(120) == 0, whole.stderr.read()
-    stopped = cli(*spec, "--study-dir", "there", "--storage", f"{bucket}/all")
+    stopped = cli(*arguments, "--study-dir", "there", "--storage", f"{bucket}/all")
     journal = tmp_path / "there" / "reports.jsonl"
     while not journal.exists() or len(Journal(journal).read()) < 8:
         assert stopped.poll() is None, stopped.stderr.read()
@@ -270,23 +270,23 @@ def test_study_in_a_store_is_complete_there_and_goes_on_from_there(bucket, cli, 
     assert {"study.json", "reports.jsonl", "trials.csv", "epochs.parquet", "best/model.pt"} <= set(names)
     assert not [name for name in names if name.startswith(("checkpoints/", "ray/")) or "final-1" in name]
     monkeypatch.chdir(tmp_path)
-    there, local = load(f"{bucket}/all/there"), load(tmp_path / "local")
+    remote, local = load(f"{bucket}/all/there"), load(tmp_path / "local")
     timeless = [name for name in local.trials.columns if name not in ("seconds", "node")]
-    pd.testing.assert_frame_equal(there.trials[timeless], local.trials[timeless])
-    assert there.test_accuracy == local.test_accuracy
-    assert there.predictions is not None
+    pd.testing.assert_frame_equal(remote.trials[timeless], local.trials[timeless])
+    assert remote.test_accuracy == local.test_accuracy
+    assert remote.predictions is not None
     assert report([f"{bucket}/all/there"]) == 0
     assert (tmp_path / "there" / "report.html").exists()
 
 
 def test_storage_that_cannot_be_used_is_one_line_and_begins_nothing(bucket, cli, tmp_path):
-    spec = ("--space", "softmax", "--data", "digits", "--trials", 1)
-    nothing = cli(*spec, "--storage", "s3://no-such-bucket/all")
+    arguments = ("--space", "softmax", "--data", "digits", "--trials", 1)
+    nothing = cli(*arguments, "--storage", "s3://no-such-bucket/all")
     assert nothing.wait(60) == 2
     error = nothing.stderr.read()
     assert error.startswith("error: --storage=s3://no-such-bucket/all cannot be used")
     assert error.count("\n") == 1
-    both = cli(*spec, "--storage", tmp_path / "a", "--study-dir", tmp_path / "b")
+    both = cli(*arguments, "--storage", tmp_path / "a", "--study-dir", tmp_path / "b")
     assert both.wait(60) == 2
     assert "give one of them" in both.stderr.read()
     assert not (tmp_path / "studies").exists()
@@ -294,8 +294,8 @@ def test_storage_that_cannot_be_used_is_one_line_and_begins_nothing(bucket, cli,
 
 @pytest.mark.ray
 def test_folder_as_storage_holds_the_study(cli, tmp_path):
-    spec = ("--space", "softmax", "--data", "digits", "--trials", 2, "--epochs", 1, "--final-seeds", 0)
-    process = cli(*spec, "--storage", tmp_path / "shared", "--wandb", "off")
+    arguments = ("--space", "softmax", "--data", "digits", "--trials", 2, "--epochs", 1, "--final-seeds", 0)
+    process = cli(*arguments, "--storage", tmp_path / "shared", "--wandb", "off")
     assert process.wait(90) == 0, process.stderr.read()
     (folder,) = (tmp_path / "shared").iterdir()
     assert folder.name.startswith("softmax-digits-")
@@ -324,7 +324,7 @@ def test_store_that_is_away_for_a_while_is_waited_for(store, hurried, fault, ope
     store.fault = ""
     storage = Store(f"{store.url}/{fault}/{operation}", patience=60.0)
     storage.write(b"one", "a")
-    do = {
+    operations = {
         "names": storage.names,
         "remove": lambda: storage.remove("a"),
         "read": lambda: storage.read("a"),
@@ -332,7 +332,7 @@ def test_store_that_is_away_for_a_while_is_waited_for(store, hurried, fault, ope
     }
     store.fault = fault
     threading.Timer(0.5, setattr, [store, "fault", ""]).start()
-    result = do[operation]()
+    result = operations[operation]()
     assert store.fault == ""
     expected = {"names": ["a"], "read": b"one"}
     assert result == expected.get(operation)
@@ -410,9 +410,9 @@ def test_lost_store_stops_a_study_and_blames_no_trial(tmp_path):
 def test_study_outlives_a_store_that_is_away_and_stops_with_three_where_it_stays_away(store, cli, tmp_path):
     """Patience is cut from 10 minutes to 15 s; the store is away for 5 s, then for good."""
     store.fault = ""
-    spec = ("--space", "softmax", "--data", "digits", "--trials", 12, "--epochs", 9, "--concurrency", 2)
-    spec = (
-        *spec,
+    arguments = ("--space", "softmax", "--data", "digits", "--trials", 12, "--epochs", 9, "--concurrency", 2)
+    arguments = (
+        *arguments,
         "--final-seeds",
         1,
         "--wandb",
@@ -423,7 +423,7 @@ def test_study_outlives_a_store_that_is_away_and_stops_with_three_where_it_stays
         f"{store.url}/all",
     )
     impatient = "from tunefleet.store import Store; Store.__init__.__defaults__ = (15.0,)"
-    study = cli(*spec, before=impatient)
+    study = cli(*arguments, before=impatient)
     journal = tmp_path / "s" / "reports.jsonl"
 
     def reports():

@@ -289,7 +289,7 @@ def test_a_checkpoint_is_read_on_the_cpu_whatever_the_device(start, tmp_path):
     run.epoch()
     run.save(tmp_path / "checkpoint.pt")
     resumed = start("twolayernn", optimizer="adam")
-    resumed.device = torch.device("meta")  # stands for a GPU: nothing that is mapped there has values
+    resumed.device = torch.device("meta")  # in place of a GPU: nothing that is mapped there has values
     resumed.load(tmp_path / "checkpoint.pt")
     assert_same(resumed.state_dict(), run.state_dict())
 

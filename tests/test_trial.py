@@ -72,7 +72,7 @@ def test_promoted_trial_goes_on_from_its_checkpoint(worker):
 
 
 def test_report_that_a_kill_swallowed_is_delivered_and_not_repeated(worker):
-    first = report_of(worker())  # its checkpoint is written; the study never heard of it
+    first = report_of(worker())  # its checkpoint is written; the report never reached the study
     trial = worker(reported=0)
     assert report_of(trial) == first
     assert report_of(trial)["epoch"] == 2

@@ -71,14 +71,14 @@ def test_report_is_read_back_with_its_runs_and_panels(folder, capsys):
 def test_headline_says_what_was_found_and_what_it_cost(folder):
     assert main([str(folder)]) == 0
     text = json.dumps(json.loads((folder / "wandb_report.json").read_text())["spec"]["blocks"])
-    for told in (
+    for line in (
         "65.43 \\u00b1 1.23 %: test accuracy, mean \\u00b1 sd of 2 fresh seeds",
         "54.38 to 76.48 %: 95 % interval",
         "12: trials:",
         "21: epochs spent, of 48 without pruning",
         "Best configuration, trial 0008: lr 0.03734, schedule cosine.",
     ):
-        assert told in text
+        assert line in text
 
 
 def test_an_own_training_has_panels_of_its_metric_and_none_of_images(tmp_path):
@@ -138,9 +138,9 @@ class Server(BaseHTTPRequestHandler):
         """Is silent."""
 
     def do_POST(self):
-        spec = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        operation = re.search(r"(?:query|mutation)\s+(\w+)", spec["query"]).group(1)
-        content = json.dumps({"data": self.answer(operation, spec.get("variables") or {})}).encode()
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        operation = re.search(r"(?:query|mutation)\s+(\w+)", request["query"]).group(1)
+        content = json.dumps({"data": self.answer(operation, request.get("variables") or {})}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()

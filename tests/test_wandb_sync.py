@@ -182,7 +182,7 @@ def assert_all_there(server, folder, *, once=True):
 
 
 def assert_no_key(*folders):
-    """The key stands in no file below these folders, whole or in part."""
+    """No file below these folders contains the key, whole or in part."""
     for folder in folders:
         for file in folder.rglob("*"):
             if file.is_file() and not file.is_symlink():
@@ -831,8 +831,8 @@ def test_ctrl_c_beside_a_hanging_server_stops_within_ten_seconds(server, cli, ra
 
 def test_key_is_taken_out_of_the_drivers_environment(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    do, _ = parse(["--space", "softmax"])
-    assert do.wandb == {"key": KEY}
+    flags, _ = parse(["--space", "softmax"])
+    assert flags.wandb == {"key": KEY}
     assert "WANDB_API_KEY" not in os.environ
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Which versions of Ray and Python does the engine run on? Makes an environment for each, runs the tests of the
 # engine and of resuming in it, removes it, and prints a table for docs/versions.md.
-#   bash tests/versions.sh                        all of it; some 15 minutes and 8 GB of disk at a time
+#   bash tests/versions.sh                        all pairs; some 15 minutes and 8 GB of disk at a time
 #   bash tests/versions.sh 3.11:2.52.1            one of them
 # Needs the Pythons on PATH as python3.11, python3.12, python3.13, or pyenv's, and a package index.
 set -uo pipefail

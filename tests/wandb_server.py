@@ -73,7 +73,7 @@ class Run:
 
 
 class WandbServer(ThreadingHTTPServer):
-    """Answers until ``close``, unless told to fail.
+    """Answers until ``close``, unless it is set to fail.
 
     ``fault`` is ok, 401, 403, 404, 429, 500, portal (a network's own page), hang or dead (connections are
     cut); after ``fail_after`` history rows it is ``late_fault``.
@@ -163,7 +163,7 @@ class WandbServer(ThreadingHTTPServer):
         raise KeyError(operation)
 
     def file_stream(self, run_id, body):
-        """Takes in rows, summary and the exit code."""
+        """Records rows, summary and the exit code."""
         run = self.runs[run_id]
         for name, chunk in (body.get("files") or {}).items():
             for number, line in enumerate(chunk["content"]):

@@ -72,7 +72,7 @@ def drive(job: dict[str, Any], *, context: TrialContext, workers: int, resources
 
 
 def _train(arguments: dict[str, Any]) -> None:
-    """Is one worker of a group; every worker reports, and rank 0's reports reach Tune."""
+    """Train as one worker of a group; only rank 0's reports reach Tune."""
     job, context = arguments["job"], arguments["context"]
     if context.settings.device == "cuda":
         torch.cuda.set_device(get_device())

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from filelock import Timeout
 
-from tunefleet.files import locked as lock
+from tunefleet.files import holding
 from tunefleet.trainables.data import FORMAT_VERSION, SPLITS, ImageData, Progress, load_split
 
 KEPT = "kept"  # in a partial folder: what becomes the decoded folder
@@ -23,15 +23,13 @@ def locked(data_dir: Path, show: Progress) -> Iterator[None]:
     """Context manager: hold the lock on `data_dir/decoded`."""
     data_dir.mkdir(parents=True, exist_ok=True)
     file = data_dir / "prepare.lock"
-    try:
-        held = lock(file, 0)
-    except Timeout:
-        show("waiting for another process", 0, 0)
-        held = lock(file)
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(holding(file, 0))
+        except Timeout:
+            show("waiting for another process", 0, 0)
+            stack.enter_context(holding(file))
         yield
-    finally:
-        held.release()
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ class Pipeline:
         return cls(mean, (red, green, blue), config.image_size, settings)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalise and enlarges uint8 ``(N, 3, H, W)`` to float ``(N, 3, image_size, image_size)``.
+        """Normalise and enlarge uint8 ``(N, 3, H, W)`` to float ``(N, 3, image_size, image_size)``.
 
         Uses ``x * (1 / (255 std)) - mean / std`` in place: one pass over memory for each half.
         """
@@ -85,7 +85,7 @@ def draw_crops(count: int, side: int, generator: torch.Generator, *, flip: bool)
 
 
 def augment(images: Tensor, crops: Tensor) -> Tensor:
-    """Crop zero-padded images and mirrors some of them, in one gather.
+    """Crop zero-padded images and mirror some of them, in one gather.
 
     Args:
         images: uint8 ``(N, 3, H, W)``.

@@ -201,7 +201,10 @@ def whereabouts(context: TrialContext) -> dict[str, Any]:
 
 
 def worker_location() -> dict[str, Any]:
-    """Return Ray's ids of this process, and its node: a job's first result, before anything can go wrong."""
+    """Return Ray's ids of this process, its node, and how often that killed for lack of memory.
+
+    A job's first result, before anything can go wrong.
+    """
     if not ray.is_initialized():
         return {}
     worker = ray.get_runtime_context()
@@ -225,7 +228,7 @@ class Trial(tune.Trainable):
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Start or resumes the next job on this worker."""
+        """Start or resume the next job on this worker."""
         self.job = new_config
         self.located = False  # whether the study knows where the job is
         self.run: JobRun | None = None  # built in step(), where its failure is the trial's result

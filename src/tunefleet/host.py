@@ -1,7 +1,7 @@
 """CPUs, memory events and GPUs of this host, without torch, whose import takes seconds, and without CUDA.
 
 Containers and batch systems give less than the machine has. A process that asks CUDA takes half a gigabyte of
-each GPU for as long as it lives, so NVIDIA's driver is asked.
+each GPU for as long as it lives, so this reads NVIDIA's driver instead.
 """
 
 from __future__ import annotations

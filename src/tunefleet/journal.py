@@ -20,6 +20,7 @@ earlier line. Numbers that are not finite are null, so every line is JSON to eve
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from tunefleet.cli import shell
+from tunefleet.files import write_whole
 from tunefleet.metric import ACCURACY, Metric
 
 FINAL = "final-"  # trial ids of the winner's retrained seeds begin so
@@ -64,7 +66,7 @@ class Journal:
         """Write one line before anything acts on it.
 
         Raises:
-            OSError: It cannot be written; nothing of it is.
+            OSError: It cannot be written, not even in part.
             ClosedError: The study has been stopped.
         """
         if self._closed:
@@ -138,15 +140,19 @@ class Journal:
         return len(self._lines()[-1])
 
     def keep(self, count: int) -> None:
-        """Cut off all but the first lines; the whole file stays as reports.jsonl.damaged.
+        """Cut off all but the first lines; the whole file stays as reports.jsonl.damaged, or .damaged-2, ….
 
         Raises:
-            ValueError: One of these lines is damaged.
+            ValueError: One of these lines is damaged, or there are not so many.
         """
+        lines = self._lines()[:-1]
+        if not 0 <= count <= len(lines):
+            raise ValueError(f"--keep-lines={count} is not possible; {self.file} has {len(lines)} lines")
         self._read(count)
-        content = b"".join(line + b"\n" for line in self._lines()[:-1][:count])
-        self.file.replace(f"{self.file}.damaged")
-        self.file.write_bytes(content)
+        suffixes = itertools.chain([".damaged"], (f".damaged-{k}" for k in itertools.count(2)))
+        copy = next(file for suffix in suffixes if not (file := Path(f"{self.file}{suffix}")).exists())
+        write_whole(copy, self.file.read_bytes())
+        write_whole(self.file, b"".join(line + b"\n" for line in lines[:count]))
 
     def _lines(self) -> list[bytes]:
         """Return the file's lines, the last one being what follows the last line end."""

@@ -41,7 +41,7 @@ class Lease:
         self._failing: tuple[float, str] | None = None  # since when the store is out of reach, and why
         pid = os.getpid()
         self._identity = {"id": uuid.uuid4().hex, "pid": pid, "started": _started(pid), **_host()}
-        self._ended = threading.Event()
+        self._ended, self._writing = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
     def take(self) -> None:
@@ -76,13 +76,13 @@ class Lease:
     def release(self, reachable: bool = True) -> None:
         """Stop renewing the lease, and remove it where the store is reachable: none has to wait then."""
         self._ended.set()
-        if self._thread.is_alive():
-            self._thread.join(1.0)
-        if reachable and not self.lost:
-            with contextlib.suppress(StoreError):
-                self.look(BRIEF_SECONDS)
-                if not self.lost:
-                    self.store.patient(BRIEF_SECONDS).remove(NAME)
+        if not reachable or self.lost or not self._writing.acquire(timeout=BRIEF_SECONDS):
+            return
+        with contextlib.suppress(StoreError):
+            self.look(BRIEF_SECONDS)
+            if not self.lost:
+                self.store.patient(BRIEF_SECONDS).remove(NAME)
+        self._writing.release()
 
     def note(self, error: StoreError) -> None:
         """Record that the store is out of reach; the next renewal of the lease records that it is back."""
@@ -118,15 +118,19 @@ class Lease:
         while not self._ended.wait(BEAT_SECONDS) and not self.lost:
             try:
                 self.look(0)
-                if not self.lost and not self._ended.is_set():
+                if not self.lost:
                     self._renew(0)
                 self._failing = None
             except StoreError as error:
                 self.note(error)
 
     def _renew(self, patience: float) -> None:
-        content = json.dumps(self._identity | {"at": time.time()}).encode()
-        self.store.patient(patience).write(content, NAME)
+        """Write the lease, unless it has been released."""
+        with self._writing:
+            if self._ended.is_set():
+                return
+            content = json.dumps(self._identity | {"at": time.time()}).encode()
+            self.store.patient(patience).write(content, NAME)
         self.look(patience)
 
 

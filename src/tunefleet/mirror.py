@@ -123,6 +123,11 @@ class Mirror:
             f"To put it there: {shell('tunefleet', 'push', self.folder)}"
         )
 
+    def release(self) -> None:
+        """Release the lease of a study of which nothing was changed."""
+        if self.lease:
+            self.lease.release()
+
     def give_up(self) -> None:
         """Stop waiting for the store in ``finish``; a signal's answer once the study is done."""
         self._given_up.set()

@@ -45,7 +45,7 @@ class StoreError(OSError):
 
 @dataclass(frozen=True)
 class Store:
-    """The files of one study; only the place travels between processes.
+    """The files of one study; only the location travels between processes.
 
     Each method raises StoreError where the store could not be used for as long as its patience, and OSError
     where this machine's disk is to blame.

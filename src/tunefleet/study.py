@@ -1,6 +1,6 @@
-"""A study's folder, seen from Python: what was asked, what happened, and the results.
+"""A study's folder, seen from Python: its spec, its journal and its results.
 
-study.json holds what was asked at the start and is written once; what is asked later is an event of the
+study.json holds the study's spec and is written once; what is changed later is an event of the
 journal. result.json holds status and results for people and other programs, written by the process that holds
 the study's lock; only its status, seconds and count of events are read here, since everything else follows
 from the journal. Folders of the first edition, whose study.json holds everything, are read alike.
@@ -42,10 +42,17 @@ SPEC: dict[str, Any] = {  # study.json; a tuple (None, x) is what may be null
     "data": {"name": str, "classes": [str]},
     "options": {"epochs": int, "pruner": str},
     "versions": {},
-    "levers": {},
+    "levers": {"device": str, "precision": str, "channels_last": bool, "micro_batch_bytes": (None, int)},
 }
 OPTIONAL: dict[str, Any] = {"ranges": {}}  # of study.json; the first studies had none
-KINDS = {str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
+KINDS: dict[type, str] = {
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    dict: "an object",
+    list: "a list",
+}
 RESULTS = (  # what the first edition kept in study.json, too
     *("status", "seconds", "events", "trials", "statuses", "epochs_spent", "epochs_unpruned"),
     *("lost_workers", "busy_fraction", "best", "final", "lr_study"),
@@ -120,7 +127,7 @@ class Study:
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
-        """Return all that is known of the study but its trials: what was asked, and its results."""
+        """Return all that is known of the study but its trials: its spec and its results."""
         best = self.winner
         lost = Counter(event["lost"] for event in self.events if "lost" in event)
         return self.spec | {
@@ -482,7 +489,7 @@ def parse(content: bytes, location: str, shape: dict[str, Any]) -> dict[str, Any
     Args:
         content: The file's.
         location: Where it is, for the error.
-        shape: What it has to hold, such as ASKED.
+        shape: What it has to hold, such as SPEC.
 
     Raises:
         ValueError: It is damaged.
@@ -520,8 +527,8 @@ def _check_value(value: Any, shape: Any, name: str) -> None:
     if isinstance(shape, tuple):
         return None if value is None else _check_value(value, shape[1], name)
     kind: Any = dict if isinstance(shape, dict) else list if isinstance(shape, list) else shape
-    fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
-    if not fits:
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if not fits or isinstance(value, bool) != (kind is bool):  # a bool is an int to Python
         raise ValueError(f"{name} is {str(value)[:40]!r}, and has to be {KINDS[kind]}")
     if isinstance(shape, dict):
         for key, of in shape.items():

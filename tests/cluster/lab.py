@@ -48,8 +48,8 @@ UsePAM no
 PidFile none
 MaxStartups 100
 """
-# A real machine has the project's environment by pip, which needs a network. Here pip notes what it is asked
-# for, and the tests read that.
+# A real machine has the project's environment by pip, which needs a network. Here pip records its
+# arguments, and the tests read those.
 VENV = {
     "python": 'exec {python} "$@"',
     "python3": 'exec {python} "$@"',

@@ -54,11 +54,11 @@ def check_by_ray(config: dict[str, Any]) -> None:
 def check_gpu(config: dict[str, Any]) -> None:
     """What Ray accepts of cluster/gpu.yaml and AWS or the bill would not."""
     _check_keys("gpu.yaml", config, AWS_KEYS)  # Ray drops a top-level min_workers or head_node without a word
-    _check_keys("provider", config["provider"], AWS_PROVIDER)  # so no key of AWS stands there either
+    _check_keys("provider", config["provider"], AWS_PROVIDER)  # so no key of AWS is there either
     _check_common(config)
     region, zones = config["provider"]["region"], config["provider"]["availability_zone"].split(",")
     assert all(re.fullmatch(region + "[a-z]", zone) for zone in zones), f"zones {zones} are not of {region}"
-    assert config["provider"]["cache_stopped_nodes"] is False, "stopped nodes go on paying for their disks"
+    assert config["provider"]["cache_stopped_nodes"] is False, "stopped nodes still cost their disks"
     assert 0 < config["idle_timeout_minutes"] <= 15, "idle workers cost"
     assert config["max_workers"], "without max_workers Ray stops at 2"
     types = config["available_node_types"]
@@ -82,7 +82,7 @@ def check_onprem(config: dict[str, Any]) -> None:
     _check_keys("provider", config["provider"], {"type", "head_ip", "worker_ips"})
     _check_common(config)
     addresses = [config["provider"]["head_ip"], *config["provider"]["worker_ips"]]
-    assert len(set(addresses)) == len(addresses), f"an address stands twice: {addresses}"
+    assert len(set(addresses)) == len(addresses), f"an address is listed twice: {addresses}"
     assert all(re.fullmatch(r"\d+(\.\d+){3}", address) for address in addresses), addresses
     assert config["auth"]["ssh_private_key"], "without a key Ray cannot reach the nodes"
     head = config["head_start_ray_commands"][-1]

@@ -133,9 +133,9 @@ def reports(study):
 def test_a_study_outlives_the_loss_of_a_spot_worker(cloud):
     lab = cloud.lab
     file = lab.checkout / FILE
-    told = file.read_text()
-    assert "use_internal_ips: false" in told
-    file.write_text(told.replace("use_internal_ips: false", "use_internal_ips: true"))  # the one difference
+    config = file.read_text()
+    assert "use_internal_ips: false" in config
+    file.write_text(config.replace("use_internal_ips: false", "use_internal_ips: true"))  # the one difference
 
     says, ours = lab.checkout / "search/execution.py", " at once, "
     assert says.read_text().count(ours) == 1

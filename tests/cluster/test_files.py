@@ -177,7 +177,7 @@ def load(name):
 
 def changed(name, path, value):
     """Returns a file's content with one thing at a /-separated path (~1 is a /) set or taken away."""
-    config = json.loads(json.dumps(load(name)))  # an anchor and its aliases are one object, and shall not be
+    config = json.loads(json.dumps(load(name)))  # an anchor and its aliases are one object, and should not be
     *parents, last = [part.replace("~1", "/") for part in path.split("/")]
     location = config
     for part in parents:
@@ -261,11 +261,11 @@ def test_what_kuberay_accepts_is_refused(path, value):
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Runs slurm.sbatch with a stand-in for Slurm; returns the process and what ``srun`` was asked for."""
+    """Runs slurm.sbatch with a stand-in for Slurm; returns the process and the arguments of ``srun``."""
     for name, body in {
         "scontrol": 'echo "node1\nnode2\nnode3"',
         "srun": 'case "$*" in *hostname*) echo "10.1.2.3 172.17.0.1"; exit;; esac\n'
-        'printf "%s\\n" "$@" > asked; env > env',
+        'printf "%s\\n" "$@" > calls; env > env',
         "ray": "mkdir -p ~/.ray && echo token > ~/.ray/auth_token && echo token",
     }.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
@@ -291,16 +291,16 @@ def slurm(tmp_path):
             timeout=20,
             check=False,
         )
-        spec = tmp_path / "asked"
-        return process, spec.read_text().splitlines() if spec.exists() else [], tmp_path
+        calls = tmp_path / "calls"
+        return process, calls.read_text().splitlines() if calls.exists() else [], tmp_path
 
     return run
 
 
 def test_slurm_starts_one_ray_per_node_and_the_command_on_the_head(slurm):
-    process, spec, home = slurm("tunefleet", "search", "softmax")
+    process, calls, home = slurm("tunefleet", "search", "softmax")
     assert process.returncode == 0, process.stderr
-    start, command = spec[: spec.index("--")], spec[spec.index("--") + 1 :]
+    start, command = calls[: calls.index("--")], calls[calls.index("--") + 1 :]
     assert command == ["env", "RAY_ADDRESS=10.1.2.3:24567", "tunefleet", "search", "softmax"]
     assert start[: start.index("ray")] == [
         "--nodes=3",
@@ -320,10 +320,10 @@ def test_slurm_starts_one_ray_per_node_and_the_command_on_the_head(slurm):
 
 
 def test_slurm_without_a_command_says_how_it_is_used(slurm):
-    process, spec, _ = slurm()
+    process, calls, _ = slurm()
     assert process.returncode == 2
     assert process.stderr.startswith("usage: sbatch cluster/slurm.sbatch tunefleet search")
-    assert not spec
+    assert not calls
 
 
 def test_slurm_asks_for_whole_nodes_and_survives_the_loss_of_one():
