@@ -21,8 +21,8 @@ from tunefleet.study import tested
 
 GROUPS = {
     "Plain networks": "Trained from scratch on pixels.",
-    "Frozen ResNet-18": "The head is trained, the backbone is not.",
-    "Updatable ResNet-18": "Backbone and head are trained from the backbone's weights.",
+    "Frozen backbones": "The head is trained, the backbone is not.",
+    "Updatable backbones": "Backbone and head are trained from the backbone's weights.",
     "Own trainings": "Each has a metric of its own.",
 }
 COSTS = "Epochs: of a trial that is not pruned (of all trials together). Minutes: of the whole study."

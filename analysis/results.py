@@ -37,9 +37,10 @@ PUBLISHED = {
 }
 SHOWN = (
     *("optimizer", "lr", "weight_decay", "momentum", "batch_size", "schedule", "augment"),
-    *("label_smoothing", "warmup_epochs", "hidden", "kernel_size", "image_size"),
+    *("label_smoothing", "warmup_epochs", "backbone", "hidden", "kernel_size", "image_size"),
 )
-HIDDEN = {  # not used, or CIFAR-10's own
+HIDDEN = {  # not used, or CIFAR-10's or the published network's own
+    "backbone": "resnet18",
     "optimizer": "sgd",
     "augment": "none",
     "momentum": 0.0,
@@ -48,7 +49,7 @@ HIDDEN = {  # not used, or CIFAR-10's own
     "image_size": 32,
 }
 WEIGHTS = {  # of backbones, by --weights or a file's name
-    "imagenet": "ImageNet (torchvision)",
+    "imagenet": "ImageNet",
     "resnet18-imagenet.pth": "ImageNet (CNTK)",
     "resnet18-tinyimagenet.pth": "Tiny ImageNet",
     "none": "random",
@@ -65,14 +66,17 @@ def row(study: dict[str, Any]) -> list[str]:
     """Return the cells of one study, in the order of COLUMNS."""
     best, options = study["best"], study["options"]
     config = best["config"] if best else {}
-    backbone = Path(str(config.get("weights", "none"))).name
+    weights = Path(str(config.get("weights", "none"))).name
+    published = PUBLISHED.get(study["space"])
+    if config.get("backbone", HIDDEN["backbone"]) != HIDDEN["backbone"]:
+        published = None
     return [
         study["space"],
-        f"{100 * PUBLISHED[study['space']]:.2f}" if study["space"] in PUBLISHED else "",
+        f"{100 * published:.2f}" if published else "",
         _over_seeds(study["final"]),
         str(study["trials"]),
         f"{options['epochs']} ({study['epochs_spent']})",
-        WEIGHTS.get(backbone, backbone) if study["space"].startswith("resnet") else "",
+        WEIGHTS.get(weights, weights) if study["space"].startswith("resnet") else "",
         ", ".join(
             f"{name} {number(config[name], 3)}"
             for name in dict.fromkeys((*SHOWN, *study.get("ranges", {})))

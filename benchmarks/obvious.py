@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import resnet18
 
-from tunefleet.models.resnet import load_weights
+from tunefleet.models.backbones import load_network
 from tunefleet.models.space import TrainConfig
 
 SIDE = 32  # pixels, of the images
@@ -45,9 +44,7 @@ def obvious_network(config: TrainConfig, classes: int) -> nn.Module:
     name, own = config.space.name, config.model
     h, k = own.get("hidden", 0), own.get("kernel_size", 0)
     if name.startswith("resnet"):
-        network = resnet18()
-        if weights := load_weights(config.weights):
-            network.load_state_dict(weights)
+        network = load_network("resnet18", config.weights)
         network.fc = nn.Identity() if name == "resnet_softmax" else nn.Linear(512, classes)
     if name == "resnet_softmax":
         return nn.Sequential(Frozen(network), nn.Linear(512, classes))

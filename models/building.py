@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from tunefleet.models import heads, resnet
+from tunefleet.models import backbones, heads
 from tunefleet.models.folded import FoldedConv2d, fold_convolutions
 
 # What our layers are forms of that train faster; of torch's own
@@ -17,7 +17,7 @@ class Classifier(nn.Module):
     statistics would follow the images even without a gradient.
 
     Attributes:
-        backbone: ResNet-18 up to a cut, or `nn.Identity()`.
+        backbone: a network up to a cut, or `nn.Identity()`.
         head: what is always trained.
         frozen: whether the backbone is fixed.
 
@@ -57,6 +57,7 @@ def build(
     *,
     head: str,
     cut: str | None = None,
+    backbone: str = "",
     frozen: bool = False,
     hidden: int | None = None,
     kernel_size: int | None = None,
@@ -68,11 +69,12 @@ def build(
         num_classes: logits per image, at least 2.
         image_shape: `(C, H, W)` of the images; C is 3 where there is a backbone.
         head: a row of `heads.HEADS`.
-        cut: a row of `resnet.CUTS`, where ResNet-18 ends and the head begins; None: no backbone.
+        cut: a row of `backbones.CUTS`, where the backbone ends and the head begins; None: no backbone.
+        backbone: a network of torchvision or timm, as `backbones.check_backbone` takes it.
         frozen: the backbone gets no gradient and its BatchNorm statistics are fixed.
         hidden: width of the head; None: it has no such argument.
         kernel_size: of the head's convolutions in pixels, likewise.
-        weights: of the backbone: "none", "imagenet" or a path, as `load_weights` takes it.
+        weights: of the backbone: "none", "imagenet" or a path, as `backbones.load_network` takes it.
 
     Returns:
         The model, on the CPU and in train mode.
@@ -94,14 +96,16 @@ def build(
             raise ValueError(f"{arg}={value!r} is not possible: the head takes no {arg}; leave it out")
     if cut is None and weights != "none":
         raise ValueError(f"weights={weights!r} is not possible: there is no backbone; give none")
-    if cut and image_shape[0] != resnet.IN_CHANNELS:
+    if cut and image_shape[0] != backbones.IN_CHANNELS:
         raise ValueError(
-            f"image_shape={image_shape} is not possible: the backbone takes {resnet.IN_CHANNELS} channels; "
+            f"image_shape={image_shape} is not possible: a backbone takes {backbones.IN_CHANNELS} channels; "
             "repeat a grey channel, or choose a network without a backbone"
         )
-    backbone = resnet.build_backbone(cut, weights) if cut else nn.Identity()
-    features = resnet.output_shape(cut, image_shape) if cut else image_shape
-    model = Classifier(backbone, row.build(features, num_classes, **args), frozen=frozen)
+    body: nn.Module = nn.Identity()
+    features: tuple[int, ...] = image_shape
+    if cut:
+        body, features = backbones.build_backbone(backbone, cut, image_shape, weights)
+    model = Classifier(body, row.build(features, num_classes, **args), frozen=frozen)
     fold_convolutions(model)
     return model
 

@@ -48,6 +48,6 @@ class FoldedConv2d(nn.Conv2d):
 def fold_convolutions(network: nn.Module) -> None:
     """Turn every plain convolution of a network (no groups, no dilation) into a FoldedConv2d."""
     for module in network.modules():
-        plain = type(module) is nn.Conv2d and module.padding_mode == "zeros"
+        plain = type(module) is nn.Conv2d and module.padding_mode == "zeros" and module.padding != "same"
         if plain and module.groups == 1 and module.dilation == (1, 1):
             module.__class__ = FoldedConv2d  # the same parameters under the same names

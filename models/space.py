@@ -21,6 +21,7 @@ from ray.tune.search.sample import Domain
 from tunefleet import lookup
 from tunefleet.metric import OF_IMAGES, metric_of
 from tunefleet.models.checks import boolean, check_integer, check_name, check_number, nearest
+from tunefleet.models.network import Network
 from tunefleet.models.ranges import check_ranges, contains, described, middle
 
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -36,6 +37,7 @@ RESERVED = (  # names of a trial's columns and of a report's values
 )
 FIRST_EDITION = ("hidden", "kernel_size")  # in every config then, null where the network has no such one
 TRAITS = ("channels_last", "micro_batches", "feature_cache")
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation, per channel
 Parser = Callable[[str], Any]  # of a value on a command line
 
 
@@ -71,8 +73,9 @@ class Space:
         mode: max or min; None: as the metric's name says.
         image_size: Default of ``--image-size``; where ``build`` has ``weights``, with trained ones only.
         cpu_image_size: The same on CPUs; None: the same.
-        normalise: ``data`` (mean and standard deviation of the training images), ``imagenet``, or
-            ``(mean, std)`` of three fractions each.
+        normalise: ``data`` (mean and standard deviation of the training images), ``imagenet``,
+            ``(mean, std)`` of three fractions each, or a function of the builder's own arguments, as a
+            dict, that returns these two.
         gpus_per_trial: Default where there are GPUs; small networks share one.
         workers_per_trial: Default where there are as many GPUs.
         published: A published accuracy, a fraction, that a report compares with.
@@ -101,7 +104,7 @@ class Space:
     mode: str | None = None
     image_size: int | None = None
     cpu_image_size: int | None = None
-    normalise: str | tuple[tuple[float, float, float], tuple[float, float, float]] = "data"
+    normalise: str | Statistics | Callable[[Mapping[str, Any]], Statistics] = "data"
     gpus_per_trial: float = 1.0
     workers_per_trial: int = 1
     published: float | None = None
@@ -206,12 +209,11 @@ class Space:
             name: p for name, p in self._parameters.items() if name != "weights" and p.kind not in VARIADIC
         }
 
-    @property
-    def statistics(self) -> tuple[tuple[float, float, float], tuple[float, float, float]] | None:
-        """Return the mean and standard deviation to normalise with, per channel; None: the images' own."""
+    def statistics(self, own: Mapping[str, Any]) -> Statistics | None:
+        """Return what to normalise with, given the builder's own arguments; None: the images' own."""
         if isinstance(self.normalise, str):
             return IMAGENET if self.normalise == "imagenet" else None
-        return self.normalise
+        return self.normalise(own) if callable(self.normalise) else self.normalise
 
     @property
     def takes_weights(self) -> bool:
@@ -324,7 +326,10 @@ class Space:
             elif key != "architecture" and not (key in FIRST_EDITION and value is None):
                 raise ValueError(f"{key} is no hyperparameter{nearest(key, [*FIELDS, *self.arguments])}")
         own = {k: v for k, v in own.items() if v is not None or self.defaults.get(k) is None}
-        return TrainConfig(self, **fields, model=self.defaults | own)
+        own = self.defaults | own
+        if isinstance(self.build, Network):
+            self.build.check(**own)
+        return TrainConfig(self, **fields, model=own)
 
     def parser_of(self, name: str) -> Parser:
         """Return what turns a text of the command line into a value of this hyperparameter.

@@ -93,7 +93,7 @@ def _row(
         summary=summary,
         published=published,
         fixed={"schedule": "cosine", **(fixed or {})},
-        normalise="imagenet" if network.cut else "data",
+        normalise=network.statistics if network.cut else "data",
         channels_last=network.cut is not None or network.head not in FLAT_HEADS,
         micro_batches=True,
         feature_cache=network.frozen,
@@ -188,7 +188,7 @@ _ROWS: dict[str, Space] = {
     # features are computed once, so epochs are cheap; augmenting would compute them again in each
     "resnet_softmax": _row(
         Network("softmax", cut="pool", frozen=True),
-        "frozen ResNet-18, softmax head",
+        "frozen backbone, softmax head",
         _resnet(0.99),
         _published(1e-4, 0.99, 128, 0.001),
         0.5835,
@@ -199,7 +199,7 @@ _ROWS: dict[str, Space] = {
     ),
     "resnet_twolayernn": _row(
         Network("twolayernn", cut="pool", frozen=True, hidden=100),
-        "frozen ResNet-18, twolayernn head",
+        "frozen backbone, twolayernn head",
         _resnet(0.7) | {"hidden": tune.choice([50, 100, 250, 500])},
         _published(0.001, 0.7, 128, 0.03, hidden=100),
         0.5858,
@@ -210,7 +210,7 @@ _ROWS: dict[str, Space] = {
     ),
     "resnet_conv": _row(
         Network("convnet_padded", cut="conv4_x", frozen=True, hidden=150, kernel_size=3),
-        "frozen ResNet-18, convnet head",
+        "frozen backbone, convnet head",
         _resnet(0.9) | {"hidden": tune.choice([50, 100, 150])},
         _published(5e-4, 0.9, 128, 0.05, hidden=150),
         0.6820,
@@ -222,7 +222,7 @@ _ROWS: dict[str, Space] = {
     # conv2_x leaves 8×8 maps at 32×32: three poolings fit behind a kernel of 3, none behind 5
     "resnet_mymodel": _row(
         Network("mymodel", cut="conv2_x", frozen=True, hidden=128, kernel_size=3),
-        "frozen ResNet-18, mymodel head",
+        "frozen backbone, mymodel head",
         _resnet(0.85) | {"hidden": tune.choice([32, 64, 128])},
         _published(1e-4, 0.85, 128, 0.04, hidden=128),
         0.7917,
@@ -270,7 +270,7 @@ _ROWS: dict[str, Space] = {
     ),
     "resnet_finetune": _row(
         Network("softmax", cut="fc"),
-        "ResNet-18 with its fc, softmax head, all trained",
+        "backbone with its fc, softmax head, all trained",
         _resnet(0.0) | FINE_TUNING,
         _published(0.001, 0.0, 128, 0.01, **WITHOUT_SMOOTHING),
         0.8312,

@@ -23,8 +23,9 @@ from rich.table import Table
 
 from tunefleet.cli import counted
 from tunefleet.files import replacing
-from tunefleet.models.resnet import weights_file
+from tunefleet.models.backbones import weights_file
 from tunefleet.search.options import StudyOptions
+from tunefleet.search.preflight import example
 from tunefleet.store import BRIEF_SECONDS, Store
 from tunefleet.trainables.data import ImageData
 from tunefleet.trainables.device import DeviceSettings
@@ -118,12 +119,13 @@ def _question(options: StudyOptions, location: str, data: ImageData) -> Question
     store, mark = Store(location, patience=BRIEF_SECONDS).absolute(), f"{MARK}-{uuid.uuid4().hex}"
     store.write(b"driver", mark)
     files = {str(file): file.stat().st_size for file in sorted(Path(data.folder).iterdir())}
-    weights = weights_file(str(options.fixed_values()["weights"]))
+    config = example(options)
+    weights = weights_file(config.model.get("backbone"), config.weights)
     return Question(
         store=store,
         mark=mark,
         data=files,
-        weights=(str(weights), _sha256(weights)) if weights else None,
+        weights=(str(weights), _sha256(weights)) if weights and weights.is_file() else None,
         data_dir=str(Path(options.data_dir).absolute()),
     )
 

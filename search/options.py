@@ -55,7 +55,7 @@ class StudyOptions:
     space: Space
     data: str = "cifar10"  # resume; where the same images are now
     image_size: int | None = None  # None: what the space is best at on the device
-    weights: str = "imagenet"  # of ResNet backbones
+    weights: str = "imagenet"  # of a backbone
     trials: int | None = None  # None: the space's
     epochs: int | None = None  # None: the space's
     grace: int = 1
@@ -216,7 +216,7 @@ HELP = {
     "data_dir": "where downloads, decoded images and features are cached",
     "image_size": "pixels a side; larger or mixed images are resized once (default: 32, or with trained "
     "weights what the space is best at on the device)",
-    "weights": "of ResNet backbones: imagenet, none, or a path to a torchvision ResNet-18 state_dict",
+    "weights": "of a backbone: imagenet, none, or a path to a state_dict of the whole network",
     "trials": "how many configurations to try (default: the space's)",
     "epochs": "of a trial that is never pruned, and the schedule's horizon (default: the space's)",
     "grace": "epochs before the first comparison",
@@ -235,7 +235,7 @@ HELP = {
     "device": "auto, cpu or cuda; on resume the device to continue on",
     "metric": f"what trials are compared by: {', '.join(OF_IMAGES)} (default: the space's)",
     "precision": "auto chooses what the device is known to gain by",
-    "fix": "values of TrainConfig that every trial has, instead of sampled ones: hidden=32 augment=crop",
+    "fix": "hyperparameters that every trial has, instead of sampled ones: hidden=32 backbone=resnet34",
     "ranges": "other ranges than the space's: 'lr=loguniform(1e-5, 1e-2)' 'batch_size=choice(64, 128)'",
     "max_failures": "how often a trial's worker may die; a lost node does not count",
 }

@@ -26,7 +26,7 @@ from tunefleet.search.options import StudyOptions
 from tunefleet.search.resources import Machine, Resources
 from tunefleet.search.suggest import suggest
 from tunefleet.trainables.data import BUILT_IN, ImageData, Progress
-from tunefleet.trainables.device import DeviceSettings, free_memory, is_out_of_memory
+from tunefleet.trainables.device import DeviceSettings, fitting, free_memory, is_out_of_memory
 from tunefleet.trainables.graph import WARM_UP_STEPS, CaptureError, CaptureMemoryError
 from tunefleet.trainables.inputs import build_model, kind_of, load_inputs, sample_inputs, split_counts
 from tunefleet.trainables.training import TrainingRun
@@ -38,6 +38,7 @@ PEAK_BATCHES = 2 * WARM_UP_STEPS + 5  # halves of a batch: some steps are captur
 SIZES = (128, 64, 32)  # pixels a side that a GPU's memory decides between
 BUILT_IN_IMAGES = {"cifar10": 60_000, "digits": 1797}
 SAMPLED_MEMBERS = 1000  # of an archive, to estimate how many it holds
+SMALLER = "--fix smaller sizes"  # what to do where a network does not fit into memory
 START_SECONDS = 8  # Ray, its first workers and its end, on two cores
 
 
@@ -92,6 +93,16 @@ def example(options: StudyOptions) -> TrainConfig:
     return options.space.config({**options.fixed_values(), **first})
 
 
+def check_network(options: StudyOptions, data: ImageData) -> None:
+    """Build the first trial's network, so that what does not fit is an error before Ray starts.
+
+    Raises:
+        ValueError: The builder refuses a value, the image size or the weights.
+    """
+    with fitting(options.space.name, SMALLER):
+        build_model(example(options), data)
+
+
 @dataclass(frozen=True)
 class Prepared:
     """What is known of a study when its first trial was built once."""
@@ -132,8 +143,8 @@ def prepare(
     config, data_dir = example(options), Path(options.data_dir)
     gpu_bytes = torch.cuda.mem_get_info()[0] if settings.device == "cuda" else None
     train_count, val_count, split = split_counts(data)
-    try:
-        left, seconds = 0.0, None
+    left, seconds = 0.0, None
+    with fitting(options.space.name, SMALLER):
         if threads is None:
             load_inputs(config, data, settings, data_dir, progress=progress)
             run = TrainingRun(config, data, settings, data_dir)
@@ -142,12 +153,6 @@ def prepare(
             inputs, left = sample_inputs(config, data, settings, data_dir, count)
             run = TrainingRun(config, data, settings, data_dir, inputs=inputs)
             seconds = _measure(run, threads, train_count + val_count)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ValueError(
-            f"{options.space.name} does not fit into memory here; --fix smaller sizes"
-        ) from error
     del run
     mean_checkpoint, largest_checkpoint = checkpoint_sizes(options, data)
     peak = None

@@ -280,13 +280,14 @@ def _examined(options: StudyOptions, data: ImageData | None, console: Console) -
     """Return the study's space with what one batch shows of its network, and all of its sources.
 
     Raises:
-        ValueError: The network cannot be built or trained.
+        ValueError: The network cannot be built or trained, or the weights do not fit.
     """
-    from tunefleet.search.preflight import example
+    from tunefleet.search.preflight import check_network, example
     from tunefleet.trainables.examine import examine
 
     space = options.space
-    if space.source and space.source.is_built_in:
+    if data and space.source and space.source.is_built_in:
+        check_network(options, data)
         return space
     if data:
         with phase(console, "looking at the network"):

@@ -22,5 +22,5 @@ def make_model(name, *arguments, **own):
 
 
 def own_arguments(name):
-    """Returns the arguments of its own that a built-in network takes."""
-    return tuple(SPACES[name].arguments)
+    """Returns the arguments of its own that a built-in network's head takes."""
+    return tuple(name for name in SPACES[name].arguments if name != "backbone")

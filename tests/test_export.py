@@ -16,6 +16,7 @@ from tests.test_winner import MINE, PARTS, values_of
 from tunefleet.inference.export import main
 from tunefleet.models.building import Classifier, make_plain
 from tunefleet.models.spaces import SPACES, find_space
+from tunefleet.study import Study
 
 # Predicts the test images, all and one, with nothing imported but torch and what torch imports.
 LOADED = """
@@ -59,6 +60,20 @@ def test_an_exported_network_gives_the_probabilities_of_the_test(name, data, dat
     assert out == f"{file}: uint8 (N, 3, 32, 32) -> probabilities (N, 4), fp32\n"
     program = torch.export.load(file)
     found = program.module()(torch.from_numpy(np.load(Path(data.folder) / "test_images.npy")))
+    np.testing.assert_allclose(found.detach().numpy(), predictions(study), atol=1e-3)
+
+
+@pytest.mark.parametrize("backbone", ["resnet34", "mobilenet_v3_small", "convnext_tiny", "timm:test_vit"])
+def test_another_backbone_is_predicted_with_and_exported(backbone, data, data_dir, tmp_path):
+    if backbone.startswith("timm:"):
+        pytest.importorskip("timm")
+    space = SPACES["resnet_softmax_updatable"]
+    study = finished_study(tmp_path / "study", space, data, data_dir, backbone=backbone)
+    images = torch.from_numpy(np.load(Path(data.folder) / "test_images.npy"))
+    np.testing.assert_allclose(Study(study).model()(images), predictions(study), atol=1e-3)
+    file = tmp_path / "model.pt2"
+    assert main([str(study), str(file), "--data-dir", str(data_dir)]) == 0
+    found = torch.export.load(file).module()(images)
     np.testing.assert_allclose(found.detach().numpy(), predictions(study), atol=1e-3)
 
 

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
+from tunefleet.models.backbones import build_backbone
 from tunefleet.models.folded import FoldedConv2d, fold_convolutions
-from tunefleet.models.resnet import build_backbone
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_output_and_gradients_equal_a_convolutions(
 
 def test_folded_resnet_equals_torchvisions():
     torch.manual_seed(0)
-    backbone = build_backbone("fc").double().eval()
+    backbone = build_backbone("resnet18", "fc", (3, 32, 32))[0].double().eval()
     fold_convolutions(backbone)
     reference = resnet18(weights=None).double().eval()
     reference.load_state_dict(backbone.state_dict())

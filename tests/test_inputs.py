@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import importlib.util
 import os
 
 import numpy as np
@@ -10,11 +11,14 @@ import torch
 from torchvision.models import resnet18
 
 from tests.configs import make_config
+from tunefleet.models.spaces import SPACES, find_space
 from tunefleet.trainables import inputs as inputs_module
 from tunefleet.trainables.data import SPLITS, ImageData, load_split, split_sha256, split_validation
 from tunefleet.trainables.device import DeviceSettings
+from tunefleet.trainables.examine import examine
 from tunefleet.trainables.inputs import LOADED_MAX, backbone_sha256, build_model, kind_of, load_inputs
 from tunefleet.trainables.pipeline import Pipeline
+from tunefleet.trainables.training import TrainingRun
 
 FP32 = DeviceSettings("cpu", "fp32", channels_last=True, micro_batch_bytes=8 * 2**20)
 BF16 = dataclasses.replace(FP32, precision="bf16")
@@ -205,6 +209,81 @@ def test_another_backbone_under_the_same_name_has_its_own_features(
     inputs_module._hashes.clear()
     monkeypatch.setattr("tunefleet.models.space.Space.network", changed)
     assert not torch.equal(load_inputs(config, data, FP32, tmp_path).train_x, first.train_x)
+
+
+def test_each_backbone_has_its_own_features(tmp_path, data):
+    names = ["resnet18", "resnet34", "mobilenet_v3_small"]
+    if importlib.util.find_spec("timm"):
+        names += ["timm:test_vit", "timm:test_vit2"]
+    for name in names:
+        load_inputs(make_config("resnet_softmax", backbone=name), data, FP32, tmp_path)
+    assert len(prepared(tmp_path)) == len(names)
+
+
+MINE = """
+from ray import tune
+from torch import nn
+from tunefleet import Space
+from parts import Body
+
+class Net(nn.Module):
+    def __init__(self, num_classes, image_shape, hidden=4):
+        super().__init__()
+        self.backbone, self.frozen = Body(), True
+        head = nn.LazyLinear(hidden), nn.ReLU(), nn.Linear(hidden, num_classes)
+        self.head = nn.Sequential(nn.Flatten(), *head)
+    def forward(self, x):
+        return self.head(self.backbone(x))
+
+space = Space(Net, {"lr": tune.loguniform(1e-3, 1e-1)})
+"""
+PARTS = """
+from torch import nn
+
+class Body(nn.Conv2d):
+    def __init__(self):
+        super().__init__(3, 2, 8, stride=8)
+    def forward(self, x):
+        return FACTOR * super().forward(x)
+"""
+
+
+def test_backbones_that_differ_in_an_imported_forward_alone_have_their_own_features(
+    tmp_path, data, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(MINE)
+    features, trees = [], []
+    for factor in (2, 3):
+        (tmp_path / "parts.py").write_text(PARTS.replace("FACTOR", str(factor)))
+        config = find_space("mine.py").config({"lr": 0.1})
+        config = dataclasses.replace(config, space=examine(config, data))
+        features.append(load_inputs(config, data, FP32, tmp_path).train_x)
+        trees.append(inputs_module._module_sha256(build_model(config, data).backbone))
+    assert trees[0] == trees[1]
+    torch.testing.assert_close(3 * features[0], 2 * features[1])
+    assert len(prepared(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_four_widths_of_a_head_share_features_and_keep_their_numbers(tmp_path, data, own, monkeypatch):
+    def losses(values, folder):
+        config = SPACES["resnet_twolayernn"].config({"batch_size": 8, **values})
+        if own:
+            config = find_space("mine.py").config({"batch_size": 8, **values})
+            config = dataclasses.replace(config, space=examine(config, data))
+        run = TrainingRun(config, data, FP32, folder)
+        return [run.epoch()["train_loss"] for _ in range(2)]
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "parts.py").write_text(PARTS.replace("FACTOR", "2"))
+    shared = [losses({"hidden": hidden}, tmp_path / "shared") for hidden in (3, 5, 8, 13)]
+    assert len(prepared(tmp_path / "shared")) == 1
+    inputs_module._loaded.clear()
+    for hidden, found in zip((3, 5, 8, 13), shared, strict=True):
+        assert losses({"hidden": hidden}, tmp_path / str(hidden)) == found
+    assert len({tuple(found) for found in shared}) == 4
 
 
 def test_precisions_and_memory_formats_have_their_own_files(tmp_path, data):

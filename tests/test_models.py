@@ -212,7 +212,7 @@ def test_an_argument_left_out_is_the_published_one():
         ({"weights": "imagenet"}, "weights='imagenet' is not possible: there is no backbone; give none"),
         (
             {"name": "resnet_conv", "image_shape": (1, 28, 28)},
-            "image_shape=(1, 28, 28) is not possible: the backbone takes 3 channels; ",
+            "image_shape=(1, 28, 28) is not possible: a backbone takes 3 channels; ",
         ),
     ],
 )
@@ -229,7 +229,7 @@ def test_error_says_what_was_given_and_what_to_give(change, message):
     [
         ("softmax", []),
         ("convnet", ["hidden", "kernel_size"]),
-        ("resnet_conv", ["hidden", "kernel_size", "weights"]),
+        ("resnet_conv", ["hidden", "kernel_size", "backbone", "weights"]),
     ],
 )
 def test_a_network_names_the_arguments_that_it_takes(name, own):

@@ -92,7 +92,7 @@ def test_several_studies_are_compared_in_one_page(folder, tmp_path):
     page = write([load(folder), load(other)], tmp_path / "out").read_text()
     assert page.count("<svg") == 2  # accuracy against seconds, learning-rate curves
     assert "Plain networks" in page
-    assert "Frozen ResNet-18" not in page
+    assert "Frozen backbones" not in page
     assert "58.36" in page  # published
     assert "65.43 ± 1.23 (2)" in page
     assert page.count("<td>softmax</td>") == 0  # a learning-rate study has no test accuracy

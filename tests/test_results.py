@@ -55,7 +55,7 @@ def test_a_row_says_what_was_found_and_the_others_were_not_run():
 @pytest.mark.parametrize(
     ("weights", "said"),
     [
-        ("imagenet", "ImageNet (torchvision)"),
+        ("imagenet", "ImageNet"),
         ("../shared/resnet18-imagenet.pth", "ImageNet (CNTK)"),
         ("resnet18-tinyimagenet.pth", "Tiny ImageNet"),
         ("mine.pth", "mine.pth"),
@@ -69,6 +69,18 @@ def test_a_row_names_the_weights_of_its_backbone(weights, said):
     cells = [cell.strip() for cell in ours.strip("|").split("|")]
     assert cells[COLUMNS.index("weights")] == said
     assert cells[COLUMNS.index("best hyperparameters")].endswith("image_size 64")
+
+
+@pytest.mark.parametrize(
+    ("backbone", "published"), [(None, "68.20"), ("resnet18", "68.20"), ("resnet34", "")]
+)
+def test_another_backbone_is_named_and_compared_with_no_published_accuracy(backbone, published):
+    config = STUDY["best"]["config"] | ({"backbone": backbone} if backbone else {})
+    text = table([STUDY | {"space": "resnet_conv", "best": {"config": config}}])
+    (ours,) = [line for line in text.splitlines() if line.startswith("| resnet_conv |")]
+    cells = [cell.strip() for cell in ours.strip("|").split("|")]
+    assert cells[COLUMNS.index("published")] == published
+    assert ("backbone" in ours) == (backbone == "resnet34")
 
 
 def test_a_study_of_another_space_is_shown_and_not_dropped():

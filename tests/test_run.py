@@ -224,10 +224,9 @@ def test_what_torch_has_to_judge_is_one_line_and_writes_nothing(
 
 @pytest.mark.ray
 def test_error_beside_ray_leaves_nothing_of_it(cli, tmp_path):
-    (tmp_path / "w.pth").write_text("no weights")
     command = cli(
-        *("--space", "resnet_softmax", "--data", "digits", "--image-size", 32),
-        *("--weights", tmp_path / "w.pth", "--study-dir", tmp_path / "s"),
+        *("--space", "resnet_finetune", "--data", "digits", "--image-size", 32),
+        *("--weights", "none", "--fix", "batch_size=1", "--study-dir", tmp_path / "s"),
     )
     known: dict[psutil.Process, str] = {}
     while command.poll() is None:
@@ -329,10 +328,23 @@ def test_truncated_archive_is_one_line(run, tmp_path):
     assert_one_line_error(run("--space", "softmax", "--data", tmp_path / "cut.tar.gz"), "cut.tar.gz")
 
 
-def test_weights_of_another_network_are_one_line(run, ray_beside, tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "needles"),
+    [
+        (["--weights", "other.pth"], ["other.pth", "resnet18"]),
+        (["--weights", "other.pth", "--fix", "backbone=resnet34"], ["other.pth", "resnet34"]),
+        (["--weights", "none", "--fix", "backbone=resnt34"], ["did you mean resnet34"]),
+        (["--weights", "none", "--fix", "backbone=timm:x"], ["backbone=timm:x"]),
+        (["--weights", "none", "--fix", "backbone=vit_b_16"], ["32×32", "give --image-size 224"]),
+    ],
+)
+def test_a_backbone_that_does_not_fit_is_one_line_before_ray_starts(
+    run, monkeypatch, tmp_path, arguments, needles
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tunefleet.search.running._start_ray", lambda *_: pytest.fail("Ray starts"))
     torch.save({"fc.weight": torch.zeros(10, 5)}, tmp_path / "other.pth")
-    result = run("--space", "resnet_softmax", "--weights", tmp_path / "other.pth")
-    assert_one_line_error(result, "other.pth", "ResNet-18")
+    assert_one_line_error(run("--space", "resnet_softmax", "--image-size", 32, *arguments), *needles)
 
 
 def test_no_network_names_the_offline_ways(run, ray_beside, monkeypatch):

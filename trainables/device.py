@@ -7,6 +7,7 @@ the same seed would give another result. The choice is recorded in study.json an
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import os
@@ -206,6 +207,17 @@ def is_out_of_memory(error: BaseException) -> bool:
         or (isinstance(cause, RuntimeError) and any(text in str(cause) for text in OUT_OF_MEMORY))
         for cause in causes(error)
     )
+
+
+@contextlib.contextmanager
+def fitting(name: str, advice: str = "give smaller sizes") -> Iterator[None]:
+    """Context manager: raise a ValueError of one line where a network does not fit into memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(f"{name} does not fit into memory here; {advice}") from error
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

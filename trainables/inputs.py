@@ -27,7 +27,7 @@ from torch.nn.parameter import is_lazy
 
 from tunefleet.cli import expanded, printable
 from tunefleet.files import holding, is_full
-from tunefleet.models.resnet import weights_signature
+from tunefleet.models.backbones import weights_signature
 from tunefleet.models.space import TrainConfig
 from tunefleet.trainables.data import (
     ImageData,

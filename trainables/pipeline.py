@@ -21,8 +21,8 @@ CROP_PADDING = 1 / 8  # of the side: 4 pixels at 32
 class Pipeline:
     """Normalisation and enlargement of a batch."""
 
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     image_size: int
     settings: DeviceSettings
 
@@ -32,11 +32,10 @@ class Pipeline:
 
         Of a backbone that is not trained yet, the images' are as good as ImageNet's.
         """
-        mean, std = config.space.statistics or (data.mean, data.std)
+        mean, std = config.space.statistics(config.model) or (data.mean, data.std)
         if config.space.takes_weights and config.weights == "none":
             mean, std = data.mean, data.std
-        red, green, blue = (max(value, STD_MIN) for value in std)
-        return cls(mean, (red, green, blue), config.image_size, settings)
+        return cls(mean, tuple(max(value, STD_MIN) for value in std), config.image_size, settings)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Normalise and enlarge uint8 ``(N, 3, H, W)`` to float ``(N, 3, image_size, image_size)``.
@@ -59,9 +58,7 @@ def normalise(images: Tensor, scale: Tensor, shift: Tensor, image_size: int) -> 
 
 
 @functools.lru_cache  # made once per device: a copy to a GPU in each step would wait for it
-def affine(
-    mean: tuple[float, float, float], std: tuple[float, float, float], device: torch.device
-) -> tuple[Tensor, Tensor]:
+def affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return scale and shift ``(1, 3, 1, 1)`` that normalise bytes: ``x · scale - shift``."""
     deviation = torch.tensor(std, device=device).view(1, 3, 1, 1)
     return 1 / (255 * deviation), torch.tensor(mean, device=device).view(1, 3, 1, 1) / deviation

@@ -24,7 +24,7 @@ from tunefleet.models.checks import check_integer
 from tunefleet.models.space import FIELDS, PARSERS, Space
 from tunefleet.models.spaces import find_space
 from tunefleet.trainables.data import DATA_DIR
-from tunefleet.trainables.device import choose, is_out_of_memory
+from tunefleet.trainables.device import choose, fitting
 from tunefleet.trainables.own import OwnRun
 from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.training import TrainingRun
@@ -76,19 +76,15 @@ def train(options: dict[str, Any], others: list[str]) -> int:
     values = {**space.fixed, **space.start, **options, **_own_values(space, others)}
     run, shown = _run(space, values, given)
     epochs = values.get("epochs", EPOCHS)
-    try:
-        for _ in range(epochs):
+    for _ in range(epochs):
+        with fitting(space.name):
             report = run.epoch()
-            known = [name for name in shown if report.get(name) is not None]
-            numbers = "  ".join(f"{name} {rounded(report[name])}" for name in known)
-            print(f"epoch {report['epoch']}/{epochs}  {numbers}  {report['epoch_seconds']:.3g} s", flush=True)
-            if report["diverged"]:
-                print("diverged: the loss is not finite, or the accuracy that of chance; give a smaller --lr")
-                return 1
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ValueError(f"{space.name} does not fit into memory; give smaller sizes") from error
+        known = [name for name in shown if report.get(name) is not None]
+        numbers = "  ".join(f"{name} {rounded(report[name])}" for name in known)
+        print(f"epoch {report['epoch']}/{epochs}  {numbers}  {report['epoch_seconds']:.3g} s", flush=True)
+        if report["diverged"]:
+            print("diverged: the loss is not finite, or the accuracy that of chance; give a smaller --lr")
+            return 1
     return 0
 
 
@@ -103,12 +99,8 @@ def _run(space: Space, values: dict[str, Any], given: dict[str, Any]) -> tuple[A
     data = prepare(given["data"], given["data_dir"], config.image_size)
     kind: Any = space.run or TrainingRun
     shown = "train_accuracy" if config.refit else space.metric
-    try:
+    with fitting(space.name):
         return kind(config, data, device, given["data_dir"]), ["train_loss", shown]
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ValueError(f"{space.name} does not fit into memory; give smaller sizes") from error
 
 
 def _own_values(space: Space, words: list[str]) -> dict[str, Any]:
