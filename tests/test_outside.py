@@ -159,6 +159,22 @@ def test_a_strangers_network_from_search_to_report(folder):
     assert "probabilities (N, 2)" in done(tunefleet(folder, "export", "study", "model.pt2"))
 
 
+@pytest.mark.parametrize("backbone", ["resnet34", "mobilenet_v3_small", "timm:test_vit"])
+def test_another_backbone_is_searched_reported_and_predicted_with(folder, backbone):
+    if backbone.startswith("timm:"):
+        pytest.importorskip("timm")
+    small = ["--image-size", 32, "--trials", 2, "--epochs", 1, "--final-seeds", 1, "--wandb", "off"]
+    search = ["search", "resnet_softmax", "--data", "photos", "--weights", "none", "--study-dir", "study"]
+    done(tunefleet(folder, *search, *small, "--fix", f"backbone={backbone}"))
+    study = Study(folder / "study")
+    assert [trial.status for trial in study.searched] == ["done"] * 2
+    assert study.best["backbone"] == backbone
+    assert f"backbone {backbone}" in (row := done(tunefleet(folder, "results", "study")))
+    assert "58.35" not in row.split("resnet_twolayernn")[0]  # published, of ResNet-18
+    table = done(tunefleet(folder, "predict", "study", "photos")).splitlines()
+    assert len(table) == 1 + 300
+
+
 def test_a_training_of_its_own_is_searched_pruned_killed_and_tested(folder):
     search = [
         "search",
