@@ -1,6 +1,8 @@
 """Studies on a cluster of three nodes, all on this machine: what must hold before, what a lost one costs."""
 
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -81,6 +83,32 @@ def test_a_part_that_the_disk_refuses_leaves_nothing(tmp_path):
     with pytest.raises(TypeError):
         nodes.take._function(str(tmp_path / "images.npy"), "a", 3, None, True)
     assert not list(tmp_path.iterdir())
+
+
+SEND = """
+import sys
+from pathlib import Path
+import tunefleet.search, ray
+from tunefleet.search import nodes
+
+nodes.PART_BYTES = 1000
+ray.init("local", num_cpus=1, include_dashboard=False)
+(node,) = nodes.worker_nodes()
+nodes._send([node], {node.node_id: {"lacks": sys.argv[1:]}})
+"""
+
+
+@pytest.mark.ray
+def test_files_are_sent_in_parts(tmp_path):
+    files = {tmp_path / "images.npy": bytes(range(256)) * 17, tmp_path / "empty": b""}
+    for file, content in files.items():
+        file.write_bytes(content)
+    before = {file: file.stat().st_ino for file in files}
+    subprocess.run([sys.executable, "-c", SEND, *map(str, files)], check=True, timeout=120)
+    for file, content in files.items():
+        assert file.read_bytes() == content
+        assert file.stat().st_ino != before[file]
+    assert sorted(tmp_path.iterdir()) == sorted(files)
 
 
 @pytest.fixture(scope="module")
