@@ -20,10 +20,10 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from ray import cloudpickle
@@ -211,32 +211,77 @@ def find(reference: str, built_in: Mapping[str, Space]) -> Space:
     if reference in built_in:
         return built_in[reference]
     location, _, variable = reference.rpartition(":") if ":" in reference else (reference, "", "")
-    if location.endswith(".py") or os.sep in location:
-        file = Path(os.path.abspath(os.path.expanduser(location)))  # noqa: PTH100, PTH111
-        if not file.is_file():
-            raise ValueError(
-                f"--space={printable(reference)}: there is no such file; give one, or: {_names(built_in)}"
-            )
-        return _load(reference, file.parent, file.stem, variable)
-    if ":" not in reference:
+    if ":" not in reference and not _is_file_name(location):
         beside = (
             f"; {reference}.py is here: give --space {reference}.py"
             if Path(f"{reference}.py").is_file()
             else ""
         )
         raise ValueError(f"--space={printable(reference)} is unknown{beside or nearest(reference, built_in)}")
+    folder, module = _locate("--space", reference, location, f"give one, or: {_names(built_in)}")
+    if folder is None:
+        return _installed(reference, module, variable)
+    return _load(reference, folder, module, variable)
+
+
+def find_function(reference: str) -> tuple[Callable[..., Any], Path | None]:
+    """Return the function that ``--data`` names, and the folder of its file; None: it is installed.
+
+    Args:
+        reference: FILE.py:FUNCTION or package.module:FUNCTION.
+
+    Raises:
+        ValueError: There is none, or importing it fails.
+    """
+    location, _, name = reference.rpartition(":")
+    folder, module_name = _locate("--data", reference, location, "give FILE.py:FUNCTION, or images")
+    module = _module("--data", reference, folder, module_name, f"{PREFIX}{next(_numbers)}")
+    function = getattr(module, name, None)
+    if not callable(function):
+        names = [name for name, value in vars(module).items() if isinstance(value, FunctionType)]
+        raise ValueError(f"--data={printable(reference)}: {name} is no function{nearest(name, names)}")
+    return function, folder
+
+
+def _is_file_name(location: str) -> bool:
+    return location.endswith(".py") or os.sep in location
+
+
+def _locate(flag: str, reference: str, location: str, instead: str) -> tuple[Path | None, str]:
+    """Return the folder of a person's module, None where it is installed, and the module's name in it.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if _is_file_name(location):
+        file = Path(os.path.abspath(os.path.expanduser(location)))  # noqa: PTH100, PTH111
+        if not file.is_file():
+            raise ValueError(f"{flag}={printable(reference)}: there is no such file; {instead}")
+        return file.parent, file.stem
     top = location.partition(".")[0]
     spec = importlib.machinery.PathFinder.find_spec(top, [os.getcwd(), *sys.path])  # noqa: PTH109
     if spec is None:
         raise ValueError(
-            f"--space={printable(reference)}: there is no module {top} here; install it, or give a file"
+            f"{flag}={printable(reference)}: there is no module {top} here; install it, or give a file"
         )
     origin = Path(spec.origin or next(iter(spec.submodule_search_locations or [""])))
-    is_package = spec.submodule_search_locations is not None
     if {"site-packages", "dist-packages"} & set(origin.parts):
-        return _installed(reference, location, variable, top)
-    folder = origin.parents[1] if is_package and origin.is_file() else origin.parent
-    return _load(reference, folder, location, variable)
+        return None, location
+    is_package = spec.submodule_search_locations is not None
+    return origin.parents[1] if is_package and origin.is_file() else origin.parent, location
+
+
+def _module(flag: str, reference: str, folder: Path | None, name: str, package: str) -> ModuleType:
+    """Import a person's module, or an installed one.
+
+    Raises:
+        ValueError: Its code fails.
+    """
+    try:
+        return _import(folder, name, package) if folder else importlib.import_module(name)
+    except Exception as error:  # whatever a person's module raises
+        why = describe(error, folder)
+        raise ValueError(f"{flag}={printable(reference)} cannot be imported: {why}; fix it") from error
 
 
 def of_script(space: Space) -> Space | None:
@@ -262,11 +307,7 @@ def _names(built_in: Mapping[str, Space]) -> str:
 def _load(reference: str, folder: Path, module_name: str, variable: str) -> Space:
     """Import a person's module and return its space."""
     package = f"{PREFIX}{next(_numbers)}"
-    try:
-        module = _import(folder, module_name, package)
-    except Exception as error:  # whatever a person's module raises
-        why = describe(error, folder)
-        raise ValueError(f"--space={printable(reference)} cannot be imported: {why}; fix it") from error
+    module = _module("--space", reference, folder, module_name, package)
     variable = variable or _only_space(reference, module)
     space = getattr(module, variable, None)
     if not isinstance(space, Space):
@@ -307,12 +348,9 @@ def _read(folder: Path, files: list[Path]) -> dict[str, str]:
     return {file.relative_to(folder).as_posix(): file.read_text("utf-8", "surrogateescape") for file in files}
 
 
-def _installed(reference: str, module_name: str, variable: str, top: str) -> Space:
+def _installed(reference: str, module_name: str, variable: str) -> Space:
     """Return the space of an installed package, which every node has to have in the same version."""
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # as above
-        raise ValueError(f"--space={printable(reference)} cannot be imported: {describe(error)}") from error
+    module, top = _module("--space", reference, None, module_name, ""), module_name.partition(".")[0]
     space = getattr(module, variable or _only_space(reference, module), None)
     if not isinstance(space, Space):
         raise ValueError(f"--space={printable(reference)}: {variable} is no Space")

@@ -23,6 +23,7 @@ from tunefleet.search.options import HELP, StudyOptions
 from tunefleet.search.session import Session
 from tunefleet.search.wandb_options import NAMES
 from tunefleet.study import Study
+from tunefleet.trainables.own_images import reference_of
 
 NOT_OPTIONS = ("space", "points")
 OF_THE_STUDY = ("study_dir", "storage", "dry_run")
@@ -35,7 +36,8 @@ def search(space: Space, **options: Any) -> Any:
     Args:
         space: What is searched.
         options: Those of ``tunefleet search``, by the names of its flags: ``data``, ``trials``, ….
-            With ``dry_run=True`` nothing is written, and the forecast is returned.
+            ``data`` may also be a function that returns images, or what it returned. With ``dry_run=True``
+            nothing is written, and the forecast is returned.
 
     Raises:
         ValueError: An option is unknown or impossible, or the study cannot run.
@@ -54,10 +56,12 @@ def search(space: Space, **options: Any) -> Any:
     of_wandb = {name: options.pop(name) for name in OF_WANDB if name in options}
     given = {name: options.pop(name) for name in OF_THE_STUDY if name in options}
     space = space if space.source else of_script(space) or pickled(space)
+    images = _take_images(options)
     checked = StudyOptions(space, **{name: _plain(value) for name, value in options.items()})
     dry_run = bool(given.get("dry_run"))
     folder = Path(given.get("study_dir") or running.default_folder(space.name, checked.data))
     how: Any = {"dry_run": dry_run, "wandb": _wandb(of_wandb), "storage": given.get("storage")}
+    how["images"] = images
     session = _run(lambda session: running.start(checked, folder, session, **how), folder)
     return session.forecast if dry_run else _finished(folder, space)
 
@@ -76,14 +80,12 @@ def resume(location: Path | str, *, space: Space | None = None, **options: Any) 
         RuntimeError: It stopped for another reason; it can be resumed again.
     """
     of_wandb = {name: options.pop(name) for name in OF_WANDB if name in options}
+    images = _take_images(options)
     changes = {name: _plain(value) for name, value in options.items()}
     if space is not None and space.source is None:
         space = pickled(space)
-    folder = fetch_study(str(location))
-    _run(
-        lambda session: running.resume(location, changes, session, wandb=_wandb(of_wandb), space=space),
-        folder,
-    )
+    folder, how = fetch_study(str(location)), {"wandb": _wandb(of_wandb), "space": space, "images": images}
+    _run(lambda session: running.resume(location, changes, session, **how), folder)
     return _finished(folder, space)
 
 
@@ -108,6 +110,15 @@ def _finished(folder: Path, space: Space | None) -> Study:
     study = Study(folder)
     study.space = space if space and space.source.pickled else None
     return study
+
+
+def _take_images(options: dict[str, Any]) -> Any:
+    """Return ``data`` where it is no name, and put one in its place."""
+    images = options.get("data")
+    if images is None or isinstance(images, str | os.PathLike):
+        return None
+    options["data"] = reference_of(images)
+    return images
 
 
 def _plain(value: Any) -> Any:

@@ -168,16 +168,7 @@ def run(ready: Ready, session: Session, wandb: WandbOptions, changes: Mapping[st
         changes: Options that were given when it was resumed.
     """
     options, console = ready.options, session.console
-    trials, epochs = counted(options.trials or 0, "trial"), counted(options.epochs or 0, "epoch")
-    on, device = "", ready.settings.device
-    if ready.data:
-        on, device = f" on {ready.data.name}", f"{device} {ready.settings.precision}"
-    print_text(
-        console,
-        f"{on}: {trials} of up to {epochs}, {ready.resources.slots} at once, {device} "
-        f"-> {shown(ready.location)}",
-        options.space.name,
-    )
+    _announce(ready, console)
     live_upload = LiveUpload(ready.folder, wandb)
     mirror = Mirror(ready.folder, ready.store, functools.partial(print_text, console))
     ray_watch = RayWatch()
@@ -220,6 +211,20 @@ def run(ready: Ready, session: Session, wandb: WandbOptions, changes: Mapping[st
     left = mirror.finish()
     _say(left, console)
     return code or int(bool(left))
+
+
+def _announce(ready: Ready, console: Any) -> None:
+    """Print what runs, on what, and where it is kept."""
+    options, on, device = ready.options, "", ready.settings.device
+    trials, epochs = counted(options.trials or 0, "trial"), counted(options.epochs or 0, "epoch")
+    if ready.data:
+        on, device = f" on {ready.data.name}", f"{device} {ready.settings.precision}"
+    print_text(
+        console,
+        f"{on}: {trials} of up to {epochs}, {ready.resources.slots} at once, {device} "
+        f"-> {shown(ready.location)}",
+        options.space.name,
+    )
 
 
 @contextlib.contextmanager

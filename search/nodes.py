@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.table import Table
 
 from tunefleet.cli import counted
-from tunefleet.files import replacing
 from tunefleet.models.backbones import weights_file
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.preflight import example
@@ -32,7 +31,7 @@ from tunefleet.trainables.device import DeviceSettings
 from tunefleet.trainables.provenance import code_sha256, versions
 
 ANSWER_SECONDS = 45.0  # for all nodes together; a dead one is known to Ray after a minute only
-SENT_MAX = 8 * 2**30  # bytes of images; more belongs on a disk that the nodes share
+PART_BYTES = 64 * 2**20  # of a file that is sent at a time, so that no node has to hold the file in memory
 FREE_MIN = 2 * 2**30  # bytes under --data-dir: prepared inputs of CIFAR-10 take half of it
 MARK = ".tunefleet-node"  # files by which driver and nodes find out whether they share a folder
 
@@ -164,6 +163,7 @@ def answer_question(question: Question) -> dict[str, Any]:
         "gpus": torch.cuda.device_count(),
         "storage": "",
         "lacks": [],
+        "needs": 0,
         "weights": "",
     }
     try:
@@ -178,6 +178,7 @@ def answer_question(question: Question) -> dict[str, Any]:
     for file, size in question.data.items():
         if not Path(file).exists() or Path(file).stat().st_size != size:
             answer["lacks"].append(file)
+            answer["needs"] += size
     if question.weights:
         file, sha256 = question.weights
         if not Path(file).exists():
@@ -224,8 +225,9 @@ def _problems(
     if answer["storage"] or unseen:
         reason = answer["storage"] or "the driver does not see what it wrote"
         found.append(f"cannot use --storage={location} ({reason}); give one that all nodes share, or s3://…")
-    if answer.get("data_dir") or answer["free"] < FREE_MIN:
+    if answer.get("data_dir") or answer["free"] < FREE_MIN + answer["needs"]:
         reason = answer.get("data_dir") or f"{answer['free'] / 1e9:.1f} GB free"
+        reason += f", {answer['needs'] / 1e9:.1f} GB of images to be sent" if answer["needs"] else ""
         found.append(f"has no room under --data-dir ({reason}); give a folder on a larger disk")
     if settings.device == "cuda" and answer["gpus"] < node.gpus:
         found.append(
@@ -238,23 +240,26 @@ def _problems(
 
 
 def _send(nodes: list[Node], answers: dict[str, dict[str, Any]]) -> None:
-    """Send the files that nodes lack, each once into the object store.
+    """Send the files that nodes lack, in parts, each once into the object store.
 
     Raises:
-        ValueError: There is too much to send, or a node cannot write it.
+        ValueError: A node cannot write them.
     """
-    wanted = sorted({file for node in nodes for file in answers[node.node_id]["lacks"]})
-    size = sum(Path(file).stat().st_size for file in wanted)
-    if size > SENT_MAX:
-        raise ValueError(
-            f"{len(nodes)} nodes lack {size / 1e9:.0f} GB of images; give a --data-dir that they share"
-        )
-    contents = {file: ray.put(Path(file).read_bytes()) for file in wanted}
-    refs = {}
-    for node in nodes:
-        lacks = answers[node.node_id]["lacks"]
-        here = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
-        refs[take.options(scheduling_strategy=here).remote(lacks, *(contents[file] for file in lacks))] = node
+    for file in sorted({file for node in nodes for file in answers[node.node_id]["lacks"]}):
+        lacking = [node for node in nodes if file in answers[node.node_id]["lacks"]]
+        size = Path(file).stat().st_size
+        with Path(file).open("rb") as stream:
+            for offset in range(0, max(size, 1), PART_BYTES):
+                part = ray.put(stream.read(PART_BYTES))
+                refs = {}
+                for node in lacking:
+                    here = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+                    call = take.options(scheduling_strategy=here)
+                    refs[call.remote(file, node.node_id, offset, part, offset + PART_BYTES >= size)] = node
+                _await(refs)
+
+
+def _await(refs: Mapping[ray.ObjectRef, Node]) -> None:
     for ref, node in refs.items():
         try:
             ray.get(ref)
@@ -266,13 +271,20 @@ def _send(nodes: list[Node], answers: dict[str, dict[str, Any]]) -> None:
 
 
 @ray.remote(num_cpus=0)
-def take(files: list[str], *contents: bytes) -> None:
-    """Write files on this node, each whole."""
-    for file, content in zip(files, contents, strict=True):
-        path = Path(file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.write_bytes(content)
+def take(file: str, node_id: str, offset: int, part: bytes, is_last: bool) -> None:
+    """Write a part of a file on this node; the file is there once its last part is."""
+    path = Path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{node_id}.tmp")  # nodes may share the folder
+    try:
+        with partial.open("r+b" if offset else "wb") as stream:
+            stream.seek(offset)
+            stream.write(part)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    if is_last:
+        partial.replace(path)
 
 
 def _print(nodes: list[Node], answers: dict[str, dict[str, Any]], console: Console) -> None:

@@ -212,7 +212,8 @@ RESUMABLE = (
 )
 
 HELP = {
-    "data": "cifar10, digits, or a folder or archive of images CLASS/FILE, with or without train/ and test/",
+    "data": "cifar10, digits, a folder or archive of images CLASS/FILE, with or without train/, val/ and "
+    "test/, or FILE.py:FUNCTION that returns images (docs/own-network.md)",
     "data_dir": "where downloads, decoded images and features are cached",
     "image_size": "pixels a side; larger or mixed images are resized once (default: 32, or with trained "
     "weights what the space is best at on the device)",

@@ -16,19 +16,27 @@ import torch
 from ray.tune.search.sample import Categorical, Integer
 from rich.console import Console
 
-from tunefleet.cli import counted, shown
+from tunefleet.cli import counted, printable, shown
 from tunefleet.host import cpu_count
 from tunefleet.models.space import TrainConfig
 from tunefleet.models.spaces import default_image_size
 from tunefleet.search.asha import expected_epochs
 from tunefleet.search.display import clock, print_text
 from tunefleet.search.options import StudyOptions
-from tunefleet.search.resources import Machine, Resources
+from tunefleet.search.resources import INPUTS_SHARE, Machine, Resources
 from tunefleet.search.suggest import suggest
 from tunefleet.trainables.data import BUILT_IN, ImageData, Progress
 from tunefleet.trainables.device import DeviceSettings, fitting, free_memory, is_out_of_memory
 from tunefleet.trainables.graph import WARM_UP_STEPS, CaptureError, CaptureMemoryError
-from tunefleet.trainables.inputs import build_model, kind_of, load_inputs, sample_inputs, split_counts
+from tunefleet.trainables.inputs import (
+    build_model,
+    is_prepared,
+    kind_of,
+    load_inputs,
+    sample_inputs,
+    split_counts,
+)
+from tunefleet.trainables.own_images import OwnImages
 from tunefleet.trainables.training import TrainingRun
 
 SAMPLED_CONFIGS = 1000  # whose checkpoints' mean is forecast
@@ -42,7 +50,9 @@ SMALLER = "--fix smaller sizes"  # what to do where a network does not fit into 
 START_SECONDS = 8  # Ray, its first workers and its end, on two cores
 
 
-def settle_image_size(options: StudyOptions, settings: DeviceSettings, machine: Machine) -> StudyOptions:
+def settle_image_size(
+    options: StudyOptions, settings: DeviceSettings, machine: Machine, source: str | OwnImages
+) -> StudyOptions:
     """Return the options with an image size: as given, or the space's best that there is room for.
 
     Each trial on a GPU has the inputs there; together they may take half of what is free, and the disk has
@@ -52,13 +62,11 @@ def settle_image_size(options: StudyOptions, settings: DeviceSettings, machine: 
         return options
     wanted = default_image_size(options.space, options.weights, settings.device)
     if settings.device == "cuda" and wanted > SIZES[-1]:
-        count = count_images(options.data)
+        count = source.count if isinstance(source, OwnImages) else count_images(source)
         share = options.gpus_per_trial or options.space.gpus_per_trial
         trials = max(1, int(1 / share))
-        disk = shutil.disk_usage(
-            next(p for p in Path(options.data_dir).absolute().parents if p.exists())
-        ).free
-        room = min(disk, math.inf if machine.gpu_bytes is None else machine.gpu_bytes / 2 / trials)
+        on_gpu = math.inf if machine.gpu_bytes is None else machine.gpu_bytes * INPUTS_SHARE / trials
+        room = min(_free(Path(options.data_dir)), on_gpu)
         fitting = (s for s in SIZES if s <= wanted and count * input_bytes(options, s, settings) <= room)
         wanted = next(fitting, SIZES[-1])
     return replace(options, image_size=wanted)
@@ -73,6 +81,17 @@ def input_bytes(options: StudyOptions, image_size: int, settings: DeviceSettings
     with torch.inference_mode():
         features: torch.Tensor = model.backbone.eval()(torch.zeros(1, *shape))
     return features.numel() * settings.dtype.itemsize
+
+
+def inputs_bytes(options: StudyOptions, data: ImageData, settings: DeviceSettings) -> int:
+    """Return what the inputs of one of the study's trials take, at most."""
+    config, pixels = example(options), math.prod(data.image_shape)
+    augments = getattr(options.searched.ranges.get("augment"), "categories", [config.augment])
+    kinds = {kind_of(replace(config, augment=augment), data) for augment in augments}
+    sizes = {"images": pixels, "normalised": pixels * settings.dtype.itemsize}
+    if "features" in kinds:
+        sizes["features"] = input_bytes(options, config.image_size, settings)
+    return data.train_count * max(sizes[kind] for kind in kinds)
 
 
 def count_images(source: str) -> int:
@@ -117,6 +136,7 @@ class Prepared:
     peak_bytes: int | None = None  # of a GPU, of the largest trial; None: on a CPU, or it did not fit
     gpu_bytes: int | None = None  # free on the GPU before
     model_bytes: int = 0  # of the largest network, backbone included: what is kept of a seed
+    input_bytes: int = 0  # of the first trial's inputs that are to be written under --data-dir
 
 
 def prepare(
@@ -143,9 +163,16 @@ def prepare(
     config, data_dir = example(options), Path(options.data_dir)
     gpu_bytes = torch.cuda.mem_get_info()[0] if settings.device == "cuda" else None
     train_count, val_count, split = split_counts(data)
-    left, seconds = 0.0, None
+    left, seconds, unwritten = 0.0, None, 0
     with fitting(options.space.name, SMALLER):
+        if not is_prepared(config, data, settings, data_dir):
+            unwritten = inputs_bytes(options, data, settings)
         if threads is None:
+            if unwritten > (free := _free(data_dir)):
+                raise ValueError(
+                    f"inputs under --data-dir={printable(str(data_dir))} need {megabytes(unwritten)}, and "
+                    f"{megabytes(free)} are free; give --data-dir on a larger disk, or a smaller --image-size"
+                )
             load_inputs(config, data, settings, data_dir, progress=progress)
             run = TrainingRun(config, data, settings, data_dir)
         else:
@@ -160,7 +187,8 @@ def prepare(
         peak = largest_peak(options, data, settings, sampled=threads is not None)
     sizes = (mean_checkpoint, largest_checkpoint)
     whole, _ = _sizes(largest(options), data, head=False)
-    return Prepared(split, train_count, val_count, *sizes, seconds, left, peak, gpu_bytes, whole)
+    counts = (split, train_count, val_count)
+    return Prepared(*counts, *sizes, seconds, left, peak, gpu_bytes, whole, unwritten)
 
 
 def largest_peak(
@@ -184,7 +212,7 @@ def largest_peak(
         inputs = run.inputs
         if sampled:
             images = sum(split_counts(data)[:2]) - len(inputs.train_y) - len(inputs.val_y)
-            others = images * inputs.train_x[0].nbytes
+            others = images * inputs.train_x[0].nbytes * settings.inputs_on_device
         run.inputs = replace(inputs, train_x=inputs.train_x[:count], train_y=inputs.train_y[:count])
         run.train_epoch()
         run.evaluate(inputs.val_x, inputs.val_y)
@@ -290,13 +318,17 @@ def disk_needed(options: StudyOptions, resources: Resources, prepared: Prepared)
 
 def check_disk(folder: Path, needed: int, most: int) -> None:
     """Raise ValueError where a study's folder has not the space that its checkpoints need."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
+    if needed > (free := _free(folder)):
         raise ValueError(
             f"checkpoints in {folder} need about {megabytes(needed)} (at most {megabytes(most)}), and "
             f"{megabytes(free)} are free; give --study-dir on a larger disk, or fewer --trials"
         )
+
+
+def _free(folder: Path) -> int:
+    """Return the free bytes of a folder's disk, which may not be there yet."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    return shutil.disk_usage(existing).free
 
 
 def megabytes(size: int) -> str:
@@ -348,6 +380,8 @@ def _costs(options: StudyOptions, resources: Resources, prepared: Prepared) -> l
         f"{prepared.epoch_seconds:.3g} s an epoch of the first trial",
         f"disk       about {megabytes(needed)} of checkpoints while it runs, at most {megabytes(most)}",
     ]
+    if prepared.input_bytes:
+        lines.append(f"           {megabytes(prepared.input_bytes)} of inputs under --data-dir, once")
     if prepared.preparing_seconds >= 1:
         once = clock(prepared.preparing_seconds)
         lines.insert(1, f"           {once} of it once, for inputs that are then kept")

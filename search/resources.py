@@ -19,6 +19,7 @@ from tunefleet.trainables.device import CONTEXT_BYTES, DeviceSettings, choose, w
 
 NODE_SECONDS = 900.0  # an autoscaler's first node may take so long to come up
 NODES_SECONDS = 5.0  # between looks at a cluster's nodes during a study
+INPUTS_SHARE = 0.5  # of a GPU's free memory that the inputs of all trials on it may take
 AHEAD = 2  # trials of a cluster that wait for more nodes: an autoscaler starts them
 
 
@@ -290,6 +291,32 @@ class Slots:
         return self.slots
 
 
+def place_inputs(
+    settings: DeviceSettings, resources: Resources, input_bytes: int, free: int | None
+) -> tuple[DeviceSettings, str]:
+    """Return the settings with the inputs on the GPU or on the host, and a line where on the host.
+
+    Args:
+        settings: As chosen.
+        resources: As planned.
+        input_bytes: What the inputs of one trial take.
+        free: Bytes of a GPU; None: not known.
+    """
+    at_once = _at_once(resources)
+    if settings.device != "cuda" or free is None or at_once * input_bytes <= INPUTS_SHARE * free:
+        return settings, ""
+    return replace(settings, inputs_on_device=False), (
+        f"inputs take {input_bytes / 1e9:.1f} GB for each of {counted(at_once, 'trial')} on a GPU with "
+        f"{free / 1e9:.1f} GB free: they stay on the host, and batches are copied"
+    )
+
+
+def _at_once(resources: Resources) -> int:
+    """Return how many trials share a GPU."""
+    share = resources.gpus_per_trial / resources.workers
+    return max(1, int(1 / share)) if share > 0 else 1
+
+
 def fit_memory(resources: Resources, peak_bytes: int | None, free: int | None) -> tuple[Resources, str]:
     """Return the resources with as many trials on each GPU as its memory holds, and a line where fewer.
 
@@ -298,10 +325,9 @@ def fit_memory(resources: Resources, peak_bytes: int | None, free: int | None) -
         peak_bytes: What the largest trial of the ranges takes in torch's allocator; None: more than it has.
         free: Bytes of a GPU that is to be shared, as a process sees them that is on it; None: not known.
     """
-    share = resources.gpus_per_trial / resources.workers
-    if not share > 0 or free is None:
+    if not resources.gpus_per_trial > 0 or free is None:
         return resources, ""
-    at_once, room = max(1, int(1 / share)), free + CONTEXT_BYTES
+    at_once, room = _at_once(resources), free + CONTEXT_BYTES
     holds = at_once if peak_bytes is None else max(1, room // (peak_bytes + CONTEXT_BYTES))
     needed = "more than a GPU has" if peak_bytes is None else f"{peak_bytes / 1e9:.1f} GB"
     line = ""

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import ray
 from ray.util.queue import Queue
@@ -37,12 +37,8 @@ from tunefleet.search.wandb_options import choose as choose_wandb
 from tunefleet.store import BRIEF_SECONDS, Store, reason
 from tunefleet.study import Study, lock_study
 from tunefleet.trainables.data import BUILT_IN, ImageData, Progress, check_sha256
+from tunefleet.trainables.own_images import OwnImages, is_function, load_images
 from tunefleet.trainables.preparation import prepare
-
-if TYPE_CHECKING:
-    from tunefleet.search.preflight import Prepared
-    from tunefleet.search.resources import Resources
-    from tunefleet.trainables.device import DeviceSettings
 
 PROGRESS_SECONDS = 0.5  # between looks at how far another process is
 
@@ -59,6 +55,7 @@ class Request:
         shared: The folder or URL that all nodes of a cluster must see; None: none was given.
         earlier: The study as it was left; None: it is new.
         changes: Options that were given when it was resumed.
+        images: A function that returns images, or what it returned; None: ``options.data`` names them.
     """
 
     options: StudyOptions
@@ -68,6 +65,7 @@ class Request:
     dry_run: bool = False
     earlier: Study | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
+    images: Any = None
 
 
 def start(
@@ -78,6 +76,7 @@ def start(
     dry_run: bool = False,
     wandb: Mapping[str, Any] | None = None,
     storage: str | None = None,
+    images: Any = None,
 ) -> int:
     """Run a new study; return the exit code.
 
@@ -89,6 +88,7 @@ def start(
         wandb: The fields of WandbOptions that were given.
         storage: Where studies are kept: a folder, or an object store's URL, in which case the study's
             folder here is a copy. None: under studies/, or in ``folder``.
+        images: As Request has them.
 
     Raises:
         ValueError: The study cannot run as asked; nothing was written.
@@ -104,7 +104,8 @@ def start(
     )
     check_free(folder)
     check_storage(options.storage, folder.name)
-    return run(Request(_absolute(options), folder, choose_wandb(wandb or {}), shared, dry_run), session)
+    request = Request(_absolute(options), folder, choose_wandb(wandb or {}), shared, dry_run, images=images)
+    return run(request, session)
 
 
 def resume(
@@ -115,6 +116,7 @@ def resume(
     wandb: Mapping[str, Any] | None = None,
     extend: bool = False,
     space: Space | None = None,
+    images: Any = None,
 ) -> int:
     """Continue a study; return the exit code.
 
@@ -125,6 +127,7 @@ def resume(
         wandb: The fields of WandbOptions that were given; the others stay as they were.
         extend: The study is done, and the changes add to it.
         space: The study's, where it has no sources; None: as the study has it.
+        images: As Request has them.
 
     Raises:
         ValueError: There is no study, it is done, or it cannot continue as asked.
@@ -150,7 +153,7 @@ def resume(
     options = _absolute(_from_file(StudyOptions, values, folder))
     shared = options.storage or str(folder.parent)
     uploads = choose_wandb(wandb or {}, study.spec.get("wandb"))
-    return run(Request(options, folder, uploads, shared, False, study, changes), session)
+    return run(Request(options, folder, uploads, shared, False, study, changes, images), session)
 
 
 def _grows(study: Study, changes: Mapping[str, Any]) -> bool:
@@ -196,23 +199,35 @@ def _checked(request: Request, session: Session) -> int:
         from tunefleet.search import execution, preflight, resources
         from tunefleet.search.nodes import check_nodes
 
-    console, earlier = session.console, request.earlier
+    console, earlier, source = session.console, request.earlier, _source(request, session.console)
     with phase(console, "looking at the device"):
-        options, settings, machine = _device(request, console)
-    data = _read_images(options, console) if options.space.trains_images else None
+        options, settings, machine = _device(request, source, console)
+    data = _read_images(request, options, source, console) if options.space.trains_images else None
+    del source  # which may hold arrays for as long as the study runs
     options = dataclasses.replace(options, space=_examined(options, data, console))
     if earlier and data:
         version = earlier.spec["data"].get("format_version", 1)  # of how images are decoded
         check_sha256(data, options.data, earlier.spec["data_sha256"], version)
     share = resources.plan(options, settings, machine)
     _say(resources.waiting(options, share), console)
+    input_bytes = preflight.inputs_bytes(options, data, settings) if data else 0
+    if earlier is None or "device" in request.changes:
+        settings, line = resources.place_inputs(settings, share, input_bytes, machine.gpu_bytes)
+        _say(line, console)
     if machine.nodes and data:
         check_nodes(options, request.shared, data, settings, console)
     if machine.nodes or settings.device == "cuda" or not request.dry_run:
         _start_ray(session, share.slots if share.workers > 1 else 0, settings.device)
     prepared = None
     if data:
-        prepared = _prepared(request, options, data, settings, share, console, on_a_node=bool(machine.nodes))
+        title = f"preparing inputs, at most {preflight.megabytes(input_bytes)}"
+        with phase(console, "timing a sample" if request.dry_run else title) as progress:
+            threads = share.threads if request.dry_run else None
+            arguments = (options, data, settings, threads)
+            if machine.nodes or settings.device == "cuda":  # in a process whose end frees the GPU's memory
+                prepared = _on_a_node(share.of_worker, preflight.prepare, progress)(*arguments)
+            else:
+                prepared = preflight.prepare(*arguments, progress)
         share, line = resources.fit_memory(share, prepared.peak_bytes, prepared.gpu_bytes)
         _say(line, console)
         if not earlier and not options.storage:
@@ -228,28 +243,16 @@ def _checked(request: Request, session: Session) -> int:
     return execution.run(ready, session, request.wandb, request.changes)
 
 
-def _prepared(
-    request: Request,
-    options: StudyOptions,
-    data: ImageData,
-    settings: DeviceSettings,
-    share: Resources,
-    console: Console,
-    *,
-    on_a_node: bool,
-) -> Prepared:
-    """Build the first trial's network, which prepares its inputs, where trials will run."""
-    from tunefleet.search import preflight
-
-    with phase(console, "timing a sample" if request.dry_run else "preparing inputs") as progress:
-        threads = share.threads if request.dry_run else None
-        if on_a_node or settings.device == "cuda":  # in a process whose end gives the GPU's memory back
-            prepare_there = _on_a_node(share.of_worker, preflight.prepare, progress)
-            return prepare_there(options, data, settings, threads)
-        return preflight.prepare(options, data, settings, threads, progress)
+def _source(request: Request, console: Console) -> str | OwnImages:
+    """Return what images are read from; a function is called now, once, unless the study has its images."""
+    reference = request.options.data
+    if request.images is None and (request.earlier or reference in BUILT_IN or not is_function(reference)):
+        return reference
+    with phase(console, f"opening {reference}"):
+        return load_images(reference, request.images)
 
 
-def _device(request: Request, console: Console) -> tuple[StudyOptions, Any, Any]:
+def _device(request: Request, source: str | OwnImages, console: Console) -> tuple[StudyOptions, Any, Any]:
     """Return the options with what depends on the device, the device settings and the machine."""
     from tunefleet.search import preflight, resources
     from tunefleet.trainables.device import DeviceSettings
@@ -272,7 +275,7 @@ def _device(request: Request, console: Console) -> tuple[StudyOptions, Any, Any]
     if settings.device == "cpu" and options.device == "auto" and hidden_by_environment():
         _say("CUDA_VISIBLE_DEVICES hides every GPU: training on CPUs", console)
     if options.space.trains_images:
-        options = preflight.settle_image_size(options, settings, machine)
+        options = preflight.settle_image_size(options, settings, machine, source)
     return resources.settle(options, settings, machine), settings, machine
 
 
@@ -309,15 +312,21 @@ def _from_file(kind: Callable[..., T], values: Mapping[str, Any], folder: Path) 
         raise ValueError(f"{folder / 'study.json'} is of another version ({error}); use that one") from None
 
 
-def _read_images(options: StudyOptions, console: Console) -> ImageData:
+def _read_images(
+    request: Request, options: StudyOptions, source: str | OwnImages, console: Console
+) -> ImageData:
     """Return a study's images, decoded now unless they are already.
 
     Raises:
         ValueError: They cannot be read.
     """
     assert options.image_size is not None
+    earlier = None
+    if request.earlier and "data" not in request.changes and is_function(options.data):
+        earlier = _from_file(ImageData.from_dict, {"fields": request.earlier.spec["data"]}, request.folder)
     with phase(console, f"reading {options.data}") as progress:
-        data = prepare(options.data, Path(options.data_dir), options.image_size, progress)
+        data_dir = Path(options.data_dir)
+        data = prepare(source, data_dir, options.image_size, progress, earlier=earlier)
     for note in data.notes:
         print_text(console, note)
     return data
@@ -376,8 +385,10 @@ def _say(line: str, console: Console) -> None:
 def _absolute(options: StudyOptions) -> StudyOptions:
     """Return options whose paths are absolute: a node, or a resume, may have another working directory."""
     paths: dict[str, Any] = {"data_dir": str(expanded("--data-dir", options.data_dir).absolute())}
-    if options.data not in BUILT_IN and (data := expanded("--data", options.data)).exists():
-        paths["data"] = str(data.absolute())
+    names_function = options.data not in BUILT_IN and is_function(options.data)
+    file, colon, function = options.data.rpartition(":") if names_function else (options.data, "", "")
+    if file and file not in BUILT_IN and (data := expanded("--data", file)).exists():
+        paths["data"] = f"{data.absolute()}{colon}{function}"
     if (weights := expanded("--weights", options.weights)).is_file():
         paths["weights"] = str(weights.absolute())
     return dataclasses.replace(options, **paths)
@@ -424,7 +435,7 @@ def check_storage(url: str | None, name: str) -> None:
 
 def default_folder(space: str, data: str, under: Path = Path("studies")) -> Path:
     """Return a new folder's name: space, data and time."""
-    name = f"{space}-{Path(data).name.split('.')[0]}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{space}-{Path(data).name.split('.')[0].strip('<>')}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder, again = under / name, 2
     while folder.exists():
         folder, again = under / f"{name}-{again}", again + 1

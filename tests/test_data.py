@@ -475,7 +475,7 @@ def test_unusable_tree_is_refused(
 
 def test_missing_path_is_refused_with_the_nearest_name(tmp_path: Path, cache: Path) -> None:
     assert_refused("cifar-10", cache, "--data=cifar-10 does not exist; did you mean cifar10?")
-    assert_refused(tmp_path / "nothing", cache, "nothing does not exist; Give cifar10, digits, or the path")
+    assert_refused(tmp_path / "nothing", cache, "nothing does not exist; Give cifar10, digits, the path of a")
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", bytes(1000)])

@@ -41,8 +41,8 @@ FORBIDDEN = {  # of others'
     "src": {"ray", "torch", "torchvision", "wandb"},
 }
 RAY_IN_TRAINABLES = {"trial.py", "ddp.py"}
-# evaluate.py uses the test split; decoded.py describes it, once, before anything is trained.
-NAMING_THE_TEST_SPLIT = {"trainables/evaluate.py", "trainables/decoded.py"}
+# evaluate.py uses the test split; data.py describes it, once, before anything is trained.
+NAMING_THE_TEST_SPLIT = {"trainables/evaluate.py", "trainables/data.py"}
 
 
 def imports(file: Path) -> Iterator[tuple[str, str]]:
@@ -103,7 +103,7 @@ def test_only_evaluate_opens_the_test_split(file):
     lines = test_calls(source)
     if file.as_posix() == "trainables/evaluate.py":
         assert len(lines) == 1
-    elif file.as_posix() == "trainables/decoded.py":
+    elif file.as_posix() == "trainables/data.py":
         assert len(lines) == 1  # cached, which looks whether both splits are whole
     else:
         assert not lines, f"{file}:{lines} may open the test split"

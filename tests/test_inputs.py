@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import importlib.util
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,14 @@ from tunefleet.trainables import inputs as inputs_module
 from tunefleet.trainables.data import SPLITS, ImageData, load_split, split_sha256, split_validation
 from tunefleet.trainables.device import DeviceSettings
 from tunefleet.trainables.examine import examine
-from tunefleet.trainables.inputs import LOADED_MAX, backbone_sha256, build_model, kind_of, load_inputs
+from tunefleet.trainables.inputs import (
+    LOADED_MAX,
+    backbone_sha256,
+    build_model,
+    is_prepared,
+    kind_of,
+    load_inputs,
+)
 from tunefleet.trainables.pipeline import Pipeline
 from tunefleet.trainables.training import TrainingRun
 
@@ -389,10 +397,18 @@ def test_a_refit_trains_on_every_image_of_the_same_file(tmp_path, data, values):
     assert len(prepared(tmp_path)) == 1
 
 
-def test_writing_to_inputs_does_not_reach_the_file(tmp_path, data, opened):
+@pytest.mark.filterwarnings("error")
+def test_inputs_are_shared_pages_that_cannot_be_written(tmp_path, data):
+    inputs = load_inputs(make_config("softmax"), data, FP32, tmp_path)
+    (line,) = (
+        line for line in Path("/proc/self/maps").read_text().splitlines() if f"{tmp_path}/prep" in line
+    )
+    assert line.split()[1] == "r--s"
+    assert len(inputs.train_x) + len(inputs.val_x) == 40
+
+
+def test_inputs_are_known_to_be_prepared_once_they_are(tmp_path, data):
     config = make_config("softmax")
-    inputs = load_inputs(config, data, FP32, tmp_path)
-    before = inputs.train_x.clone()
-    inputs.train_x.zero_()
-    opened.clear()
-    assert torch.equal(load_inputs(config, data, FP32, tmp_path).train_x, before)
+    assert not is_prepared(config, data, FP32, tmp_path)
+    load_inputs(config, data, FP32, tmp_path)
+    assert is_prepared(config, data, FP32, tmp_path)

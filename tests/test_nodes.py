@@ -1,6 +1,8 @@
 """Studies on a cluster of three nodes, all on this machine: what must hold before, what a lost one costs."""
 
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -31,7 +33,7 @@ def well(**other):
         "storage": "",
         "weights": "",
     }
-    return answer | {"lacks": []} | other
+    return answer | {"lacks": [], "needs": 0} | other
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,12 @@ def well(**other):
         ({"code": "another"}, CPU, False, ["other code", "ray job submit"]),
         ({"storage": "No such file"}, CPU, False, ["--storage=/mnt", "No such file", "s3://"]),
         ({}, CPU, True, ["--storage=/mnt", "does not see what it wrote"]),
+        (
+            {"free": 5e9, "needs": 4e9},
+            CPU,
+            False,
+            ["5.0 GB free, 4.0 GB of images to be sent", "larger disk"],
+        ),
         ({"free": 1e6}, CPU, False, ["--data-dir", "0.0 GB free"]),
         ({"free": 0, "data_dir": "Permission denied"}, CPU, False, ["--data-dir", "Permission denied"]),
         ({"gpus": 0}, CUDA, False, ["offers 1 GPU to Ray, and torch sees 0", "--device cpu"]),
@@ -57,6 +65,50 @@ def test_a_node_without_faults_has_no_problem():
     assert nodes._problems(NODE, well(), CUDA, False, "/mnt") == []
     assert nodes._problems(NODE, well(gpus=0), CPU, False, "/mnt") == []
     assert nodes._problems(NODE, {"failed": "is asleep"}, CPU, True, "/mnt") == ["is asleep"]
+
+
+def test_a_file_comes_in_parts_and_is_there_once_it_is_whole(tmp_path):
+    file, write = tmp_path / "new" / "images.npy", nodes.take._function
+    for node in ("b", "a"):  # of a folder that two nodes share
+        write(str(file), node, 0, b"abc", False)
+    assert not file.exists()
+    for node in ("a", "b"):
+        write(str(file), node, 3, b"de", True)
+        assert file.read_bytes() == b"abcde"
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_part_that_the_disk_refuses_leaves_nothing(tmp_path):
+    nodes.take._function(str(tmp_path / "images.npy"), "a", 0, b"abc", False)
+    with pytest.raises(TypeError):
+        nodes.take._function(str(tmp_path / "images.npy"), "a", 3, None, True)
+    assert not list(tmp_path.iterdir())
+
+
+SEND = """
+import sys
+from pathlib import Path
+import tunefleet.search, ray
+from tunefleet.search import nodes
+
+nodes.PART_BYTES = 1000
+ray.init("local", num_cpus=1, include_dashboard=False)
+(node,) = nodes.worker_nodes()
+nodes._send([node], {node.node_id: {"lacks": sys.argv[1:]}})
+"""
+
+
+@pytest.mark.ray
+def test_files_are_sent_in_parts(tmp_path):
+    files = {tmp_path / "images.npy": bytes(range(256)) * 17, tmp_path / "empty": b""}
+    for file, content in files.items():
+        file.write_bytes(content)
+    before = {file: file.stat().st_ino for file in files}
+    subprocess.run([sys.executable, "-c", SEND, *map(str, files)], check=True, timeout=120)
+    for file, content in files.items():
+        assert file.read_bytes() == content
+        assert file.stat().st_ino != before[file]
+    assert sorted(tmp_path.iterdir()) == sorted(files)
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,15 @@
 import dataclasses
 import re
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from tests.configs import make_config, make_options
+from tunefleet.models.spaces import SPACES
+from tunefleet.search import preflight
 from tunefleet.search.display import clock
 from tunefleet.search.preflight import (
     Prepared,
@@ -14,6 +18,7 @@ from tunefleet.search.preflight import (
     checkpoint_sizes,
     count_images,
     disk_needed,
+    inputs_bytes,
     largest,
     largest_peak,
     settle_image_size,
@@ -26,12 +31,14 @@ from tunefleet.search.resources import (
     check_device,
     find_machine,
     fit_memory,
+    place_inputs,
     plan,
     settle,
     waiting,
 )
 from tunefleet.search.running import default_folder
 from tunefleet.trainables.device import CONTEXT_BYTES, DeviceSettings, choose
+from tunefleet.trainables.own_images import load_images
 from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.training import TrainingRun
 
@@ -175,6 +182,68 @@ def test_as_many_trials_share_a_gpu_as_it_holds(share, peak, free, slots, gpus_p
     assert "\n" not in line
 
 
+@pytest.mark.parametrize(
+    ("settings", "share", "workers", "size", "free", "on_device"),
+    [
+        (CUDA, 0.5, 1, 19 * GB, 79 * GB, True),  # two trials take 38 GB, less than half of what is free
+        (CUDA, 0.5, 1, 20 * GB, 79 * GB, False),
+        (CUDA, 0.25, 1, 10 * GB, 79 * GB, False),  # four would take 40 GB
+        (CUDA, 1.0, 1, 39 * GB, 79 * GB, True),
+        (CUDA, 2.0, 2, 39 * GB, 79 * GB, True),  # each worker of a group has a GPU
+        (CUDA, 0.5, 1, 20 * GB, None, True),  # what is free is not known
+        (CPU, 0.0, 1, 900 * GB, None, True),
+    ],
+)
+def test_inputs_are_on_the_gpu_where_all_trials_leave_room(settings, share, workers, size, free, on_device):
+    resources = Resources(4, 4.0, share, workers)
+    placed, line = place_inputs(settings, resources, size, free)
+    assert placed == dataclasses.replace(settings, inputs_on_device=on_device)
+    assert placed.inputs_device == (settings.device if on_device else "cpu")
+    assert bool(line) != on_device
+    if line:
+        assert line.startswith(f"inputs take {size / GB:.1f} GB for each of")
+
+
+def test_steps_on_inputs_of_the_host_are_not_captured():
+    captured = dataclasses.replace(CUDA, cuda_graph=True)
+    space = SPACES["resnet_finetune"]
+    assert captured.of(space).cuda_graph
+    assert not dataclasses.replace(captured, inputs_on_device=False).of(space).cuda_graph
+
+
+@pytest.mark.parametrize(
+    ("space", "options", "row"),
+    [
+        ("softmax", {}, 3 * 32 * 32 * 4),  # normalised, fp32
+        ("resnet_finetune", {"image_size": 64}, 3 * 32 * 32),  # enlarged on the device: the bytes
+        ("resnet_conv", {}, 256 * 2 * 2 * 4),  # features
+        ("convnet", {"fix": {"augment": "crop"}}, 3 * 32 * 32),
+        ("convnet", {"ranges": {"augment": "choice('none', 'crop')"}}, 3 * 32 * 32 * 4),  # the larger
+    ],
+)
+def test_the_bytes_of_inputs_are_those_that_a_trial_reads(space, options, row, data_dir):
+    options = make_options(space, **({"image_size": 32, "weights": "none"} | options))
+    assert inputs_bytes(options, prepare("digits", data_dir), CPU) == 1438 * row
+
+
+def test_inputs_that_the_disk_cannot_hold_are_refused_before_they_are_written(
+    data_dir, tmp_path, monkeypatch
+):
+    options, data = (
+        make_options("softmax", image_size=32, data_dir=str(tmp_path)),
+        prepare("digits", data_dir),
+    )
+    written = 1438 * 3 * 32 * 32 * 4
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=written - 1))
+    with pytest.raises(ValueError, match=r"^inputs under --data-dir=.* need 18 MB, and 18 MB are free; give"):
+        preflight.prepare(options, data, CPU)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=written))
+    assert preflight.prepare(options, data, CPU).input_bytes == written
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    assert preflight.prepare(options, data, CPU).input_bytes == 0  # they are there
+
+
 def test_the_largest_trial_of_a_space_has_the_highest_of_everything():
     options = make_options("twolayernn", image_size=32)
     config = largest(options)
@@ -204,7 +273,16 @@ def test_the_image_size_is_the_spaces_best_that_there_is_room_for(
     space, options, settings, gpu_bytes, size, tmp_path
 ):
     wanted = make_options(space, data_dir=str(tmp_path), **options)
-    assert settle_image_size(wanted, settings, Machine(16, 1, gpu_bytes=gpu_bytes)).image_size == size
+    machine = Machine(16, 1, gpu_bytes=gpu_bytes)
+    assert settle_image_size(wanted, settings, machine, wanted.data).image_size == size
+
+
+def test_the_images_of_a_function_are_counted_as_they_are(tmp_path):
+    images = (np.zeros((30, 8, 8), dtype=np.uint8), np.arange(30) % 2)
+    given = load_images("<dict>", {"train": images, "test": images, "classes": ["a", "b"]})
+    options = make_options("resnet_conv", data="<dict>", data_dir=str(tmp_path))
+    settled = settle_image_size(options, CUDA, Machine(16, 1, gpu_bytes=GB), given)
+    assert settled.image_size == 128  # which 60,000 images leave no room for
 
 
 def test_images_are_counted_without_reading_them_all(tmp_path):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tests.configs import NETWORKS, make_config, own_arguments
 from tunefleet.trainables.data import SPLITS, ImageData
 from tunefleet.trainables.device import DeviceSettings
-from tunefleet.trainables.training import TrainingRun, lr_at
+from tunefleet.trainables.training import TrainingRun, gather, lr_at
 
 FP32 = DeviceSettings("cpu", "fp32", channels_last=True, micro_batch_bytes=8 * 2**20)
 CLASSES = 4
@@ -349,3 +349,36 @@ def test_a_checkpoint_on_features_holds_the_head_alone(start):
 
 def test_a_last_batch_of_one_image_trains(start):
     start("resnet_softmax_updatable", batch_size=71).train_epoch()  # 72 images: 71 and 1
+
+
+@pytest.mark.parametrize("architecture", ["softmax", "convnet"])
+def test_a_network_that_writes_to_its_input_changes_no_image(start, architecture):
+    run = start(architecture)
+    before = {name: getattr(run.inputs, name).clone() for name in ("train_x", "val_x")}
+
+    def blacken(module, inputs):
+        inputs[0].zero_()
+
+    run.network.register_forward_pre_hook(blacken)
+    run.epoch()
+    run.predict(np.zeros((3, 3, 32, 32), dtype=np.uint8))
+    assert all(torch.equal(getattr(run.inputs, name), x) for name, x in before.items())
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_batches_of_inputs_on_the_host_are_copied_from_pinned_pages(monkeypatch, last):
+    x = torch.arange(2.0 * 3 * 4 * 4).view(2, 3, 4, 4)
+    x = x.to(memory_format=torch.channels_last) if last else x
+    copied = []
+
+    def pin(rows):
+        copied.append(rows)
+        return rows
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    index = torch.tensor([1])
+    assert torch.equal(gather(x, index, torch.device("cpu")), x[1:])
+    assert copied == []
+    there = gather(x, index, torch.device("meta"))  # stands for a GPU
+    assert (there.device.type, there.shape, there.stride()) == ("meta", (1, 3, 4, 4), x[1:].stride())
+    assert torch.equal(copied[0], x[1:])

@@ -1,16 +1,24 @@
-"""A decoded data set: its description, arrays and splits. trainables/preparation.py makes it."""
+"""A decoded data set: its description, arrays and splits, and the cache that keeps it.
+
+trainables/preparation.py makes it.
+"""
 
 import contextlib
 import hashlib
+import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from filelock import Timeout
 
 from tunefleet.cli import printable
+from tunefleet.files import holding
+from tunefleet.trainables.decoding import SourceError
 
 BUILT_IN = ("cifar10", "digits")
 SPLIT_SEED = 0  # draws the validation images, and the test images of a source that has none; never varied
@@ -20,6 +28,8 @@ VALIDATION_FRACTION_MAX = 0.3
 TEST_FRACTION = 0.2  # of a source that has no test images
 FORMAT_VERSION = 2  # of the decoded folder; raise it when the same source would be decoded differently
 CHANGES = {2: "image files are recognized by content and rotated by their EXIF orientation"}  # per version
+KEPT = "kept"  # in a partial folder: what becomes the decoded folder
+STEP_BYTES = 1 << 18  # hashed and summed at a time, within the processor's cache
 
 Progress = Callable[[str, int, int], None]  # phase, items done, items in all; 0 of 0 without a count
 Split = Literal["train", "test"]
@@ -138,12 +148,152 @@ def split_validation(
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
+def draw_test(labels: np.ndarray) -> np.ndarray:
+    """Draw the test images of a source without a test split: bool (N,)."""
+    _, test = split_validation(labels, TEST_FRACTION)
+    return np.isin(np.arange(len(labels)), test)
+
+
 def split_sha256(train: np.ndarray, val: np.ndarray) -> str:
     """Return the hash of a split, which study.json and every checkpoint record."""
     digest = hashlib.sha256(f"{len(train)} {len(val)} ".encode())
     for indices in (train, val):
         digest.update(indices.astype("<i8").tobytes())
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def locked(data_dir: Path, show: Progress) -> Iterator[None]:
+    """Context manager: hold the lock on `data_dir/decoded`."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    file = data_dir / "prepare.lock"
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(holding(file, 0))
+        except Timeout:
+            show("waiting for another process", 0, 0)
+            stack.enter_context(holding(file))
+        yield
+
+
+@contextlib.contextmanager
+def partial_folder(data_dir: Path) -> Iterator[Path]:
+    """Context manager: a folder of temporary files, with an empty folder KEPT. The caller holds the lock.
+
+    It is removed at the end, as is one that a killed process has left.
+    """
+    decoded = data_dir / "decoded"
+    decoded.mkdir(exist_ok=True)
+    for leftover in decoded.glob("*.partial"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial = decoded / "new.partial"
+    (partial / KEPT).mkdir(parents=True)
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def allocate_images(folder: Path, counts: tuple[int, int], size: int) -> list[np.memmap]:
+    """Create the files of training and test images, uint8 (N, 3, size, size).
+
+    Raises:
+        SourceError: The disk is too small.
+    """
+    needed, free = 3 * size**2 * sum(counts), shutil.disk_usage(folder).free
+    if needed > free:
+        raise SourceError(
+            f"needs {needed:,} bytes for {sum(counts):,} images of {size} × {size} pixels, and --data-dir "
+            f"has {free:,} free; free some, or give another --data-dir or a smaller --image-size"
+        )
+    return [
+        allocate(folder / f"{split}_images.npy", np.uint8, (count, 3, size, size))
+        for split, count in zip(SPLITS, counts, strict=True)
+    ]
+
+
+def keep(partial: Path, folder: Path, data: ImageData) -> ImageData:
+    """Move the images in a partial folder to their place in the cache."""
+    data = replace(data, folder=str(folder))
+    (partial / KEPT / "data.json").write_text(json.dumps(data.to_dict(), indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+    (partial / KEPT).replace(folder)
+    return data
+
+
+def folder_of(data_dir: Path, content: str, image_size: int) -> Path:
+    """Return the folder of decoded images."""
+    key = hashlib.sha256(json.dumps([FORMAT_VERSION, content, image_size]).encode()).hexdigest()[:32]
+    return data_dir / "decoded" / key
+
+
+def cached(folder: Path, name: str) -> ImageData | None:
+    """Return the images decoded in `folder`; None if there are none, or they are damaged."""
+    try:
+        data = ImageData.from_dict(json.loads((folder / "data.json").read_text()))
+        data = replace(data, name=name, folder=str(folder))  # both may have changed since
+        arrays = [array for split in SPLITS for array in load_split(data, split)]
+    except (OSError, EOFError, ValueError, TypeError):
+        return None
+    train, test = data.train_count, data.test_count
+    shapes = [(train, *data.image_shape), (train,), (test, *data.image_shape), (test,)]
+    return data if [array.shape for array in arrays] == shapes else None
+
+
+def describe(
+    folder: Path, name: str, classes: tuple[str, ...], notes: tuple[str, ...] = (), val_count: int = 0
+) -> ImageData:
+    """Count, hash and measure the images in `folder`."""
+    arrays = {
+        kind: np.load(folder / f"{kind}.npy", mmap_mode="r")
+        for kind in ("train_images", "train_labels", "test_images", "test_labels")
+    }
+    train = arrays["train_images"]
+    mean, std = _statistics(train)
+    return ImageData(
+        name=name,
+        folder=str(folder),
+        classes=classes,
+        image_shape=(3, train.shape[2], train.shape[3]),
+        train_count=len(train),
+        test_count=len(arrays["test_images"]),
+        mean=mean,
+        std=std,
+        sha256=_sha256(classes, list(arrays.values())),
+        notes=notes,
+        format_version=FORMAT_VERSION,
+        val_count=val_count,
+    )
+
+
+def _sha256(classes: tuple[str, ...], arrays: list[np.ndarray]) -> str:
+    digest = hashlib.sha256(json.dumps([classes, [array.shape for array in arrays]]).encode())
+    for array in arrays:
+        for rows in _steps(array):
+            digest.update(array[rows].data)
+    return digest.hexdigest()
+
+
+def _statistics(images: np.ndarray) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Return mean and standard deviation per channel of uint8 images (N, 3, H, W), in 0..1."""
+    total = np.zeros(3, dtype=np.int64)  # whole numbers: the same in any order and on any machine
+    squares = np.zeros(3, dtype=np.int64)
+    for rows in _steps(images):
+        part = images[rows].astype(np.int32)
+        total += part.sum(axis=(0, 2, 3), dtype=np.int64)
+        squares += np.multiply(part, part, out=part).sum(axis=(0, 2, 3), dtype=np.int64)
+    count = images.size // 3
+    mean = total / count
+    variance = squares / count - mean**2
+    # Exactly 0 if all pixels are equal, where rounding may leave a little more or less.
+    constant = [int(t) ** 2 == count * int(s) for t, s in zip(total, squares, strict=True)]
+    std = np.sqrt(np.where(constant, 0, np.maximum(variance, 0)))
+    return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
+
+
+def _steps(array: np.ndarray) -> Iterator[slice]:
+    rows = max(1, STEP_BYTES // (array.nbytes // len(array)))
+    return (slice(start, start + rows) for start in range(0, len(array), rows))
 
 
 def _hashable(value: Any) -> Any:

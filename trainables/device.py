@@ -62,11 +62,17 @@ class DeviceSettings:
     channels_last: bool  # memory format of convolutional networks
     micro_batch_bytes: int | None  # split a batch so that activations stay in cache; None: never
     cuda_graph: bool = False  # replay full batches' steps (trainables/graph.py); older studies did not
+    inputs_on_device: bool = True  # False: a GPU has no room for them, and each batch is copied from the host
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of inputs and autocast."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    @property
+    def inputs_device(self) -> str:
+        """Where a trial's inputs are."""
+        return self.device if self.inputs_on_device else "cpu"
 
     def of(self, space: Space) -> DeviceSettings:
         """Return those of these settings that leave a space's numbers as they are."""
@@ -74,7 +80,7 @@ class DeviceSettings:
             self,
             channels_last=self.channels_last and bool(space.channels_last),
             micro_batch_bytes=self.micro_batch_bytes if space.micro_batches else None,
-            cuda_graph=self.cuda_graph and space.cuda_graph,
+            cuda_graph=self.cuda_graph and space.cuda_graph and self.inputs_on_device,
         )
 
     def autocast(self) -> torch.autocast:

@@ -75,7 +75,7 @@ def evaluate_test(run: TrainingRun, folder: Path | None = None, tag: str = "") -
     """
     images, mapped = load_split(run.data, "test")
     labels = np.array(mapped)  # torch warns of arrays that it cannot write
-    probabilities = run.predict(np.array(images))
+    probabilities = run.predict(images)
     confidence, predicted = (values.numpy() for values in probabilities.max(1))
     if folder is not None:
         columns = {

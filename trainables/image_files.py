@@ -223,7 +223,7 @@ def read_tree(listing: Listing) -> Tree:
         val_count=sum(path.startswith(validates) for path in paths),
         notes=tuple(notes),
     )
-    _check_classes(tree)
+    check_classes(tree.classes, tree.labels, tree.is_test, tree.val_count)
     return tree
 
 
@@ -251,17 +251,25 @@ def _check_folders(listing: Listing, top: str, filled: set[str]) -> None:
             )
 
 
-def _check_classes(tree: Tree) -> None:
-    """Raise SourceError unless each class has a test image and, for validation, two training images."""
-    if len(tree.classes) < 2:
-        raise SourceError(f"holds one class only, {tree.classes[0]!r}; give two or more")
-    counts = {"": tree.labels}
-    if tree.is_test is not None:
-        train = tree.labels[~tree.is_test]
-        counts = {"train/": train[: len(train) - tree.val_count], "test/": tree.labels[tree.is_test]}
-    fewest = {"": 3, "train/": 1 if tree.val_count else 2, "test/": 1}
-    for folder, labels in counts.items():
-        for name, count in zip(tree.classes, np.bincount(labels, minlength=len(tree.classes)), strict=True):
+def check_classes(
+    classes: tuple[str, ...], labels: np.ndarray, is_test: np.ndarray | None, val_count: int = 0
+) -> None:
+    """Check that each class has a test image and, for validation, two training images.
+
+    The arguments are Tree's.
+
+    Raises:
+        SourceError: One of them has not, or there is one class only.
+    """
+    if len(classes) < 2:
+        raise SourceError(f"holds one class only, {classes[0]!r}; give two or more")
+    counts = {"": labels}
+    if is_test is not None:
+        train = labels[~is_test]
+        counts = {"train/": train[: len(train) - val_count], "test/": labels[is_test]}
+    fewest = {"": 3, "train/": 1 if val_count else 2, "test/": 1}
+    for folder, of_split in counts.items():
+        for name, count in zip(classes, np.bincount(of_split, minlength=len(classes)), strict=True):
             if count < fewest[folder]:
                 raise SourceError(
                     f"holds {counted(count, 'image')} of class {name!r} in {folder or 'its folder'}; "

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ LOADED_MAX = 2  # inputs that a worker keeps open: a study has one kind, or two 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The training and validation tensors of a trial, on its device.
+    """The training and validation tensors of a trial, on its device or, where a GPU has no room, on the host.
 
     ``train_x`` and ``val_x`` are uint8 images ``(N, 3, H, W)``, normalised images of the same shape
     or features ``(N, …)``; labels are int64 ``(N,)``. With ``refit`` there are no validation images.
@@ -80,7 +81,7 @@ def load_inputs(
     data_dir: Path,
     progress: Progress | None = None,
 ) -> Inputs:
-    """Load the inputs of a config onto the device, preparing them first where no trial has yet.
+    """Load the inputs of a config, preparing them first where no trial has yet.
 
     Args:
         config: The trial.
@@ -95,17 +96,32 @@ def load_inputs(
     if key not in _loaded:  # a reused worker opens its inputs once and not once per trial
         if len(_loaded) >= LOADED_MAX:
             _loaded.pop(next(iter(_loaded)))
-        x = preparation.mapped(key[0], images, order, progress).to(settings.device)
-        y = torch.from_numpy(labels).to(settings.device)
+        x = preparation.mapped(key[0], images, order, progress).to(settings.inputs_device)
+        y = torch.from_numpy(labels).to(settings.inputs_device)
         count = len(order) if config.refit else train_count
         _loaded[key] = Inputs(preparation.kind, x[:count], y[:count], x[count:], y[count:], split)
     return _loaded[key]
+
+
+def mapped_tensor(array: np.ndarray) -> Tensor:
+    """Return a read-only array as a tensor; writing to it ends the process.
+
+    Linux refuses a copy-on-write map of a file that is larger than memory and swap together.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch's, of arrays that it cannot write
+        return torch.from_numpy(array)
 
 
 def split_counts(data: ImageData) -> tuple[int, int, str]:
     """Return how many images train and validate, and the split's hash."""
     _, _, order, train_count, split = _training_split(data)
     return train_count, len(order) - train_count, split
+
+
+def is_prepared(config: TrainConfig, data: ImageData, settings: DeviceSettings, data_dir: Path) -> bool:
+    """Return whether the inputs of a config are there already; the arguments are load_inputs's."""
+    return _Preparation(config, data, settings).file(data_dir, split_counts(data)[2]).exists()
 
 
 def sample_inputs(
@@ -126,10 +142,10 @@ def sample_inputs(
     prepare = preparation.function()
     prepare(torch.from_numpy(images[rows[:1]]))  # initialises what is initialised once
     began = time.perf_counter()
-    prepared = prepare(torch.from_numpy(images[rows])).to(settings.device)
+    prepared = prepare(torch.from_numpy(images[rows])).to(settings.inputs_device)
     seconds = (time.perf_counter() - began) * len(order) / len(rows)
     repeated = torch.arange(count + val_count, device=prepared.device) % len(rows)
-    x, y = prepared[repeated], torch.from_numpy(labels[: len(rows)]).to(settings.device)[repeated]
+    x, y = prepared[repeated], torch.from_numpy(labels[: len(rows)]).to(prepared.device)[repeated]
     if x.dim() == 4 and preparation.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     if preparation.file(data_dir, split).exists():
@@ -237,8 +253,7 @@ class _Preparation:
                 raise ValueError(
                     f"--data-dir={shown} cannot be written ({printable(str(error))}); give another"
                 ) from error
-        # "c" is copy-on-write: shared pages like "r", without torch's warning about read-only arrays
-        tensor = torch.from_numpy(np.load(file, mmap_mode="c"))
+        tensor = mapped_tensor(np.load(file, mmap_mode="r"))
         if tensor.dtype == torch.int16:
             tensor = tensor.view(torch.bfloat16)
         return tensor.permute(0, 3, 1, 2) if tensor.dim() == 4 and self.channels_last else tensor

@@ -30,16 +30,22 @@ from tunefleet.trainables.archives import Archive
 from tunefleet.trainables.data import (
     BUILT_IN,
     FORMAT_VERSION,
+    KEPT,
     SPLITS,
-    TEST_FRACTION,
     ImageData,
     Progress,
-    allocate,
-    split_validation,
+    allocate_images,
+    cached,
+    describe,
+    draw_test,
+    folder_of,
+    keep,
+    locked,
+    partial_folder,
 )
-from tunefleet.trainables.decoded import KEPT, cached, describe, folder_of, keep, locked, partial_folder
 from tunefleet.trainables.decoding import Decoder, SourceError, square
 from tunefleet.trainables.image_files import Tree, list_files, read_tree, scan
+from tunefleet.trainables.own_images import OwnImages, is_function, load_images
 
 BUILT_IN_SIZE = 32  # pixels per side; CIFAR-10's own, and the digits' 8 leave nothing after three poolings
 CHUNK_IMAGES, CHUNK_BYTES = 128, 16 << 20  # at most, read and decoded by a process at a time
@@ -48,24 +54,26 @@ FILE_BYTES = 8 << 10  # that take as long as opening a file
 
 
 def prepare(
-    source: str,
+    source: str | OwnImages,
     data_dir: Path,
     image_size: int = 32,
     progress: Progress | None = None,
     processes: int | None = None,
+    earlier: ImageData | None = None,
 ) -> ImageData:
     """Decode a source into `data_dir/decoded/KEY/`, or find it there.
 
     Args:
         source: `cifar10` (downloaded), `digits` (scikit-learn's 1,797 images) or the path of a folder or
             archive of `train/CLASS/FILE` and `test/CLASS/FILE`, perhaps `val/CLASS/FILE`, or of `CLASS/FILE`,
-            of which 20 % test. Without test/, val/ tests.
+            of which 20 % test. Without test/, val/ tests. Or FILE.py:FUNCTION, or what it has returned.
         data_dir: Where downloads and decoded images are kept.
         image_size: Pixels per side to which larger, not square or differently sized images are resized.
         progress: Called at the start of a phase and during it. Phases: "listing files", "12 % of the
             archive", "unpacking", "waiting for another process", "comparing" (with images decoded before)
             and "decoding".
         processes: Processes that decode; None: one per CPU that this process may use.
+        earlier: A resumed study's images; where they are, no function is called.
 
     Raises:
         ValueError: The source or `data_dir` cannot be used; one line that says what was given and what to do.
@@ -74,18 +82,40 @@ def prepare(
         raise ValueError(f"image_size={image_size} is impossible; give the pixels per side, 1 or more")
     data_dir = expanded("--data-dir", data_dir).absolute()
     show = progress or (lambda phase, done, total: None)
+    name = source if isinstance(source, str) else source.reference
     try:
+        if isinstance(source, OwnImages) or (source not in BUILT_IN and is_function(source)):
+            return _prepare_own(source, data_dir, image_size, show, earlier)
         if source in BUILT_IN:
             return _prepare_built_in(source, data_dir, image_size, show)
         path = _existing(source)
         return _prepare_files(path, data_dir, image_size, show, processes or cpu_count())
     except SourceError as error:
-        raise ValueError(f"--data={printable(source)} {printable(str(error))}") from error
+        raise ValueError(f"--data={printable(name)} {printable(str(error))}") from error
     except OSError as error:
         shown = printable(str(data_dir))
         raise ValueError(
             f"--data-dir={shown} cannot be written ({printable(str(error))}); give another"
         ) from error
+
+
+def _prepare_own(
+    source: str | OwnImages, data_dir: Path, image_size: int, show: Progress, earlier: ImageData | None
+) -> ImageData:
+    """Write what a person's function returns; the key is the content, which is known once it is written."""
+
+    def find(data: ImageData) -> tuple[Path, ImageData | None]:
+        folder = folder_of(data_dir, f"{data.sha256} {data.val_count}", image_size)
+        return folder, cached(folder, data.name)
+
+    if earlier and (found := find(earlier)[1]):
+        return found
+    images = source if isinstance(source, OwnImages) else load_images(source)
+    with locked(data_dir, show), partial_folder(data_dir) as partial:
+        notes, val_count = images.write(partial / KEPT, image_size, show)
+        data = describe(partial / KEPT, images.name, images.classes, notes, val_count)
+        folder, found = find(data)
+        return found or keep(partial, folder, data)
 
 
 def _existing(source: str) -> Path:
@@ -96,10 +126,13 @@ def _existing(source: str) -> Path:
         close = difflib.get_close_matches(source.lower(), BUILT_IN, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise SourceError(
-            f"does not exist; {hint}Give cifar10, digits, or the path of a folder or archive of images"
+            f"does not exist; {hint}Give cifar10, digits, the path of a folder or archive of images, or "
+            "FILE.py:FUNCTION"
         ) from error
     except OSError as error:  # a name that is too long, a folder that is closed, a loop of links
         raise SourceError(f"cannot be read ({error.strerror})") from error
+    if path.suffix == ".py":
+        raise SourceError(f"is Python; name a function in it that returns images: --data {path}:FUNCTION")
     return path
 
 
@@ -179,7 +212,7 @@ class _Files:
 
     def __post_init__(self) -> None:
         tree, self.folder = self.tree, self.partial / KEPT
-        self.is_test = _draw_test(tree.labels) if tree.is_test is None else tree.is_test
+        self.is_test = draw_test(tree.labels) if tree.is_test is None else tree.is_test
         tests_before = np.cumsum(self.is_test) - self.is_test  # each image
         self.rows = np.where(self.is_test, tests_before, np.arange(len(self.is_test)) - tests_before)
 
@@ -233,18 +266,9 @@ class _Files:
 
     def _allocate(self, size: int) -> list[tuple[str, int]]:
         """Return per split the file for its images and the offset of the first."""
-        count, test_count = len(self.is_test), int(self.is_test.sum())
-        needed, free = 3 * size**2 * count, shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise SourceError(
-                f"needs {needed:,} bytes for {count:,} images of {size} × {size} pixels, and --data-dir has "
-                f"{free:,} free; free some, or give another --data-dir or a smaller --image-size"
-            )
-        outputs = []
-        for split, images in zip(SPLITS, (count - test_count, test_count), strict=True):
-            file = self.folder / f"{split}_images.npy"
-            outputs.append((str(file), allocate(file, np.uint8, (images, 3, size, size)).offset))
-        return outputs
+        tests = int(self.is_test.sum())
+        arrays = allocate_images(self.folder, (len(self.is_test) - tests, tests), size)
+        return [(str(array.filename), array.offset) for array in arrays]
 
 
 def _parts(sizes: list[int], stored_bytes: int) -> list[slice]:
@@ -352,7 +376,7 @@ def _write_digits(folder: Path, data_dir: Path, image_size: int) -> tuple[str, .
     digits = load_digits()
     size = (image_size, image_size)
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)  # the originals' range is 0..16
-    is_test = _draw_test(digits.target)
+    is_test = draw_test(digits.target)
     for split, chosen in (("train", ~is_test), ("test", is_test)):
         images = (Image.fromarray(image).resize(size, Image.Resampling.BILINEAR) for image in grey[chosen])
         _write_images(folder, split, images, image_size)
@@ -363,9 +387,3 @@ def _write_digits(folder: Path, data_dir: Path, image_size: int) -> tuple[str, .
 def _write_images(folder: Path, split: str, images: Iterable[Image.Image], size: int) -> None:
     stored = [np.frombuffer(square(image, size), np.uint8).reshape(3, size, size) for image in images]
     np.save(folder / f"{split}_images.npy", np.stack(stored))
-
-
-def _draw_test(labels: np.ndarray) -> np.ndarray:
-    """Draw the test images of a source without a test split: bool (N,)."""
-    _, test = split_validation(labels, TEST_FRACTION)
-    return np.isin(np.arange(len(labels)), test)

@@ -42,7 +42,7 @@ def parser() -> Parser:
         kind = str(field.type)
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=PARSERS[kind], default=argparse.SUPPRESS, help=kind)
-    parser.add_argument("--data", default="cifar10", help="cifar10, digits, or an image folder or archive")
+    parser.add_argument("--data", default="cifar10", help="as tunefleet search takes it")
     parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="cache folder (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16")

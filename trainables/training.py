@@ -25,7 +25,7 @@ from tunefleet.trainables.device import (
 )
 from tunefleet.trainables.graph import StepGraph
 from tunefleet.trainables.group import Group
-from tunefleet.trainables.inputs import Inputs, build_model, cached_features, load_inputs
+from tunefleet.trainables.inputs import Inputs, build_model, cached_features, load_inputs, mapped_tensor
 from tunefleet.trainables.pipeline import Pipeline, augment, draw_crops
 
 EVAL_BATCH_BYTES = 32 * 2**20  # inputs of one evaluation batch; activations are some 50 times that
@@ -95,7 +95,7 @@ class TrainingRun:
         self.graph: StepGraph | None = None  # once there are steps to replay
         self.train_mode()
         _check_batch_norm(self.network, config.batch_size)
-        sample = self.to_network(self.inputs.train_x[:1])
+        sample = self.to_network(self.inputs.train_x[:1].to(self.device, copy=True))
         self.micro_batch = micro_batch(settings, self.network, sample, config.batch_size)
         self.parallel = group.parallel(self.network)
 
@@ -180,7 +180,7 @@ class TrainingRun:
         self.loss_sum.zero_()
         self.correct.zero_()
         sizes = batch_sizes(count, config.batch_size)
-        order = torch.randperm(count, generator=self.generator).to(self.device)
+        order = torch.randperm(count, generator=self.generator).to(self.inputs.train_y.device)
         crops = self._draw_crops(sizes)
         lrs = [lr_at(config, self.epochs_done + (step + 0.5) / len(sizes)) for step in range(len(sizes))]
         graph = self._graph_of_epoch(sizes)
@@ -214,7 +214,7 @@ class TrainingRun:
         parts = indices.split(size if self.micro_batch == self.config.batch_size else self.micro_batch)
         crop_parts = [None] * len(parts) if crops is None else group.share(crops).split(max(1, len(parts[0])))
         for k, (part, part_crops) in enumerate(zip(parts, crop_parts, strict=True), start=1):
-            x, y = gather(inputs.train_x, part), inputs.train_y[part]
+            x, y = (gather(tensor, part, self.device) for tensor in (inputs.train_x, inputs.train_y))
             if self.augments():
                 x = self.augment(x, self.generator)
             elif part_crops is not None:
@@ -271,7 +271,7 @@ class TrainingRun:
         x, y = self.group.stretch(x), self.group.stretch(y)
         loss_sum, classes = torch.zeros((), device=self.device), len(self.data.classes)
         confusion = torch.zeros(classes**2, device=self.device, dtype=torch.int64)
-        batches = y.split(self.eval_batch(x))
+        batches = y.to(self.device).split(self.eval_batch(x))
         for part_y, logits in zip(batches, self._logits(self.network, self.to_network, x), strict=True):
             loss_sum += self._loss_sum(logits.float(), part_y)
             pairs = part_y * classes + logits.argmax(1)
@@ -280,12 +280,16 @@ class TrainingRun:
 
     @torch.inference_mode()
     def predict(self, images: np.ndarray) -> Tensor:
-        """Return class probabilities ``(N, classes)`` of test images, uint8 ``(N, 3, H, W)``, on the CPU."""
+        """Return class probabilities ``(N, classes)``, on the CPU, of test images.
+
+        Args:
+            images: uint8 ``(N, 3, H, W)``, of which a batch at a time is read.
+        """
         if self.inputs.kind == "features" and self.config.weights != "none":  # else each seed has its own
             x = cached_features(self.config, self.data, self.settings, self.data_dir, images)
             batches = self._logits(self.network, self.to_network, x)
         else:
-            batches = self._logits(self.model, self.pipeline, torch.from_numpy(images))
+            batches = self._logits(self.model, self.pipeline, mapped_tensor(images))
         return torch.cat([logits.float().softmax(1).cpu() for logits in batches])
 
     def _logits(
@@ -295,7 +299,8 @@ class TrainingRun:
         network.eval()
         for part in x.split(self.eval_batch(x)):
             with self.settings.autocast():
-                logits = network(prepare_batch(part.to(self.device)))
+                # a copy, since a network may write to its input, and a map cannot be written
+                logits = network(prepare_batch(part.to(self.device, copy=True)))
             yield logits
 
     def to_network(self, x: Tensor) -> Tensor:
@@ -444,12 +449,17 @@ def batch_sizes(count: int, batch_size: int) -> list[int]:
     return [batch_size] * full + ([rest] if rest else [])
 
 
-def gather(x: Tensor, index: Tensor) -> Tensor:
-    """Return ``x[index]`` in the memory format of x.
+def gather(x: Tensor, index: Tensor, device: torch.device) -> Tensor:
+    """Return ``x[index]`` on a device, in the memory format of x; the index is where x is.
 
     index_select is twice as fast for rows that are contiguous in memory, and would lose channels_last.
     """
-    return x.index_select(0, index) if x.is_contiguous() else x[index]
+    rows = x.index_select(0, index) if x.is_contiguous() else x[index]
+    if (
+        rows.device.type != device.type
+    ):  # pinned pages are copied while the GPU still trains on the batch before
+        rows = rows.pin_memory().to(device, non_blocking=True)
+    return rows
 
 
 def lr_at(config: TrainConfig, epochs: float) -> float:
