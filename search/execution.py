@@ -248,7 +248,7 @@ def run_facts(ready: Ready, wandb: WandbOptions, changes: Mapping[str, Any], stu
 
 
 def scheduler_of(ready: Ready, study: Study) -> Scheduler:
-    """Return the study's decisions as of the end of its journal; drop checkpoints of no trial."""
+    """Return the study's decisions as of the end of its journal; drop checkpoints and logs of no trial."""
     options = ready.options
     assert options.trials is not None
     assert options.pruner is not None
@@ -268,7 +268,7 @@ def scheduler_of(ready: Ready, study: Study) -> Scheduler:
         scheduler.replay(study.events)
     except (KeyError, TypeError) as error:  # a journal of the old form has no checksums
         raise ValueError(f"{study.journal.file} does not fit study.json ({error!r}); restore both") from error
-    for name in ready.store.names("checkpoints"):
+    for name in [*ready.store.names("checkpoints"), *ready.store.names("logs")]:
         if Path(name).stem not in scheduler.trials:  # its start is lost; another trial will have its number
             ready.store.remove(name)
     return scheduler
