@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 
 from tunefleet.cli import counted, printable, shell, shown
 from tunefleet.files import is_full
@@ -168,16 +169,7 @@ def run(ready: Ready, session: Session, wandb: WandbOptions, changes: Mapping[st
         changes: Options that were given when it was resumed.
     """
     options, console = ready.options, session.console
-    trials, epochs = counted(options.trials or 0, "trial"), counted(options.epochs or 0, "epoch")
-    on, device = "", ready.settings.device
-    if ready.data:
-        on, device = f" on {ready.data.name}", f"{device} {ready.settings.precision}"
-    print_text(
-        console,
-        f"{on}: {trials} of up to {epochs}, {ready.resources.slots} at once, {device} "
-        f"-> {shown(ready.location)}",
-        options.space.name,
-    )
+    _print_start(ready, console)
     live_upload = LiveUpload(ready.folder, wandb)
     mirror = Mirror(ready.folder, ready.store, functools.partial(print_text, console))
     ray_watch = RayWatch()
@@ -220,6 +212,15 @@ def run(ready: Ready, session: Session, wandb: WandbOptions, changes: Mapping[st
     left = mirror.finish()
     _say(left, console)
     return code or int(bool(left))
+
+
+def _print_start(ready: Ready, console: Console) -> None:
+    options, on, device = ready.options, "", ready.settings.device
+    trials, epochs = counted(options.trials or 0, "trial"), counted(options.epochs or 0, "epoch")
+    if ready.data:
+        on, device = f" on {ready.data.name}", f"{device} {ready.settings.precision}"
+    at_once = f"{ready.resources.slots} at once, {device} -> {shown(ready.location)}"
+    print_text(console, f"{on}: {trials} of up to {epochs}, {at_once}", options.space.name)
 
 
 @contextlib.contextmanager
@@ -372,6 +373,6 @@ def tell_stopped(location: Path | str, session: Session, reason: str) -> int:
     return 3
 
 
-def _say(line: str, console: Any) -> None:
+def _say(line: str, console: Console) -> None:
     if line:
         print_text(console, line)

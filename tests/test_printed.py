@@ -9,8 +9,8 @@ import pytest
 
 from tests.object_store import faulty_store
 from tunefleet.mirror import Mirror
+from tunefleet.printed import CUT, HALF, Printed
 from tunefleet.store import Store
-from tunefleet.trainables.printed import CUT, HALF, Printed
 
 
 @pytest.fixture

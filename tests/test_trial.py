@@ -10,11 +10,11 @@ import torch
 
 from tests.configs import make_config
 from tunefleet.models.spaces import SPACES
+from tunefleet.printed import Printed
 from tunefleet.store import Store
 from tunefleet.trainables.device import BrokenGpuError, choose
 from tunefleet.trainables.graph import CaptureError, CaptureMemoryError
 from tunefleet.trainables.preparation import prepare
-from tunefleet.trainables.printed import Printed
 from tunefleet.trainables.trial import Trial, TrialContext
 
 

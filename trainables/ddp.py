@@ -20,8 +20,8 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchTrainer, get_device
 from ray.tune.integration.ray_train import TuneReportCallback
 
+from tunefleet.printed import Printed
 from tunefleet.trainables.group import Group
-from tunefleet.trainables.printed import Printed
 from tunefleet.trainables.trial import (
     JobRun,
     TrialContext,

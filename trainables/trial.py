@@ -26,6 +26,7 @@ from tunefleet.files import is_full
 from tunefleet.host import oom_kills
 from tunefleet.metric import ACCURACY, Metric
 from tunefleet.models.space import Space
+from tunefleet.printed import Printed
 from tunefleet.store import Store, StoreError
 from tunefleet.trainables import device
 from tunefleet.trainables.data import ImageData
@@ -34,7 +35,6 @@ from tunefleet.trainables.evaluate import evaluate_test, model_file, result_file
 from tunefleet.trainables.graph import CaptureError
 from tunefleet.trainables.group import Group
 from tunefleet.trainables.own import OwnRun
-from tunefleet.trainables.printed import Printed
 from tunefleet.trainables.training import ALONE, DamagedCheckpointError, TrainingRun
 
 
