@@ -17,7 +17,7 @@ from tunefleet.analysis.load import StudyResults
 from tunefleet.analysis.text import clock, listed, mean_and_spread, number, percent, words
 from tunefleet.cli import counted, printable, shell
 from tunefleet.metric import ACCURACY, Metric
-from tunefleet.study import tested
+from tunefleet.study import tested, tested_before
 
 GROUPS = {
     "Plain networks": "Trained from scratch on pixels.",
@@ -93,10 +93,10 @@ def _best_text(study: StudyResults) -> str:
         return ""
     text = f"Trial {best['trial_id']}, chosen by its {called(metric)} of {number(best[metric.name])}"
     if study.trains_images:
-        return f"{text} on {counted(known['validation_count'], 'image')}."
-    if known["final"] and not known["final"]["test"]:
+        text += f" on {counted(known['validation_count'], 'image')}"
+    elif known["final"] and not known["final"]["test"]:
         text += "; there is no test figure"
-    return f"{text}."
+    return f"{text}. {tested_before(known)}".rstrip()
 
 
 def comparison(studies: list[StudyResults]) -> dict[str, Any]:

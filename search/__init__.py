@@ -20,6 +20,7 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for the next check; the default is 2 s
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # or print() passes by sys.stdout, and so by a trial's log
     "RAY_TRAIN_COUNT_PREEMPTION_AS_FAILURE": "1",  # or Tune restarts such a trial itself, unseen by us
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # reports.jsonl is the record
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # they are in reports.jsonl

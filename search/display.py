@@ -24,7 +24,7 @@ from tunefleet.models.spaces import SPACES
 from tunefleet.search.asha import expected_epochs
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.scheduler import Scheduler
-from tunefleet.study import Study, tested
+from tunefleet.study import Study, tested, tested_before
 
 SHOWN = ("lr", "weight_decay", "momentum", "batch_size", "hidden", "kernel_size", "schedule", "augment")
 TERMINAL_SECONDS = 0.5  # between refreshes
@@ -60,6 +60,8 @@ def print_result(folder: Path, console: Console) -> int:
         diverged = f", {len(final['diverged'])} of them diverged" if final["diverged"] else ""
         seeds = counted(len(final["seeds"]), "fresh seed")
         print_line(f" {rounded(figures['mean'])}{spread}, {seeds}{diverged}", name)
+    if before := tested_before(study):
+        print_line(before)
     if final and final["failed"]:
         failed["of the fresh seeds"] = len(final["failed"])
     extent = f"{counted(study['trials'], 'trial')}, {counted(study['epochs_spent'], 'epoch')}"

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 
 from tunefleet.cli import counted, printable, shell, shown
 from tunefleet.files import is_full
@@ -168,7 +169,7 @@ def run(ready: Ready, session: Session, wandb: WandbOptions, changes: Mapping[st
         changes: Options that were given when it was resumed.
     """
     options, console = ready.options, session.console
-    _announce(ready, console)
+    _print_start(ready, console)
     live_upload = LiveUpload(ready.folder, wandb)
     mirror = Mirror(ready.folder, ready.store, functools.partial(print_text, console))
     ray_watch = RayWatch()
@@ -213,18 +214,13 @@ def run(ready: Ready, session: Session, wandb: WandbOptions, changes: Mapping[st
     return code or int(bool(left))
 
 
-def _announce(ready: Ready, console: Any) -> None:
-    """Print what runs, on what, and where it is kept."""
+def _print_start(ready: Ready, console: Console) -> None:
     options, on, device = ready.options, "", ready.settings.device
     trials, epochs = counted(options.trials or 0, "trial"), counted(options.epochs or 0, "epoch")
     if ready.data:
         on, device = f" on {ready.data.name}", f"{device} {ready.settings.precision}"
-    print_text(
-        console,
-        f"{on}: {trials} of up to {epochs}, {ready.resources.slots} at once, {device} "
-        f"-> {shown(ready.location)}",
-        options.space.name,
-    )
+    at_once = f"{ready.resources.slots} at once, {device} -> {shown(ready.location)}"
+    print_text(console, f"{on}: {trials} of up to {epochs}, {at_once}", options.space.name)
 
 
 @contextlib.contextmanager
@@ -253,7 +249,7 @@ def run_facts(ready: Ready, wandb: WandbOptions, changes: Mapping[str, Any], stu
 
 
 def scheduler_of(ready: Ready, study: Study) -> Scheduler:
-    """Return the study's decisions as of the end of its journal; drop checkpoints of no trial."""
+    """Return the study's decisions as of the end of its journal; drop checkpoints and logs of no trial."""
     options = ready.options
     assert options.trials is not None
     assert options.pruner is not None
@@ -273,7 +269,7 @@ def scheduler_of(ready: Ready, study: Study) -> Scheduler:
         scheduler.replay(study.events)
     except (KeyError, TypeError) as error:  # a journal of the old form has no checksums
         raise ValueError(f"{study.journal.file} does not fit study.json ({error!r}); restore both") from error
-    for name in ready.store.names("checkpoints"):
+    for name in [*ready.store.names("checkpoints"), *ready.store.names("logs")]:
         if Path(name).stem not in scheduler.trials:  # its start is lost; another trial will have its number
             ready.store.remove(name)
     return scheduler
@@ -377,6 +373,6 @@ def tell_stopped(location: Path | str, session: Session, reason: str) -> int:
     return 3
 
 
-def _say(line: str, console: Any) -> None:
+def _say(line: str, console: Console) -> None:
     if line:
         print_text(console, line)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -63,3 +64,25 @@ def test_the_blocks_of_predict_run(photos, tmp_path, data_dir):
     assert in_python.strip() in {str(digit) for digit in range(10)}
     assert exported == "model.pt2: uint8 (N, 3, 32, 32) -> probabilities (N, 10), fp32\n"
     assert loaded.startswith("['")
+
+
+@pytest.mark.ray
+def test_the_recipe_for_an_architecture_leaves_the_tests_green_and_can_be_searched(tmp_path, data_dir):
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in filter(None, listed.stdout.split("\0")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name, follow_symlinks=False)
+    recipe = (ROOT / "README.md").read_text("utf-8").partition("add one row at the end of `_ROWS`")[2]
+    row, spaces = BLOCK.search(recipe)[2], tmp_path / "models" / "spaces.py"
+    head, end, rest = spaces.read_text().partition("\n}\n\n\nSPACES = ")
+    spaces.write_text(f"{head}\n{row}{end}{rest}")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}/src", "XDG_CACHE_HOME": str(data_dir.parent)}
+    tests = ["-m", "pytest", "-v", *(f"tests/test_{name}.py" for name in ("models", "spaces", "house"))]
+    (name,) = re.findall(r'^"(\w+)": _row', row)
+    search = ["-m", "tunefleet", "search", name, "--data", "digits", "--weights", "none", "--wandb", "off"]
+    sizes = ["--trials", "2", "--epochs", "1", "--final-seeds", "0"]
+    for words, expected in ((tests, rf"test_models.*\[{name}\]"), ([*search, *sizes], "2 trials, 2 epochs")):
+        command = [sys.executable, *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        assert re.search(expected, done.stdout), done.stdout

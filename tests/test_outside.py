@@ -40,13 +40,19 @@ def body(channels, width):
     )
 """
 OWN = """
+import logging
+
 import torch
 from ray import tune
 from torch import nn
 from tunefleet import Space
 
+logging.basicConfig(level="INFO", format="%(message)s")
+
 class Fit:
     def __init__(self, config, *, seed):
+        self.epochs = 0
+        logging.info("width %s", config["width"])
         if config["width"] == 13:
             raise RuntimeError("unlucky")
         torch.manual_seed(seed)
@@ -59,6 +65,8 @@ class Fit:
         return (self.network(self.x[first:last]) - self.y[first:last]).square().mean()
 
     def epoch(self):
+        self.epochs += 1
+        print("epoch", self.epochs)
         for first in range(0, 150, 10):
             gradients = torch.autograd.grad(self.loss(first, first + 10), list(self.network.parameters()))
             with torch.no_grad():
@@ -68,10 +76,11 @@ class Fit:
             return {"val_mse": self.loss(150, 180)}
 
     def state_dict(self):
-        return self.network.state_dict()
+        return {"epochs": self.epochs, "network": self.network.state_dict()}
 
     def load_state_dict(self, state):
-        self.network.load_state_dict(state)
+        self.epochs = state["epochs"]
+        self.network.load_state_dict(state["network"])
 
     def test(self):
         with torch.no_grad():
@@ -150,6 +159,7 @@ def test_a_strangers_network_from_search_to_report(folder):
     assert len(study.searched) == 6
     assert study.best["width"] in (4, 8)
     assert study.test_accuracy > 0.8
+    assert not (folder / "study" / "logs").exists()  # nothing is printed
     assert sorted(file.name for file in (folder / "study" / "source").iterdir()) == ["mine.py", "models.py"]
     assert "report.html" in done(tunefleet(folder, "report", "study"))
     assert list((folder / "study" / "wandb").glob("offline-run-*"))
@@ -200,6 +210,13 @@ def test_a_training_of_its_own_is_searched_pruned_killed_and_tested(folder):
     assert study.test["name"] == "test_mse"
     assert len(study.test["values"]) == 2
     assert study.test_accuracy is None
+    for trial in study.records.values():
+        log = (folder / "study" / "logs" / f"{trial.trial_id}.txt").read_text().splitlines()
+        assert f"width {trial.config['width']}" == log[0]
+        epochs = [int(line.split()[1]) for line in log if line.startswith("epoch ")]
+        assert sorted(set(epochs)) == list(range(1, trial.epoch + 1))  # promoted and resumed ones append
+        if trial.status == "error":
+            assert trial.error.startswith(f"what it printed is in logs/{trial.trial_id}.txt\n")
     assert study.model().test() == pytest.approx(study.test["values"][0])
     assert "best val_mse" in out
     assert "test_mse" in out

@@ -10,7 +10,7 @@ from tunefleet import collect, mirror
 from tunefleet.inference import export, predict
 from tunefleet.search import lr_study, run, wandb_sync
 from tunefleet.search.display import phase, print_result
-from tunefleet.study import write_study
+from tunefleet.study import Study, write_study
 from tunefleet.trainables import train
 
 CONFIG = {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.9, "batch_size": 64, "schedule": "cosine"}
@@ -83,6 +83,27 @@ def test_what_was_sampled_or_fixed_is_printed(chosen, tmp_path):
     assert "  lr 0.1000\n" in text() or "  lr 0.1\n" in text()
     assert "  momentum 0.9" in text()
     assert "batch_size" not in text()
+
+
+def test_seeds_of_an_earlier_winner_are_said(tmp_path):
+    make_study(tmp_path)
+    screen, text = console()
+    print_result(tmp_path, screen)
+    assert "looked at before" not in text()
+    better = CONFIG | {"lr": 0.2}
+    events = [
+        {"trial_id": "0001", "epoch": 0, "config": better},
+        {"trial_id": "0001", "epoch": 1, "val_accuracy": 0.6, "status": "done"},
+        {"trial_id": "final-3", "epoch": 0, "config": better | {"seed": 1}},
+        {"trial_id": "final-3", "epoch": 1, "test_accuracy": 0.6, "status": "done"},
+    ]
+    write_events(tmp_path, Study(tmp_path).events + events)
+    screen, text = console()
+    print_result(tmp_path, screen)
+    assert (
+        "test_accuracy 0.6000, 1 fresh seed\nThe test images were looked at before, for 2 seeds of an"
+        in text()
+    )
 
 
 def test_one_is_not_plural(tmp_path):

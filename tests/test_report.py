@@ -9,11 +9,20 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from tests.made_study import EVIL, change, edit_events, remove_trials, write_own_study, write_study
+from tests.made_study import (
+    EVIL,
+    change,
+    edit_events,
+    remove_trials,
+    write_events,
+    write_own_study,
+    write_study,
+)
 from tunefleet.analysis import plots
 from tunefleet.analysis.facts import PIXELS, facts, first_layer_images
 from tunefleet.analysis.load import load
 from tunefleet.analysis.report import main, write
+from tunefleet.study import Study
 
 
 @pytest.fixture
@@ -39,6 +48,20 @@ def test_page_has_every_figure_and_number(folder, tmp_path):
         assert text in page
     assert page.count("<tr><td>0") == 12  # trials
     assert page.count("data:image/png") >= 7  # five filters and two mistakes
+
+
+def test_page_says_that_test_images_were_looked_at_before(folder, tmp_path):
+    assert "looked at before" not in write([load(folder)], tmp_path / "out").read_text()
+    best = Study(folder).best
+    events = [
+        {"trial_id": "0012", "epoch": 0, "config": best | {"lr": 0.05}},
+        {"trial_id": "0012", "epoch": 1, "val_accuracy": 0.99, "status": "done"},
+        {"trial_id": "final-3", "epoch": 0, "config": best | {"lr": 0.05, "seed": 1, "refit": True}},
+        {"trial_id": "final-3", "epoch": 1, "test_accuracy": 0.9, "status": "done"},
+    ]
+    write_events(folder, Study(folder).events + events)
+    page = write([load(folder)], tmp_path / "out").read_text()
+    assert "The test images were looked at before, for 2 seeds of an earlier winner." in page
 
 
 def test_page_needs_nothing_from_elsewhere_and_no_name_becomes_markup(folder, tmp_path):

@@ -157,3 +157,14 @@ def test_two_drivers_of_one_study_are_refused(cli, tmp_path):
     code, _, err = finish(first)
     assert code == 3, err
     assert "tunefleet resume study" in err
+
+
+def test_a_study_of_two_trials_continued_to_four_equals_one_of_four(cli, tmp_path):
+    same = ("--epochs", 2, "--pruner", "stop", "--eta", 2, "--concurrency", 1, "--final-seeds", 0)
+    for folder, trials in (("continued", 2), ("whole", 4)):
+        code, _, err = finish(cli(*STUDY, *same, "--trials", trials, "--study-dir", folder))
+        assert code == 0, err
+    code, _, err = finish(cli("--resume", "continued", "--trials", 4))
+    assert code == 0, err
+    assert len(table(tmp_path / "whole")) == 1 + 4
+    assert table(tmp_path / "continued") == table(tmp_path / "whole")

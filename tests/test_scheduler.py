@@ -9,10 +9,13 @@ import random
 import pytest
 from ray import tune
 
-from tunefleet.journal import Journal, records, winner
+from tests.made_study import spec
+from tunefleet.journal import FINAL, Journal, records, winner
+from tunefleet.metric import ACCURACY
 from tunefleet.search.asha import PRUNERS, Asha, least_epochs, rung_epochs
 from tunefleet.search.scheduler import Scheduler
-from tunefleet.search.suggest import SEARCHERS, suggest
+from tunefleet.search.suggest import SEARCHERS, Observation, suggest
+from tunefleet.study import write_study, write_tables
 
 EPOCHS, ETA, TRIALS, FINAL_SEEDS = 9, 3, 12, 2
 RUNGS = rung_epochs(1, ETA, EPOCHS)  # 1 and 3
@@ -712,3 +715,45 @@ def test_value_that_is_not_finite_is_the_same_live_and_replayed(tmp_path):
     jobs.report("0000", {"epoch": 1, "val_accuracy": math.nan})
     assert jobs.trials["0000"].value() is None
     assert winner(jobs.trials) is None
+
+
+def twice_as_many(tmp_path, pruner):
+    """Returns a study of 16 trials that was continued to 32, and one of 32, of one worker each."""
+    folders = tmp_path / "continued", tmp_path / "whole"
+    for folder in folders:
+        options = {"epochs": EPOCHS, "pruner": pruner}
+        write_study(folder, spec(space="softmax", rungs=list(RUNGS), options=options))
+    for folder, trials in ((folders[0], 16), (folders[0], 32), (folders[1], 32)):
+        file = folder / "reports.jsonl"
+        jobs = make_jobs(file, pruner=pruner, searcher="tpe", trials=trials)
+        jobs.replay(jobs.journal.read())
+        jobs.search_is_over = False
+        jobs.journal.append({"run": {"options": {"trials": trials}}})
+        work(jobs)
+    return [write_tables(folder, status="done", seconds=1.0) for folder in folders]
+
+
+@pytest.mark.parametrize("pruner", ["none", "stop"])
+def test_a_continued_study_equals_one_of_as_many_trials(tmp_path, pruner):
+    continued, whole = twice_as_many(tmp_path, pruner)
+    assert len(whole.trials) == 32
+    assert (continued.folder / "trials.csv").read_text() == (whole.folder / "trials.csv").read_text()
+    assert continued.best == whole.best
+    assert len(continued.seeds) == FINAL_SEEDS
+
+
+def test_a_continued_study_with_promote_suggests_from_what_it_observed(tmp_path):
+    continued, whole = twice_as_many(tmp_path, "promote")
+    configs, of_whole = ([trial.config for trial in study.searched] for study in (continued, whole))
+    assert configs[:16] == of_whole[:16]
+    for k, event in enumerate(continued.events):
+        if event.get("epoch") != 0 or event["trial_id"].startswith(FINAL):
+            continue
+        earlier = [trial for trial in records(continued.events[:k]).values() if not trial.is_final]
+        observations = [Observation(trial.config, trial.value(ACCURACY)) for trial in earlier]
+        expected = suggest("tpe", RANGES, FIRST, 0, len(earlier), observations)
+        assert event["config"] == FIXED | expected
+    # README says why: the first search promoted the best of 16 at its end
+    epochs, of_whole = ([trial.epoch for trial in study.searched[:16]] for study in (continued, whole))
+    assert epochs != of_whole
+    assert configs != [trial.config for trial in whole.searched]

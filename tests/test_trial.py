@@ -10,6 +10,7 @@ import torch
 
 from tests.configs import make_config
 from tunefleet.models.spaces import SPACES
+from tunefleet.printed import Printed
 from tunefleet.store import Store
 from tunefleet.trainables.device import BrokenGpuError, choose
 from tunefleet.trainables.graph import CaptureError, CaptureMemoryError
@@ -27,7 +28,7 @@ def worker(data_dir, tmp_path):
 
     def make(trial_id="0000", reported=0, final=False, **config):
         trial = Trial.__new__(Trial)
-        trial.context = context
+        trial.context, trial.printed = context, Printed()
         values = make_config("softmax", **({"epochs": 3, "lr": 0.01} | config)).to_dict()
         job = {"trial_id": trial_id, "config": values, "reported": reported, "final": final, "eager": False}
         trial.reset_config(job)
@@ -228,6 +229,28 @@ def test_a_seed_that_diverges_is_tested_all_the_same(worker):
     report = report_of(worker("final-1", final=True, lr=1e38, momentum=0.9))
     assert report["status"] == "diverged"
     assert 0 <= report["test_accuracy"] < 0.3
+
+
+def test_an_error_names_the_log_of_what_the_trial_printed(worker, monkeypatch, tmp_path):
+    def job_run(*_):
+        print("about to fail")
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr("tunefleet.trainables.trial.JobRun", job_run)
+    first, *_, last = report_of(worker("0007"))["error"].splitlines()
+    assert (first, last) == ("what it printed is in logs/0007.txt", "RuntimeError: shapes do not match")
+    assert (tmp_path / "logs" / "0007.txt").read_text() == "about to fail\n"
+
+
+def test_what_a_trial_prints_before_its_worker_is_replaced_is_kept(worker, monkeypatch, tmp_path):
+    def job_run(*_):
+        print("capturing")
+        raise CaptureError("no")
+
+    monkeypatch.setattr("tunefleet.trainables.trial.JobRun", job_run)
+    with pytest.raises(CaptureError):
+        worker().step()
+    assert (tmp_path / "logs" / "0000.txt").read_text() == "capturing\n"
 
 
 def test_a_bug_is_reported_with_its_traceback(worker, tmp_path):

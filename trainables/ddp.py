@@ -20,6 +20,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchTrainer, get_device
 from ray.tune.integration.ray_train import TuneReportCallback
 
+from tunefleet.printed import Printed
 from tunefleet.trainables.group import Group
 from tunefleet.trainables.trial import (
     JobRun,
@@ -72,21 +73,26 @@ def drive(job: dict[str, Any], *, context: TrialContext, workers: int, resources
 
 
 def _train(arguments: dict[str, Any]) -> None:
-    """Train as one worker of a group; only rank 0's reports reach Tune."""
+    """Train as one worker of a group; rank 0's reports reach Tune, and what it prints is logged."""
     job, context = arguments["job"], arguments["context"]
     if context.settings.device == "cuda":
         torch.cuda.set_device(get_device())
     set_up_worker(context)
+    group, printed = Group.current(), Printed()
     try:
-        run = JobRun(job, context, Group.current())
+        with printed.recording():
+            run = JobRun(job, context, group)
         while True:
-            report = run.report()
+            with printed.recording():
+                report = run.report()
+            if printed.text and group.rank == 0:
+                printed.save(context.store, job["trial_id"])
             train.report({"report": json.dumps(report)})
             if "status" in report:
                 return
     except Exception as error:
         if not _is_lost_partner(error):
-            report = failure_report(error, job, context)  # or it raises what is no trial's fault
+            report = failure_report(error, job, context, printed)  # or it raises what is no trial's fault
             context.store.write(json.dumps(report).encode(), _failure_name(job["trial_id"]))
         raise
 

@@ -26,6 +26,7 @@ from tunefleet.files import is_full
 from tunefleet.host import oom_kills
 from tunefleet.metric import ACCURACY, Metric
 from tunefleet.models.space import Space
+from tunefleet.printed import Printed
 from tunefleet.store import Store, StoreError
 from tunefleet.trainables import device
 from tunefleet.trainables.data import ImageData
@@ -152,8 +153,10 @@ def set_up_worker(context: TrialContext) -> None:
             device.limit_memory(context.gpu_bytes)
 
 
-def failure_report(error: Exception, job: dict[str, Any], context: TrialContext) -> dict[str, Any]:
-    """Return the report of a trial that ends by an exception.
+def failure_report(
+    error: Exception, job: dict[str, Any], context: TrialContext, printed: Printed
+) -> dict[str, Any]:
+    """Return the report of a trial that ends by an exception; it names the trial's log, where there is one.
 
     Raises:
         BrokenGpuError: The exception has left this process's GPU unusable. The trial is not at its end: it
@@ -172,6 +175,8 @@ def failure_report(error: Exception, job: dict[str, Any], context: TrialContext)
         ) from error
     else:
         report = {"status": "error", "error": "".join(traceback.format_exception(error))}
+    if log := printed.save(context.store, job["trial_id"]):  # first: a study compares the last lines
+        report["error"] = f"what it printed is in {log}\n{report['error']}"
     return report | whereabouts(context)
 
 
@@ -220,6 +225,11 @@ def worker_location() -> dict[str, Any]:
 class Trial(tune.Trainable):
     """Runs jobs one after another, each on one worker."""
 
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        self.printed = Printed()
+        with self.printed.recording():  # the context is unpickled, which imports the person's code
+            super().__init__(*arguments, **keywords)
+
     def setup(self, config: dict[str, Any], context: TrialContext | None = None) -> None:
         """Start or resumes the job; Tune calls it once per worker."""
         assert context is not None
@@ -244,10 +254,14 @@ class Trial(tune.Trainable):
             return {"location": json.dumps(worker_location() | gpu_id)}
         failed = False
         try:
-            self.run = self.run or JobRun(self.job, self.context)
-            report = self.run.report()
+            with self.printed.recording():
+                self.run = self.run or JobRun(self.job, self.context)
+                report = self.run.report()
         except Exception as error:  # noqa: BLE001  one trial's bug must not end the study; it is recorded
-            report, failed = failure_report(error, self.job, self.context), True
+            report, failed = failure_report(error, self.job, self.context, self.printed), True
+        finally:
+            if self.printed.text:
+                self.printed.save(self.context.store, self.job["trial_id"])
         if failed:
             self.run = None
             device.free_memory()

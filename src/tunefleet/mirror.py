@@ -28,7 +28,7 @@ from tunefleet.store import BRIEF_SECONDS, Store, StoreError, within
 from tunefleet.study import SPEC, lock_study, parse, read_study
 
 PERIOD_SECONDS = 5.0  # between looks at the folder
-LOCAL_ONLY = ("checkpoints", "ray")  # Tune's files, and what workers write to the store themselves
+LOCAL_ONLY = ("checkpoints", "logs", "ray")  # Tune's files, and what workers write to the store themselves
 
 
 class Mirror:

@@ -146,7 +146,7 @@ class Study:
                 self.metric.name: best.value(self.metric),
             },
             "final": final_results(self.seeds, self.metric),
-            "earlier_seeds": sum(trial.is_final for trial in self.records.values()) - len(self.seeds),
+            "earlier_seeds": _tested(self.records.values()) - _tested(self.seeds),
             "events": len(self.events),
         }
 
@@ -418,6 +418,21 @@ def tested(final: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
     if final["test_accuracy"]:
         figures["test_accuracy"] = final["test_accuracy"]
     return figures
+
+
+def _tested(trials: Iterable[TrialRecord]) -> int:
+    return sum(trial.is_final and trial.status in ("done", "diverged") for trial in trials)
+
+
+def tested_before(facts: dict[str, Any]) -> str:
+    """Return a sentence where seeds of an earlier winner were tested on the same split, else nothing."""
+    count, final = facts["earlier_seeds"], facts["final"]
+    if not count or not final or not final["test"]:
+        return ""
+    images = "images" if facts["data"]["classes"] else "data"
+    return (
+        f"The test {images} were looked at before, for {count} seed{'s' * (count > 1)} of an earlier winner."
+    )
 
 
 def over_seeds(values: list[float], metric: Metric = ACCURACY) -> dict[str, Any]:
