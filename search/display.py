@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import time
 from collections import Counter
@@ -179,13 +180,33 @@ def clock(seconds: float) -> str:
     return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
+class NotebookOutput:
+    """An output of a notebook's cell that is replaced in place; rich's own (15) needs ipywidgets."""
+
+    def start(self) -> None:
+        """Add the output to the cell."""
+        from IPython.display import display
+
+        self.handle = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def update(self, shown: Group | str, *, refresh: bool = True) -> None:
+        """Show something else there."""
+        page = io.StringIO()
+        Console(file=page, width=80, force_jupyter=False).print(shown)
+        self.handle.update({"text/plain": page.getvalue()}, raw=True)
+
+    def stop(self) -> None:
+        """Leave nothing there."""
+        self.update("")
+
+
 class Progress:
     """Shows one study; ``update`` may be called as often as one likes.
 
     Args:
         jobs: The study.
         options: The study's.
-        console: Where to; a terminal gets the table, anything else plain lines.
+        console: Where to; a terminal and a notebook get the table, in place, anything else plain lines.
         trouble: Returns what the study waits for, in a few words; nothing where it does not.
     """
 
@@ -199,7 +220,11 @@ class Progress:
         self.jobs, self.options, self.console = jobs, options, console
         self.trouble = trouble
         live = console.is_terminal and not console.is_dumb_terminal
-        self.live = Live(console=console, auto_refresh=False, transient=True) if live else None
+        self.live: Live | NotebookOutput | None = None
+        if console.is_jupyter:
+            self.live = NotebookOutput()
+        elif live:
+            self.live = Live(console=console, auto_refresh=False, transient=True)
         self.began = time.monotonic()
         self.shown_at = -float("inf")
         self.closed = False

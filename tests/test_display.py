@@ -2,6 +2,8 @@ import functools
 import io
 import math
 import re
+import sys
+import types
 
 import pytest
 from rich.console import Console
@@ -96,6 +98,34 @@ def test_a_narrower_terminal_keeps_no_rows_of_the_table(jobs):
             wrapped = sum(max(1, math.ceil(length / width)) for length in drawn)
             assert written.count("\x1b[1A") == wrapped - 1
             drawn = [len(row) for row in re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]|\r", "", written).split("\n")]
+
+
+def test_a_notebooks_progress_is_one_output_that_is_replaced(jobs, monkeypatch):
+    shown, added = [], []
+
+    class Handle:
+        def update(self, content, *, raw):
+            shown.append(content["text/plain"])
+
+    def display(content, *, raw=False, display_id=False):
+        added.append(content)
+        return Handle() if display_id else None
+
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", types.SimpleNamespace(display=display))
+    progress = Progress(
+        jobs, make_options("softmax", trials=9, epochs=9, final_seeds=2), Console(force_jupyter=True)
+    )
+    with progress:
+        for trial_id in ("0002", "0003"):
+            progress.shown_at = -math.inf
+            progress.update()
+            jobs.next_job()
+            jobs.report(trial_id, {"epoch": 1, "val_accuracy": 0.5})
+    assert ["3 of 9 started" in shown[0], "4 of 9 started" in shown[1]] == [True, True]
+    assert max(map(len, shown[0].splitlines())) <= 80
+    assert shown[2].strip() == ""
+    assert len(added) == 1
 
 
 def test_the_best_that_is_shown_never_falls(jobs):

@@ -21,7 +21,7 @@ def blocks_of(name):
 
 
 def run_blocks(name, folder, data_dir):
-    """Runs a page's blocks; returns what each prints."""
+    """Writes a page's files, which begin with # NAME.py, and runs the other blocks; returns their output."""
     scripts = folder / "bin"
     scripts.mkdir()
     command = scripts / "tunefleet"  # of this checkout, whatever is installed
@@ -33,9 +33,12 @@ def run_blocks(name, folder, data_dir):
         "WANDB_MODE": "disabled",
     }
     outputs = []
-    for language, text in blocks_of(name):
+    blocks = blocks_of(name)
+    for _, text in (files := [block for block in blocks if re.match(r"# \w+\.py\n", block[1])]):
+        (folder / text.split()[1]).write_text(text)
+    for language, text in (block for block in blocks if block not in files):
         words = ["sh", "-ec", text] if language == "sh" else [sys.executable, "-c", text]
-        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{text}\n{done.stdout}{done.stderr}"
         outputs.append(done.stdout)
     return outputs
@@ -64,6 +67,26 @@ def test_the_blocks_of_predict_run(photos, tmp_path, data_dir):
     assert in_python.strip() in {str(digit) for digit in range(10)}
     assert exported == "model.pt2: uint8 (N, 3, 32, 32) -> probabilities (N, 10), fp32\n"
     assert loaded.startswith("['")
+
+
+@pytest.mark.ray
+def test_the_blocks_of_own_training_begin_with_its_debugging_and_run(tmp_path, data_dir):
+    assert blocks_of("own-training.md")[0][1].startswith("tunefleet train mine.py ")
+    trained, searched = run_blocks("own-training.md", tmp_path, data_dir)
+    assert len(re.findall(r"^epoch \d/2  val_loss \d\.\d+ ", trained, re.MULTILINE)) == 2
+    assert re.search(r"^test_loss \d\.\d+, 1 fresh seed$", searched, re.MULTILINE)
+
+
+@pytest.mark.ray
+def test_the_blocks_of_own_network_run(tmp_path, data_dir):
+    (searched,) = run_blocks("own-network.md", tmp_path, data_dir)
+    assert "best val_accuracy" in searched
+
+
+@pytest.mark.ray
+def test_the_blocks_of_python_run(tmp_path, data_dir):
+    (printed,) = run_blocks("python.md", tmp_path, data_dir)
+    assert printed.splitlines()[-1] == "3"
 
 
 @pytest.mark.ray

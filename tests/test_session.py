@@ -1,5 +1,6 @@
 """What a signal does at each stage of a command, without Ray; tests/test_resume.py has whole studies."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -12,9 +13,10 @@ from rich.console import Console
 
 from tests.configs import make_options
 from tests.made_study import write_study as make_study
-from tunefleet.search import lr_study, wandb_sync
+from tunefleet.search import api, lr_study, wandb_sync
 from tunefleet.search import run as search
 from tunefleet.search.connection import RayWatch, _children, _is_alive
+from tunefleet.search.execution import tell_stopped
 from tunefleet.search.running import Request, run
 from tunefleet.search.session import NOTHING_WRITTEN, Session, Stops, say_nothing_written
 from tunefleet.search.wandb_options import WandbOptions
@@ -39,6 +41,22 @@ def test_a_command_that_is_not_disturbed_gives_its_code_and_its_error():
     assert Stops().run(lambda: 1) == 1
     with pytest.raises(ValueError, match="mine"):
         Stops().run(lambda: int("mine"))
+
+
+def test_a_stopped_cell_raises_keyboard_interrupt_after_the_folder_is_printed_each_time(tmp_path, capsys):
+    def work(session):
+        session.stops.change(functools.partial(tell_stopped, tmp_path, session))
+        send(signal.SIGINT)
+        time.sleep(WAIT)
+        return 0
+
+    for _ in range(2):
+        before = signal.getsignal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            api._run(work, tmp_path)
+        assert f"stopped; nothing is lost. To resume: tunefleet resume {tmp_path}" in capsys.readouterr().err
+        assert signal.getsignal(signal.SIGINT) == before  # the next cell, too, can be stopped
+    assert api._run(lambda session: 0, tmp_path).forecast == {}
 
 
 def raise_connection_error():
