@@ -25,6 +25,23 @@ def ray_logs(driver):
     return Path(next(word for word in words if word.startswith("--log_dir=")).partition("=")[2])
 
 
+def _with_ray(item):
+    return item.path.parent.name == "gpu" or any(item.get_closest_marker(name) for name in ("ray", "cluster"))
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """Of two processes (pytest -n 2) one has all tests with Ray or a GPU; other files stay whole."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if _with_ray(item) else str(item.path)))
+
+
+def pytest_runtest_setup(item):
+    """Beside tests with Ray the others come second: Ray's workers run at nice 15 and would starve."""
+    if "PYTEST_XDIST_WORKER" in os.environ and not _with_ray(item):
+        os.nice(19)  # the most there is, however often
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Two threads on a busy core wait for each other: an epoch of ResNet takes 20 times as long."""
