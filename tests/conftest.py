@@ -32,6 +32,7 @@ def _with_ray(item):
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Of two processes (pytest -n 2) one has all tests with Ray or a GPU; other files stay whole."""
+    items.sort(key=lambda item: not _with_ray(item))  # these take longest
     for item in items:
         item.add_marker(pytest.mark.xdist_group("ray" if _with_ray(item) else str(item.path)))
 
