@@ -29,6 +29,12 @@ def _with_ray(item):
     return item.path.parent.name == "gpu" or any(item.get_closest_marker(name) for name in ("ray", "cluster"))
 
 
+def pytest_configure(config):
+    """Have xdist keep groups together, in the order in which they come."""
+    if getattr(config.option, "numprocesses", None):
+        config.option.dist, config.option.loadscopereorder = "loadgroup", False
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Of two processes (pytest -n 2) one has all tests with Ray or a GPU; other files stay whole."""
