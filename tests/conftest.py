@@ -1,6 +1,8 @@
 """Fixtures that several files share: a cache folder for the whole run, and studies of digits."""
 
+import functools
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -25,27 +27,34 @@ def ray_logs(driver):
     return Path(next(word for word in words if word.startswith("--log_dir=")).partition("=")[2])
 
 
-def _with_ray(item):
-    return item.path.parent.name == "gpu" or any(item.get_closest_marker(name) for name in ("ray", "cluster"))
+@functools.cache
+def _with_ray(file):
+    """Tells whether tests of a file need Ray, machines or a GPU, of which there is one for all."""
+    return file.parent.name == "gpu" or bool(re.search(r"pytest\.mark\.(ray|cluster)\b", file.read_text()))
 
 
-def pytest_configure(config):
-    """Have xdist keep groups together, in the order in which they come."""
-    if getattr(config.option, "numprocesses", None):
-        config.option.dist, config.option.loadscopereorder = "loadgroup", False
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Of two processes (pytest -n 2) one has all tests with Ray or a GPU; other files stay whole."""
-    items.sort(key=lambda item: not _with_ray(item))  # these take longest
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if _with_ray(item) else str(item.path)))
+    """The files with Ray come first: they take longest."""
+    items.sort(key=lambda item: not _with_ray(item.path))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With ``-n 2`` one process has all files with Ray, the other one file after another of the rest."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = ROOT / nodeid.partition("::")[0]
+            return "ray" if _with_ray(file) else str(file)
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 def pytest_runtest_setup(item):
     """Beside tests with Ray the others come second: Ray's workers run at nice 15 and would starve."""
-    if "PYTEST_XDIST_WORKER" in os.environ and not _with_ray(item):
+    if "PYTEST_XDIST_WORKER" in os.environ and not _with_ray(item.path):
         os.nice(19)  # the most there is, however often
 
 
