@@ -1,6 +1,8 @@
 """Fixtures that several files share: a cache folder for the whole run, and studies of digits."""
 
+import functools
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -23,6 +25,37 @@ def ray_logs(driver):
     """Returns where a driver's own Ray has its logs."""
     words = [word for process in driver.children() for word in process.cmdline()]
     return Path(next(word for word in words if word.startswith("--log_dir=")).partition("=")[2])
+
+
+@functools.cache
+def _with_ray(file):
+    """Tells whether tests of a file need Ray, machines or a GPU, of which there is one for all."""
+    return file.parent.name == "gpu" or bool(re.search(r"pytest\.mark\.(ray|cluster)\b", file.read_text()))
+
+
+def pytest_collection_modifyitems(items):
+    """The files with Ray come first: they take longest."""
+    items.sort(key=lambda item: not _with_ray(item.path))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With ``-n 2`` one process has all files with Ray, the other one file after another of the rest."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = ROOT / nodeid.partition("::")[0]
+            return "ray" if _with_ray(file) else str(file)
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
+
+
+def pytest_runtest_setup(item):
+    """Beside tests with Ray the others come second: Ray's workers run at nice 15 and would starve."""
+    if "PYTEST_XDIST_WORKER" in os.environ and not _with_ray(item.path):
+        os.nice(19)  # the most there is, however often
 
 
 @pytest.fixture(autouse=True)
