@@ -14,6 +14,7 @@ from tunefleet.study import Study
 DRAWS, SEED = 50, 22
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("commands", ["analysis", "search"])
 def test_fifty_random_commands_have_no_defect(commands):
     """In a process of its own: each draw is a fork of it, and this one has threads."""
