@@ -149,7 +149,7 @@ def failure_report(error: Exception, job: dict[str, Any], context: TrialContext)
 
 
 def _memory_line(error: Exception, job: dict[str, Any], context: TrialContext) -> str:
-    """Return what a trial needed, what there is, and what to set."""
+    """Return the error of a trial that ran out of memory: what it used, the limit, and options to change."""
     sizes = {name: job["config"].get(name) for name in ("batch_size", "hidden", "kernel_size", "image_size")}
     which = ", ".join(f"{name} {value}" for name, value in sizes.items() if value is not None)
     reason = str(error).partition(" If reserved but")[0].partition("\n")[0]
@@ -173,7 +173,7 @@ def whereabouts(context: TrialContext) -> dict[str, Any]:
 
 
 def worker_location() -> dict[str, Any]:
-    """Return Ray's ids of this process, its node, and how often that killed for lack of memory.
+    """Return Ray's ids of this process, its node, and how many processes the node killed for lack of memory.
 
     A job's first result, before anything can go wrong.
     """
