@@ -204,7 +204,7 @@ class JobSearcher(Searcher):
         Path(checkpoint_path).touch()
 
     def restore(self, checkpoint_path: str) -> None:
-        """Do nothing: it is never called."""
+        """Refuse; Tune never calls this."""
         raise NotImplementedError("studies resume from reports.jsonl")
 
 

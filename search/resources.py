@@ -70,7 +70,7 @@ class Resources:
 
 
 def find_machine(device: str = "auto") -> Machine:
-    """Return what there is to divide among trials; of a cluster, the nodes that are up.
+    """Return the CPUs, GPUs and nodes to divide among trials; of a cluster, those that are up.
 
     Args:
         device: ``--device``; with cpu there are no GPUs on this host.

@@ -54,7 +54,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 def pytest_runtest_setup(item):
     """Beside tests with Ray the others come second: Ray's workers run at nice 15 and would starve."""
-    if hasattr(item.config, "workerinput") and not _with_ray(item.path):
+    if hasattr(item.config, "workerinput") and not _with_ray(item.path):  # a process of xdist's
         os.nice(19)  # the most there is, however often
 
 

@@ -181,7 +181,7 @@ def failure_report(
 
 
 def _memory_line(error: Exception, job: dict[str, Any], context: TrialContext) -> str:
-    """Return what a trial needed, what there is, and what to set."""
+    """Return the error of a trial that ran out of memory: what it used, the limit, and options to change."""
     names = ("batch_size", *context.space.arguments, "image_size")
     sizes = {name: job["config"].get(name) for name in names}
     which = ", ".join(f"{name} {value}" for name, value in sizes.items() if value is not None)
@@ -206,7 +206,7 @@ def whereabouts(context: TrialContext) -> dict[str, Any]:
 
 
 def worker_location() -> dict[str, Any]:
-    """Return Ray's ids of this process, its node, and how often that killed for lack of memory.
+    """Return Ray's ids of this process, its node, and how many processes the node killed for lack of memory.
 
     A job's first result, before anything can go wrong.
     """

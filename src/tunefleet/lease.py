@@ -7,7 +7,6 @@ their own lease first; all but the last find out at their next heartbeat.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import socket
@@ -78,11 +77,14 @@ class Lease:
         self._ended.set()
         if not reachable or self.lost or not self._writing.acquire(timeout=BRIEF_SECONDS):
             return
-        with contextlib.suppress(StoreError):
+        try:
             self.look(BRIEF_SECONDS)
             if not self.lost:
                 self.store.patient(BRIEF_SECONDS).remove(NAME)
-        self._writing.release()
+        except StoreError:
+            pass  # it goes stale
+        finally:
+            self._writing.release()
 
     def note(self, error: StoreError) -> None:
         """Record that the store is out of reach; the next renewal of the lease records that it is back."""
