@@ -280,6 +280,7 @@ def test_table_says_what_was_compared(tmp_path, capsys):
     assert f"{file} is no result" in error
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_arms_that_train_by_our_code_find_the_same(tmp_path):
     arms = ["ours", "tutorial", "tune-plain", "joblib", "optuna-hyperband"]

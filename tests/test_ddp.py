@@ -20,7 +20,7 @@ from tunefleet.trainables.device import choose
 from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.training import TrainingRun
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 WORKERS = 2
 SLOTS = 2  # groups of two workers of half a CPU each: all that two CPUs hold

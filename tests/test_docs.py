@@ -57,6 +57,7 @@ def photos(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_blocks_of_predict_run(photos, tmp_path, data_dir):
     search, predicted, in_python, exported, loaded = run_blocks("predict.md", tmp_path, data_dir)
@@ -69,6 +70,7 @@ def test_the_blocks_of_predict_run(photos, tmp_path, data_dir):
     assert loaded.startswith("['")
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_blocks_of_own_training_begin_with_its_debugging_and_run(tmp_path, data_dir):
     assert blocks_of("own-training.md")[0][1].startswith("tunefleet train mine.py ")
@@ -77,18 +79,21 @@ def test_the_blocks_of_own_training_begin_with_its_debugging_and_run(tmp_path, d
     assert re.search(r"^test_loss \d\.\d+, 1 fresh seed$", searched, re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_blocks_of_own_network_run(tmp_path, data_dir):
     for searched in run_blocks("own-network.md", tmp_path, data_dir):
         assert "best val_accuracy" in searched
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_blocks_of_python_run(tmp_path, data_dir):
     (printed,) = run_blocks("python.md", tmp_path, data_dir)
     assert printed.splitlines()[-1] == "3"
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_recipe_for_an_architecture_leaves_the_tests_green_and_can_be_searched(tmp_path, data_dir):
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults import FAULTS, Undisturbed, inject
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

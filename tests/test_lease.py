@@ -267,6 +267,7 @@ def test_mirror_by_hand_does_not_replace_what_another_driver_has_continued(stora
     assert "is driven by process" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_second_driver_is_refused_and_a_killed_ones_study_is_resumed_at_once(store, cli, tmp_path):
     store.fault = ""
@@ -291,6 +292,7 @@ def test_second_driver_is_refused_and_a_killed_ones_study_is_resumed_at_once(sto
     assert NAME not in Store(f"{store.url}/all/two").names()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_driver_whose_study_was_taken_over_stops_with_three(store, cli, tmp_path):
     store.fault = ""
@@ -323,6 +325,7 @@ module.Lease.take = slowly
 """
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_ctrl_c_before_the_trials_leaves_no_lease(store, cli, tmp_path):
     """A second one finds the study as it was left, and so does a driver on another host, at once."""

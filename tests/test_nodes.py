@@ -138,6 +138,7 @@ def test_without_storage_several_nodes_are_refused_at_once(cluster, cli, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_study_runs_on_both_nodes_and_outlives_one(cluster, bucket, cli, tmp_path):
     arguments = (*STUDY, "--study-dir", "lost", "--storage", f"{bucket}/all")
@@ -173,6 +174,7 @@ if any("default_worker.py" in word for word in sys.orig_argv):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_node_that_fails_whatever_it_gets_gets_no_more(cluster, bucket, cli, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(BROKEN)

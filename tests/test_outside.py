@@ -169,6 +169,7 @@ def test_a_strangers_network_from_search_to_report(folder):
     assert "probabilities (N, 2)" in done(tunefleet(folder, "export", "study", "model.pt2"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["resnet34", "mobilenet_v3_small", "timm:test_vit"])
 def test_another_backbone_is_searched_reported_and_predicted_with(folder, backbone):
     if backbone.startswith("timm:"):
@@ -185,6 +186,7 @@ def test_another_backbone_is_searched_reported_and_predicted_with(folder, backbo
     assert len(table) == 1 + 300
 
 
+@pytest.mark.slow
 def test_a_training_of_its_own_is_searched_pruned_killed_and_tested(folder):
     search = [
         "search",

@@ -358,6 +358,7 @@ def test_a_forecast_counts_what_python_gives(tmp_path, monkeypatch):
         space.search(data=lambda: {"classes": ["a", "b"]}, **how)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_study_calls_its_function_once_and_resumes_without_it(mine, tmp_path):
     study = ["--study-dir", "study", "--trials", 2, "--epochs", 2, "--final-seeds", 1, "--wandb", "off"]

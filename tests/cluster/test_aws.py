@@ -21,6 +21,7 @@ from tests.cluster.lab import Lab, until, why_not
 
 pytestmark = [
     pytest.mark.cluster,
+    pytest.mark.slow,
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
 ]
 FILE = "cluster/gpu.yaml"

@@ -11,6 +11,7 @@ from tests.cluster.test_files import load
 
 pytestmark = [
     pytest.mark.cluster,
+    pytest.mark.slow,
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
 ]
 FILE = "cluster/onprem.yaml"
