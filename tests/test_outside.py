@@ -147,6 +147,7 @@ def killed(process, study, reports=4):
     process.communicate()
 
 
+@pytest.mark.slow
 def test_a_strangers_network_from_search_to_report(folder):
     search = ["search", "mine.py", "--data", "photos", "--study-dir", "study", "--wandb", "offline"]
     killed(tunefleet(folder, *search, "--final-seeds", 1), folder / "study")

@@ -31,6 +31,7 @@ def half_a_cpu():
     folder.rmdir()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_study_ends_with_half_a_cpu(half_a_cpu, tmp_path, data_dir):
     done = subprocess.run(

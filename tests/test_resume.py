@@ -127,6 +127,7 @@ def test_a_study_continues_on_another_device_and_keeps_that_it_did(cli, tmp_path
     assert json.loads((folder / "study.json").read_text())["levers"]["device"] == "cuda"
 
 
+@pytest.mark.slow
 def test_the_images_may_be_elsewhere_when_a_study_is_resumed_from_elsewhere(cli, tmp_path, data_dir):
     images, rng = tmp_path / "images", np.random.default_rng(0)
     for k in range(60):
@@ -159,6 +160,7 @@ def test_two_drivers_of_one_study_are_refused(cli, tmp_path):
     assert "tunefleet resume study" in err
 
 
+@pytest.mark.slow
 def test_a_study_of_two_trials_continued_to_four_equals_one_of_four(cli, tmp_path):
     same = ("--epochs", 2, "--pruner", "stop", "--eta", 2, "--concurrency", 1, "--final-seeds", 0)
     for folder, trials in (("continued", 2), ("whole", 4)):

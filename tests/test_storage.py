@@ -406,6 +406,7 @@ def test_lost_store_stops_a_study_and_blames_no_trial(tmp_path):
     assert not [event for event in events if "lost" in event or "status" in event]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_study_outlives_a_store_that_is_away_and_stops_with_three_where_it_stays_away(store, cli, tmp_path):
     """Patience is cut from 10 minutes to 15 s; the store is away for 5 s, then for good."""
