@@ -239,7 +239,7 @@ def test_a_study_from_python_is_stopped_by_nothing_and_resumed_by_name(folder):
     )
     environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
     script = subprocess.Popen(
-        [sys.executable, "-P", "script.py"], cwd=folder, env=environment, stdout=-1, stderr=-1, text=True
+        [sys.executable, "script.py"], cwd=folder, env=environment, stdout=-1, stderr=-1, text=True
     )
     out = done(script)
     assert "test_accuracy s" in out
