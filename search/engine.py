@@ -1,13 +1,15 @@
 """Run a study's jobs on Ray Tune: one job is one Tune trial on a reused worker.
 
 Tune starts workers, places them on CPUs, GPUs and nodes, and notices when one is lost. What they do is
-decided by ``Scheduler``, to which a searcher and a scheduler pass everything on. Three traps of Ray 2.60:
+decided by ``Scheduler``, to which a searcher and a scheduler pass everything on. Four traps of Ray 2.60:
 
 - With ``reuse_actors`` Tune gives a just-freed worker to a pending trial whose own worker is still starting,
   and kills that one: short trials then all run on one worker. So each trial is offered once, and the searcher
   offers another as soon as a worker is free.
 - A custom searcher gets one pending trial, so workers start one after another, unless
   ``TUNE_MAX_PENDING_TRIALS_PG`` says otherwise.
+- Of workers without a trial ``reuse_actors`` keeps one and ends the others; a new one takes seconds to start.
+  So a worker that is free waits in a trial of Tune's that does nothing, for ``WAIT_MAX`` seconds.
 - ``fit()`` keeps every trial and goes over all of them, and it ends where Ray kills a worker for lack of
   memory. So a study is several rounds of ``fit()``; between them there is only what ``Scheduler`` knows.
 """
@@ -20,6 +22,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +53,7 @@ from tunefleet.trainables.trial import Trial, TrialContext
 
 ROUND = 1000  # jobs of one fit()
 START_SECONDS = 3.0  # that a worker takes to start, about
+WAIT_MAX = 30.0  # seconds that a worker waits for a job
 RECENT = 20  # epochs that must all be shorter than that for a round to end
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 PENDING_MAX = 1000  # of Tune's trials; the searcher offers far fewer
@@ -78,13 +82,45 @@ class Workers:
         self.at_work: set[str] = set()  # pending trials included
         self.locations: dict[str, dict[str, Any]] = {}  # by trial: node_id, worker_id, actor_id, pid, gpu
         self.given, self.round_is_over = 0, False
+        self.free = 0  # workers that have just ended a job
+        self.waiting: dict[str, float] = {}  # until when, by Tune's id of the trial that waits
+        self.reserved: Job | None = None  # for the next of those that stops
+
+    @property
+    def is_over(self) -> bool:
+        """Return whether this round gets no more jobs."""
+        return self.jobs.finished or self.round_is_over
 
     def next_job(self) -> Job | None:
         """Return what a free slot should do; None: nothing now."""
+        job, self.reserved = self.reserved or self._draw_job(), None
+        if job:
+            self.free -= bool(self.free)
+        return job
+
+    def wait(self, tune_id: str) -> bool:
+        """Return whether a worker is free and is kept until there is a job."""
+        if self.free:
+            self.free -= 1
+            self.given += 1
+            self.waiting[tune_id] = time.monotonic() + WAIT_MAX
+        return tune_id in self.waiting
+
+    def keep_waiting(self, tune_id: str) -> bool:
+        """Return whether there is still no job for a waiting worker."""
+        waits_until = self.waiting.pop(tune_id)  # its slot counts as free
+        self.reserved = self.reserved or self._draw_job()
+        self.free += bool(self.reserved)
+        if self.reserved or self.is_over or time.monotonic() > waits_until:
+            return False
+        self.waiting[tune_id] = waits_until
+        return True
+
+    def _draw_job(self) -> Job | None:
         if self.given >= ROUND and all(seconds < START_SECONDS for seconds in self._seconds):
             self.round_is_over = True
         slots = 1 if self.memory.suspects else self._slots()
-        if self.round_is_over or len(self.at_work) >= slots:
+        if self.round_is_over or len(self.at_work) + len(self.waiting) >= slots:
             return None
         job = self.jobs.next_job()
         if job:
@@ -179,17 +215,18 @@ class Workers:
 class JobSearcher(Searcher):
     """Ask for a job whenever a slot is free."""
 
-    def __init__(self, workers: Workers) -> None:
+    def __init__(self, workers: Workers, reuses: bool) -> None:
         super().__init__()
-        self.workers = workers
+        self.workers, self.reuses = workers, reuses
         self.trial_ids: dict[str, str] = {}  # Tune's: ours
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """Return the next job as Tune's config; None: not now."""
         job = self.workers.next_job()
+        if job is None and self.workers.is_over:
+            return Searcher.FINISHED  # type: ignore[return-value]  # a str, says Ray
         if job is None:
-            over = self.workers.jobs.finished or self.workers.round_is_over
-            return Searcher.FINISHED if over else None  # type: ignore[return-value]  # a str, says Ray
+            return {"trial_id": None} if self.reuses and self.workers.wait(trial_id) else None
         self.trial_ids[trial_id] = job.trial_id
         return dataclasses.asdict(job)
 
@@ -197,7 +234,11 @@ class JobSearcher(Searcher):
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """Free the slot; what follows from an error was decided in ``TuneScheduler.on_trial_error``."""
+        if trial_id not in self.trial_ids:
+            self.workers.waiting.pop(trial_id, None)  # where its worker was lost
+            return
         self.workers.end(self.trial_ids.pop(trial_id))
+        self.workers.free += not error
 
     def save(self, checkpoint_path: str) -> None:
         """Write nothing: reports.jsonl is what a study resumes from."""
@@ -236,15 +277,19 @@ class TuneScheduler(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         """Record a report; STOP ends the job, whether it is paused, pruned or done."""
         trial_id = trial.config["trial_id"]
-        if "location" in result:
+        if trial_id is None:
+            continues = self.workers.keep_waiting(trial.trial_id)
+        elif "location" in result:
             self.workers.locate(trial_id, json.loads(result["location"]))
-            return TrialScheduler.CONTINUE
-        continues = self.workers.report(trial_id, json.loads(result["report"]))
+            continues = True
+        else:
+            continues = self.workers.report(trial_id, json.loads(result["report"]))
         return TrialScheduler.CONTINUE if continues else TrialScheduler.STOP
 
     def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
         """Record that a trial's worker is lost; the study then makes another job of the trial."""
-        self.workers.lose(trial.config["trial_id"], _error_of(trial))
+        if trial_id := trial.config["trial_id"]:
+            self.workers.lose(trial_id, _error_of(trial))
 
 
 def _error_of(trial: TuneTrial) -> Exception:
@@ -348,7 +393,7 @@ def _round(
     return tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=JobSearcher(workers),
+            search_alg=JobSearcher(workers, reuses=resources.workers == 1),
             scheduler=TuneScheduler(workers, resources.of_worker),
             num_samples=-1,  # until the searcher says FINISHED
             reuse_actors=resources.workers == 1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 import json
 import shutil
 import sys
@@ -191,6 +192,8 @@ def run(ready: Ready, session: Session, wandb: WandbOptions, changes: Mapping[st
             if "trials" in changes:
                 scheduler.search_is_over = False
             live_upload.start()
+            if ready.options.searcher == "tpe":  # takes a second: now, not at the tenth trial
+                threading.Thread(target=importlib.import_module, args=["hyperopt"], daemon=True).start()
             with Progress(scheduler, options, console, mirror.trouble) as progress:
                 session.stops.change(functools.partial(stop, progress), watch)
                 run_jobs(scheduler, context_of(ready), resources=ready.resources, on_step=progress.update)

@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import tempfile
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,6 +249,9 @@ class Trial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Return where the job runs, then the report of one epoch; a failure of the trial is a report too."""
+        if self.job["trial_id"] is None:  # there is no job for this worker yet
+            time.sleep(0.05)
+            return {"waiting": True}
         if not self.located:
             self.located = True
             gpu_id = {"gpu": device.gpu_id()} if self.context.settings.device == "cuda" else {}
