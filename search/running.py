@@ -181,6 +181,7 @@ def run(request: Request, session: Session) -> int:
         ValueError: The study cannot run as asked; of a new one nothing was written.
     """
     session.stops.change(session.stops.nothing_yet)  # an earlier study of this command had another answer
+    session.studies.append(request.folder)
     ours = not ray.is_initialized()
     try:
         if not is_local():

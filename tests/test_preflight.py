@@ -218,7 +218,7 @@ def test_steps_on_inputs_of_the_host_are_not_captured():
         ("resnet_finetune", {"image_size": 64}, 3 * 32 * 32),  # enlarged on the device: the bytes
         ("resnet_conv", {}, 256 * 2 * 2 * 4),  # features
         ("convnet", {"fix": {"augment": "crop"}}, 3 * 32 * 32),
-        ("convnet", {"ranges": {"augment": "choice('none', 'crop')"}}, 3 * 32 * 32 * 4),  # the larger
+        ("convnet", {"range": {"augment": "choice('none', 'crop')"}}, 3 * 32 * 32 * 4),  # the larger
     ],
 )
 def test_the_bytes_of_inputs_are_those_that_a_trial_reads(space, options, row, data_dir):
