@@ -18,7 +18,7 @@ from tunefleet.models.checks import nearest
 from tunefleet.models.sources import is_importing, of_script, pickled
 from tunefleet.models.space import Space
 from tunefleet.search import running
-from tunefleet.search.options import HELP, StudyOptions
+from tunefleet.search.options import HELP, StudyOptions, check_given
 from tunefleet.search.scheduler import failed_alike
 from tunefleet.search.session import Session
 from tunefleet.search.wandb_options import NAMES, take_flags
@@ -58,6 +58,7 @@ def search(space: Space, **options: Any) -> Any:
     how: dict[str, Any] = {"wandb": _wandb(options)}
     given = {name: options.pop(name) for name in OF_THE_STUDY if name in options}
     space = space if space.source else of_script(space) or pickled(space)
+    check_given(space, options)
     how["images"] = _take_images(options)
     checked = StudyOptions(space, **{name: _plain(value) for name, value in options.items()})
     folder = Path(study_dir) if (study_dir := given.get("study_dir")) else None

@@ -15,7 +15,7 @@ from tunefleet.cli import Parser, expanded, path_argument
 from tunefleet.metric import OF_IMAGES, Metric, metric_of
 from tunefleet.models.checks import check_integer, check_name, check_number
 from tunefleet.models.ranges import check_ranges, interval, parse_range
-from tunefleet.models.space import FIELDS, NOT_SEARCHED, PRECISIONS, Space
+from tunefleet.models.space import FIELDS, NOT_SEARCHED, OF_EVERY_RUN, PRECISIONS, Space
 from tunefleet.models.spaces import SMALLEST_SIZE
 from tunefleet.search.asha import PRUNERS, rung_epochs
 from tunefleet.search.suggest import SEARCHERS, Observation, suggest
@@ -116,23 +116,12 @@ class StudyOptions:
                 check_number(flag(name), getattr(self, name), 0, float("inf"), low_allowed=False)
         if self.gpus_per_trial is not None:
             check_number("--gpus-per-trial", self.gpus_per_trial, 0, float("inf"))
-        if not self.space.trains_images:
-            self._check_own_run()
-        _ = self.rungs, self.compared
-        self._check_values()
-
-    def _check_own_run(self) -> None:
-        """Refuse what only training on images has."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in OF_IMAGES_ONLY:
-            if getattr(self, name) != defaults[name]:
-                raise ValueError(
-                    f"{flag(name)} is for images, and {self.space.name} trains by itself; leave it out"
-                )
-        if (self.workers_per_trial or 1) > 1:
+        if not self.space.trains_images and (self.workers_per_trial or 1) > 1:
             raise ValueError(
                 f"--workers-per-trial={self.workers_per_trial}: {self.space.name} trains alone; give 1"
             )
+        _ = self.rungs, self.compared
+        self._check_values()
 
     @property
     def compared(self) -> Metric:
@@ -149,9 +138,12 @@ class StudyOptions:
                 )
 
     def _check_values(self) -> None:
-        for name in self.fix or {}:
-            if name in NOT_SEARCHED:
-                raise ValueError(f"--fix {name} is not possible; {NOT_SEARCHED[name]}")
+        space = self.space
+        for option in PAIRS:
+            for name in getattr(self, option) or {}:
+                if name in NOT_SEARCHED and (space.trains_images or name in OF_EVERY_RUN):
+                    raise ValueError(f"{flag(option)} {name} is not possible; {NOT_SEARCHED[name]}")
+                space.check_known(name)
         values = self._fixed_values(self.image_size or SMALLEST_SIZE)
         for point in self.points or [] if self.space.trains_images else []:
             self.space.config(values | point)
@@ -211,7 +203,8 @@ def written(name: str, value: Any) -> str:
     kind = f"{'log' * found.log}{'randint' if found.integer else 'uniform'}"
     if found.integer and found.step == 1:
         return f"{kind}({low}, {high + 1})"  # without its end
-    return f"q{kind}({low}, {high}, {found.step})" if found.step else f"{kind}({low}, {high})"
+    step = round(found.step) if found.integer and found.step else found.step
+    return f"q{kind}({low}, {high}, {step})" if found.step else f"{kind}({low}, {high})"
 
 
 def _range(name: str, text: str) -> Domain:
@@ -331,12 +324,20 @@ class _Pairs(argparse.Action):
         setattr(namespace, self.dest, pairs)
 
 
+def check_given(space: Space, names: Collection[str]) -> None:
+    """Raise ValueError where an option was given that only images have, and a training has none."""
+    for name in names:
+        if name in OF_IMAGES_ONLY and not space.trains_images:
+            raise ValueError(f"{flag(name)} is for images, and {space.name} trains by itself; leave it out")
+
+
 def parsed(options: Mapping[str, Any], space: Space) -> dict[str, Any]:
     """Return options whose ``--fix`` has values, each of its hyperparameter's type.
 
     Raises:
-        ValueError: A name or a text fits no hyperparameter of the space.
+        ValueError: An option, a name or a text fits nothing of the space.
     """
+    check_given(space, options)
     if options.get("fix") is None:
         return dict(options)
     try:

@@ -1,15 +1,17 @@
 """Studies from Python: what keywords become, and what is raised; nothing is trained."""
 
 import os
+import re
 
 import pytest
 from ray import tune
 
 import tunefleet
+from tunefleet import Space
 from tunefleet.journal import TrialRecord
 from tunefleet.models.spaces import find_space
 from tunefleet.search import api, connection, running
-from tunefleet.search.options import StudyOptions
+from tunefleet.search.options import StudyOptions, parsed
 
 KEY = "k" * 40
 DIGITS = {"data": "digits"}
@@ -86,6 +88,36 @@ def test_failed_trials_raise_nothing(ran, monkeypatch):
     failed.status, failed.error = "error", "ValueError: no"
     monkeypatch.setattr(Finished, "searched", [failed] * 3)
     assert ran(wandb="off")[0].searched
+
+
+class Run:
+    """A training of a person's own."""
+
+
+OWN = Space(run=Run, ranges={"lr": tune.uniform(0.0, 1.0)}, fixed={"width": 4}, metric="val_loss", name="own")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": "cifar10"}, "^--data is for images, and own trains by itself; leave it out$"),
+        ({"weights": "imagenet"}, "^--weights is for images"),
+        ({"precision": "auto"}, "^--precision is for images"),
+        ({"fix": {"widht": 3}}, "^widht is neither in the ranges nor in fixed of own; did you mean width"),
+        ({"range": {"widht": "choice(3, 4)"}}, "^widht is neither in the ranges nor in fixed"),
+        ({"fix": {"epochs": 3}}, "^--fix epochs is not possible; give --epochs$"),
+        ({"workers_per_trial": 2}, "own trains alone; give 1"),
+    ],
+)
+def test_what_another_training_does_not_have_is_refused(ran, options, message):
+    with pytest.raises(ValueError, match=message):
+        OWN.search(**options)
+    with pytest.raises(ValueError, match=message):  # on the command line
+        StudyOptions(OWN, **parsed(options, OWN))
+
+
+def test_a_folder_is_not_named_after_images_that_a_study_has_not(ran):
+    assert re.fullmatch(r"own-\d+-\d+", OWN.search(fix={"width": 5}, wandb="off").folder.name)
 
 
 @pytest.mark.parametrize(
