@@ -15,7 +15,8 @@ from rich.console import Console
 
 from tunefleet.cli import expanded, kept_environment, shown
 from tunefleet.models.checks import nearest
-from tunefleet.models.sources import is_importing, of_script, pickled
+from tunefleet.models.origin import pickled, with_source
+from tunefleet.models.sources import is_importing
 from tunefleet.models.space import Space
 from tunefleet.search import running
 from tunefleet.search.options import HELP, StudyOptions, check_given
@@ -57,7 +58,7 @@ def search(space: Space, **options: Any) -> Any:
             raise ValueError(f"{name} is no option{nearest(name, known)}")
     how: dict[str, Any] = {"wandb": _wandb(options)}
     given = {name: options.pop(name) for name in OF_THE_STUDY if name in options}
-    space = space if space.source else of_script(space) or pickled(space)
+    space = with_source(space)
     check_given(space, options)
     how["images"] = _take_images(options)
     checked = StudyOptions(space, **{name: _plain(value) for name, value in options.items()})
