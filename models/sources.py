@@ -9,7 +9,6 @@ never pickled; a space that has no file, such as one of a notebook, is pickled b
 from __future__ import annotations
 
 import builtins
-import dataclasses
 import hashlib
 import importlib
 import importlib.abc
@@ -38,6 +37,10 @@ _numbers = itertools.count(1)
 _importing: list[str] = []  # packages of modules that are being imported
 _folders: dict[str, str] = {}  # of sources in this process, by the name of their package
 _spaces: dict[str, Space] = {}  # of sources that a worker has imported, by their hash
+
+
+class NoSpaceError(ValueError):
+    """A module has no space of that name."""
 
 
 @dataclass(frozen=True)
@@ -132,14 +135,6 @@ class Source:
         return folder
 
 
-def pickled(space: Space) -> Space:
-    """Return a space that has no file with a source that holds all of it."""
-    fields = {
-        f.name: getattr(space, f.name) for f in dataclasses.fields(space) if f.init and f.name != "source"
-    }
-    return replace(space, source=Source(space.name, space.name, pickled=cloudpickle.dumps(fields)))
-
-
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
@@ -219,9 +214,7 @@ def find(reference: str, built_in: Mapping[str, Space]) -> Space:
         )
         raise ValueError(f"--space={printable(reference)} is unknown{beside or nearest(reference, built_in)}")
     folder, module = _locate("--space", reference, location, f"give one, or: {_names(built_in)}")
-    if folder is None:
-        return _installed(reference, module, variable)
-    return _load(reference, folder, module, variable)
+    return load_space(reference, folder, module, variable)
 
 
 def find_function(reference: str) -> tuple[Callable[..., Any], Path | None]:
@@ -241,6 +234,11 @@ def find_function(reference: str) -> tuple[Callable[..., Any], Path | None]:
         names = [name for name, value in vars(module).items() if isinstance(value, FunctionType)]
         raise ValueError(f"--data={printable(reference)}: {name} is no function{nearest(name, names)}")
     return function, folder
+
+
+def is_installed(file: Path) -> bool:
+    """Return whether a file is of an installed package."""
+    return bool({"site-packages", "dist-packages"} & set(file.parts))
 
 
 def _is_file_name(location: str) -> bool:
@@ -265,7 +263,7 @@ def _locate(flag: str, reference: str, location: str, instead: str) -> tuple[Pat
             f"{flag}={printable(reference)}: there is no module {top} here; install it, or give a file"
         )
     origin = Path(spec.origin or next(iter(spec.submodule_search_locations or [""])))
-    if {"site-packages", "dist-packages"} & set(origin.parts):
+    if is_installed(origin):
         return None, location
     is_package = spec.submodule_search_locations is not None
     return origin.parents[1] if is_package and origin.is_file() else origin.parent, location
@@ -284,34 +282,31 @@ def _module(flag: str, reference: str, folder: Path | None, name: str, package: 
         raise ValueError(f"{flag}={printable(reference)} cannot be imported: {why}; fix it") from error
 
 
-def of_script(space: Space) -> Space | None:
-    """Return a space of the script that Python runs, as its file has it; None: no file does.
-
-    Its module is imported a second time, under a name of its own: workers have no ``__main__`` of this
-    script.
-    """
-    main = sys.modules["__main__"]
-    file = getattr(main, "__file__", None)
-    names = [name for name, value in vars(main).items() if value is space]
-    if file is None or not names or not Path(file).is_file():
-        return None
-    found = _load(shown(Path(file).absolute()), Path(file).absolute().parent, Path(file).stem, names[0])
-    same = found.described() == space.described() and found.fixed == space.fixed
-    return found if same else None
-
-
 def _names(built_in: Mapping[str, Space]) -> str:
     return ", ".join(built_in)
 
 
-def _load(reference: str, folder: Path, module_name: str, variable: str) -> Space:
-    """Import a person's module and return its space."""
+def load_space(reference: str, folder: Path | None, module_name: str, variable: str) -> Space:
+    """Import a person's module and return its space.
+
+    Args:
+        reference: As ``--space`` takes it.
+        folder: In which the module is; None: it is installed.
+        module_name: Dotted.
+        variable: Empty: the only space.
+
+    Raises:
+        NoSpaceError: The variable is none.
+        ValueError: The module's code fails.
+    """
+    if folder is None:
+        return _installed(reference, module_name, variable)
     package = f"{PREFIX}{next(_numbers)}"
     module = _module("--space", reference, folder, module_name, package)
     variable = variable or _only_space(reference, module)
     space = getattr(module, variable, None)
     if not isinstance(space, Space):
-        raise ValueError(
+        raise NoSpaceError(
             f"--space={printable(reference)}: {variable} is no Space{nearest(variable, _spaces_in(module))}"
         )
     name = space.name

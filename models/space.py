@@ -118,6 +118,9 @@ class Space:
     def __post_init__(self) -> None:
         if self.build is None and self.run is None:
             raise ValueError("a space needs build, which builds a network, or run, which trains by itself")
+        if self.run is not None and self.trains_images == (self.build is None):
+            needs = "needs build, too" if self.trains_images else "trains by itself; leave build out"
+            raise ValueError(f"run={getattr(self.run, '__name__', self.run)} {needs}")
         for name in ("ranges", "fixed"):
             object.__setattr__(self, name, dict(getattr(self, name) or {}))
         object.__setattr__(self, "name", self.name or builder_name(self))
@@ -128,7 +131,7 @@ class Space:
         for key in (*self.ranges, *self.fixed):
             self._check_key(key)
         for key in self.ranges:
-            if key in NOT_SEARCHED:
+            if self.trains_images and key in NOT_SEARCHED:
                 raise ValueError(f"{key} cannot be searched; {NOT_SEARCHED[key]}")
             if key in self.fixed:
                 raise ValueError(f"{key} is in ranges and in fixed; leave it in one of them")
@@ -139,6 +142,8 @@ class Space:
         for name, lowest in (("trials", 1), ("epochs", 1), ("workers_per_trial", 1)):
             check_integer(name, getattr(self, name), lowest)
         check_number("gpus_per_trial", self.gpus_per_trial, 0, math.inf)
+        if not self.trains_images and self.workers_per_trial > 1:
+            raise ValueError(f"workers_per_trial={self.workers_per_trial}: {self.name} trains alone; give 1")
         if self.trains_images:
             self.config({**self.fixed, **self.start})  # an impossible value is an error here
 
@@ -165,6 +170,14 @@ class Space:
             )
         if key in RESERVED or (not self.trains_images and key in OF_EVERY_RUN):
             raise ValueError(f"{key} is the name of a column of the results; rename it")
+
+    def check_known(self, name: str) -> None:
+        """Raise ValueError for a name that a training of its own has neither searched nor fixed."""
+        known = {**self.ranges, **self.fixed}
+        if not self.trains_images and name not in known:
+            raise ValueError(
+                f"{name} is neither in the ranges nor in fixed of {self.name}{nearest(name, known)}"
+            )
 
     def _check_first(self) -> None:
         if self.first is None:

@@ -6,22 +6,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ray
 from rich.console import Console
 
-from tunefleet.cli import kept_environment, shown
-from tunefleet.mirror import fetch_study
+from tunefleet.cli import expanded, kept_environment, shown
 from tunefleet.models.checks import nearest
-from tunefleet.models.sources import is_importing, of_script, pickled
+from tunefleet.models.origin import pickled, with_source
+from tunefleet.models.sources import is_importing
 from tunefleet.models.space import Space
 from tunefleet.search import running
-from tunefleet.search.options import HELP, StudyOptions
+from tunefleet.search.options import HELP, StudyOptions, check_given
+from tunefleet.search.scheduler import failed_alike
 from tunefleet.search.session import Session
-from tunefleet.search.wandb_options import NAMES
+from tunefleet.search.wandb_options import NAMES, take_flags
+from tunefleet.store import Store
 from tunefleet.study import Study
 from tunefleet.trainables.own_images import reference_of
 
@@ -30,6 +32,7 @@ OF_THE_STUDY = ("study_dir", "storage", "dry_run")
 OF_WANDB = ("wandb", "wandb_sweep", *(f"wandb_{name}" for name in NAMES))
 
 
+@kept_environment()
 def search(space: Space, **options: Any) -> Any:
     """Search a space, retrain the winner and test it; return the finished study.
 
@@ -53,19 +56,19 @@ def search(space: Space, **options: Any) -> Any:
     for name in options:
         if name not in known:
             raise ValueError(f"{name} is no option{nearest(name, known)}")
-    of_wandb = {name: options.pop(name) for name in OF_WANDB if name in options}
+    how: dict[str, Any] = {"wandb": _wandb(options)}
     given = {name: options.pop(name) for name in OF_THE_STUDY if name in options}
-    space = space if space.source else of_script(space) or pickled(space)
-    images = _take_images(options)
+    space = with_source(space)
+    check_given(space, options)
+    how["images"] = _take_images(options)
     checked = StudyOptions(space, **{name: _plain(value) for name, value in options.items()})
-    dry_run = bool(given.get("dry_run"))
-    folder = Path(given.get("study_dir") or running.default_folder(space.name, checked.data))
-    how: Any = {"dry_run": dry_run, "wandb": _wandb(of_wandb), "storage": given.get("storage")}
-    how["images"] = images
-    session = _run(lambda session: running.start(checked, folder, session, **how), folder)
-    return session.forecast if dry_run else _finished(folder, space)
+    folder = Path(study_dir) if (study_dir := given.get("study_dir")) else None
+    how |= {"dry_run": bool(given.get("dry_run")), "storage": _plain(given.get("storage"))}
+    session = _run(lambda session: running.start(checked, folder, session, **how))
+    return session.forecast if how["dry_run"] else _opened(session, space)
 
 
+@kept_environment()
 def resume(location: Path | str, *, space: Space | None = None, **options: Any) -> Study:
     """Continue a study; return it once it is finished.
 
@@ -79,18 +82,17 @@ def resume(location: Path | str, *, space: Space | None = None, **options: Any) 
         KeyboardInterrupt: It was stopped; it can be resumed again.
         RuntimeError: It stopped for another reason; it can be resumed again.
     """
-    of_wandb = {name: options.pop(name) for name in OF_WANDB if name in options}
-    images = _take_images(options)
+    how: dict[str, Any] = {"wandb": _wandb(options), "images": _take_images(options)}
     changes = {name: _plain(value) for name, value in options.items()}
     if space is not None and space.source is None:
         space = pickled(space)
-    folder, how = fetch_study(str(location)), {"wandb": _wandb(of_wandb), "space": space, "images": images}
-    _run(lambda session: running.resume(location, changes, session, **how), folder)
-    return _finished(folder, space)
+    if local := Store(str(location)).folder:
+        location = expanded("study", local)
+    session = _run(lambda session: running.resume(location, changes, session, space=space, **how))
+    return _opened(session, space)
 
 
-@kept_environment()
-def _run(work: Callable[[Session], int], folder: Path) -> Session:
+def _run(work: Callable[[Session], int]) -> Session:
     """Run or resume a study; afterwards Ray runs only if it did before."""
     ours, session = not ray.is_initialized(), Session(Console())
     try:
@@ -101,13 +103,15 @@ def _run(work: Callable[[Session], int], folder: Path) -> Session:
     if code == 3:
         if session.stops.was_signalled:
             raise KeyboardInterrupt
-        raise RuntimeError(f"the study has stopped; resume it: tunefleet.resume({shown(folder)!r})")
+        folder = session.studies[-1]
+        if not (folder / "study.json").exists() or not failed_alike(Study(folder).searched):
+            raise RuntimeError(f"the study has stopped; resume it: tunefleet.resume({shown(folder)!r})")
     return session
 
 
-def _finished(folder: Path, space: Space | None) -> Study:
-    """Return a study, with its space where that is of a notebook."""
-    study = Study(folder)
+def _opened(session: Session, space: Space | None) -> Study:
+    """Return the study that has run, with its space where that is of a notebook."""
+    study = Study(session.studies[-1])
     study.space = space if space and space.source.pickled else None
     return study
 
@@ -125,7 +129,7 @@ def _plain(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _wandb(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return W&B's options by field; without any there is no upload but where W&B is set up."""
-    names = {"wandb": "mode"}
-    return {names.get(name, name.removeprefix("wandb_")): value for name, value in options.items()}
+def _wandb(options: dict[str, Any]) -> dict[str, Any]:
+    """Move W&B's options out of the others, and its key out of the environment; return both by field."""
+    given = {name: options.pop(name) for name in OF_WANDB if name in options}
+    return take_flags({"wandb_mode" if name == "wandb" else name: value for name, value in given.items()})

@@ -40,8 +40,13 @@ OBJECT_STORE_BYTES = 256 * 2**20  # of a Ray of our own; a study passes next to 
 TRIAL_SLOT = "trial_slot"  # a resource of the head node: one for each group of workers that fits
 
 
+_started: set[str] = set()  # addresses of the Rays that this process has started for its studies
+
+
 def is_local() -> bool:
-    """Return whether a study has a Ray of its own, and joins no cluster."""
+    """Return whether a study has a Ray of its own: it joins no cluster and no Ray that was there."""
+    if ray.is_initialized():
+        return ray.get_runtime_context().gcs_address in _started
     return (os.environ.get("RAY_ADDRESS") or "local") == "local"
 
 
@@ -67,6 +72,10 @@ def connect(trial_slots: int = 0, device: str = "auto") -> None:
     if ray.is_initialized():
         if not trial_slots or TRIAL_SLOT in ray.cluster_resources():
             return
+        if not is_local():
+            raise ValueError(
+                f"Ray was started without the resource {TRIAL_SLOT}, which groups of workers need"
+            )
         ray.shutdown()  # a cluster of our own, started for an earlier study
     # one warning that Ray's SIGTERM handler is for the main thread; search/session.py has that signal
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -102,6 +111,8 @@ def connect(trial_slots: int = 0, device: str = "auto") -> None:
             else f"RAY_ADDRESS={address} cannot be joined ({reason}); start that cluster, give its token "
             "(RAY_AUTH_MODE=token, ~/.ray/auth_token), or unset RAY_ADDRESS to use this host"
         ) from error
+    if local:
+        _started.add(ray.get_runtime_context().gcs_address)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # lost workers are in reports.jsonl
 
 

@@ -9,13 +9,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray.tune.search.sample import Domain
+from ray.tune.search.sample import Categorical, Domain
 
 from tunefleet.cli import Parser, expanded, path_argument
 from tunefleet.metric import OF_IMAGES, Metric, metric_of
 from tunefleet.models.checks import check_integer, check_name, check_number
-from tunefleet.models.ranges import parse_range
-from tunefleet.models.space import FIELDS, NOT_SEARCHED, PRECISIONS, Space
+from tunefleet.models.ranges import check_ranges, interval, parse_range
+from tunefleet.models.space import FIELDS, NOT_SEARCHED, OF_EVERY_RUN, PRECISIONS, Space
 from tunefleet.models.spaces import SMALLEST_SIZE
 from tunefleet.search.asha import PRUNERS, rung_epochs
 from tunefleet.search.suggest import SEARCHERS, Observation, suggest
@@ -76,11 +76,14 @@ class StudyOptions:
     time_budget: float | None = None  # resume; seconds of search, None: no limit
     storage: str | None = None  # URL of an object store that holds the study's folder; None: a disk does
     fix: dict[str, Any] | None = None  # config values that every trial has, instead of sampled ones
-    ranges: dict[str, str] | None = None  # in place of the space's, as text: {"lr": "loguniform(1e-5, 1e-2)"}
+    range: dict[str, str] | None = None  # in place of the space's, as text: {"lr": "loguniform(1e-5, 1e-2)"}
     points: list[dict[str, Any]] | None = None  # run these instead of sampling: config values per trial
 
     def __post_init__(self) -> None:
         self._check_types()
+        if self.range:
+            texts = {name: written(name, value) for name, value in self.range.items()}
+            object.__setattr__(self, "range", texts)
         for name in ("data", "data_dir", "weights"):
             if (value := getattr(self, name)).startswith("~"):
                 object.__setattr__(self, name, str(expanded(flag(name), value)))
@@ -113,23 +116,12 @@ class StudyOptions:
                 check_number(flag(name), getattr(self, name), 0, float("inf"), low_allowed=False)
         if self.gpus_per_trial is not None:
             check_number("--gpus-per-trial", self.gpus_per_trial, 0, float("inf"))
-        if not self.space.trains_images:
-            self._check_own_run()
-        _ = self.rungs, self.compared
-        self._check_values()
-
-    def _check_own_run(self) -> None:
-        """Refuse what only training on images has."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in OF_IMAGES_ONLY:
-            if getattr(self, name) != defaults[name]:
-                raise ValueError(
-                    f"{flag(name)} is for images, and {self.space.name} trains by itself; leave it out"
-                )
-        if (self.workers_per_trial or 1) > 1:
+        if not self.space.trains_images and (self.workers_per_trial or 1) > 1:
             raise ValueError(
                 f"--workers-per-trial={self.workers_per_trial}: {self.space.name} trains alone; give 1"
             )
+        _ = self.rungs, self.compared
+        self._check_values()
 
     @property
     def compared(self) -> Metric:
@@ -146,9 +138,12 @@ class StudyOptions:
                 )
 
     def _check_values(self) -> None:
-        for name in self.fix or {}:
-            if name in NOT_SEARCHED:
-                raise ValueError(f"--fix {name} is not possible; {NOT_SEARCHED[name]}")
+        space = self.space
+        for option in PAIRS:
+            for name in getattr(self, option) or {}:
+                if name in NOT_SEARCHED and (space.trains_images or name in OF_EVERY_RUN):
+                    raise ValueError(f"{flag(option)} {name} is not possible; {NOT_SEARCHED[name]}")
+                space.check_known(name)
         values = self._fixed_values(self.image_size or SMALLEST_SIZE)
         for point in self.points or [] if self.space.trains_images else []:
             self.space.config(values | point)
@@ -161,10 +156,10 @@ class StudyOptions:
     @functools.cached_property
     def searched(self) -> Space:
         """Return the space without what is fixed."""
-        fix, ranges = self.fix or {}, self.ranges or {}
-        if both := fix.keys() & ranges.keys():
+        fix, texts = self.fix or {}, self.range or {}
+        if both := fix.keys() & texts.keys():
             raise ValueError(f"{min(both)} is in --fix and in --range; leave it out of one")
-        return self.space.fixing(fix).ranging({name: _range(name, text) for name, text in ranges.items()})
+        return self.space.fixing(fix).ranging({name: _range(name, text) for name, text in texts.items()})
 
     @property
     def rungs(self) -> tuple[int, ...]:
@@ -190,6 +185,26 @@ class StudyOptions:
         if points:
             return points[number] if number < len(points) else None
         return suggest(self.searcher, space.ranges, space.start, self.seed, number, observations)
+
+
+def written(name: str, value: Any) -> str:
+    """Return a range as text, which ``parse_range`` reads.
+
+    Raises:
+        ValueError: It is neither a text nor one of Ray Tune's ranges that can be searched.
+    """
+    if isinstance(value, str):
+        return value
+    check_ranges({name: value})
+    if isinstance(value, Categorical):
+        return f"choice({list(value.categories)!r})"
+    found = interval(value)
+    low, high = (round(end) if found.integer else end for end in (found.low, found.high))
+    kind = f"{'log' * found.log}{'randint' if found.integer else 'uniform'}"
+    if found.integer and found.step == 1:
+        return f"{kind}({low}, {high + 1})"  # without its end
+    step = round(found.step) if found.integer and found.step else found.step
+    return f"q{kind}({low}, {high}, {step})" if found.step else f"{kind}({low}, {high})"
 
 
 def _range(name: str, text: str) -> Domain:
@@ -237,11 +252,11 @@ HELP = {
     "metric": f"what trials are compared by: {', '.join(OF_IMAGES)} (default: the space's)",
     "precision": "auto chooses what the device is known to gain by",
     "fix": "hyperparameters that every trial has, instead of sampled ones: hidden=32 backbone=resnet34",
-    "ranges": "other ranges than the space's: 'lr=loguniform(1e-5, 1e-2)' 'batch_size=choice(64, 128)'",
+    "range": "other ranges than the space's: 'lr=loguniform(1e-5, 1e-2)' 'batch_size=choice(64, 128)'",
     "max_failures": "how often a trial's worker may die; a lost node does not count",
 }
 CHOICES = {"pruner": PRUNERS, "searcher": SEARCHERS, "precision": PRECISIONS, "metric": OF_IMAGES}
-PAIRS = {"fix": "--fix", "ranges": "--range"}  # fields of several names and values
+PAIRS = ("fix", "range")  # fields of several names and values
 PARSED: dict[str, Any] = {"int": int, "float": float, "str": str}  # a field's type: what parses its flag
 
 
@@ -278,8 +293,7 @@ def add_options(parser: argparse.ArgumentParser, names: Collection[str]) -> None
         text = (HELP[field.name] + default).replace("%", "%%")
         if field.name in PAIRS:
             parser.add_argument(
-                PAIRS[field.name],
-                dest=field.name,
+                flag(field.name),
                 nargs="+",
                 action=_Pairs,
                 metavar="NAME=VALUE",
@@ -310,12 +324,20 @@ class _Pairs(argparse.Action):
         setattr(namespace, self.dest, pairs)
 
 
+def check_given(space: Space, names: Collection[str]) -> None:
+    """Raise ValueError where an option was given that only images have, and a training has none."""
+    for name in names:
+        if name in OF_IMAGES_ONLY and not space.trains_images:
+            raise ValueError(f"{flag(name)} is for images, and {space.name} trains by itself; leave it out")
+
+
 def parsed(options: Mapping[str, Any], space: Space) -> dict[str, Any]:
     """Return options whose ``--fix`` has values, each of its hyperparameter's type.
 
     Raises:
-        ValueError: A name or a text fits no hyperparameter of the space.
+        ValueError: An option, a name or a text fits nothing of the space.
     """
+    check_given(space, options)
     if options.get("fix") is None:
         return dict(options)
     try:

@@ -11,14 +11,16 @@ import tarfile
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from ray.tune.search.sample import Categorical, Integer
 from rich.console import Console
+from torch import nn
 
 from tunefleet.cli import counted, printable, shown
 from tunefleet.host import cpu_count
-from tunefleet.models.space import TrainConfig
+from tunefleet.models.space import FIELDS, TrainConfig
 from tunefleet.models.spaces import default_image_size
 from tunefleet.search.asha import expected_epochs
 from tunefleet.search.display import clock, print_text
@@ -67,7 +69,8 @@ def settle_image_size(
         trials = max(1, int(1 / share))
         on_gpu = math.inf if machine.gpu_bytes is None else machine.gpu_bytes * INPUTS_SHARE / trials
         room = min(_free(Path(options.data_dir)), on_gpu)
-        fitting = (s for s in SIZES if s <= wanted and count * input_bytes(options, s, settings) <= room)
+        sizes = (wanted, *(size for size in SIZES if size < wanted))
+        fitting = (s for s in sizes if count * input_bytes(options, s, settings) <= room)
         wanted = next(fitting, SIZES[-1])
     return replace(options, image_size=wanted)
 
@@ -186,13 +189,18 @@ def prepare(
     if settings.device == "cuda":
         peak = largest_peak(options, data, settings, sampled=threads is not None)
     sizes = (mean_checkpoint, largest_checkpoint)
-    whole, _ = _sizes(largest(options), data, head=False)
+    whole, _ = _sizes(largest(options, data), data, head=False)
     counts = (split, train_count, val_count)
     return Prepared(*counts, *sizes, seconds, left, peak, gpu_bytes, whole, unwritten)
 
 
 def largest_peak(
-    options: StudyOptions, data: ImageData, settings: DeviceSettings, *, sampled: bool
+    options: StudyOptions,
+    data: ImageData,
+    settings: DeviceSettings,
+    *,
+    sampled: bool,
+    config: TrainConfig | None = None,
 ) -> int | None:
     """Return the bytes that torch's allocator takes for the ranges' largest trial; None: too many.
 
@@ -201,10 +209,11 @@ def largest_peak(
         data: The decoded images.
         settings: How trials use their device.
         sampled: Forecast: prepare the inputs of a sample, and add what the others would take.
+        config: Of another trial than the largest.
     """
     free_memory()
     torch.cuda.reset_peak_memory_stats()
-    config, data_dir, others = largest(options), Path(options.data_dir), 0
+    config, data_dir, others = config or largest(options, data), Path(options.data_dir), 0
     count = PEAK_BATCHES * config.batch_size // 2  # full batches and a short one
     try:
         sample = sample_inputs(config, data, settings, data_dir, count)[0] if sampled else None
@@ -221,15 +230,30 @@ def largest_peak(
         return None
     except CaptureError:  # its trials will train eagerly
         pass
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        if is_out_of_memory(error):
+            return None
+        if config == (first := example(options)):
             raise
-        return None
+        return largest_peak(options, data, settings, sampled=sampled, config=first)
     return torch.cuda.max_memory_reserved() + others
 
 
-def largest(options: StudyOptions) -> TrainConfig:
-    """Return the config of a study that takes most memory: the highest of every number, augmented images."""
+def buildable(options: StudyOptions, values: dict[str, Any], data: ImageData) -> TrainConfig | None:
+    """Return the config of a trial; None: it is impossible, which is to be that trial's error."""
+    try:
+        config = options.space.config(values)
+        _sizes(config, data, head=False)
+    except Exception:  # noqa: BLE001  whatever a person's code raises
+        return None
+    return config
+
+
+def largest(options: StudyOptions, data: ImageData) -> TrainConfig:
+    """Return the config of a study that takes most memory: the highest of every number, augmented images.
+
+    Where that cannot be built, it is the first trial's.
+    """
     config = example(options).to_dict()
     for name, domain in () if options.points else options.searched.ranges.items():
         if isinstance(domain, Categorical):
@@ -237,7 +261,7 @@ def largest(options: StudyOptions) -> TrainConfig:
             config[name] = max(domain.categories) if numbers else domain.categories[-1]
         elif isinstance(domain, Integer):
             config[name] = domain.upper - 1
-    return options.space.config(config)
+    return buildable(options, config, data) or example(options)
 
 
 def checkpoint_bytes(config: TrainConfig, data: ImageData) -> int:
@@ -250,16 +274,21 @@ def checkpoint_bytes(config: TrainConfig, data: ImageData) -> int:
 def _sizes(config: TrainConfig, data: ImageData, *, head: bool) -> tuple[int, int]:
     """Return the bytes of a network's tensors and of its trained parameters, of its head alone or of all."""
     config = replace(config, weights="none")
-    key = json.dumps([config.space.name, len(data.classes), config.image_size, dict(config.model), head])
+    key = json.dumps([config.space.name, len(data.classes), config.image_size, dict(config.model)])
     if key not in _known_sizes:
         model = build_model(config, data)
-        network = model.get_submodule("head") if head else model
-        trained = sum(p.nbytes for p in network.parameters() if p.requires_grad)
-        _known_sizes[key] = sum(tensor.nbytes for tensor in network.state_dict().values()), trained
-    return _known_sizes[key]
+        parts = [model, model.head] if isinstance(getattr(model, "head", None), nn.Module) else [model]
+        _known_sizes[key] = [
+            (
+                sum(tensor.nbytes for tensor in part.state_dict().values()),
+                sum(p.nbytes for p in part.parameters() if p.requires_grad),
+            )
+            for part in parts
+        ]
+    return _known_sizes[key][int(head)]
 
 
-_known_sizes: dict[str, tuple[int, int]] = {}
+_known_sizes: dict[str, list[tuple[int, int]]] = {}
 
 
 def checkpoint_sizes(options: StudyOptions, data: ImageData) -> tuple[int, int]:
@@ -268,15 +297,16 @@ def checkpoint_sizes(options: StudyOptions, data: ImageData) -> tuple[int, int]:
     sampled = options.points or [
         suggest("random", searched.ranges, None, 0, k, []) or {} for k in range(SAMPLED_CONFIGS)
     ]
-    sizes: list[int] = []
+    sizes = [checkpoint_bytes(largest(options, data), data)]
     networks: set[str] = set()
     for values in sampled:
-        config = options.space.config(base | values)
-        networks.add(json.dumps(config.model))
+        networks.add(json.dumps({name: value for name, value in values.items() if name not in FIELDS}))
         if len(networks) > SAMPLED_NETWORKS:
             break
-        sizes.append(checkpoint_bytes(config, data))
-    return round(sum(sizes) / len(sizes)), max(*sizes, checkpoint_bytes(largest(options), data))
+        if config := buildable(options, base | values, data):
+            sizes.append(checkpoint_bytes(config, data))
+    mean = sum(sizes[1:] or sizes) / max(len(sizes) - 1, 1)  # the largest is not sampled
+    return round(mean), max(sizes)
 
 
 def _measure(run: TrainingRun, threads: int, images: int) -> float:

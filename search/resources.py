@@ -192,7 +192,8 @@ def plan(options: StudyOptions, settings: DeviceSettings, machine: Machine) -> R
         if machine.trial_slots < 1:
             raise ValueError(
                 f"--workers-per-trial={workers} needs the resource {TRIAL_SLOT}, and there is none; start "
-                f"""the head with ray start --head --resources='{{"{TRIAL_SLOT}": {fits}}}'"""
+                f"""the head with ray start --head --resources='{{"{TRIAL_SLOT}": {fits}}}', or Ray with """
+                f"""ray.init(resources={{"{TRIAL_SLOT}": {fits}}})"""
             )
         most = min(most, int(machine.trial_slots))
     resources = Resources(min(options.concurrency or fits, most), cpus_per_trial, gpus_per_trial, workers)

@@ -30,7 +30,7 @@ from tunefleet.models.space import Space
 from tunefleet.models.spaces import recorded_space
 from tunefleet.search.connection import RayWatch, connect, is_local
 from tunefleet.search.display import phase, print_text
-from tunefleet.search.options import EXTENDING, RESUMABLE, StudyOptions, flag
+from tunefleet.search.options import EXTENDING, RESUMABLE, StudyOptions, check_given, flag
 from tunefleet.search.session import Session
 from tunefleet.search.wandb_options import WandbOptions
 from tunefleet.search.wandb_options import choose as choose_wandb
@@ -99,9 +99,8 @@ def start(
     elif storage and folder:
         raise ValueError(f"--storage={storage} is a folder, and so is --study-dir={folder}; give one of them")
     under = Path("studies") if options.storage or not storage else expanded("--storage", storage)
-    folder = (
-        expanded("--study-dir", folder) if folder else default_folder(options.space.name, options.data, under)
-    )
+    data = options.data if options.space.trains_images else ""
+    folder = expanded("--study-dir", folder) if folder else default_folder(options.space.name, data, under)
     check_free(folder)
     check_storage(options.storage, folder.name)
     request = Request(_absolute(options), folder, choose_wandb(wandb or {}), shared, dry_run, images=images)
@@ -149,6 +148,7 @@ def resume(
         data_dir = changes.get("data_dir") or study.spec["options"].get("data_dir", "")
         space, line = recorded_space(study.spec, study.folder, data_dir)
         _say(line, session.console)
+    check_given(space, changes)
     values = study.spec["options"] | changes | {"space": space}
     options = _absolute(_from_file(StudyOptions, values, folder))
     shared = options.storage or str(folder.parent)
@@ -181,6 +181,7 @@ def run(request: Request, session: Session) -> int:
         ValueError: The study cannot run as asked; of a new one nothing was written.
     """
     session.stops.change(session.stops.nothing_yet)  # an earlier study of this command had another answer
+    session.studies.append(request.folder)
     ours = not ray.is_initialized()
     try:
         if not is_local():
@@ -434,8 +435,9 @@ def check_storage(url: str | None, name: str) -> None:
 
 
 def default_folder(space: str, data: str, under: Path = Path("studies")) -> Path:
-    """Return a new folder's name: space, data and time."""
-    name = f"{space}-{Path(data).name.split('.')[0].strip('<>')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """Return a new folder's name: space, data, where there are images, and time."""
+    of_data = Path(data).name.split(".")[0].strip("<>")
+    name = "-".join(filter(None, (space, of_data, time.strftime("%Y%m%d-%H%M%S"))))
     folder, again = under / name, 2
     while folder.exists():
         folder, again = under / f"{name}-{again}", again + 1

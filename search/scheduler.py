@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,15 @@ from tunefleet.search.suggest import Observation
 from tunefleet.store import OUT_OF_REACH
 
 ALIKE = 3  # trials: where the first ones all fail in the same way, the next ones would, too
+
+
+def failed_alike(trials: Collection[TrialRecord]) -> str:
+    """Return why a study ends whose first trials all failed in the same way; nothing where they did not."""
+    errors = [trial.error or "" for trial in trials if trial.status == "error"]
+    reasons = {error.strip().rpartition("\n")[2] for error in errors}
+    if len(errors) < ALIKE or len(reasons) > 1 or any(trial.reports for trial in trials):
+        return ""
+    return f"the first {len(errors)} trials all failed alike ({reasons.pop()})"
 
 
 @dataclass(frozen=True)
@@ -287,15 +296,10 @@ class Scheduler:
         return False
 
     def _consider_giving_up(self) -> None:
-        if self.avoided or any(trial.reports for trial in self.trials.values()):
+        if self.avoided:
             return
-        errors = [trial.error or "" for trial in self.trials.values() if trial.status == "error"]
-        reasons = {error.strip().rpartition("\n")[2] for error in errors}
-        if len(errors) >= ALIKE and len(reasons) == 1:
-            self.gave_up = (
-                f"the first {len(errors)} trials all failed alike ({reasons.pop()}); "
-                f"their errors are in {self.journal.file.name}"
-            )
+        if reason := failed_alike(self.trials.values()):
+            self.gave_up = f"{reason}; their errors are in {self.journal.file.name}"
 
     @contextlib.contextmanager
     def _stopping_where_unwritable(self) -> Iterator[None]:

@@ -207,6 +207,7 @@ class Session:
     Attributes:
         resume: The words of the command that continues a study.
         finish: Prints the results of a finished study; returns the exit code.
+        studies: The folders of those that it has begun.
         forecast: Of a dry run: epochs, final_epochs, and of images seconds and disk bytes.
         location: What is resumed instead of the study itself, such as a folder of several.
     """
@@ -215,5 +216,6 @@ class Session:
     resume: tuple[str, ...] = ("tunefleet", "resume")
     finish: Callable[[Path, Console], int] = print_result
     location: Path | None = None
+    studies: list[Path] = field(default_factory=list)
     forecast: dict[str, Any] = field(default_factory=dict)
     stops: Stops = field(default_factory=Stops)

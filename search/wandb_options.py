@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from tunefleet.models.checks import check_name
+
 MODES = ("off", "offline", "online")
 OF_WANDB_MODE = {  # by values of WANDB_MODE
     "online": "online",
@@ -63,10 +65,11 @@ class WandbOptions:
     key: str | None = field(default=None, repr=False)  # None: it is in netrc, or there is none
 
     def __post_init__(self) -> None:
+        check_name("--wandb", self.mode, MODES)
         names = {"project": self.project, "entity": self.entity or "-", "group": self.group or "-"}
         texts = [(name, text, LONGEST_NAME) for name, text in names.items()]
         for name, text, longest in [*texts, *(("tags", tag, LONGEST_TAG) for tag in self.tags)]:
-            if not text.isprintable():
+            if not isinstance(text, str) or not text.isprintable():
                 raise ValueError(f"--wandb-{name}={text} is not possible; give printable characters")
             if not 0 < len(text) <= longest:
                 raise ValueError(f"--wandb-{name}={text} is not possible; give 1 to {longest} characters")
@@ -105,7 +108,8 @@ def choose(given: Mapping[str, Any], remembered: Mapping[str, Any] | None = None
     """
     values = {**(remembered or _from_variables()), **given}
     values.setdefault("mode", "online" if find_key(values.get("key"))[0] else "offline")
-    values["tags"] = tuple(values.get("tags") or ())
+    tags = values.get("tags") or ()
+    values["tags"] = (tags,) if isinstance(tags, str) else tuple(tags)
     return WandbOptions(**values)
 
 

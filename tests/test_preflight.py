@@ -6,11 +6,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from ray import tune
+from torch import nn
 
 from tests.configs import make_config, make_options
+from tunefleet.models.space import Space
 from tunefleet.models.spaces import SPACES
 from tunefleet.search import preflight
 from tunefleet.search.display import clock
+from tunefleet.search.options import StudyOptions
 from tunefleet.search.preflight import (
     Prepared,
     check_disk,
@@ -218,7 +222,7 @@ def test_steps_on_inputs_of_the_host_are_not_captured():
         ("resnet_finetune", {"image_size": 64}, 3 * 32 * 32),  # enlarged on the device: the bytes
         ("resnet_conv", {}, 256 * 2 * 2 * 4),  # features
         ("convnet", {"fix": {"augment": "crop"}}, 3 * 32 * 32),
-        ("convnet", {"ranges": {"augment": "choice('none', 'crop')"}}, 3 * 32 * 32 * 4),  # the larger
+        ("convnet", {"range": {"augment": "choice('none', 'crop')"}}, 3 * 32 * 32 * 4),  # the larger
     ],
 )
 def test_the_bytes_of_inputs_are_those_that_a_trial_reads(space, options, row, data_dir):
@@ -244,11 +248,34 @@ def test_inputs_that_the_disk_cannot_hold_are_refused_before_they_are_written(
     assert preflight.prepare(options, data, CPU).input_bytes == 0  # they are there
 
 
-def test_the_largest_trial_of_a_space_has_the_highest_of_everything():
+def test_the_largest_trial_of_a_space_has_the_highest_of_everything(data_dir):
+    data = prepare("digits", data_dir)
     options = make_options("twolayernn", image_size=32)
-    config = largest(options)
+    config = largest(options, data)
     assert (config.batch_size, config.model["hidden"], config.augment) == (512, 1000, "crop_flip")
-    assert largest(make_options("twolayernn", image_size=32, fix={"hidden": 8})).model["hidden"] == 8
+    narrow = make_options("twolayernn", image_size=32, fix={"hidden": 8})
+    assert largest(narrow, data).model["hidden"] == 8
+
+
+def heads(num_classes, image_shape, *, width=4, heads=4):
+    if width % heads:
+        raise AssertionError("width must be divisible by heads")
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, width), nn.Linear(width, num_classes))
+
+
+def test_configs_that_a_builder_refuses_are_left_to_their_trials(data_dir, tmp_path, monkeypatch):
+    """The combination of the highest numbers is one of them."""
+    space = Space(heads, {"width": tune.choice([4, 6, 8]), "heads": tune.choice([2, 3, 5])}, image_size=32)
+    options = StudyOptions(space, image_size=32, data_dir=str(tmp_path), fix={"batch_size": 16})
+    data = prepare("digits", data_dir)
+    assert largest(options, data).model == {"width": 6, "heads": 3}  # the first trial's
+    mean, most = checkpoint_sizes(options, data)
+    sizes = [4 * (3072 * width + width + 10 * width + 10) for width in (4, 6, 8)]
+    assert sizes[0] < mean < most == sizes[2]
+    for name in ("reset_peak_memory_stats", "synchronize", "max_memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 1000)
+    refused = dataclasses.replace(largest(options, data), model={"width": 8, "heads": 5})
+    assert largest_peak(options, data, CPU, sampled=True, config=refused) > 1000
 
 
 @pytest.mark.parametrize(
@@ -267,12 +294,15 @@ def test_the_largest_trial_of_a_space_has_the_highest_of_everything():
         # 60,000 images of 256 × 8 × 8 bf16 features: 2 GB for each of two trials; half of 6 GB holds 1.5
         ("resnet_conv", {}, CUDA, 6 * GB, 64),
         ("resnet_conv", {}, CUDA, 1 * GB, 32),
+        (Space(heads, image_size=224), {}, CUDA, 79 * GB, 224),
+        (Space(heads, image_size=224), {}, CUDA, 10 * GB, 128),
     ],
 )
 def test_the_image_size_is_the_spaces_best_that_there_is_room_for(
     space, options, settings, gpu_bytes, size, tmp_path
 ):
-    wanted = make_options(space, data_dir=str(tmp_path), **options)
+    named = make_options if isinstance(space, str) else StudyOptions
+    wanted = named(space, data_dir=str(tmp_path), **options)
     machine = Machine(16, 1, gpu_bytes=gpu_bytes)
     assert settle_image_size(wanted, settings, machine, wanted.data).image_size == size
 

@@ -31,6 +31,12 @@ def folder(tmp_path):
     return write_study(tmp_path / "study's <folder>")
 
 
+def test_a_study_writes_its_page(folder, tmp_path):
+    assert Study(folder).report() == folder / "report.html"
+    assert Study(folder).report(tmp_path / "out").read_bytes() == (folder / "report.html").read_bytes()
+    assert (tmp_path / "out" / "figures").is_dir()
+
+
 def test_page_has_every_figure_and_number(folder, tmp_path):
     page = write([load(folder)], tmp_path / "out").read_text()
     for name in ("winner_curves", "all_curves", "best_so_far", "rung_survival", "hyperparameters"):

@@ -1,13 +1,17 @@
 """Spaces in people's files: how they are found, kept apart, copied and taken elsewhere."""
 
+import dataclasses
+import importlib
 import pickle
+import subprocess
 import sys
 
 import pytest
 from ray import tune
 
 from tunefleet.models import sources
-from tunefleet.models.sources import collected, pickled, restored, write
+from tunefleet.models.origin import of_module, pickled
+from tunefleet.models.sources import collected, restored, write
 from tunefleet.models.space import Space
 from tunefleet.models.spaces import find_space
 
@@ -157,3 +161,47 @@ def test_a_script_that_searches_when_it_is_imported_is_one_line(folder):
     with pytest.raises(ValueError, match=r"mine\.py line \d+: .*under: if __name__ == '__main__':") as error:
         find_space("mine.py")
     assert "\n" not in str(error.value)
+
+
+def imported(name, monkeypatch, folder):
+    """Imports a module as a notebook does, and forgets it afterwards."""
+    monkeypatch.syspath_prepend(folder)
+    for known in ("mine", "helper", "late"):
+        monkeypatch.setitem(sys.modules, known, None)
+        del sys.modules[known]
+    return importlib.import_module(name)
+
+
+def test_a_space_that_a_notebook_imports_comes_from_its_file(folder, monkeypatch):
+    mine = imported("mine", monkeypatch, folder)
+    found = of_module(mine.space)
+    assert (found.name, found.reference) == ("mine", "mine.py")
+    assert sorted(found.source.files) == ["helper.py", "mine.py"]
+
+
+@pytest.mark.parametrize("change", ["metric", "epochs", "normalise", "first"])
+def test_a_space_that_was_changed_is_not_what_its_file_has(folder, monkeypatch, change):
+    values = {"metric": "val_loss", "epochs": 3, "normalise": "imagenet", "first": {"lr": 0.01, "width": 8}}
+    mine = imported("mine", monkeypatch, folder)
+    mine.space = dataclasses.replace(mine.space, **{change: values[change]})
+    assert of_module(mine.space) is None
+
+
+def test_a_space_that_its_file_makes_as_a_script_only_is_pickled(folder, monkeypatch):
+    mine = imported("mine", monkeypatch, folder)
+    (folder / "mine.py").write_text(FILE.replace("\nspace =", "\nif __name__ == '__main__':\n    space ="))
+    assert of_module(mine.space) is None
+
+
+def test_what_a_notebook_imports_of_its_folder_is_pickled_whole(folder, monkeypatch):
+    mine = imported("mine", monkeypatch, folder)
+    content = pickle.dumps(pickled(Space(mine.build, {"width": tune.choice([4, 8])}, name="made")))
+    (folder / "elsewhere").mkdir()
+    code = """
+import pickle, sys
+print(pickle.load(sys.stdin.buffer).build.__globals__["helper"].features((3, 2)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=content, cwd="elsewhere", stdout=subprocess.PIPE
+    )
+    assert done.stdout == b"6\n"

@@ -23,6 +23,10 @@ class MyRun:
     pass
 
 
+class OnImages:
+    trains_images = True
+
+
 def test_a_function_or_a_class_builds_and_names_its_own_arguments():
     assert list(Space(build, LR).arguments) == ["width", "rate", "flags"]
     space = Space(Network, LR | {"depth": tune.choice([1, 2])})
@@ -54,6 +58,15 @@ def test_a_function_or_a_class_builds_and_names_its_own_arguments():
         (lambda: Space(lambda n, s, seconds=1: n, {}), "has the name of a column of the results; rename"),
         (lambda: Space(build, LR, metric="val_f1", mode="max"), "metric=val_f1 is unknown"),
         (lambda: Space(run=MyRun, ranges=LR, metric="f1"), "metric=f1 has no mode"),
+        (lambda: Space(run=OnImages, ranges=LR), "run=OnImages needs build, too"),
+        (
+            lambda: Space(build, LR, run=MyRun, metric="val_loss"),
+            "run=MyRun trains by itself; leave build out",
+        ),
+        (
+            lambda: Space(run=MyRun, metric="val_loss", workers_per_trial=2),
+            "workers_per_trial=2: MyRun trains alone",
+        ),
         (lambda: Space(build, LR, metric="val_loss", mode="max"), "mode='max' is not that of val_loss"),
         (lambda: Space(build, LR, name="../x"), "is not possible; give letters, digits"),
         (lambda: Space(build, LR, trials=0), "trials=0 is not possible"),
@@ -63,6 +76,10 @@ def test_a_mistake_is_one_line(make, message):
     with pytest.raises(ValueError, match=message) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+def test_a_training_may_search_what_only_images_have_as_options():
+    assert Space(run=MyRun, ranges={"weights": tune.uniform(0.0, 1.0)}, metric="val_loss").ranges
 
 
 def test_without_a_first_point_the_middle_of_each_range_is_first():

@@ -34,6 +34,47 @@ def test_a_persons_own_training_is_tried_without_ray(tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "digits"], "--data is for images, and mine trains by itself; leave it out"),
+        (["--precision", "auto"], "--precision is for images"),
+        (["--batch-size", "64"], "batch_size is neither in the ranges nor in fixed of mine"),
+        (["--rat", "0.3"], "rat is neither in the ranges nor in fixed of mine; did you mean rate?"),
+        (["--epoch", "3"], "epoch is neither in the ranges nor in fixed"),  # no abbreviation
+    ],
+)
+def test_what_a_persons_training_does_not_read_is_refused(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(OWN)
+    assert main(["mine.py", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_errors_of_a_persons_code_have_their_traceback(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(OWN.replace("self.loss *=", "open('no such file'); self.loss *="))
+    assert main(["mine.py"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback")
+    assert f'{tmp_path / "mine.py"}", line 9, in epoch' in err
+
+
+def test_a_space_is_trained_at_its_own_size_and_length(data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\nfrom tunefleet import Space\n"
+        "def build(num_classes, image_shape):\n"
+        "    print(image_shape)\n"
+        "    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))\n"
+        "space = Space(build, image_size=16, epochs=1)\n"
+    )
+    assert main(["mine.py", "--data", "digits", "--data-dir", str(data_dir)]) == 0
+    shape, epoch = capsys.readouterr().out.splitlines()
+    assert shape == "(3, 16, 16)"
+    assert epoch.startswith("epoch 1/1 ")
+
+
+@pytest.mark.parametrize(
     ("arguments", "needle"),
     [
         (["--space", "twolayernn", "--hidden", str(10**12)], "does not fit into memory"),

@@ -20,7 +20,7 @@ from tunefleet.analysis.results import main as results
 from tunefleet.collect import main as collect
 from tunefleet.inference import winner
 from tunefleet.metric import Metric
-from tunefleet.models.sources import pickled
+from tunefleet.models.origin import pickled
 from tunefleet.models.spaces import SPACES, find_space
 from tunefleet.store import Store
 from tunefleet.study import Study

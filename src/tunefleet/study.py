@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from tunefleet import lookup
+from tunefleet.cli import expanded, writing
 from tunefleet.files import holding, locked, write_whole
 from tunefleet.journal import Journal, TrialRecord, finite, records, winner
 from tunefleet.metric import ACCURACY, Metric
@@ -188,6 +189,22 @@ class Study:
         frame: pd.DataFrame = lookup("inference.predict", "predict")(self, paths, device)
         return frame
 
+    def report(self, out: Path | str | None = None) -> Path:
+        """Write the study's page, report.html, and its figures; return the page's path.
+
+        Args:
+            out: The folder to write into; None: the study's.
+
+        Raises:
+            ValueError: A file of the study is damaged, or the folder cannot be written to.
+        """
+        folder = self.folder if out is None else expanded("out", out)
+        with writing(folder):
+            page: Path = lookup("analysis.report", "write")(
+                [lookup("analysis.load", "load")(self.folder)], folder
+            )
+        return page
+
     def status_of(self, trial: TrialRecord) -> str:
         """Return done, pruned, diverged, out_of_memory or error; running or paused in an unfinished study."""
         if trial.status:
@@ -235,7 +252,7 @@ def load(folder: Path | str) -> Study:
     Raises:
         ValueError: The folder holds no study, or a damaged one.
     """
-    return Study(folder)
+    return Study(expanded("study", folder))
 
 
 def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
