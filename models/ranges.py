@@ -92,7 +92,8 @@ def plain(value: Any) -> Any:
             return found
     except TypeError:  # of a class, say
         pass
-    raise ValueError(f"{printable(repr(value))} is not a JSON value, such as a number, text, true, null or a list")
+    shown = printable(repr(value))
+    raise ValueError(f"{shown} is not a JSON value, such as a number, text, true, null or a list")
 
 
 def plain_range(name: str, domain: Any) -> Domain:

@@ -43,6 +43,7 @@ RESERVED = (  # names of a trial's columns and of a report's values
     *("architecture", "run", "space", "build"),
 )
 FIRST_EDITION = ("hidden", "kernel_size")  # in every config then, null where the network has no such one
+ESSENCE = ("build", "run", "normalise", "cuda_graph")  # what workers take from a space's source
 TRAITS = ("channels_last", "micro_batches", "feature_cache")
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation, per channel
 Parser = Callable[[str], Any]  # of a value on a command line
@@ -82,7 +83,7 @@ class Space:
         cpu_image_size: The same on CPUs; None: the same.
         normalise: ``data`` (mean and standard deviation of the training images), ``imagenet``,
             ``(mean, std)`` of three fractions each, or a function of the builder's own arguments, as a
-            dict, that returns these two: those of the images its weights were trained on (untrained, ``data``).
+            dict, that returns those of the images its weights were trained on (untrained: ``data``).
         gpus_per_trial: Default where there are GPUs; small networks share one.
         workers_per_trial: Default where there are as many GPUs.
         published: A published accuracy, a fraction, that a report compares with.
@@ -144,6 +145,10 @@ class Space:
         check_number("gpus_per_trial", self.gpus_per_trial, 0, math.inf)
         if self.trains_images:
             self.config({**self.fixed, **self.start})  # an impossible value is an error here
+        if self.source:  # which a space that was changed since it was found has no longer
+            essence = tuple(getattr(self, name) for name in ESSENCE)
+            is_changed = self.source.essence not in (None, essence)
+            object.__setattr__(self, "source", None if is_changed else replace(self.source, essence=essence))
 
     def _make_plain(self) -> None:
         """Make every value what the journal and a checkpoint give back."""

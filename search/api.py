@@ -16,7 +16,8 @@ from rich.console import Console
 from tunefleet.cli import kept_environment, shown
 from tunefleet.mirror import fetch_study
 from tunefleet.models.checks import nearest
-from tunefleet.models.sources import is_importing, of_script, pickled
+from tunefleet.models.imports import is_importing
+from tunefleet.models.sources import of_script, pickled
 from tunefleet.models.space import Space
 from tunefleet.search import running
 from tunefleet.search.options import HELP, StudyOptions
