@@ -38,6 +38,24 @@ def check_number(name: str, value: Any, low: float, high: float, *, low_allowed:
         raise ValueError(f"{name}={value} is not possible; give a number {allowed}{limit}")
 
 
+def check_statistics(value: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return a mean and a standard deviation, each of three channels.
+
+    Raises:
+        ValueError: They are none, as fractions of 0 to 1.
+    """
+    try:
+        mean, std = (tuple(map(float, numbers)) for numbers in value)
+    except (TypeError, ValueError):
+        mean, std = (), ()
+    if len(mean) != 3 or len(std) != 3 or not all(0 <= number <= 1 for number in mean + std):
+        raise ValueError(
+            f"normalise={value!r} is not possible; give data, imagenet, a function, or mean and std as "
+            "((r, g, b), (r, g, b)), fractions of 0 to 1"
+        )
+    return mean, std
+
+
 def boolean(text: str) -> bool:
     """Return the value of the word true or false.
 

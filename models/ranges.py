@@ -12,6 +12,7 @@ from typing import Any
 from ray import tune
 from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUniform, Quantized, Uniform
 
+from tunefleet.cli import printable
 from tunefleet.models.checks import nearest
 
 Ranges = Mapping[str, Domain]
@@ -53,12 +54,12 @@ def interval(domain: Domain) -> Interval:
     """
     sampler, step = domain.get_sampler(), None
     if isinstance(sampler, Quantized):
-        sampler, step = sampler.get_sampler(), sampler.q
+        sampler, step = sampler.get_sampler(), plain(sampler.q)
     bounded = isinstance(domain, Float | Integer) and math.isfinite(domain.upper - domain.lower)
     if not bounded or not isinstance(sampler, Uniform | LogUniform):
         raise ValueError("it has no bounds, or depends on other values")
     assert isinstance(domain, Float | Integer)
-    low, high, integer = domain.lower, domain.upper, isinstance(domain, Integer)
+    low, high, integer = plain(domain.lower), plain(domain.upper), isinstance(domain, Integer)
     if integer and step in (None, 1):  # Ray's integer ranges exclude their end, unless they are quantised
         high, step = high - 1, 1
     if step:
@@ -73,34 +74,48 @@ def _multiple(bound: float, step: float, towards: Any) -> float:
     return float(step * (nearest if math.isclose(bound / step, nearest) else towards(bound / step)))
 
 
-def check_ranges(ranges: Mapping[str, Any]) -> None:
-    """Raise ValueError where something is no range that every searcher can draw from."""
-    for name, domain in ranges.items():
-        try:
-            if not isinstance(domain, Domain):
-                raise ValueError("it is no range")
-            if isinstance(domain, Categorical):
-                _check_choice(domain)
-            else:
-                interval(domain)
-        except ValueError as error:
-            raise ValueError(
-                f"the range of {name} cannot be searched ({error}); give tune.choice, uniform, loguniform, "
-                "randint or lograndint, or a quantised one of these (quniform, qrandint, …)"
-            ) from None
+def plain(value: Any) -> Any:
+    """Return a value as the journal gives it back: numpy's numbers as Python's, tuples as lists.
+
+    Raises:
+        ValueError: It would come back as another value, or not at all.
+    """
+    try:
+        if hasattr(value, "tolist"):  # numpy's and torch's
+            value = value.tolist()
+        if isinstance(value, list | tuple):
+            return [plain(each) for each in value]
+        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            return {key: plain(each) for key, each in value.items()}
+        found = json.loads(json.dumps(value))
+        if found == value:
+            return found
+    except TypeError:  # of a class, say
+        pass
+    shown = printable(repr(value))
+    raise ValueError(f"{shown} is not a JSON value, such as a number, text, true, null or a list")
 
 
-def _check_choice(domain: Categorical) -> None:
-    """Raise ValueError where a value would come back from the journal as another one."""
-    if not domain.categories:
-        raise ValueError("it has no value")
-    for value in domain.categories:
-        try:
-            same = json.loads(json.dumps(value)) == value
-        except (TypeError, ValueError):
-            same = False
-        if not same:
-            raise ValueError(f"{value!r} is not a JSON value, such as a number, text, true, null or a list")
+def plain_range(name: str, domain: Any) -> Domain:
+    """Return a range whose choices are plain values.
+
+    Raises:
+        ValueError: It is no range that every searcher can draw from.
+    """
+    try:
+        if not isinstance(domain, Domain):
+            raise ValueError("it is no range")
+        if not isinstance(domain, Categorical):
+            interval(domain)
+            return domain
+        if not len(domain.categories):
+            raise ValueError("it has no value")
+        return tune.choice(plain(domain.categories))
+    except ValueError as error:
+        raise ValueError(
+            f"the range of {name} cannot be searched ({error}); give tune.choice, uniform, loguniform, "
+            "randint or lograndint, or a quantised one of these (quniform, qrandint, …)"
+        ) from None
 
 
 def contains(domain: Domain, value: Any) -> bool:
@@ -111,6 +126,23 @@ def contains(domain: Domain, value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int if found.integer else int | float):
         return False
     return found.low <= value <= found.high
+
+
+def ends(domain: Domain) -> list[Any]:
+    """Return the values of a choice, or between which two numbers a range lies."""
+    if isinstance(domain, Categorical):
+        return list(domain.categories)
+    assert isinstance(domain, Float | Integer)
+    return [(float if isinstance(domain, Float) else int)(end) for end in (domain.lower, domain.upper)]
+
+
+def check_kind(name: str, domain: Domain, kind: str) -> None:
+    """Raise ValueError where a range has values of another kind: str, int, float or bool; empty: any."""
+    kinds = {"str": str, "int": int, "float": int | float, "bool": bool}
+    for value in ends(domain) if kind else ():
+        is_one = isinstance(value, kinds[kind]) and isinstance(value, bool) == (kind == "bool")
+        if not is_one and value is not None:
+            raise ValueError(f"{name}={value} is not possible; {name} is a value of type {kind}")
 
 
 def middle(domain: Domain) -> Any:
@@ -140,11 +172,9 @@ def parse_range(text: str) -> Domain:
     if kind == "choice":
         values = [values[0] if len(values) == 1 and isinstance(values[0], list) else values]
     try:
-        domain: Domain = getattr(tune, kind)(*values)
-        check_ranges({"it": domain})
-    except (ValueError, TypeError, AssertionError, OverflowError) as error:
+        return plain_range("it", getattr(tune, kind)(*values))
+    except (ValueError, TypeError, AssertionError, ArithmeticError) as error:
         raise ValueError(str(error).removeprefix("the range of it ")) from None
-    return domain
 
 
 def described(ranges: Ranges) -> dict[str, Any]:

@@ -8,15 +8,15 @@ never pickled; a space that has no file, such as one of a notebook, is pickled b
 
 from __future__ import annotations
 
-import builtins
+import ast
 import hashlib
 import importlib
-import importlib.abc
 import importlib.machinery
 import importlib.metadata
 import itertools
 import os
 import sys
+import sysconfig
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping
@@ -29,14 +29,13 @@ from ray import cloudpickle
 
 from tunefleet.cli import expanded, printable, shown
 from tunefleet.models.checks import nearest
+from tunefleet.models.imports import PREFIX, import_module, is_neighbour
 from tunefleet.models.space import Space, builder_name
 
 BUILT_IN = "tunefleet.models.spaces"  # the module of the thirteen, in its SPACES
-PREFIX = "tunefleet_space_"
+INSTALLED = {"site-packages", "dist-packages"}  # folders
 _numbers = itertools.count(1)
-_importing: list[str] = []  # packages of modules that are being imported
-_folders: dict[str, str] = {}  # of sources in this process, by the name of their package
-_spaces: dict[str, Space] = {}  # of sources that a worker has imported, by their hash
+_spaces: dict[tuple[str | None, ...], Space] = {}  # that a worker has imported, by hash and variable
 
 
 class NoSpaceError(ValueError):
@@ -69,6 +68,11 @@ class Source:
     package: str = field(default="", compare=False)  # of the modules in this process
     folder: str = field(default="", compare=False)  # of the person's files; empty in another process
     data_dir: str = field(default="", compare=False)  # under which another node's processes write the files
+    essence: tuple[Any, ...] | None = field(default=None, compare=False, repr=False)  # of the space
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what may be pickled by reference only."""
+        return {**vars(self), "essence": None}
 
     def to_dict(self) -> dict[str, Any]:
         """Return what a study records of it: hashes of its files, whose copies lie beside it."""
@@ -100,19 +104,17 @@ class Source:
         Raises:
             ValueError: It cannot be imported.
         """
-        key = self.sha256 or self.reference
+        sha256 = self.sha256
+        key = (sha256 or self.reference, self.module, self.variable, self.key)
         if key not in _spaces:
             if self.pickled:
                 found = Space(**cloudpickle.loads(self.pickled))
             elif self.files:
-                found = self._in(
-                    _import(
-                        self._written(expanded("--data-dir", self.data_dir)), self.module, PREFIX + key[:16]
-                    )
-                )
+                folder = self._written(expanded("--data-dir", self.data_dir))
+                found = self._in(import_module(folder, self.module, PREFIX + sha256[:16]))
             else:
                 found = self._in(importlib.import_module(self.module))
-            _spaces[key] = replace(found, name=self.name, source=self)
+            _spaces[key] = replace(found, name=self.name, source=replace(self, essence=None))
         return _spaces[key]
 
     def _in(self, module: ModuleType) -> Space:
@@ -172,8 +174,10 @@ def restored(recorded: Mapping[str, Any], folder: Path, data_dir: str) -> tuple[
     changed = [name for name in files if _differs(Path(recorded["folder"], name), recorded["files"][name])]
     line = f"{', '.join(changed)} differs from the study's copy, which is used" if changed else ""
     try:
+        if recorded["versions"] and _versions(recorded["module"].partition(".")[0]) != recorded["versions"]:
+            line = f"the installed {recorded['module']} is not the one that the study began with; it is used"
         return source.space(), line
-    except Exception as error:  # whatever a person's module raises
+    except (Exception, SystemExit) as error:  # whatever a person's module raises
         raise ValueError(f"{shown(folder)} cannot be imported: {describe(error)}; fix it") from error
 
 
@@ -238,7 +242,7 @@ def find_function(reference: str) -> tuple[Callable[..., Any], Path | None]:
 
 def is_installed(file: Path) -> bool:
     """Return whether a file is of an installed package."""
-    return bool({"site-packages", "dist-packages"} & set(file.parts))
+    return bool(INSTALLED & set(file.parts))
 
 
 def _is_file_name(location: str) -> bool:
@@ -276,8 +280,8 @@ def _module(flag: str, reference: str, folder: Path | None, name: str, package: 
         ValueError: Its code fails.
     """
     try:
-        return _import(folder, name, package) if folder else importlib.import_module(name)
-    except Exception as error:  # whatever a person's module raises
+        return import_module(folder, name, package) if folder else importlib.import_module(name)
+    except (Exception, SystemExit) as error:  # whatever a person's module raises
         why = describe(error, folder)
         raise ValueError(f"{flag}={printable(reference)} cannot be imported: {why}; fix it") from error
 
@@ -317,7 +321,7 @@ def load_space(reference: str, folder: Path | None, module_name: str, variable: 
 
 
 def collected(space: Space) -> Space:
-    """Return a person's space with all sources that its modules have imported up to now.
+    """Return a person's space with all sources that its modules have imported, or name in an import.
 
     Raises:
         ValueError: One of them is no Python source.
@@ -327,16 +331,34 @@ def collected(space: Space) -> Space:
         return space
     folder = Path(source.folder)
     files: dict[str, str] = {}
+    found: list[Path] = []
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if not name.startswith(f"{source.package}.") or file is None:
             continue
         if not file.endswith(".py"):
             raise ValueError(f"--space={source.reference} imports {file}, which is no Python source")
-        files |= _read(folder, [Path(file)])
-    if "." in source.module:  # of a package its data and lazily imported parts, too
-        files |= _read(folder, sorted((folder / source.module.partition(".")[0]).rglob("*.py")))
+        found.append(Path(file))
+    while found:
+        new = {name: text for name, text in _read(folder, found).items() if name not in files}
+        files |= new
+        named = [top for text in new.values() for top in _imports(text) if is_neighbour(source.package, top)]
+        tops = {*named, *(Path(name).parts[0] for name in new if "/" in name)}
+        # of a package its lazily imported parts, too
+        found = [f for top in tops for f in (folder / f"{top}.py", *(folder / top).rglob("*.py"))]
+        found = [f for f in found if f.is_file() and f.relative_to(folder).as_posix() not in files]
     return replace(space, source=replace(source, files=files))
+
+
+def _imports(text: str) -> set[str]:
+    """Return the top names of all that a source imports, inside functions too; relative ones aside."""
+    try:
+        nodes = list(ast.walk(ast.parse(text)))
+    except (SyntaxError, ValueError, RecursionError):
+        return set()
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    return {name.partition(".")[0] for name in names}
 
 
 def _read(folder: Path, files: list[Path]) -> dict[str, str]:
@@ -349,13 +371,19 @@ def _installed(reference: str, module_name: str, variable: str) -> Space:
     space = getattr(module, variable or _only_space(reference, module), None)
     if not isinstance(space, Space):
         raise ValueError(f"--space={printable(reference)}: {variable} is no Space")
-    digest = hashlib.sha256()
-    for file in sorted(Path(importlib.import_module(top).__path__[0]).rglob("*.py")):
+    source = Source(reference, space.name, module_name, variable, versions=_versions(top))
+    return replace(space, source=source)
+
+
+def _versions(top: str) -> dict[str, str]:
+    """Return the version of an installed package or module, and a hash of its sources."""
+    module, digest = importlib.import_module(top), hashlib.sha256()
+    folders = list(getattr(module, "__path__", []))
+    files = sorted(Path(folders[0]).rglob("*.py")) if folders else [Path(str(module.__file__))]
+    for file in files:
         digest.update(file.read_bytes())
     names = importlib.metadata.packages_distributions().get(top, [])
-    versions = {name: importlib.metadata.version(name) for name in names} | {top: digest.hexdigest()}
-    source = Source(reference, space.name, module_name, variable, versions=versions)
-    return replace(space, source=source)
+    return {name: importlib.metadata.version(name) for name in names} | {top: digest.hexdigest()}
 
 
 def _spaces_in(module: ModuleType) -> list[str]:
@@ -382,90 +410,17 @@ def describe(error: BaseException, folder: Path | None = None) -> str:
 
     Args:
         error: What was raised.
-        folder: Of the person's files; None: the last line of the traceback is theirs.
+        folder: Of the person's files; None: all that is not installed is theirs.
     """
-    frames = traceback.extract_tb(error.__traceback__)
-    theirs = [f for f in frames if folder is None or Path(f.filename).is_relative_to(folder)]
+    theirs = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not INSTALLED & set(Path(frame.filename).parts)
+        and not Path(frame.filename).is_relative_to(sysconfig.get_path("stdlib"))
+        and (folder is None or Path(frame.filename).is_relative_to(folder))
+    ]
     where = f"{shown(Path(theirs[-1].filename))} line {theirs[-1].lineno}: " if theirs else ""
     if isinstance(error, SyntaxError) and error.filename:
         where = f"{shown(Path(error.filename))} line {error.lineno}: "
     text = " ".join(str(getattr(error, "msg", None) or error).split())
     return printable(f"{where}{type(error).__name__}{': ' + text if text else ''}")
-
-
-def is_importing() -> bool:
-    """Return whether a person's module is being imported: nothing that it calls may start a study."""
-    return bool(_importing)
-
-
-def _import(folder: Path, module: str, package: str) -> ModuleType:
-    """Import a module of a folder under a package name of its own."""
-    _importing.append(package)
-    try:
-        return _imported(folder, module, package)
-    finally:
-        _importing.pop()
-
-
-def _imported(folder: Path, module: str, package: str) -> ModuleType:
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
-    _folders[package] = str(folder)
-    importlib.invalidate_caches()
-    return importlib.import_module(f"{package}.{module}")
-
-
-class _Finder(importlib.abc.MetaPathFinder):
-    """Find the modules of people's folders, which are packages of this process only."""
-
-    def find_spec(
-        self, fullname: str, path: Any = None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        """Return where a module is; None: it is none of theirs."""
-        package, _, rest = fullname.partition(".")
-        if package not in _folders:
-            return None
-        if not rest:
-            spec = importlib.machinery.ModuleSpec(fullname, None, is_package=True)
-            spec.submodule_search_locations = [_folders[package]]
-            return spec
-        found = importlib.machinery.PathFinder.find_spec(fullname, path)
-        if found and isinstance(found.loader, importlib.machinery.SourceFileLoader):
-            found.loader = _Loader(fullname, str(found.origin))
-        return found
-
-
-class _Loader(importlib.machinery.SourceFileLoader):
-    """Run a module whose imports find its neighbours first."""
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Run the module's code."""
-        package = module.__name__.partition(".")[0]
-
-        def find_neighbours_first(
-            name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0
-        ) -> Any:
-            top = name.partition(".")[0]
-            if level or not _is_neighbour(package, top):
-                return builtins.__import__(name, globals, locals, fromlist, level)
-            found = builtins.__import__(f"{package}.{name}", globals, locals, fromlist, 0)
-            return found if fromlist else getattr(found, top)
-
-        module.__dict__["__builtins__"] = vars(builtins) | {"__import__": find_neighbours_first}
-        super().exec_module(module)
-
-    def get_code(self, fullname: str) -> Any:
-        """Compile the source; no cached bytecode, which knows a file by its time of change only."""
-        return self.source_to_code(self.get_data(self.path), self.path)
-
-
-def _is_neighbour(package: str, name: str) -> bool:
-    """Return whether a name is a module beside a person's file; none of this project and of Python is."""
-    if name == "tunefleet" or name in sys.stdlib_module_names:
-        return False
-    spec = importlib.machinery.PathFinder.find_spec(name, [_folders[package]])
-    if spec is None:
-        return False
-    if spec.origin is None:  # a folder without __init__.py: of Python sources, or of something else
-        return any(Path(_folders[package], name).glob("*.py"))
-    return True

@@ -19,10 +19,17 @@ from typing import Any
 from ray.tune.search.sample import Domain
 
 from tunefleet import lookup
-from tunefleet.metric import OF_IMAGES, metric_of
-from tunefleet.models.checks import boolean, check_integer, check_name, check_number, nearest
+from tunefleet.metric import OF_IMAGES, Metric, metric_of
+from tunefleet.models.checks import (
+    boolean,
+    check_integer,
+    check_name,
+    check_number,
+    check_statistics,
+    nearest,
+)
 from tunefleet.models.network import Network
-from tunefleet.models.ranges import check_ranges, contains, described, middle
+from tunefleet.models.ranges import check_kind, contains, described, ends, middle, plain, plain_range
 
 PRECISIONS = ("auto", "fp32", "bf16")
 OPTIMIZERS = ("sgd", "adam", "adamw")
@@ -32,10 +39,11 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # what torchvision's 
 OF_EVERY_RUN = ("architecture", "epochs", "seed", "refit")  # keys of a trial's config that no space sets
 RESERVED = (  # names of a trial's columns and of a report's values
     *("trial_id", "status", "rung", "seconds", "node", "epoch", "diverged", "error", "pid", "gpu", "phase"),
-    *("train_loss", "train_accuracy", "val_loss", "val_accuracy", "best_val_accuracy", "test_accuracy"),
-    *("epoch_seconds", "finished_at", "config", "lost", "promoted_from", "run", "space", "build"),
+    *("train_loss", "train_accuracy", "epoch_seconds", "finished_at", "config", "lost", "promoted_from"),
+    *("architecture", "run", "space", "build"),
 )
 FIRST_EDITION = ("hidden", "kernel_size")  # in every config then, null where the network has no such one
+ESSENCE = ("build", "run", "normalise", "cuda_graph")  # what workers take from a space's source
 TRAITS = ("channels_last", "micro_batches", "feature_cache")
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation, per channel
 Parser = Callable[[str], Any]  # of a value on a command line
@@ -75,7 +83,7 @@ class Space:
         cpu_image_size: The same on CPUs; None: the same.
         normalise: ``data`` (mean and standard deviation of the training images), ``imagenet``,
             ``(mean, std)`` of three fractions each, or a function of the builder's own arguments, as a
-            dict, that returns these two.
+            dict, that returns those of the images its weights were trained on (untrained: ``data``).
         gpus_per_trial: Default where there are GPUs; small networks share one.
         workers_per_trial: Default where there are as many GPUs.
         published: A published accuracy, a fraction, that a report compares with.
@@ -121,18 +129,14 @@ class Space:
         if self.run is not None and self.trains_images == (self.build is None):
             needs = "needs build, too" if self.trains_images else "trains by itself; leave build out"
             raise ValueError(f"run={getattr(self.run, '__name__', self.run)} {needs}")
-        for name in ("ranges", "fixed"):
-            object.__setattr__(self, name, dict(getattr(self, name) or {}))
+        self._make_plain()
         object.__setattr__(self, "name", self.name or builder_name(self))
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(f"name={self.name!r} is not possible; give letters, digits, _, - and .")
         self._check_arguments()
-        check_ranges(self.ranges)
         for key in (*self.ranges, *self.fixed):
             self._check_key(key)
         for key in self.ranges:
-            if self.trains_images and key in NOT_SEARCHED:
-                raise ValueError(f"{key} cannot be searched; {NOT_SEARCHED[key]}")
             if key in self.fixed:
                 raise ValueError(f"{key} is in ranges and in fixed; leave it in one of them")
         self._check_first()
@@ -146,10 +150,38 @@ class Space:
             raise ValueError(f"workers_per_trial={self.workers_per_trial}: {self.name} trains alone; give 1")
         if self.trains_images:
             self.config({**self.fixed, **self.start})  # an impossible value is an error here
+        if self.source:  # which a space that was changed since it was found has no longer
+            essence = tuple(getattr(self, name) for name in ESSENCE)
+            is_changed = self.source.essence not in (None, essence)
+            object.__setattr__(self, "source", None if is_changed else replace(self.source, essence=essence))
+
+    def _make_plain(self) -> None:
+        """Make every value what the journal and a checkpoint give back."""
+        ranges = {key: plain_range(key, domain) for key, domain in dict(self.ranges or {}).items()}
+        object.__setattr__(self, "ranges", ranges)
+        for name in ("first", "fixed"):
+            given, values = getattr(self, name), {}
+            for key, value in dict(given or {}).items():
+                try:
+                    values[key] = plain(value)
+                except ValueError as error:
+                    raise ValueError(f"{name} has {key}, and {error}") from None
+            object.__setattr__(self, name, None if given is None and name == "first" else values)
+        if isinstance(self.normalise, str):
+            check_name("normalise", self.normalise, ("data", "imagenet"))
+        elif not callable(self.normalise):
+            object.__setattr__(self, "normalise", check_statistics(self.normalise))
+
+    @property
+    def _columns(self) -> set[str]:
+        """Return the names that tables and reports have for themselves."""
+        metrics = (self.metric, *OF_IMAGES)
+        derived = [name for key in metrics for name in (key, f"best_{key}", Metric(str(key)).test_name)]
+        return {*RESERVED, *derived}
 
     def _check_arguments(self) -> None:
         for name in self.arguments:
-            if name in FIELDS or name in RESERVED:
+            if name in FIELDS or name in self._columns:
                 what = "a hyperparameter of the training" if name in FIELDS else "a column of the results"
                 raise ValueError(f"the argument {name} of {self.name} has the name of {what}; rename it")
         given = {*self.ranges, *self.fixed}
@@ -163,12 +195,15 @@ class Space:
     def _check_key(self, key: str) -> None:
         if not isinstance(key, str) or not key.isidentifier():
             raise ValueError(f"{key!r} is no name of a hyperparameter; give a Python identifier")
+        if self.trains_images and key in NOT_SEARCHED:
+            what = "searched" if key in self.ranges else "fixed"
+            raise ValueError(f"{key} cannot be {what}; {NOT_SEARCHED[key]}")
         if self.trains_images and key not in FIELDS and key not in self.arguments and not self.is_open:
             raise ValueError(
                 f"{key} is neither a hyperparameter of the training nor an argument of {self.name}"
                 f"{nearest(key, [*self.arguments, *FIELDS])}"
             )
-        if key in RESERVED or (not self.trains_images and key in OF_EVERY_RUN):
+        if key in self._columns or (not self.trains_images and key in OF_EVERY_RUN):
             raise ValueError(f"{key} is the name of a column of the results; rename it")
 
     def check_known(self, name: str) -> None:
@@ -262,11 +297,11 @@ class Space:
     @cached_property
     def defaults(self) -> dict[str, Any]:
         """Return the builder's own defaults that a journal can hold."""
-        plain = (str, int, float, bool, type(None))
+        kinds = (str, int, float, bool, type(None))
         return {
-            name: parameter.default
+            name: plain(parameter.default)
             for name, parameter in self.arguments.items()
-            if isinstance(parameter.default, plain) and parameter.default is not parameter.empty
+            if isinstance(parameter.default, kinds)
         }
 
     @cached_property
@@ -294,8 +329,11 @@ class Space:
         """Return the space with other ranges; a first value outside becomes the middle of its range.
 
         Raises:
-            ValueError: A name is no hyperparameter that can be searched.
+            ValueError: A name is no hyperparameter that can be searched, or its values have another type.
         """
+        ranges = {key: plain_range(key, domain) for key, domain in ranges.items()}
+        for key, domain in ranges.items():
+            check_kind(key, domain, self._kind(key))
         kept = {key: value for key, value in self.start.items() if key not in ranges}
         moved = {
             key: self.start[key]
@@ -338,11 +376,26 @@ class Space:
                 own[key] = value
             elif key != "architecture" and not (key in FIRST_EDITION and value is None):
                 raise ValueError(f"{key} is no hyperparameter{nearest(key, [*FIELDS, *self.arguments])}")
-        own = {k: v for k, v in own.items() if v is not None or self.defaults.get(k) is None}
+        if isinstance(self.build, Network):  # in the first edition null stood for the default
+            own = {name: value for name, value in own.items() if value is not None}
         own = self.defaults | own
         if isinstance(self.build, Network):
             self.build.check(**own)
         return TrainConfig(self, **fields, model=own)
+
+    def _kind(self, name: str) -> str:
+        """Return a hyperparameter's type, a key of PARSERS, by annotation or default; empty: not known."""
+        if self.trains_images and name in FIELDS:
+            return str(FIELDS[name].type)
+        if name not in self.arguments:
+            return ""
+        annotation, default = self.arguments[name].annotation, self.arguments[name].default
+        kind = getattr(annotation, "__name__", str(annotation)).removesuffix(" | None")
+        if kind not in PARSERS:
+            kind = type(default).__name__
+            if kind == "int" and name in self.ranges and float in map(type, ends(self.ranges[name])):
+                kind = "float"  # dropout=0
+        return kind if kind in PARSERS else ""
 
     def parser_of(self, name: str) -> Parser:
         """Return what turns a text of the command line into a value of this hyperparameter.
@@ -350,15 +403,10 @@ class Space:
         Raises:
             ValueError: There is none of that name; names the nearest.
         """
-        if self.trains_images and name in FIELDS:
-            return PARSERS[str(FIELDS[name].type)]
+        if kind := self._kind(name):
+            return PARSERS[kind]
         if name in self.arguments:
-            parameter = self.arguments[name]
-            annotation = parameter.annotation
-            kind = getattr(annotation, "__name__", str(annotation)).removesuffix(" | None")
-            if kind not in PARSERS:
-                kind = type(parameter.default).__name__
-            return PARSERS.get(kind, literal)
+            return literal
         if self.trains_images and not self.is_open:
             raise ValueError(f"{name} is no hyperparameter{nearest(name, [*self.arguments, *FIELDS])}")
         return literal

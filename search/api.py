@@ -15,8 +15,8 @@ from rich.console import Console
 
 from tunefleet.cli import expanded, kept_environment, shown
 from tunefleet.models.checks import nearest
+from tunefleet.models.imports import is_importing
 from tunefleet.models.origin import pickled, with_source
-from tunefleet.models.sources import is_importing
 from tunefleet.models.space import Space
 from tunefleet.search import running
 from tunefleet.search.options import HELP, StudyOptions, check_given

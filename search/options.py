@@ -14,7 +14,7 @@ from ray.tune.search.sample import Categorical, Domain
 from tunefleet.cli import Parser, expanded, path_argument
 from tunefleet.metric import OF_IMAGES, Metric, metric_of
 from tunefleet.models.checks import check_integer, check_name, check_number
-from tunefleet.models.ranges import check_ranges, interval, parse_range
+from tunefleet.models.ranges import interval, parse_range, plain_range
 from tunefleet.models.space import FIELDS, NOT_SEARCHED, OF_EVERY_RUN, PRECISIONS, Space
 from tunefleet.models.spaces import SMALLEST_SIZE
 from tunefleet.search.asha import PRUNERS, rung_epochs
@@ -195,7 +195,7 @@ def written(name: str, value: Any) -> str:
     """
     if isinstance(value, str):
         return value
-    check_ranges({name: value})
+    value = plain_range(name, value)
     if isinstance(value, Categorical):
         return f"choice({list(value.categories)!r})"
     found = interval(value)

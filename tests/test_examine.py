@@ -103,6 +103,10 @@ class OneDimension(nn.Module):
         return x.mean((1, 2, 3)).unsqueeze(1) * self.scale
 
 
+class NoBackbone(View):
+    frozen = True
+
+
 def broken(num_classes, image_shape):
     return nn.Linear(undefined, num_classes)  # noqa: F821
 
@@ -118,6 +122,7 @@ def broken(num_classes, image_shape):
             lambda n, s: nn.Linear(5, n),
             r"mine fails on images \(8, 3, 32, 32\): .*RuntimeError: .*mat1 and mat2",
         ),
+        (NoBackbone, "mine cannot be built: .*mine is frozen and has no backbone; call the part that is"),
         (lambda n, s: "network", "mine returns a str; return an nn.Module"),
     ],
 )
@@ -127,10 +132,22 @@ def test_a_network_that_cannot_be_trained_is_one_line(build, message, digits):
     assert "\n" not in str(error.value)
 
 
+def test_a_frozen_network_whose_features_are_not_kept_is_said(digits):
+    said, space = [], Space(lambda n, s: Behind(n, s, added=1.0), LR, name="mine")
+    examine(space.config({"lr": 0.1}), digits, said.append)
+    assert said == ["mine is no head(backbone(x)): its backbone's features are computed in every epoch"]
+
+
+def test_the_output_is_looked_at_where_all_traits_are_given_too(digits):
+    space = Space(TwoOutputs, LR, channels_last=False, micro_batches=True, feature_cache=False)
+    with pytest.raises(ValueError, match="TwoOutputs returns a tuple"):
+        examine(space.config({"lr": 0.1}), digits)
+
+
 def test_a_network_without_a_matrix_is_examined(digits):
     assert look(OneDimension, digits)["channels_last"] is False
 
 
 def test_what_a_space_says_of_itself_is_taken(digits):
     space = Space(plain, LR, channels_last=False, micro_batches=True, feature_cache=False)
-    assert examine(space.config({"lr": 0.1}), digits) is space
+    assert examine(space.config({"lr": 0.1}), digits).traits == space.traits

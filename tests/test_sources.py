@@ -5,6 +5,7 @@ import importlib
 import pickle
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 from ray import tune
@@ -42,9 +43,11 @@ def folder(tmp_path, monkeypatch):
 def test_a_file_gives_its_only_space(folder):
     space = find_space("mine.py")
     assert (space.name, space.reference, list(space.arguments)) == ("mine", "mine.py", ["width"])
-    assert sorted(space.source.files) == ["helper.py", "mine.py"]
-    space.build(10, (3, 4, 4))
-    assert sorted(collected(space).source.files) == ["helper.py", "late.py", "mine.py"]
+    assert sorted(space.source.files) == ["helper.py", "late.py", "mine.py"]  # late is imported by building
+    (folder / "later.py").write_text("")
+    (folder / "unused.py").write_text("import importlib\nimportlib.import_module(f'{__package__}.later')\n")
+    vars(sys.modules[f"{space.source.package}.mine"])["__builtins__"]["__import__"]("unused")
+    assert sorted(set(collected(space).source.files) - set(space.source.files)) == ["later.py", "unused.py"]
     assert not {"mine", "helper", "late"} & set(sys.modules)
 
 
@@ -64,8 +67,6 @@ def test_neighbours_of_equal_names_and_edited_files_are_kept_apart(folder, tmp_p
 
 
 def test_another_process_imports_the_sources_and_no_pickle_of_them(folder, tmp_path):
-    import dataclasses
-
     space = find_space("mine.py")
     space.build(10, (3, 4, 4))
     space = collected(space)
@@ -101,6 +102,8 @@ def test_a_space_without_a_file_is_pickled_whole():
             "cannot be imported: mine.py line 1: ModuleNotFoundError: No module",
         ),
         ("def f():\n    return x\nf()", "mine.py", "cannot be imported: mine.py line 2: NameError: name 'x'"),
+        ("import sys\nsys.exit(3)", "mine.py", "cannot be imported: mine.py line 2: SystemExit: 3"),
+        ("\nimport broken", "mine.py", "cannot be imported: mine.py line 2: ZeroDivisionError"),
         ("if:\n  1", "mine.py", "cannot be imported: mine.py line 1: SyntaxError: invalid syntax"),
         (FILE, "none.py", "there is no such file"),
         (FILE, "mine", "mine is unknown; mine.py is here: give --space mine.py"),
@@ -108,8 +111,12 @@ def test_a_space_without_a_file_is_pickled_whole():
         (FILE.replace('"width"', '"widht"'), "mine.py", "widht is neither .* did you mean width"),
     ],
 )
-def test_a_mistake_is_one_line(folder, text, reference, message):
+def test_a_mistake_is_one_line(folder, text, reference, message, monkeypatch):
     (folder / "mine.py").write_text(text)
+    installed = folder / ".venv" / "site-packages"
+    installed.mkdir(parents=True)
+    (installed / "broken.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(installed)
     with pytest.raises(ValueError, match=message) as error:
         find_space(reference)
     assert "\n" not in str(error.value)
@@ -124,9 +131,8 @@ def test_a_package_is_copied_whole(folder):
     (package / "unused.py").write_text("")
     space = find_space("networks.small:space")
     assert space.name == "small"
-    assert sorted(space.source.files) == [
-        f"networks/{name}.py" for name in ("__init__", "helper", "small", "unused")
-    ]
+    names = [f"networks/{name}.py" for name in ("__init__", "helper", "small", "unused")]
+    assert sorted(space.source.files) == ["late.py", *names]
 
 
 def test_a_study_is_restored_from_its_copy_and_says_where_the_original_differs(folder, tmp_path):
@@ -154,6 +160,50 @@ def test_built_in_spaces_travel_by_name():
     assert pickle.loads(pickle.dumps(space)).name == "convnet"
     assert len(pickle.dumps(space)) < 1000
     assert sources.find("convnet", {"convnet": space}) is space
+
+
+def test_two_spaces_of_one_file_are_two(folder, tmp_path):
+    (folder / "mine.py").write_text(FILE + "other = Space(lambda n, s: 7, name='other')\n")
+    found = [find_space(f"mine.py:{name}") for name in ("space", "other")]
+    sources_ = [dataclasses.replace(space.source, data_dir=str(tmp_path)) for space in found]
+    assert [source.space().name for source in sources_] == ["mine", "other"]
+    assert [list(source.space().ranges) for source in sources_] == [["lr", "width"], []]
+
+
+def test_a_space_that_was_changed_does_not_come_from_its_source():
+    space = find_space("resnet_softmax")
+    assert dataclasses.replace(space, trials=3).source == space.source
+    assert dataclasses.replace(space, normalise="data").source is None
+    assert (
+        pickle.loads(pickle.dumps(pickled(dataclasses.replace(space, normalise="data")))).normalise == "data"
+    )
+
+
+@pytest.mark.parametrize("name", ["__main__", "mine"])
+def test_a_space_of_a_module_is_found_in_its_file(folder, name, monkeypatch):
+    module = ModuleType(name)
+    exec(FILE.replace("import helper", ""), vars(module))
+    module.__file__ = str(folder / "mine.py")
+    monkeypatch.setitem(sys.modules, name, module)
+    assert sorted(of_module(module.space).source.files) == ["helper.py", "late.py", "mine.py"]
+    module.space = dataclasses.replace(module.space, trials=3)
+    assert of_module(module.space) is None  # the file has another one
+    module.guarded = module.space
+    del module.space
+    assert of_module(module.guarded) is None  # made under the guard of __main__
+
+
+def test_an_installed_space_says_where_another_version_is_there(folder, monkeypatch, tmp_path):
+    installed = tmp_path / "site-packages"
+    installed.mkdir()
+    (installed / "theirs.py").write_text(FILE.replace("import helper", ""))
+    monkeypatch.syspath_prepend(installed)
+    recorded = find_space("theirs:space").source.to_dict()
+    assert restored(recorded, tmp_path, "")[1] == ""
+    (installed / "theirs.py").write_text("")
+    line = restored(recorded, tmp_path, "")[1]
+    monkeypatch.delitem(sys.modules, "theirs")
+    assert line == "the installed theirs is not the one that the study began with; it is used"
 
 
 def test_a_script_that_searches_when_it_is_imported_is_one_line(folder):

@@ -1,5 +1,6 @@
 """What a Space accepts: its keys, values, first point and builder."""
 
+import numpy as np
 import pytest
 from ray import tune
 from torch import nn
@@ -44,7 +45,20 @@ def test_a_function_or_a_class_builds_and_names_its_own_arguments():
         (lambda: Space(build, {"epochs": tune.choice([1, 2])}), "epochs cannot be searched; give --epochs"),
         (lambda: Space(build, {"lr": 0.1}), "the range of lr cannot be searched"),
         (lambda: Space(build, {"lr": tune.randn()}), "the range of lr cannot be searched"),
-        (lambda: Space(build, {"width": tune.choice([(1, 2)])}), "is not a JSON value"),
+        (lambda: Space(build, {"width": tune.choice([nn.ReLU])}), "is not a JSON value"),
+        (lambda: Space(build, LR, fixed={"flags": nn.ReLU}), "fixed has flags, and .* is not a JSON value"),
+        (lambda: Space(build, LR, fixed={"epochs": 3}), "epochs cannot be fixed; give --epochs"),
+        (lambda: Space(lambda n, s, architecture=1: n, {}), "has the name of a column of the results"),
+        (lambda: Space(lambda n, s, test_loss=1: n, {}), "has the name of a column of the results"),
+        (
+            lambda: Space(run=MyRun, ranges={"f1": LR["lr"]}, metric="f1", mode="max"),
+            "f1 is the name of a col",
+        ),
+        (
+            lambda: Space(build, LR, normalise="imagenett"),
+            "normalise=imagenett is unknown; did you mean imag",
+        ),
+        (lambda: Space(build, LR, normalise=(0.5, 0.5)), "is not possible; give data, imagenet, a function"),
         (lambda: Space(build, LR, fixed={"lr": 0.1}), "lr is in ranges and in fixed"),
         (lambda: Space(build, LR, first={}), "first lacks lr"),
         (lambda: Space(build, LR, first={"lr": 1.0}), "first has lr=1.0, which is not in its range"),
@@ -154,3 +168,37 @@ def test_ranges_are_read_from_text(text, described):
 def test_text_that_is_no_range_is_one_line_and_runs_nothing(text):
     with pytest.raises(ValueError, match=r"^[^\n]+$"):
         parse_range(text)
+
+
+def test_values_are_those_that_a_journal_gives_back():
+    space = Space(
+        build,
+        {"lr": tune.choice(np.array([0.1, 0.2])), "width": tune.randint(np.int64(4), np.int64(9))},
+        first={"lr": np.float64(0.1), "width": np.int64(5)},
+        fixed={"momentum": np.float64(0.9), "flags": (3, 4)},
+        normalise=[[0.5] * 3, [0.25] * 3],
+    )
+    assert space.normalise == ((0.5,) * 3, (0.25,) * 3)
+    described = {"lr": {"values": [0.1, 0.2]}, "width": {"low": 4, "high": 8, "log": False}}
+    for value, plain in [
+        (space.described(), described),
+        (space.start, {"lr": 0.1, "width": 5}),
+        (space.fixed, {"momentum": 0.9, "flags": [3, 4]}),
+    ]:
+        assert repr(value) == repr(plain)  # no numpy, no tuple
+
+
+def test_none_is_a_value():
+    space = Space(lambda n, s, width=8: n, {"width": tune.choice([None, 4])})
+    assert space.config({"width": None}).model == {"width": None}
+
+
+def test_ranges_have_the_type_of_their_argument():
+    space = Space(build, LR | {"rate": tune.uniform(0.0, 0.5)})
+    for text in ("choice(8, 16.0)", "uniform(8, 16)", "choice('a')", "choice(True)"):
+        with pytest.raises(ValueError, match=r"^width=.* is not possible; width is a value of type int"):
+            space.ranging({"width": parse_range(text)})
+    assert space.ranging({"width": parse_range("choice(8, 16)")}).start["width"] == 8
+    by_default = Space(lambda n, s, dropout=0: n, {"dropout": tune.uniform(0.0, 0.5)})
+    assert by_default.ranging({"dropout": parse_range("uniform(0.1, 0.3)")}).start == {"dropout": 0.25}
+    assert by_default.parse("dropout", "0.1") == 0.1

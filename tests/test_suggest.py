@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ray import tune
 
-from tunefleet.models.ranges import check_ranges, described
+from tunefleet.models.ranges import described, plain_range
 from tunefleet.search.suggest import SEARCHERS, Observation, grid_values, suggest
 
 RANGES = {
@@ -201,7 +201,7 @@ KINDS = {  # range: allowed values, or the lowest, the highest and the step
 @pytest.mark.parametrize("searcher", SEARCHERS)
 def test_every_kind_of_range_gives_python_numbers_on_its_own_steps(kind, searcher):
     domain, (low, high, step) = KINDS[kind]
-    check_ranges({"x": domain})
+    plain_range("x", domain)
     count = len(grid_values(domain)) if searcher == "grid" else 40
     values = []
     for number in range(count):
@@ -248,7 +248,7 @@ def test_description_keeps_scale_and_step():
 )
 def test_what_cannot_be_drawn_from_is_refused_by_name(domain):
     with pytest.raises(ValueError, match=r"^the range of momentum cannot be searched \(.*\); give tune"):
-        check_ranges({"momentum": domain})
+        plain_range("momentum", domain)
 
 
 def all_points(ranges, first=None):

@@ -15,7 +15,6 @@ from tunefleet.trainables.training import TrainingRun, class_metrics
 
 MODEL_FILE = "model.pt"
 MODEL_VERSION = 1  # of its content
-LEAST = 1e-12  # probability, whose logarithm is taken
 MISCLASSIFIED = 64  # images kept for the report: the mistakes made with most confidence
 
 
@@ -71,11 +70,11 @@ def evaluate_test(run: TrainingRun, folder: Path | None = None, tag: str = "") -
         tag: Part of the files' names.
 
     Returns:
-        test_accuracy, test_balanced_accuracy, test_macro_f1 (fractions 0..1) and test_loss.
+        test_accuracy, test_balanced_accuracy, test_macro_f1 (fractions 0..1) and test_loss (own loss).
     """
     images, mapped = load_split(run.data, "test")
     labels = np.array(mapped)  # torch warns of arrays that it cannot write
-    probabilities = run.predict(images)
+    probabilities, loss = run.predict_and_loss(images, torch.from_numpy(labels))
     confidence, predicted = (values.numpy() for values in probabilities.max(1))
     if folder is not None:
         columns = {
@@ -97,6 +96,5 @@ def evaluate_test(run: TrainingRun, folder: Path | None = None, tag: str = "") -
     classes = probabilities.shape[1]
     pairs = torch.from_numpy(labels * classes + predicted)
     confusion = torch.bincount(pairs, minlength=classes**2).view(classes, classes)
-    of_labels = probabilities[torch.arange(len(labels)), torch.from_numpy(labels)]
     metrics = {f"test_{name}": value for name, value in class_metrics(confusion).items()}
-    return metrics | {"test_loss": -of_labels.clamp(min=LEAST).log().mean().item()}
+    return metrics | {"test_loss": loss}

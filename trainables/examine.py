@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tunefleet.cli import printable
+from tunefleet.models.network import Network
 from tunefleet.models.sources import describe
 from tunefleet.models.space import Space, TrainConfig
 from tunefleet.trainables.data import ImageData, load_split
@@ -31,14 +32,19 @@ PARTS = 2  # into which it is split
 RTOL, ATOL = 1e-3, 1e-5  # of float32 in another order
 
 
-def examine(config: TrainConfig, data: ImageData) -> Space:
+def examine(config: TrainConfig, data: ImageData, say: Callable[[str], Any] = print) -> Space:
     """Return a config's space with what one batch shows of its network; built-in ones are known.
+
+    Args:
+        config: Of the space.
+        data: Its images.
+        say: Takes a line on what costs time.
 
     Raises:
         ValueError: The network cannot be built or trained; one line that says where and why.
     """
     space = config.space
-    if not space.trains_images or None not in space.traits.values():
+    if not space.trains_images or isinstance(space.build, Network):
         return space
     folder = Path(space.source.folder) if space.source and space.source.folder else None
     try:
@@ -62,6 +68,8 @@ def examine(config: TrainConfig, data: ImageData) -> Space:
         "micro_batches": convolves and _is_same(model, x, y, _in_parts),
         "feature_cache": _is_cacheable(model, x),
     }
+    if getattr(model, "frozen", False) and space.feature_cache is None and not found["feature_cache"]:
+        say(f"{space.name} is no head(backbone(x)): its backbone's features are computed in every epoch")
     return replace(space, **{name: found[name] for name, known in space.traits.items() if known is None})
 
 

@@ -45,13 +45,21 @@ class StepGraph:
     Args:
         steps: Full batches per epoch.
         batch_size: Images in each.
-        lr: The optimizer's learning rate, a float32 scalar on the device.
+        set_lr: Sets the optimizer's learning rates, which are tensors, by the schedule's, a scalar tensor.
+        device: Of the steps.
         augmented: Whether steps take crops.
     """
 
-    def __init__(self, steps: int, batch_size: int, lr: Tensor, *, augmented: bool) -> None:
-        device = lr.device
-        self.lr = lr
+    def __init__(
+        self,
+        steps: int,
+        batch_size: int,
+        set_lr: Callable[[Tensor], None],
+        device: torch.device,
+        *,
+        augmented: bool,
+    ) -> None:
+        self.set_lr = set_lr
         self.order = torch.zeros(steps, batch_size, dtype=torch.int64, device=device)
         self.crops = (
             torch.zeros(steps, batch_size, 3, dtype=torch.int64, device=device) if augmented else None
@@ -116,7 +124,7 @@ class StepGraph:
         return graph
 
     def _one_step(self, train_step: TrainStep) -> None:
-        self.lr.copy_(self.lrs.index_select(0, self.counter).squeeze(0))
+        self.set_lr(self.lrs.index_select(0, self.counter).squeeze(0))
         crops = None if self.crops is None else self.crops.index_select(0, self.counter).squeeze(0)
         train_step(self.order.index_select(0, self.counter).squeeze(0), crops)
         self.counter.add_(1)

@@ -171,6 +171,11 @@ def build_model(config: TrainConfig, data: ImageData) -> nn.Module:
         model = config.space.network(len(data.classes), (3, config.image_size, config.image_size), config)
         if not isinstance(model, nn.Module):
             raise ValueError(f"{config.space.name} returns a {type(model).__name__}; return an nn.Module")
+        if getattr(model, "frozen", False) and not isinstance(getattr(model, "backbone", None), nn.Module):
+            raise ValueError(
+                f"{config.space.name} is frozen and has no backbone; call the part that is not trained "
+                "backbone, or call frozen otherwise"
+            )
         if any(map(is_lazy, model.parameters())):  # such layers get their sizes from a first batch
             with torch.no_grad():
                 model.eval()(torch.zeros(2, 3, config.image_size, config.image_size))

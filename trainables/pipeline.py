@@ -30,11 +30,11 @@ class Pipeline:
     def of(cls, config: TrainConfig, data: ImageData, settings: DeviceSettings) -> Pipeline:
         """Build the pipeline of a config: with its space's statistics, or those of the images.
 
-        Of a backbone that is not trained yet, the images' are as good as ImageNet's.
+        Of a backbone that is not trained yet, the images' are as good as those of its weights.
         """
-        mean, std = config.space.statistics(config.model) or (data.mean, data.std)
-        if config.space.takes_weights and config.weights == "none":
-            mean, std = data.mean, data.std
+        space, images = config.space, (data.mean, data.std)
+        is_untrained = callable(space.normalise) and space.takes_weights and config.weights == "none"
+        mean, std = images if is_untrained else space.statistics(config.model) or images
         return cls(mean, tuple(max(value, STD_MIN) for value in std), config.image_size, settings)
 
     def __call__(self, images: Tensor) -> Tensor:

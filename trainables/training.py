@@ -77,6 +77,7 @@ class TrainingRun:
         self.model = build_model(config, data).to(self.device)
         if getattr(self.model, "frozen", False):
             self.model.get_submodule("backbone").requires_grad_(False)
+        self.has_own_loss = type(self).loss is not TrainingRun.loss
         group.synchronise_batchnorm(self.model)
         # Cached features replace the backbone: only the head is trained, saved and evaluated.
         self.network = self.model.get_submodule("head") if self.inputs.kind == "features" else self.model
@@ -86,6 +87,11 @@ class TrainingRun:
         on_device = self.device.type == "cuda" or settings.cuda_graph  # a tensor, which a captured step reads
         self.lr = torch.tensor(config.lr, device=self.device) if on_device else config.lr
         self.optimizer = self.make_optimizer(self.trained)
+        for lr_group in self.optimizer.param_groups:
+            lr = lr_group["lr"]  # whose ratio to the schedule's lr is kept
+            lr_group["lr_scale"] = 1.0 if lr is self.lr else float(lr) / config.lr
+            if settings.cuda_graph and not isinstance(lr, Tensor):
+                lr_group["lr"] = torch.tensor(lr, device=self.device)
         self.generator = torch.Generator().manual_seed(config.seed)  # order and augmentation
         torch.manual_seed(config.seed)  # dropout draws from the device's own generator
         self.reports: list[dict[str, Any]] = []  # of all epochs so far
@@ -96,11 +102,15 @@ class TrainingRun:
         self.train_mode()
         _check_batch_norm(self.network, config.batch_size)
         sample = self.to_network(self.inputs.train_x[:1].to(self.device, copy=True))
-        self.micro_batch = micro_batch(settings, self.network, sample, config.batch_size)
+        self.micro_batch = config.batch_size
+        if not self.has_own_loss:  # which may be no mean over images
+            self.micro_batch = micro_batch(settings, self.network, sample, config.batch_size)
         self.parallel = group.parallel(self.network)
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """Return the mean loss of a batch; yours to override.
+
+        One that is no mean over images gives other gradients where several workers share a batch.
 
         Args:
             logits: float32 ``(N, C)``.
@@ -111,7 +121,10 @@ class TrainingRun:
         )
 
     def make_optimizer(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-        """Build the optimizer of what is trained, of ``self.config`` and ``self.lr``; yours to override."""
+        """Build the optimizer of what is trained, of ``self.config`` and ``self.lr``; yours to override.
+
+        Groups of parameters may have several lrs: the schedule keeps their ratios.
+        """
         return make_optimizer(self.config, parameters, self.lr)
 
     def augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -119,7 +132,7 @@ class TrainingRun:
 
         Args:
             images: uint8 ``(N, 3, H, W)``, on the device.
-            generator: On the CPU, part of the checkpoint: draw from it alone.
+            generator: On the CPU, of this step and worker, and the same after a resume: draw from it alone.
         """
         raise NotImplementedError
 
@@ -209,14 +222,17 @@ class TrainingRun:
             indices: The batch, of the training images ``(N,)``.
             crops: How each is augmented ``(N, 3)``; None: it is not.
         """
-        inputs, group, size = self.inputs, self.group, len(indices)
+        inputs, group, size, augments = self.inputs, self.group, len(indices), self.augments()
+        if augments:  # one draw, whatever a worker's rows draw: all workers have the same next order
+            seed = int(torch.randint(2**62, (), generator=self.generator)) + group.rank
+            generator = torch.Generator().manual_seed(seed)
         indices = group.share(indices)
         parts = indices.split(size if self.micro_batch == self.config.batch_size else self.micro_batch)
         crop_parts = [None] * len(parts) if crops is None else group.share(crops).split(max(1, len(parts[0])))
         for k, (part, part_crops) in enumerate(zip(parts, crop_parts, strict=True), start=1):
             x, y = (gather(tensor, part, self.device) for tensor in (inputs.train_x, inputs.train_y))
-            if self.augments():
-                x = self.augment(x, self.generator)
+            if augments and len(x):
+                x = self.augment(x, generator)
             elif part_crops is not None:
                 x = augment(x, part_crops)
             with group.accumulating(self.parallel, last=k == len(parts)):
@@ -231,7 +247,7 @@ class TrainingRun:
         self.optimizer.zero_grad()
 
     def _loss_sum(self, logits: Tensor, y: Tensor, smoothing: float = 0.0) -> Tensor:
-        if type(self).loss is TrainingRun.loss:
+        if not self.has_own_loss:
             return F.cross_entropy(logits, y, reduction="sum", label_smoothing=smoothing)
         return self.loss(logits, y) * len(y)
 
@@ -253,17 +269,19 @@ class TrainingRun:
         if not (self.settings.cuda_graph and self.group.size == 1 and full) or self.augments():
             return None
         if self.graph is None:
-            assert isinstance(self.lr, Tensor)
             augmented = self.config.augment != "none"
-            self.graph = StepGraph(full, self.config.batch_size, self.lr, augmented=augmented)
+            self.graph = StepGraph(
+                full, self.config.batch_size, self._set_lr, self.device, augmented=augmented
+            )
         return self.graph
 
-    def _set_lr(self, lr: float) -> None:
-        if isinstance(self.lr, Tensor):
-            self.lr.fill_(lr)
-            return
+    def _set_lr(self, lr: float | Tensor) -> None:
         for lr_group in self.optimizer.param_groups:
-            lr_group["lr"] = lr
+            scaled = lr * lr_group.get("lr_scale", 1.0)
+            if isinstance(lr_group["lr"], Tensor):
+                lr_group["lr"].fill_(scaled)
+            else:
+                lr_group["lr"] = scaled
 
     @torch.inference_mode()
     def evaluate(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -278,9 +296,24 @@ class TrainingRun:
             confusion.index_add_(0, pairs, torch.ones_like(pairs))
         return self.group.total(loss_sum, confusion.view(classes, classes))
 
-    @torch.inference_mode()
     def predict(self, images: np.ndarray) -> Tensor:
-        """Return class probabilities ``(N, classes)``, on the CPU, of test images.
+        """Return class probabilities ``(N, classes)``, on the CPU, of test images."""
+        return torch.cat([logits.softmax(1).cpu() for logits in self._test_logits(images)])
+
+    @torch.inference_mode()
+    def predict_and_loss(self, images: np.ndarray, labels: Tensor) -> tuple[Tensor, float]:
+        """Return class probabilities ``(N, classes)``, on the CPU, of test images, and their mean loss."""
+        probabilities, loss_sum, start = [], 0.0, 0
+        for logits in self._test_logits(images):
+            y = labels[start : start + len(logits)].to(self.device)
+            loss_sum += self._loss_sum(logits, y).item()
+            probabilities.append(logits.softmax(1).cpu())
+            start += len(logits)
+        return torch.cat(probabilities), loss_sum / len(labels)
+
+    @torch.inference_mode()
+    def _test_logits(self, images: np.ndarray) -> Iterator[Tensor]:
+        """Yield float32 logits ``(N, classes)`` of batches of test images, on the device.
 
         Args:
             images: uint8 ``(N, 3, H, W)``, of which a batch at a time is read.
@@ -290,7 +323,7 @@ class TrainingRun:
             batches = self._logits(self.network, self.to_network, x)
         else:
             batches = self._logits(self.model, self.pipeline, mapped_tensor(images))
-        return torch.cat([logits.float().softmax(1).cpu() for logits in batches])
+        yield from (logits.float() for logits in batches)
 
     def _logits(
         self, network: nn.Module, prepare_batch: Callable[[Tensor], Tensor], x: Tensor
@@ -331,12 +364,12 @@ class TrainingRun:
         if state["split_sha256"] != self.inputs.split_sha256:
             raise ValueError("the checkpoint was trained on another training/validation split")
         self.network.load_state_dict(state["network"])
-        saved = state["optimizer"]
+        saved, lrs = state["optimizer"], [lr_group["lr"] for lr_group in self.optimizer.param_groups]
         own = self.optimizer.state_dict()
         # before 2026-11-28 checkpoints had param_groups, too
         self.optimizer.load_state_dict(own | {"state": saved["state"] if "param_groups" in saved else saved})
-        for lr_group in self.optimizer.param_groups:  # torch has copied the tensor
-            lr_group["lr"] = self.lr
+        for lr_group, lr in zip(self.optimizer.param_groups, lrs, strict=True):  # torch has copied tensors
+            lr_group["lr"] = lr
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and self.device.type == "cuda":
