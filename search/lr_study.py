@@ -140,7 +140,7 @@ def lr_curve(trials: list[TrialRecord], chance: float = -math.inf, metric: Metri
 def best_lr(curve: pd.DataFrame, metric: Metric = ACCURACY) -> float | None:
     """Return the lr with the best mean among those that saw all epochs; None where none did."""
     done = curve[curve.verdict == "done"].astype({"mean": float})
-    return None if done.empty else float(done.lr[done["mean"].map(metric.score).idxmax()])
+    return None if done.empty else float(done.lr.iloc[int(done["mean"].map(metric.score).argmax())])
 
 
 def finish(folder: Path, console: Console) -> int:
