@@ -202,7 +202,7 @@ def _edges(study: StudyResults) -> list[tuple[str, str, str]]:
 
 def _trials(study: StudyResults) -> dict[str, Any]:
     """Return the table of all trials; hyperparameters that all of them share become one line."""
-    table = study.trials
+    table = study.trials.drop(columns=study.others)
     outcome = list(table.columns).index("node")
     shared = [
         name

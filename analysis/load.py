@@ -105,7 +105,7 @@ class StudyResults(Study):
         """Return what was sampled, in the space's order; in older studies, the columns that vary."""
         if self.facts.get("ranges"):
             return list(self.facts["ranges"])
-        names = self.trials.columns[len(REACHED) :]
+        names = self.trials.columns[len(REACHED) :].drop(self.others)
         return [name for name in names if self.trials[name].nunique(dropna=False) > 1]
 
 

@@ -426,13 +426,21 @@ def class_accuracy(study: StudyResults) -> Figure | None:
     return figure
 
 
+def _means(study: StudyResults) -> pd.Series:
+    assert study.lr_curve is not None
+    return study.lr_curve["mean"].dropna()
+
+
 def lr_curves(studies: list[StudyResults]) -> Figure | None:
-    """Draw val_accuracy against lr of every learning-rate study; diverged values are crosses below."""
+    """Draw the metric against lr of every learning-rate study that has it; diverged values are crosses."""
     studies = [study for study in studies if study.lr_curve is not None]
+    studies = [study for study in studies if study.metric == studies[0].metric]
     if not studies:
         return None
     figure, axes = _axes()
-    lowest = min(float(study.lr_curve["mean"].min()) for study in studies if study.lr_curve is not None)
+    metric = studies[0].metric
+    means = [float(mean) for study in studies for mean in _means(study)]
+    worst = min(means, key=metric.score, default=math.nan)
     for k, study in enumerate(studies):
         curve, colour, marker = study.lr_curve, SERIES[k % len(SERIES)], MARKERS[(k + k // 5) % 5]
         assert curve is not None
@@ -440,10 +448,11 @@ def lr_curves(studies: list[StudyResults]) -> Figure | None:
         axes.fill_between(shown.lr, shown.low, shown.high, color=colour, alpha=0.15, linewidth=0)
         axes.plot(shown.lr, shown["mean"], color=colour, marker=marker, markersize=4, label=label)
         lost = curve[curve.verdict == "diverged"]
-        axes.plot(lost.lr, [lowest] * len(lost), "x", color=colour)
+        axes.plot(lost.lr, [worst] * len(lost), "x", color=colour)
     axes.set_xscale("log")
-    axes.set(xlabel="lr (bands: 95 % interval over seeds; crosses: diverged)", ylabel="val_accuracy")
-    _percent(axes.yaxis)
+    axes.set(xlabel="lr (bands: 95 % interval over seeds; crosses: diverged)", ylabel=metric.name)
+    if metric.bounds:
+        _percent(axes.yaxis)
     _legend_below(figure, axes)
     return figure
 

@@ -75,7 +75,7 @@ CAPTIONS = {  # {metric} is the study's
     "confused_pairs": "The most frequent confusions of test images.",
     "class_accuracy": "Test accuracy of each class, with its interval.",
     "accuracy_against_seconds": "Test accuracy of each study against the time it took.",
-    "lr_curves": "Validation accuracy against the learning rate.",
+    "lr_curves": "Means over the seeds against the learning rate.",
 }
 OWN_WINNER = "The winner, by epoch; grey: its fresh seeds, if any."  # of an own training
 RANKED = (

@@ -44,7 +44,9 @@ def print_result(folder: Path, console: Console) -> int:
 
     print_line("")
     if best is None:
-        print_line(f" beat chance ({_counts(study['statuses'])})", "no trial")
+        by_chance = study["data"]["classes"] and set(study["statuses"]) <= {"diverged", "pruned"}
+        what = "beat chance" if by_chance else "succeeded"
+        print_line(f" {what} ({_counts(study['statuses'])})", "no trial")
         return 1
     print_line(f" {rounded(best[metric])}, trial {best['trial_id']}:", f"best {metric}")
     options = study["options"]

@@ -1,4 +1,4 @@
-"""How does accuracy depend on the learning rate, everything else fixed? Several seeds per value.
+"""How does the metric depend on the learning rate, everything else fixed? Several seeds per value.
 
 ::
 
@@ -8,7 +8,7 @@
 
 Takes a study's best configuration, or the published one, and runs a log grid of lr through the same
 engine as a search; the worse half of all trials stops at half time. Writes a study folder with
-``lr_curve.csv`` beside the usual files. Accuracies are those of the validation images: the test split
+``lr_curve.csv`` beside the usual files. Its values are those of the validation images: the test split
 stays closed. Exit codes as of search/run.py.
 """
 
@@ -36,11 +36,19 @@ from rich.table import Table
 from tunefleet.cli import exit_code, kept_environment, rounded, shell, shown
 from tunefleet.files import write_whole
 from tunefleet.journal import TrialRecord
+from tunefleet.metric import ACCURACY, Metric
 from tunefleet.models.checks import check_integer, check_number
 from tunefleet.models.space import Space
 from tunefleet.models.spaces import find_space
 from tunefleet.search.display import print_text
-from tunefleet.search.options import StudyOptions, add_options, add_storage, parse_study, study_parser
+from tunefleet.search.options import (
+    StudyOptions,
+    add_options,
+    add_storage,
+    check_given,
+    parse_study,
+    study_parser,
+)
 from tunefleet.search.running import resume, start
 from tunefleet.search.session import Session
 from tunefleet.search.wandb_options import add_wandb_flags
@@ -92,26 +100,27 @@ def points_of(config: dict[str, Any], lrs: list[float], seeds: list[int]) -> lis
     return [rest | {"lr": lr, "seed": seed} for seed in seeds for lr in lrs]
 
 
-def lr_curve(trials: list[TrialRecord], chance: float) -> pd.DataFrame:
+def lr_curve(trials: list[TrialRecord], chance: float = -math.inf, metric: Metric = ACCURACY) -> pd.DataFrame:
     """Return a row per lr, rising.
 
     Args:
         trials: All trials of the study.
         chance: val_accuracy up to which a network knows nothing.
+        metric: What the study compares trials by.
 
     Returns:
         lr, seeds, done and diverged (seeds that ended so), epochs (of the seeds that went furthest), n
-        (of those), mean, sd, low and high (Student's 95 % interval of the mean) of their val_accuracy,
+        (of those), mean, sd, low and high (Student's 95 % interval of the mean) of their metric,
         empty where every seed diverged, and verdict: done, pruned (stopped at half time), diverged
         (most seeds) or at chance.
     """
     rows = []
     for lr in sorted({trial.config["lr"] for trial in trials}):
         of_lr = [trial for trial in trials if trial.config["lr"] == lr]
-        able = [t for t in of_lr if t.status in (None, "done") and t.value() is not None]
+        able = [t for t in of_lr if t.status in (None, "done") and t.value(metric) is not None]
         furthest = max((t.epoch for t in able), default=0)
-        values = [value for t in able if t.epoch == furthest and (value := t.value()) is not None]
-        summary = over_seeds(values) if values else {"mean": None, "sd": None, "interval95": None}
+        values = [value for t in able if t.epoch == furthest and (value := t.value(metric)) is not None]
+        summary = over_seeds(values, metric) if values else {"mean": None, "sd": None, "interval95": None}
         diverged = sum(t.status == "diverged" for t in of_lr)
         done = sum(t.status == "done" for t in of_lr)
         mean = summary["mean"]
@@ -128,18 +137,19 @@ def lr_curve(trials: list[TrialRecord], chance: float) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def best_lr(curve: pd.DataFrame) -> float | None:
-    """Return the lr with the highest mean among those that saw all epochs; None where none did."""
+def best_lr(curve: pd.DataFrame, metric: Metric = ACCURACY) -> float | None:
+    """Return the lr with the best mean among those that saw all epochs; None where none did."""
     done = curve[curve.verdict == "done"].astype({"mean": float})
-    return None if done.empty else float(done.sort_values("mean").lr.iloc[-1])
+    return None if done.empty else float(done.lr.iloc[int(done["mean"].map(metric.score).argmax())])
 
 
 def finish(folder: Path, console: Console) -> int:
     """Write lr_curve.csv and print the curve; return the exit code."""
-    curve = curve_of(Study(folder))
-    best = best_lr(curve)
+    study = Study(folder)
+    curve = curve_of(study)
+    best = best_lr(curve, study.metric)
     write_whole(folder / "lr_curve.csv", curve.to_csv(index=False, lineterminator="\n").encode())
-    console.print(curve_table(curve, best))
+    console.print(curve_table(curve, best, study.metric.name))
     if best is None:
         print_text(console, "no lr was trained to the end")
         return 1
@@ -153,14 +163,15 @@ def finish(folder: Path, console: Console) -> int:
 
 def curve_of(study: Study) -> pd.DataFrame:
     """Return ``lr_curve`` of a learning-rate study."""
-    classes = len(study.spec["data"]["classes"])
-    chance = 1 / classes + 3 * math.sqrt((1 - 1 / classes) / classes / study.spec["validation_count"])
-    return lr_curve(list(study.records.values()), chance)
+    chance = -math.inf
+    if study.metric == ACCURACY and (classes := len(study.spec["data"]["classes"])):
+        chance = 1 / classes + 3 * math.sqrt((1 - 1 / classes) / classes / study.spec["validation_count"])
+    return lr_curve(list(study.records.values()), chance, study.metric)
 
 
-def curve_table(curve: pd.DataFrame, best: float | None) -> Table:
+def curve_table(curve: pd.DataFrame, best: float | None, metric: str = ACCURACY.name) -> Table:
     """Return the curve as a table that fits 80 columns."""
-    table = Table("lr", "val_accuracy", "95 % interval", "n", "epochs", "", box=None, header_style="bold")
+    table = Table("lr", metric, "95 % interval", "n", "epochs", "", box=None, header_style="bold")
     for row in curve.to_dict("records"):
         mean = "-" if pd.isna(row["mean"]) else rounded(row["mean"])
         interval = "-" if pd.isna(row["low"]) else f"{rounded(row['low'])} to {rounded(row['high'])}"
@@ -217,6 +228,7 @@ def new_options(flags: argparse.Namespace, given: dict[str, Any]) -> StudyOption
     if not flags.space:
         raise ValueError("give --space NAME, --resume DIR or --extend DIR")
     space = find_space(flags.space)
+    check_given(space, given)
     config, inherited = configuration(space, flags.source)
     if "lr" not in config:
         raise ValueError(f"{space.name} has no lr; give a space that searches or fixes one")
@@ -247,7 +259,7 @@ def extension(folder: Path) -> list[dict[str, Any]]:
     """
     study = Study(folder)
     points = study.spec["options"].get("points")
-    best = best_lr(curve_of(study)) if study.status == "done" and points else None
+    best = best_lr(curve_of(study), study.metric) if study.status == "done" and points else None
     if best is None:
         raise ValueError(
             f"{folder} is no finished learning-rate study; give one, or: {shell(*RESUME, folder)}"

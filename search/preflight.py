@@ -277,7 +277,8 @@ def _sizes(config: TrainConfig, data: ImageData, *, head: bool) -> tuple[int, in
     key = json.dumps([config.space.name, len(data.classes), config.image_size, dict(config.model)])
     if key not in _known_sizes:
         model = build_model(config, data)
-        parts = [model, model.head] if isinstance(getattr(model, "head", None), nn.Module) else [model]
+        named_head = getattr(model, "head", None)
+        parts: list[nn.Module] = [model, *([named_head] if isinstance(named_head, nn.Module) else [])]
         _known_sizes[key] = [
             (
                 sum(tensor.nbytes for tensor in part.state_dict().values()),

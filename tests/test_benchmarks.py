@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,10 +15,13 @@ import torch
 
 from tests.configs import make_model
 from tunefleet.benchmarks import compare, families, scale
+from tunefleet.benchmarks.arms import no_op
 from tunefleet.benchmarks.compare import Measured, adopted_orphans, check_same_work, environment
 from tunefleet.benchmarks.obvious import obvious_network
 from tunefleet.benchmarks.task import Task, no_op_accuracy
+from tunefleet.metric import ACCURACY
 from tunefleet.models.spaces import SPACES
+from tunefleet.trainables.own import OwnRun
 
 ROOT = Path(__file__).parents[1]
 STEADY = 10.0  # the machine's speed
@@ -221,6 +225,12 @@ def test_a_long_study_is_reported_as_medians_of_its_runs(monkeypatch, capsys):
     assert max(map(len, lines)) <= 80
     assert lines[2].split() == ["1", "8.00", "12.00", "1.50", "400.00", "500.00", "1.25", "2.50"]
     assert lines[-1].split() == ["median", "8.00", "10.00", "1.12", "400.00", "440.00", "1.10", "2.50"]
+
+
+def test_a_trial_that_trains_nothing_is_a_training_of_its_own():
+    space = pickle.loads(pickle.dumps(no_op.SPACE))
+    run = OwnRun(space, {"epochs": 2, "seed": 0, "trial": 7}, ACCURACY, {})
+    assert [run.epoch()["val_accuracy"] for _ in range(2)] == [no_op_accuracy(7, 1), no_op_accuracy(7, 2)]
 
 
 def test_no_op_accuracies_differ_between_trials():

@@ -72,6 +72,17 @@ def test_trials_csv_has_a_row_per_trial_with_what_it_reached(folder):
     assert list(table.lr) == pytest.approx([0.1, 0.2, 0.3, 0.4])
 
 
+def test_trials_csv_has_a_column_for_each_number_that_is_reported(folder):
+    """The last report's; a name that a hyperparameter has stays the hyperparameter's."""
+    Journal(folder / "reports.jsonl").append(report("0001", 2, 0.45, f1=0.7, lr=7.0))
+    collect(folder, None)
+    table = pd.read_csv(folder / "trials.csv")
+    assert list(table.train_loss[:3]) == [1.5] * 3
+    assert table.f1[1] == 0.7
+    assert list(table.f1.isna()) == [True, False, True, True]
+    assert table.lr[1] == pytest.approx(0.2)
+
+
 def test_a_file_that_cannot_be_replaced_leaves_nothing_beside_it(tmp_path):
     (tmp_path / "trials.csv").mkdir()
     with pytest.raises(OSError, match=r"trials\.csv"):

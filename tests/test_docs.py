@@ -74,7 +74,8 @@ def test_the_blocks_of_predict_run(photos, tmp_path, data_dir):
 @pytest.mark.ray
 def test_the_blocks_of_own_training_begin_with_its_debugging_and_run(tmp_path, data_dir):
     assert blocks_of("own-training.md")[0][1].startswith("tunefleet train mine.py ")
-    trained, searched = run_blocks("own-training.md", tmp_path, data_dir)
+    trained, searched, squared = run_blocks("own-training.md", tmp_path, data_dir)
+    assert re.match(r"epoch 1/1  train_loss 0\.\d+ ", squared)
     assert len(re.findall(r"^epoch \d/2  val_loss \d\.\d+ ", trained, re.MULTILINE)) == 2
     assert re.search(r"^test_loss \d\.\d+, 1 fresh seed$", searched, re.MULTILINE)
 

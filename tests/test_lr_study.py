@@ -1,5 +1,6 @@
 import itertools
 import math
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -8,8 +9,10 @@ from tests.configs import make_options
 from tests.made_study import spec, write_events
 from tunefleet.cli import rounded
 from tunefleet.journal import TrialRecord
+from tunefleet.metric import Metric
 from tunefleet.search.lr_study import (
     best_lr,
+    curve_of,
     curve_table,
     extended,
     extension,
@@ -73,6 +76,19 @@ def test_curve_is_over_the_seeds_that_went_furthest():
     assert curve.loc[0.01, "high"] - 0.35 == pytest.approx(12.706 * 0.0707107 / math.sqrt(2), abs=1e-3)
     assert math.isnan(curve.loc[1.0, "mean"])
     assert best_lr(curve.reset_index()) == 0.1
+
+
+def test_the_best_lr_of_a_loss_is_the_lowest_and_has_no_chance():
+    loss = Metric("val_loss", "min")
+    trials = [TrialRecord(f"{k}", {"lr": lr, "seed": 0}) for k, lr in enumerate((0.01, 0.1, 1.0))]
+    for record, value in zip(trials, (2.5, 1.5, 2.0), strict=True):
+        record.take({"epoch": 1, "val_loss": value, "status": "done"})
+    spec = {"data": {"classes": []}, "validation_count": 0}  # of a training of its own
+    study = SimpleNamespace(metric=loss, spec=spec, records=dict(enumerate(trials)))
+    curve = curve_of(study)
+    assert list(curve["mean"]) == [2.5, 1.5, 2.0]
+    assert set(curve.verdict) == {"done"}
+    assert best_lr(curve, loss) == 0.1
 
 
 def test_close_values_are_told_apart_and_only_1_reads_1():

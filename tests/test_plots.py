@@ -116,6 +116,10 @@ def test_diverged_lr_is_a_cross_below_the_curve(study):
     assert points(axes) == [[(0.01, 0.5), (0.1, 0.6)], [(1.0, 0.5)]]
     assert axes.lines[1].get_marker() == "x"
     assert axes.get_xscale() == "log"
+    loss = with_changes(study, lr_curve=curve, metric=Metric("val_loss", "min"))
+    axes = plots.lr_curves([loss]).axes[0]
+    assert axes.get_ylabel() == "val_loss"
+    assert points(axes)[1] == [(1.0, 0.6)]  # beside the worst
 
 
 def test_interval_of_equal_regrets_is_drawn_in_spite_of_rounding():

@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from tests.made_study import edit_events, spec, write_events
+from tests.made_study import edit_events, spec, write_events, write_own_study
+from tests.made_study import write_study as write_images_study
 from tunefleet import collect, mirror
 from tunefleet.inference import export, predict
 from tunefleet.search import lr_study, run, wandb_sync
@@ -132,3 +133,25 @@ def test_help_fits_eighty_columns(command, monkeypatch, capsys):
         command.main(["--help"])
     assert end.value.code == 0
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("write", "status", "line"),
+    [
+        (write_images_study, "diverged", "no trial beat chance (3 diverged)"),
+        (write_images_study, "error", "no trial succeeded (3 error)"),
+        (write_own_study, "diverged", "no trial succeeded (3 diverged)"),
+    ],
+)
+def test_only_of_images_chance_is_spoken_of(tmp_path, write, status, line):
+    def edit(event):
+        if event["trial_id"].startswith("final") or event["epoch"] > 1:
+            return None
+        ended = {"trial_id": event["trial_id"], "status": status, "error": "no"}
+        return ended if event["epoch"] == 1 else event
+
+    folder = write(tmp_path / "made", trials=3)
+    edit_events(folder, edit)
+    screen, text = console()
+    print_result(folder, screen)
+    assert line in text()

@@ -2,50 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from tunefleet.benchmarks.task import Row, Task, no_op_accuracy, row
+from tunefleet.benchmarks.arms import no_op
+from tunefleet.benchmarks.task import Row, Task
 from tunefleet.models.spaces import SPACES
-from tunefleet.search import engine
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.running import start
 from tunefleet.search.session import Session
 from tunefleet.search.session import leave as leave
 from tunefleet.study import Study
-from tunefleet.trainables.trial import Trial
-
-
-class NoOpTrial(Trial):
-    """A trial that trains nothing: what remains is the engine's cost."""
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Start the next job."""
-        self.job, self.epoch, self.located = new_config, new_config["reported"], False
-        return True
-
-    def step(self) -> dict[str, Any]:
-        """Return where the job runs, as every trial does, then an epoch's report at once."""
-        if not self.located:
-            return super().step()
-        self.epoch += 1
-        trial = int(self.job["trial_id"])
-        report = row(trial, self.epoch, no_op_accuracy(trial, self.epoch))
-        ends = {"status": "done"} if self.epoch == self.job["config"]["epochs"] else {}
-        return {"report": json.dumps({**report, "epoch_seconds": 0.0, **ends})}
 
 
 def run(task: Task) -> list[Row]:
     """Run all trials."""
+    first, points = task.configurations[0], task.configurations
     if task.no_op:
-        engine.Trial = NoOpTrial  # type: ignore[misc]  # no option of a study: nobody else needs it
-    first = task.configurations[0]
+        points = [{"trial": number} for number in range(len(points))]
     options = StudyOptions(
-        space=SPACES[first["architecture"]],
-        points=task.configurations,
+        space=no_op.SPACE if task.no_op else SPACES[first["architecture"]],
+        points=points,
         epochs=task.epochs,
         weights=first["weights"],
         pruner=None if task.pruning else "none",

@@ -11,15 +11,17 @@ if TYPE_CHECKING:
     from tunefleet.search.api import resume as resume
     from tunefleet.study import Study as Study
     from tunefleet.study import load as load
+    from tunefleet.trainables.training import TrainingRun as TrainingRun
 
 _PUBLIC = {  # name: its module
     "Space": "models.space",
     "Study": "study",
+    "TrainingRun": "trainables.training",
     "find_space": "models.spaces",
     "load": "study",
     "resume": "search.api",
 }
-__all__ = ["Space", "Study", "find_space", "load", "resume"]
+__all__ = ["Space", "Study", "TrainingRun", "find_space", "load", "resume"]
 
 
 def lookup(module: str, name: str) -> Any:

@@ -58,7 +58,7 @@ RESULTS = (  # what the first edition kept in study.json, too
     *("status", "seconds", "events", "trials", "statuses", "epochs_spent", "epochs_unpruned"),
     *("lost_workers", "busy_fraction", "best", "final", "lr_study"),
 )
-REACHED = (  # columns of trials.csv; then come the hyperparameters
+REACHED = (  # columns of trials.csv; then come the hyperparameters and the other numbers of the last report
     *("trial_id", "status", "epochs", "rung", "val_accuracy", "best_val_accuracy", "seconds", "node"),
 )
 REPORTED = {  # columns of epochs.parquet
@@ -229,11 +229,20 @@ class Study:
                 "seconds": round(sum(trial.values("epoch_seconds")), 3),
                 "node": trial.reports[trial.epoch].get("node") if trial.reports else None,
                 **{name: value for name, value in trial.config.items() if name != "epochs"},  # the horizon
+                **{name: trial.reports[trial.epoch].get(name) for name in self.others if trial.reports},
             }
             for trial in self.searched
         ]
         reached = [name.replace("val_accuracy", self.metric.name) for name in REACHED]
         return pd.DataFrame(rows, columns=None if rows else [*reached, *self.spec.get("ranges", {})])
+
+    @functools.cached_property
+    def others(self) -> list[str]:
+        """Return the numbers that reports have beside the metric and what ``trials`` has anyway."""
+        known = {self.metric.name, "epoch_seconds", "finished_at"}.union(*(t.config for t in self.searched))
+        reports = [report for trial in self.searched for report in trial.reports.values()]
+        names = dict.fromkeys(n for report in reports for n in report if is_number_of(n, report[n]))
+        return [name for name in names if name not in known]
 
     @functools.cached_property
     def epochs(self) -> pd.DataFrame:
