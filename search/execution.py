@@ -80,6 +80,7 @@ def create(ready: Ready, prepared: Prepared | None) -> None:
         of_space
         | {
             "space": options.space.name,
+            "published": options.space.published,
             "options": options.to_dict(),
             "rungs": list(options.rungs),
             "ranges": {} if options.points else options.searched.described(),

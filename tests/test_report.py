@@ -121,6 +121,13 @@ def test_several_studies_are_compared_in_one_page(folder, tmp_path):
     assert page.count("<td>softmax</td>") == 0  # a learning-rate study has no test accuracy
 
 
+def test_a_persons_networks_are_compared_apart_from_the_built_in_ones(folder, tmp_path):
+    other = write_study(tmp_path / "mine")
+    change(other, space="resnet_mine", source={"name": "resnet_mine"})
+    page = write([load(folder), load(other)], tmp_path / "out").read_text()
+    assert [page.count(name) for name in ("Plain networks", "Own networks", "Frozen backbones")] == [1, 1, 0]
+
+
 def test_page_of_an_own_training_has_its_metric_and_nothing_of_images(tmp_path):
     folder = write_own_study(tmp_path / "own")
     page = write([load(folder)], tmp_path / "out").read_text()
