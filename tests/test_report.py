@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 
 import numpy as np
@@ -59,9 +60,12 @@ def test_page_says_that_test_images_were_looked_at_before(folder, tmp_path):
         {"trial_id": "final-3", "epoch": 0, "config": best | {"lr": 0.05, "seed": 1, "refit": True}},
         {"trial_id": "final-3", "epoch": 1, "test_accuracy": 0.9, "status": "done"},
     ]
+    (folder / "best" / "config.json").write_text(json.dumps(Study(folder).seeds[0].config))
+    assert load(folder).predictions is not None
     write_events(folder, Study(folder).events + events)
     page = write([load(folder)], tmp_path / "out").read_text()
     assert "The test images were looked at before, for 2 seeds of an earlier winner." in page
+    assert load(folder).predictions is load(folder).misclassified is load(folder).first_layer is None
 
 
 def test_page_needs_nothing_from_elsewhere_and_no_name_becomes_markup(folder, tmp_path):
