@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import tempfile
 import zipfile
@@ -48,6 +49,10 @@ class StudyResults(Study):
         self.predictions = _read(location, folder, "best/predictions.parquet", _predictions)
         self.misclassified = _read(location, folder, "best/misclassified.npz", _misclassified)
         self.first_layer = _read(location, folder, "best/first_layer.npy", _first_layer)
+        tested = _read(location, folder, "best/config.json", lambda file: json.loads(file.read_bytes()))
+        seeds = [trial.config for trial in self.seeds if trial.status == "done"]
+        if tested is not None and tested not in seeds:  # of an earlier winner of a continued study
+            self.predictions = self.misclassified = self.first_layer = None
         self.lr_curve = _read(location, folder, "lr_curve.csv", _lr_curve)
         if self.predictions is not None:
             labels = self.predictions[["label", "predicted"]].to_numpy()

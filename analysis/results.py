@@ -19,7 +19,8 @@ from tunefleet.cli import Parser, exit_code, path_argument, printable, shell
 from tunefleet.metric import Metric
 from tunefleet.study import read_study, tested
 
-# The course report's, of CIFAR-10's test images; its ResNets began with ImageNet weights
+# The course report's, of CIFAR-10's test images; its ResNets began with ImageNet weights. A study.json has
+# its space's own.
 PUBLISHED = {
     "softmax": 0.4002,
     "twolayernn": 0.5102,
@@ -67,16 +68,18 @@ def row(study: dict[str, Any]) -> list[str]:
     best, options = study["best"], study["options"]
     config = best["config"] if best else {}
     weights = Path(str(config.get("weights", "none"))).name
-    published = PUBLISHED.get(study["space"])
-    if config.get("backbone", HIDDEN["backbone"]) != HIDDEN["backbone"]:
+    name, built_in = study["space"], is_built_in(study)
+    published = study.get("published", PUBLISHED.get(name) if built_in else None)
+    if built_in and config.get("backbone", HIDDEN["backbone"]) != HIDDEN["backbone"]:
         published = None
+    has_backbone = weights != "none" or (built_in and name.startswith("resnet"))
     return [
-        study["space"],
+        name,
         f"{100 * published:.2f}" if published else "",
         _over_seeds(study["final"]),
         str(study["trials"]),
         f"{options['epochs']} ({study['epochs_spent']})",
-        WEIGHTS.get(weights, weights) if study["space"].startswith("resnet") else "",
+        WEIGHTS.get(weights, weights) if has_backbone else "",
         ", ".join(
             f"{name} {number(config[name], 3)}"
             for name in dict.fromkeys((*SHOWN, *study.get("ranges", {})))
@@ -86,6 +89,11 @@ def row(study: dict[str, Any]) -> list[str]:
         str(study.get("machine") or ""),
         study["commit"] or "",
     ]
+
+
+def is_built_in(study: dict[str, Any]) -> bool:
+    """Return whether a study is of a space of this package, not of one of the same name in a person's file."""
+    return study.get("source") is None
 
 
 def _over_seeds(final: dict[str, Any] | None) -> str:
@@ -107,9 +115,9 @@ def table(studies: list[dict[str, Any]]) -> str:
     """
     rows = [list(COLUMNS), ["---"] * len(COLUMNS)]
     for name, published in PUBLISHED.items():
-        found = [row(study) for study in studies if study["space"] == name]
+        found = [row(study) for study in studies if is_built_in(study) and study["space"] == name]
         rows += found or [[name, f"{100 * published:.2f}", "not run"]]
-    rows += [row(study) for study in studies if study["space"] not in PUBLISHED]
+    rows += [row(study) for study in studies if not (is_built_in(study) and study["space"] in PUBLISHED)]
     return "\n".join(f"| {' | '.join(cell.replace('|', PIPE) for cell in cells)} |" for cells in rows)
 
 

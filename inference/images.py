@@ -82,8 +82,12 @@ def _of_archive(path: Path, size: int, data_dir: Path, skip: Skip) -> Iterator[t
     archive, listing = Archive(path, _no_progress), Listing(path)
     archive.check(listing)
     _say_skipped(listing, skip)
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=data_dir) as folder:
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(dir=data_dir)
+    except OSError as error:
+        raise ValueError(f"--data-dir={data_dir} cannot be written ({error.strerror}); give another") from error
+    with temporary as folder:
         unpacked = archive.unpack(Path(folder) / "unpacked")
         yield from _decoded(unpacked, listing.entries, size, skip, path)
 

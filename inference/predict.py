@@ -85,11 +85,11 @@ def image_model(study: Study, device: str | None, **options: Any) -> WinnerModel
     Raises:
         ValueError: It is a training of its own, or cannot be loaded.
     """
-    model = load_winner(study, device, **options)
-    if not isinstance(model, WinnerModel):
+    if not study.spec["data"]["classes"]:
         raise ValueError(
-            f"{study.folder} trains {type(model).__name__}, which has no images; use study.model() in Python"
+            f"{study.folder} trains {study.spec['space']}, which has no images; use study.model() in Python"
         )
+    model: WinnerModel = load_winner(study, device, **options)
     return model
 
 

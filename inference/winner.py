@@ -18,7 +18,7 @@ from tunefleet.models.space import Space
 from tunefleet.models.spaces import recorded_space
 from tunefleet.study import Study
 from tunefleet.trainables.data import DATA_DIR, ImageData
-from tunefleet.trainables.decoding import Decoder, Entry, SourceError, square, upright
+from tunefleet.trainables.decoding import Decoder, Entry, SourceError, draft, square, upright
 from tunefleet.trainables.device import DeviceSettings, choose, has_convolution, use_exact_fp32
 from tunefleet.trainables.evaluate import MODEL_FILE
 from tunefleet.trainables.inputs import build_model
@@ -26,7 +26,7 @@ from tunefleet.trainables.own import OwnRun
 from tunefleet.trainables.pipeline import affine, normalise
 from tunefleet.trainables.training import EVAL_BATCH_MAX, DamagedCheckpointError, read_checkpoint
 
-FINAL_SEEDS = 3  # that an error proposes to train
+FINAL_SEEDS = 3  # that an error proposes to train, beside those that failed
 OF_NETWORKS = {  # what best/model.pt holds of a network; of a training of its own, "state" and "config"
     **dict.fromkeys(("classes", "mean", "std"), list),
     **dict.fromkeys(("config", "network"), Mapping),
@@ -99,6 +99,7 @@ class WinnerModel(nn.Module):
             return torch.cat([self.decode(image) for image in images])
         if isinstance(images, Image.Image):
             try:
+                draft(images, self.stored_size)  # has no effect once it is loaded
                 return self.stack([square(upright(images), self.stored_size)])
             except Exception as error:  # of a damaged file Pillow raises many types
                 raise ValueError(f"an image cannot be decoded ({error})") from error
@@ -198,7 +199,9 @@ def read_winner(study: Study) -> dict[str, Any]:
     if not seeds:
         advice = shell("tunefleet", "resume", where)
         if study.status == "done":
-            advice = f"{advice} --final-seeds {FINAL_SEEDS}"
+            if not study.winner:
+                raise ValueError(f"{where} has no winner: no trial has succeeded; search again")
+            advice += f" --final-seeds {(study.spec['options'].get('final_seeds') or 0) + FINAL_SEEDS}"
         raise ValueError(f"{where} has no finished seed of its winner; train some: {advice}")
     if not file.exists():
         if study.status != "done":

@@ -81,6 +81,7 @@ def create(ready: Ready, prepared: Prepared | None) -> None:
         of_space
         | {
             "space": options.space.name,
+            "published": options.space.published,
             "options": options.to_dict(),
             "rungs": list(options.rungs),
             "ranges": {} if options.points else options.searched.described(),
@@ -321,7 +322,6 @@ def keep_best(folder: Path, seeds: list[TrialRecord]) -> None:
     if not done:
         return
     best = folder / "best"
-    (best / "config.json").write_text(json.dumps(done[0].config, indent=2) + "\n")
     for name in result_files():
         file = best / name
         of_seed = file.with_stem(f"{file.stem}-{done[0].trial_id}")
@@ -330,6 +330,7 @@ def keep_best(folder: Path, seeds: list[TrialRecord]) -> None:
         for others in best.glob(f"{file.stem}-*{file.suffix}"):
             others.unlink()
     _write_first_layer(best)
+    (best / "config.json").write_text(json.dumps(done[0].config, indent=2) + "\n")  # last: it names the rest
 
 
 def _write_first_layer(best: Path) -> None:

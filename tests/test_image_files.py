@@ -140,6 +140,11 @@ def test_class_folder_without_a_readable_image_is_refused(
     )
 
 
+def test_the_split_that_lacks_a_class_is_named_as_its_folder_is(tmp_path: Path, cache: Path) -> None:
+    tree = save_tree(tmp_path / "pets", {"train/cat": 2, "train/dog": 2, "val/cat": 1})
+    assert_refused(tree, cache, "holds 0 images of class 'dog' in val/")
+
+
 def test_camera_raw_beside_its_jpeg_is_no_second_image(tree: Path, cache: Path) -> None:
     Image.new("RGB", (8, 8)).save(tree / "cat/0.NEF", "TIFF")
     data = prepare(str(tree), cache)

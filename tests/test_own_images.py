@@ -189,6 +189,24 @@ def damaged():
     return Image.open(io.BytesIO(file.getvalue()[:-99]))
 
 
+class OnGpu:
+    """A tensor that numpy cannot read, as one of a GPU."""
+
+    dtype = "uint8"
+
+    def __init__(self, *shape):
+        self.shape = shape
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows):
+        return self
+
+    def __array__(self, *_, **__):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+
 LABELS = np.arange(12) % 3
 MISTAKES = {
     "no dict": ([1, 2], "gives a list; return a dict with train and classes"),
@@ -230,6 +248,12 @@ MISTAKES = {
     ),
     "no pairs": (given(train=torch.zeros(12, 3, 8, 8)), "gives train[0] as a Tensor; give (images, labels)"),
     "class unseen": (given(train=(pixels(), LABELS % 2)), "holds 0 images of class 'c' in train/"),
+    "val tests": (
+        {name: split for name, split in given(val=(pixels(4), LABELS[:4] % 2)).items() if name != "test"},
+        "holds 0 images of class 'c' in val/",
+    ),
+    "a GPU's": (given(train=(OnGpu(12, 8, 8), LABELS)), "TypeError: can't convert cuda:0"),
+    "a GPU's image": (given(train=Pairs((OnGpu(8, 8), 0))), "TypeError: can't convert"),
     "paths": (given(train=Pairs(("a.png", 0))), "gives train[0] as str; give PIL images or uint8"),
     "transformed": (
         given(train=Pairs((torch.rand(3, 8, 8), 0))),

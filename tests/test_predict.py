@@ -112,6 +112,20 @@ def test_what_cannot_be_read_is_a_line_each_and_the_rest_is_predicted(predict, p
         assert re.fullmatch(f"skipped: {text}", line)
 
 
+def test_a_camera_raw_file_is_skipped_and_not_predicted_from_its_thumbnail(predict, photos):
+    Image.open("photos/00.png").save("photo.dng", format="tiff")
+    code, table, lines = predict("photo.dng", "photos/01.png")
+    assert (code, table["path"].tolist()) == (1, ["photos/01.png"])
+    assert lines == ["skipped: photo.dng cannot be decoded (camera raw (not supported; convert to JPEG))"]
+
+
+def test_a_cache_that_cannot_be_written_is_named_and_not_the_archive(study, photos, capfd):
+    pack(Path("all.zip"), photos)
+    assert main([str(study), "all.zip", "--data-dir", "photos/00.png/x"]) == 2
+    error = capfd.readouterr().err
+    assert error == "error: --data-dir=photos/00.png/x cannot be written (Not a directory); give another\n"
+
+
 def test_nothing_to_predict_is_an_error(predict, photos):
     Path("notes.txt").write_text("no image")
     code, table, lines = predict("notes.txt")
@@ -131,7 +145,7 @@ def test_a_study_without_a_finished_seed_is_a_line(command, study, photos, capfd
     assert command(["unfinished", "new.pt2"]) == 2
     assert capfd.readouterr().err == (
         "error: unfinished has no finished seed of its winner; train some: tunefleet resume unfinished "
-        "--final-seeds 3\n"
+        "--final-seeds 4\n"
     )
 
 

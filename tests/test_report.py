@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 
 import numpy as np
@@ -65,9 +66,12 @@ def test_page_says_that_test_images_were_looked_at_before(folder, tmp_path):
         {"trial_id": "final-3", "epoch": 0, "config": best | {"lr": 0.05, "seed": 1, "refit": True}},
         {"trial_id": "final-3", "epoch": 1, "test_accuracy": 0.9, "status": "done"},
     ]
+    (folder / "best" / "config.json").write_text(json.dumps(Study(folder).seeds[0].config))
+    assert load(folder).predictions is not None
     write_events(folder, Study(folder).events + events)
     page = write([load(folder)], tmp_path / "out").read_text()
     assert "The test images were looked at before, for 2 seeds of an earlier winner." in page
+    assert load(folder).predictions is load(folder).misclassified is load(folder).first_layer is None
 
 
 def test_page_needs_nothing_from_elsewhere_and_no_name_becomes_markup(folder, tmp_path):
@@ -125,6 +129,13 @@ def test_several_studies_are_compared_in_one_page(folder, tmp_path):
     assert "58.36" in page  # published
     assert "65.43 ± 1.23 (2)" in page
     assert page.count("<td>softmax</td>") == 0  # a learning-rate study has no test accuracy
+
+
+def test_a_persons_networks_are_compared_apart_from_the_built_in_ones(folder, tmp_path):
+    other = write_study(tmp_path / "mine")
+    change(other, space="resnet_mine", source={"name": "resnet_mine"})
+    page = write([load(folder), load(other)], tmp_path / "out").read_text()
+    assert [page.count(name) for name in ("Plain networks", "Own networks", "Frozen backbones")] == [1, 1, 0]
 
 
 def test_page_of_an_own_training_has_its_metric_and_nothing_of_images(tmp_path):

@@ -83,6 +83,14 @@ def test_another_backbone_is_named_and_compared_with_no_published_accuracy(backb
     assert ("backbone" in ours) == (backbone == "resnet34")
 
 
+def test_a_space_of_a_persons_file_is_not_taken_for_the_one_of_its_name():
+    own = STUDY | {"source": {"name": "convnet"}}
+    *rows, ours = table([STUDY, own, own | {"published": 0.777}]).splitlines()
+    assert len(rows) == 2 + 13 + 1
+    assert rows[-1].startswith("| convnet |  | **61.23**")
+    assert ours.startswith("| convnet | 77.70 | **61.23**")
+
+
 def test_a_study_of_another_space_is_shown_and_not_dropped():
     assert table([STUDY | {"space": "mine"}]).splitlines()[-1].startswith("| mine |  | **61.23**")
 

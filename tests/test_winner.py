@@ -172,6 +172,16 @@ def test_other_sizes_are_resized_and_photos_are_rotated_as_for_training(small, t
         assert np.array_equal(model.decode(images)[0], np.asarray(upright).transpose(2, 0, 1))
 
 
+def test_a_large_photo_is_decoded_alike_by_path_and_by_pillow(small, tmp_path):
+    model = Study(small).model()
+    save_image(tmp_path / "large.jpg", 1, (600, 400))
+    by_path = model.decode(tmp_path / "large.jpg")
+    assert torch.equal(model.decode(Image.open(tmp_path / "large.jpg")), by_path)
+    with Image.open(tmp_path / "large.jpg") as loaded:
+        loaded.load()
+        assert not torch.equal(model.decode(loaded), by_path)  # a loaded one has all its pixels
+
+
 def test_small_images_are_stored_small_and_enlarged_by_the_model(data_dir, tmp_path):
     data = made_data(tmp_path / "arrays", side=20)
     folder = finished_study(tmp_path / "study", SPACES["convnet"], data, data_dir, **SMALL)
@@ -195,9 +205,12 @@ def test_small_images_are_stored_small_and_enlarged_by_the_model(data_dir, tmp_p
         ("nowhere.png", "nowhere.png does not exist"),
         (".", ". is no file"),
         (__file__, r"test_winner.py cannot be decoded \(not an image\)"),
+        ("photo.NEF", r"photo.NEF cannot be decoded \(camera raw \(not supported; convert to JPEG\)\)"),
     ],
 )
-def test_what_is_no_image_is_one_line(small, images, message):
+def test_what_is_no_image_is_one_line(small, images, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 40)).save("photo.NEF", format="tiff")  # as its first bytes have it
     with pytest.raises(ValueError, match=message) as error:
         Study(small).model()(images)
     assert "\n" not in str(error.value)
@@ -238,7 +251,8 @@ def test_a_run_of_a_person_has_its_state_loaded(data_dir, tmp_path, monkeypatch)
     assert type(model).__name__ == "MyRun"
     assert (model.rate, model.device, model.seed) == (0.5, "cpu", 1)
     assert model.weights.tolist() == [0.5] * 3
-    with pytest.raises(ValueError, match=r"trains MyRun, which has no images; use study.model\(\)"):
+    (study / "source" / "mine.py").write_text("raise RuntimeError('imported')")
+    with pytest.raises(ValueError, match=r"trains mine, which has no images; use study.model\(\)"):
         Study(tmp_path / "study").predict("photo.png")
 
 
@@ -269,8 +283,10 @@ def test_a_study_without_a_finished_seed_is_refused_with_what_to_do(small, tmp_p
     write_events(Path("study"), events, "done")
     refused(
         "study",
-        "^study has no finished seed of its winner; train some: tunefleet resume study --final-seeds 3$",
+        "^study has no finished seed of its winner; train some: tunefleet resume study --final-seeds 4$",
     )
+    write_events(Path("study"), [event | ({"status": "error"} if event.get("epoch") else {}) for event in events])
+    refused("study", "^study has no winner: no trial has succeeded; search again$")
     write_events(Path("study"), events, "stopped")
     refused("study", "train some: tunefleet resume study$")
 

@@ -29,6 +29,8 @@ _FORMATS = re.compile(
 )
 _HEIC = re.compile(rb"....ftyp(?:hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL)
 HEAD_BYTES = 64  # that identify a file's format
+RAW_SUFFIXES = (".3fr", ".arw", ".cr2", ".dng", ".erf", ".nef", ".nrw", ".pef", ".srw")  # TIFF by content
+CAMERA_RAW = "camera raw (not supported; convert to JPEG)"
 NOT_AN_IMAGE, HEIC = "not an image", "HEIC (not supported; convert to JPEG)"
 TEXT_BYTES = 1 << 26  # of a PNG's metadata
 ORIENTATION = 0x0112  # EXIF tag
@@ -155,6 +157,8 @@ class Decoder:
         """
         content = self._read(entry)
         try:
+            if entry.name.lower().endswith(RAW_SUFFIXES):
+                raise ValueError(CAMERA_RAW)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return self._decode(content)[0]
@@ -177,9 +181,7 @@ class Decoder:
     def _decode(self, content: bytes) -> tuple[bytes, bool]:
         """Return an image's pixels, empty if it has another size, and whether EXIF rotated it."""
         image = _open(content)
-        if image.size != (self.size, self.size):
-            # A JPEG is then decoded at 1/2, 1/4 or 1/8, but no smaller than this.
-            image.draft("RGB", (2 * self.size, 2 * self.size))
+        draft(image, self.size)
         image.load()
         rotation = None
         if image.format != "JPEG" or b"Exif" in content or b"rientation" in content:  # saves the others 5 µs
@@ -195,6 +197,12 @@ def _open(content: bytes) -> Image.Image:
     if not found:
         raise ValueError(reason_to_skip(content[:HEAD_BYTES]))
     return Image.open(io.BytesIO(content), formats=(found,))
+
+
+def draft(image: Image.Image, size: int) -> None:
+    """Have a JPEG of another size decoded at 1/2, 1/4 or 1/8 of its own, but no smaller than twice ``size``."""
+    if image.size != (size, size):
+        image.draft("RGB", (2 * size, 2 * size))
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -14,14 +14,20 @@ from pathlib import Path
 import numpy as np
 
 from tunefleet.cli import counted, printable
-from tunefleet.trainables.decoding import HEAD_BYTES, Entry, SourceError, format_of, reason_to_skip
+from tunefleet.trainables.decoding import (
+    CAMERA_RAW,
+    HEAD_BYTES,
+    RAW_SUFFIXES,
+    Entry,
+    SourceError,
+    format_of,
+    reason_to_skip,
+)
 
 SUFFIXES = tuple(  # such a file is an image, or damaged; for other files the first bytes decide
     f".{name}"
     for name in "avif bmp gif jfif jp2 jpe jpeg jpg pbm pgm png ppm tif tiff webp".split()  # noqa: SIM905
 )
-RAW_SUFFIXES = (".3fr", ".arw", ".cr2", ".dng", ".erf", ".nef", ".nrw", ".pef", ".srw")  # TIFF by content
-CAMERA_RAW = "camera raw (not supported; convert to JPEG)"
 DEEPEST = 4  # path parts of TOP/train/CLASS/FILE; a folder is walked one level deeper, to report images there
 MAX_IMAGE_BYTES = 500_000_000
 TICK_SECONDS = 0.02  # changes within one tick of the kernel's clock (at most 0.01 s) get the same time
@@ -223,7 +229,7 @@ def read_tree(listing: Listing) -> Tree:
         val_count=sum(path.startswith(validates) for path in paths),
         notes=tuple(notes),
     )
-    check_classes(tree.classes, tree.labels, tree.is_test, tree.val_count)
+    check_classes(tree.classes, tree.labels, tree.is_test, tree.val_count, f"{tested}/")
     return tree
 
 
@@ -252,11 +258,15 @@ def _check_folders(listing: Listing, top: str, filled: set[str]) -> None:
 
 
 def check_classes(
-    classes: tuple[str, ...], labels: np.ndarray, is_test: np.ndarray | None, val_count: int = 0
+    classes: tuple[str, ...],
+    labels: np.ndarray,
+    is_test: np.ndarray | None,
+    val_count: int = 0,
+    tested: str = "test/",
 ) -> None:
     """Check that each class has a test image and, for validation, two training images.
 
-    The arguments are Tree's.
+    The arguments are Tree's, and what is called the test split.
 
     Raises:
         SourceError: One of them has not, or there is one class only.
@@ -266,8 +276,8 @@ def check_classes(
     counts = {"": labels}
     if is_test is not None:
         train = labels[~is_test]
-        counts = {"train/": train[: len(train) - val_count], "test/": labels[is_test]}
-    fewest = {"": 3, "train/": 1 if val_count else 2, "test/": 1}
+        counts = {"train/": train[: len(train) - val_count], tested: labels[is_test]}
+    fewest = {"": 3, "train/": 1 if val_count else 2, tested: 1}
     for folder, of_split in counts.items():
         for name, count in zip(classes, np.bincount(of_split, minlength=len(classes)), strict=True):
             if count < fewest[folder]:

@@ -178,7 +178,8 @@ class OwnImages:
                     filled[k] += int(chosen.sum())
                     arrays[k][filled[k] - int(chosen.sum()) : filled[k]] = images[chosen]
                 show("writing", done, len(is_test))
-        check_classes(self.classes, labels, is_test, val_count)
+        tested = plan[-1][0].name if len(plan) > 1 else "test"
+        check_classes(self.classes, labels, is_test, val_count, f"{tested}/")
         for name, chosen in zip(SPLITS, (~is_test, is_test), strict=True):
             np.save(folder / f"{name}_labels.npy", labels[chosen])
 
@@ -209,7 +210,8 @@ class _Split:
         image = self._sample(0)[0] if self.images is None else self.images[:1]
         if isinstance(image, Image.Image):
             return image.size
-        height, width = _channels_first(np.asarray(image)).shape[2:]
+        with _errors_of(self.folder):
+            height, width = _channels_first(np.asarray(image)).shape[2:]
         return width, height
 
     def read_labels(self, show: Progress) -> np.ndarray:
@@ -256,7 +258,8 @@ class _Split:
         self._check_range(number, number)
         if not isinstance(image, Image.Image):
             _check_images(what, image, of_dataset=True)
-            image = np.asarray(image)[None]
+            with _errors_of(self.folder, f" at {what}"):
+                image = np.asarray(image)[None]
         return image, number
 
     def _checked(self, labels: Any) -> np.ndarray:

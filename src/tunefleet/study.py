@@ -45,7 +45,7 @@ SPEC: dict[str, Any] = {  # study.json; a tuple (None, x) is what may be null
     "versions": {},
     "levers": {"device": str, "precision": str, "channels_last": bool, "micro_batch_bytes": (None, int)},
 }
-OPTIONAL: dict[str, Any] = {"ranges": {}}  # of study.json; the first studies had none
+OPTIONAL: dict[str, Any] = {"ranges": {}, "published": (None, float)}  # of study.json; older ones lack them
 KINDS: dict[type, str] = {
     str: "text",
     bool: "true or false",
