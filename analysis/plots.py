@@ -48,14 +48,12 @@ KINDS = {  # of trials: colour, line, marker, width
     "all epochs": (BLUE, "solid", ".", 1.4),
     "diverged or failed": (PINK, "dotted", "x", 1.0),
 }
-SCHEDULERS = {  # colour and marker; top_K share a colour
+SCHEDULERS = {  # colour and marker
     "ray_asha": (ORANGE, "s"),
     "stop": (GREEN, "^"),
     "promote": (BLUE, "o"),
-    "halving": (PINK, "D"),
     "random": (GREY, "X"),
 }
-TOPS = ("#7a5fd0", "v<>Phd")
 Ticks = list[tuple[float, str]]  # height on an axis, 0 to 1, and text
 Range = dict[str, Any] | None  # of study.json: {"values"} or {"low", "high", "log"}; None: an older study
 STYLE: Any = {  # rcParams; matplotlib types each key
@@ -485,13 +483,10 @@ def schedulers(table: pd.DataFrame) -> Figure:
     figure, grid = _axes(
         len(families), len(workers), width=width, height=height, sharex="row", sharey="row", squeeze=False
     )
-    styles = dict(SCHEDULERS)
-    tops = [name for name in dict.fromkeys(table.scheduler) if name not in styles]
-    styles |= {name: (TOPS[0], TOPS[1][k % len(TOPS[1])]) for k, name in enumerate(tops)}
     for (family, at_once), rows in table.groupby(["family", "workers"], sort=False):
         axes = grid[families.index(family), workers.index(at_once)]
         for row in rows.to_dict("records"):
-            colour, marker = styles[row["scheduler"]]
+            colour, marker = SCHEDULERS[row["scheduler"]]
             for measure, fill in (("regret_other", "none"), ("regret", colour)):
                 if math.isnan(row[measure]):
                     continue  # one seed

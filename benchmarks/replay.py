@@ -27,16 +27,10 @@ import pandas as pd
 
 from tunefleet.analysis import plots
 from tunefleet.benchmarks.curves import Curves, read
-from tunefleet.benchmarks.schedulers import (
-    REFERENCE,
-    SCHEDULERS,
-    Report,
-    default_schedulers,
-    scheduler_of,
-    simulate,
-)
+from tunefleet.benchmarks.schedulers import REFERENCE, SCHEDULERS, Report, simulate
 from tunefleet.cli import Parser, counted, exit_code, path_argument, printable, writing
 from tunefleet.journal import TrialRecord, winner
+from tunefleet.models.checks import check_name
 from tunefleet.search.asha import rung_epochs
 
 MOST_ORDERS = 100_000  # all are in memory at once
@@ -121,17 +115,17 @@ def replay(
         (fractions 0..1).
 
     Raises:
-        ValueError: A name, grace or eta is impossible.
+        ValueError: grace or eta is impossible.
     """
     epochs = curves.accuracy.shape[2]
     rungs = rung_epochs(grace, eta, epochs)
-    makers = [scheduler_of(name) for name in names]
     found = np.empty((len(names), len(curves.seeds), len(orders), len(MEASURES)))
     for seed in range(len(curves.seeds)):
         reports, seconds = reports_of(curves, seed)
         for k, order in enumerate(orders.tolist()):
-            for m, make in enumerate(makers):
-                seen, took = simulate(make(order, rungs, eta, epochs), reports, seconds, workers)
+            for m, name in enumerate(names):
+                scheduler = SCHEDULERS[name](order, rungs, eta, epochs)
+                seen, took = simulate(scheduler, reports, seconds, workers)
                 found[m, seed, k] = seen.sum(), took, *regrets(curves, seed, pick(seen, reports, order))
     return found
 
@@ -236,27 +230,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--schedulers",
         nargs="+",
         metavar="NAME",
-        help=f"of: {', '.join(SCHEDULERS)}, top_K (default: these and two K); {REFERENCE} is always compared",
+        default=list(SCHEDULERS),
+        help=f"of: {', '.join(SCHEDULERS)} (default: all); {REFERENCE} is always compared",
     )
     parser.add_argument("--seed", type=int, default=0, help="of orders and bootstrap (default: %(default)s)")
     parser.add_argument(
         "--out", type=path_argument, default=Path("replay"), help="folder (default: %(default)s)"
     )
     return parser.parse_args(arguments)
-
-
-def names_of(options: argparse.Namespace, curves: Curves) -> list[str]:
-    """Return the schedulers to compare on curves, REFERENCE first.
-
-    Raises:
-        ValueError: A name, grace or eta is impossible.
-    """
-    _, count, epochs = curves.accuracy.shape
-    rung_epochs(options.grace, options.eta, epochs)
-    names = options.schedulers or default_schedulers(count, options.eta)
-    for name in names:
-        scheduler_of(name)
-    return [REFERENCE, *(name for name in dict.fromkeys(names) if name != REFERENCE)]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -274,12 +255,16 @@ def _replay(options: argparse.Namespace) -> int:
         if not least <= value <= most:
             limit = f"at least {least}" if value < least else f"at most {most:,}"
             raise ValueError(f"{flag}={value} is not possible; give {limit}")
+    for name in options.schedulers:
+        check_name("--schedulers", name, SCHEDULERS)
+    names = list(dict.fromkeys([REFERENCE, *options.schedulers]))
     families = [read(place) for place in options.curves]  # all of them, before any takes its time
-    compared = [names_of(options, curves) for curves in families]
+    for curves in families:
+        rung_epochs(options.grace, options.eta, curves.accuracy.shape[2])
     with writing(options.out):
         options.out.mkdir(parents=True, exist_ok=True)
     tables = []
-    for curves, names in zip(families, compared, strict=True):
+    for curves in families:
         _, count, epochs = curves.accuracy.shape
         generator = np.random.default_rng(options.seed)
         orders = generator.permuted(np.tile(np.arange(count), (options.orders, 1)), axis=1)

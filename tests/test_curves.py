@@ -13,7 +13,7 @@ from tunefleet.benchmarks.curves import read
 from tunefleet.benchmarks.record import main, new_options
 from tunefleet.benchmarks.replay import main as replay
 from tunefleet.benchmarks.replay import pick, reports_of
-from tunefleet.benchmarks.schedulers import scheduler_of, simulate
+from tunefleet.benchmarks.schedulers import SCHEDULERS, simulate
 from tunefleet.models.spaces import SPACES
 from tunefleet.search.run import main as run
 
@@ -211,7 +211,7 @@ def test_a_real_search_spends_what_its_replay_does(recorded):
     assert curves.accuracy.shape == (2, 6, 4)
     reports, seconds = reports_of(curves, 0)
     order = list(range(6))
-    seen, _ = simulate(scheduler_of("promote")(order, (1, 3), 3, 4), reports, seconds, workers=1)
+    seen, _ = simulate(SCHEDULERS["promote"](order, (1, 3), 3, 4), reports, seconds, workers=1)
     assert seen.tolist() == real.trials.epochs.tolist()
     assert 6 < sum(seen) < 6 * 4
     assert f"{pick(seen, reports, order):04d}" == real.facts["best"]["trial_id"]

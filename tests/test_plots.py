@@ -128,7 +128,7 @@ def test_interval_of_equal_regrets_is_drawn_in_spite_of_rounding():
 def test_schedulers_look_different_and_are_drawn_at_epochs_and_regret():
     found = np.random.default_rng(0).uniform(0.1, 0.2, (3, 2, 20, 4))
     found[..., 0] = np.array([300, 180, 170])[:, None, None]
-    names = ["ray_asha", "promote", "top_4"]
+    names = ["ray_asha", "promote", "stop"]
     table = compare(found, names, np.random.default_rng(0))
     rows = [
         table.assign(family=family, workers=workers) for family in ("softmax", "$x$") for workers in (1, 8)
