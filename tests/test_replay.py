@@ -1,6 +1,5 @@
 """Schedulers on hand-written curves: what they spend and pick, counted by hand."""
 
-import json
 import math
 
 import numpy as np
@@ -189,7 +188,6 @@ def test_comparison_is_paired_by_order():
     one, half = table.to_dict("records")
     assert half["epochs_ratio"] == half["epochs_ratio_low"] == half["epochs_ratio_high"] == pytest.approx(0.5)
     assert (one["epochs_ratio_low"], one["epochs_ratio_high"]) == (1, 1)
-    assert half["epochs_high"] - half["epochs_low"] > 5  # unpaired, it is uncertain
     above = [half[f"regret_above{end}"] for end in ("", "_low", "_high")]
     assert above == pytest.approx([0.01] * 3)
     assert math.isnan(half["regret_other_above_low"])
@@ -222,32 +220,28 @@ def write_curves(folder, seeds=2):
     return str(folder)
 
 
-def test_command_prints_a_table_per_number_of_workers_and_writes_figure_and_json(tmp_path, capsys):
-    out = tmp_path / "out"
-    few = ["--orders", "5", "--workers", "1", "2", "--out", str(out)]
-    assert main([write_curves(tmp_path / "three", seeds=1), *few, "--schedulers", "random"]) == 0
-    text = capsys.readouterr().out
-    assert "three: 3 configurations, 3 epochs, 1 seed, 2 workers, 5 orders" in text
-    assert text.count("random ") == text.count("ray_asha ") == 2
-    assert max(map(len, text.partition(str(out))[0].splitlines())) <= 80
-    content = json.loads((out / "replay.json").read_text())
-    assert [(row["workers"], row["scheduler"]) for row in content["results"]] == [
-        (1, "ray_asha"),
-        (1, "random"),
-        (2, "ray_asha"),
-        (2, "random"),
-    ]
-    random = content["results"][1]
-    assert (random["epochs"], random["seconds"], random["regret"]) == (9, 4.5, 0)
-    assert random["regret_other"] is None
-    assert (out / "replay.png").stat().st_size > 1000
+def test_command_prints_a_table_per_number_of_workers(tmp_path, capsys):
+    few = ["--orders", "5", "--workers", "1", "2", "--schedulers", "random"]
+    assert main([write_curves(tmp_path / "three", seeds=1), *few]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "three: 3 configurations, 3 epochs, 1 seed, 2 workers, 5 orders" in lines
+    assert [line.split()[0] for line in lines if line.startswith(("ray", "ran"))] == [
+        "ray_asha",
+        "random",
+    ] * 2
+    # 9 epochs of half a second; no regret, and with one seed none on others
+    _, epochs, _, _, seconds, regret, _, other, above = lines[3].split()
+    assert (epochs, seconds, regret, other, above) == ("9", "4.5", "0.00", "-", "-")
 
 
 def test_same_seed_gives_the_same_results(tmp_path, capsys):
     location = write_curves(tmp_path / "three")
-    for out in ("a", "b"):
-        assert main([location, "--orders", "4", "--workers", "2", "--out", str(tmp_path / out)]) == 0
-    assert (tmp_path / "a" / "replay.json").read_text() == (tmp_path / "b" / "replay.json").read_text()
+    texts = []
+    for _ in range(2):
+        assert main([location, "--orders", "4", "--workers", "2"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize(
@@ -264,23 +258,13 @@ def test_same_seed_gives_the_same_results(tmp_path, capsys):
         (["--grace", "4"], "--grace=4 exceeds"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(arguments, needle, tmp_path, capsys):
+def test_bad_input_is_one_line(arguments, needle, tmp_path, capsys):
     location = write_curves(tmp_path / "three")
-    assert main([location, "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert main([location, *arguments]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert needle in err
-    assert not (tmp_path / "out").exists()
-
-
-def test_out_that_is_a_file_is_refused_before_anything_is_replayed(tmp_path, capsys):
-    location = write_curves(tmp_path / "three")
-    (tmp_path / "file").write_text("mine")
-    assert main([location, "--out", str(tmp_path / "file")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {tmp_path / 'file'} cannot be written to")
-    assert error.count("\n") == 1
 
 
 def test_ray_asha_is_rays_own_class_and_starts_no_cluster():
