@@ -1,1 +1,1 @@
-"""What do finished studies say, all together? Needs neither Ray nor torch; replay.py alone imports Ray."""
+"""What do finished studies say, all together? Needs neither Ray nor torch."""

@@ -48,14 +48,6 @@ KINDS = {  # of trials: colour, line, marker, width
     "all epochs": (BLUE, "solid", ".", 1.4),
     "diverged or failed": (PINK, "dotted", "x", 1.0),
 }
-SCHEDULERS = {  # colour and marker; top_K share a colour
-    "ray_asha": (ORANGE, "s"),
-    "stop": (GREEN, "^"),
-    "promote": (BLUE, "o"),
-    "halving": (PINK, "D"),
-    "random": (GREY, "X"),
-}
-TOPS = ("#7a5fd0", "v<>Phd")
 Ticks = list[tuple[float, str]]  # height on an axis, 0 to 1, and text
 Range = dict[str, Any] | None  # of study.json: {"values"} or {"low", "high", "log"}; None: an older study
 STYLE: Any = {  # rcParams; matplotlib types each key
@@ -477,52 +469,6 @@ def accuracy_against_seconds(studies: list[StudyResults]) -> Figure | None:
     _log_x(axes)
     axes.set(xlabel="seconds of the whole study (lines: sd over fresh seeds)", ylabel="test accuracy")
     _percent(axes.yaxis)
-    return figure
-
-
-def schedulers(table: pd.DataFrame) -> Figure:
-    """Draw regret against epochs spent of schedulers that searched the same curves.
-
-    Args:
-        table: Of benchmarks/replay.py: a row per family, workers and scheduler.
-
-    Returns:
-        A row per family and a column per number of workers.
-    """
-    families, workers = list(dict.fromkeys(table.family)), list(dict.fromkeys(table.workers))
-    width, height = max(WIDTH, 1.2 + 2.2 * len(workers)), 1.0 + 2.4 * len(families)
-    figure, grid = _axes(
-        len(families), len(workers), width=width, height=height, sharex="row", sharey="row", squeeze=False
-    )
-    styles = dict(SCHEDULERS)
-    tops = [name for name in dict.fromkeys(table.scheduler) if name not in styles]
-    styles |= {name: (TOPS[0], TOPS[1][k % len(TOPS[1])]) for k, name in enumerate(tops)}
-    for (family, at_once), rows in table.groupby(["family", "workers"], sort=False):
-        axes = grid[families.index(family), workers.index(at_once)]
-        for row in rows.to_dict("records"):
-            colour, marker = styles[row["scheduler"]]
-            for measure, fill in (("regret_other", "none"), ("regret", colour)):
-                if math.isnan(row[measure]):
-                    continue  # one seed
-                errors = {  # a mean of equal values may lie beyond its interval by a rounding error
-                    f"{x}err": [
-                        [max(0.0, row[name] - row[f"{name}_low"])],
-                        [max(0.0, row[f"{name}_high"] - row[name])],
-                    ]
-                    for x, name in (("x", "epochs"), ("y", measure))
-                }
-                label = row["scheduler"] if measure == "regret" else None
-                drawn = {"fmt": marker, "color": colour, "mfc": fill, "markersize": 5, "linewidth": 0.9}
-                axes.errorbar(row["epochs"], row[measure], **errors, **drawn, label=label)
-        axes.set_title(f"{_short(str(family), 24)}, {at_once} at once")
-        axes.set_xlabel("epochs spent")
-        _percent(axes.yaxis)
-    for axes in grid.flat:
-        _log_x(axes)
-    for axes in grid[:, 0]:
-        axes.set_ylabel("regret (hollow: on other seeds)")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return figure
 
 

@@ -10,7 +10,7 @@ from tunefleet.analysis.load import load
 from tunefleet.cli import shell
 from tunefleet.journal import FAILED, LOST, TrialRecord
 
-HOW = "record one: tunefleet search SPACE --pruner none, or python -m tunefleet.benchmarks.record"
+HOW = "record one: tunefleet search SPACE --pruner none"
 
 
 @dataclass(frozen=True)

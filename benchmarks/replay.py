@@ -7,36 +7,25 @@
 
 Takes the curves of studies without pruner and lets every scheduler (benchmarks/schedulers.py) search them,
 with simulated workers and in many orders of arrival, the same ones for all. Prints a table per family and
-number of workers, and writes replay.png and replay.json into --out. ASHA: Li et al. 2020, "A System for
-Massively Parallel Hyperparameter Tuning".
+number of workers. ASHA: Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning".
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 
-from tunefleet.analysis import plots
 from tunefleet.benchmarks.curves import Curves, read
-from tunefleet.benchmarks.schedulers import (
-    REFERENCE,
-    SCHEDULERS,
-    Report,
-    default_schedulers,
-    scheduler_of,
-    simulate,
-)
-from tunefleet.cli import Parser, counted, exit_code, path_argument, printable, writing
+from tunefleet.benchmarks.schedulers import REFERENCE, SCHEDULERS, Report, simulate
+from tunefleet.cli import Parser, counted, exit_code
 from tunefleet.journal import TrialRecord, winner
+from tunefleet.models.checks import check_name
 from tunefleet.search.asha import rung_epochs
 
 MOST_ORDERS = 100_000  # all are in memory at once
@@ -121,17 +110,17 @@ def replay(
         (fractions 0..1).
 
     Raises:
-        ValueError: A name, grace or eta is impossible.
+        ValueError: grace or eta is impossible.
     """
     epochs = curves.accuracy.shape[2]
     rungs = rung_epochs(grace, eta, epochs)
-    makers = [scheduler_of(name) for name in names]
     found = np.empty((len(names), len(curves.seeds), len(orders), len(MEASURES)))
     for seed in range(len(curves.seeds)):
         reports, seconds = reports_of(curves, seed)
         for k, order in enumerate(orders.tolist()):
-            for m, make in enumerate(makers):
-                seen, took = simulate(make(order, rungs, eta, epochs), reports, seconds, workers)
+            for m, name in enumerate(names):
+                scheduler = SCHEDULERS[name](order, rungs, eta, epochs)
+                seen, took = simulate(scheduler, reports, seconds, workers)
                 found[m, seed, k] = seen.sum(), took, *regrets(curves, seed, pick(seen, reports, order))
     return found
 
@@ -161,26 +150,18 @@ def compare(found: np.ndarray, names: Sequence[str], generator: np.random.Genera
         generator: Of the bootstrap, which draws orders; of the seeds, it sees the mean.
 
     Returns:
-        scheduler; of each measure the mean, and ``epochs_ratio``, ``seconds_ratio`` (to REFERENCE's mean),
-        ``regret_above`` and ``regret_other_above`` (REFERENCE's mean subtracted); and beside each of these,
-        with ``_low`` and ``_high``, its 95 % interval.
+        scheduler; of each measure the mean; ``epochs_ratio``, ``seconds_ratio`` (to REFERENCE's mean),
+        ``regret_above`` and ``regret_other_above`` (REFERENCE's mean subtracted), and beside each of these
+        four, with ``_low`` and ``_high``, its 95 % interval.
     """
     reference = list(names).index(REFERENCE)
     columns: dict[str, Any] = {"scheduler": list(names)}
     for measure, values in zip(MEASURES, np.moveaxis(found.mean(axis=1), 2, 0), strict=True):  # (M, orders)
         means, samples = values.mean(axis=1), bootstrap_means(values.T, generator)
-        regret = measure.startswith("regret")
-        against = np.subtract if regret else np.divide
-        against_means, against_samples = (
-            against(means, means[reference]),
-            against(samples, samples[:, [reference]]),
-        )
-        for name, mean, sample in (
-            (measure, means, samples),
-            (f"{measure}_{'above' if regret else 'ratio'}", against_means, against_samples),
-        ):
-            columns[name] = mean
-            columns[f"{name}_low"], columns[f"{name}_high"] = np.percentile(sample, (2.5, 97.5), axis=0)
+        against, ending = (np.subtract, "above") if measure.startswith("regret") else (np.divide, "ratio")
+        name, compared = f"{measure}_{ending}", against(samples, samples[:, [reference]])
+        columns[measure], columns[name] = means, against(means, means[reference])
+        columns[f"{name}_low"], columns[f"{name}_high"] = np.percentile(compared, (2.5, 97.5), axis=0)
     return pd.DataFrame(columns)
 
 
@@ -206,22 +187,6 @@ def _points(fraction: float, sign: str = "") -> str:
     return "-" if math.isnan(points) else f"{points:{sign}.{1 if abs(points) >= 10 else 2}f}"
 
 
-def write(table: pd.DataFrame, given: dict[str, Any], out: Path) -> list[Path]:
-    """Write replay.png and replay.json; return their paths.
-
-    Args:
-        table: Comparisons with the further columns family and workers.
-        given: The options, which the JSON repeats.
-        out: A folder.
-    """
-    with mpl.rc_context(plots.style(list(table.family))):
-        plots.schedulers(table).savefig(out / "replay.png", dpi=160, facecolor="white")
-    rows = table.astype(object).where(table.notna(), None).to_dict("records")  # JSON has no NaN
-    content = json.dumps(given | {"reference": REFERENCE, "results": rows}, indent=1)
-    (out / "replay.json").write_text(content + "\n", encoding="utf-8")
-    return [out / "replay.png", out / "replay.json"]
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Return the options."""
     parser = Parser(prog="python -m tunefleet.benchmarks.replay", description=__doc__.split("\n")[0])
@@ -236,27 +201,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--schedulers",
         nargs="+",
         metavar="NAME",
-        help=f"of: {', '.join(SCHEDULERS)}, top_K (default: these and two K); {REFERENCE} is always compared",
+        default=list(SCHEDULERS),
+        help=f"of: {', '.join(SCHEDULERS)} (default: all); {REFERENCE} is always compared",
     )
     parser.add_argument("--seed", type=int, default=0, help="of orders and bootstrap (default: %(default)s)")
-    parser.add_argument(
-        "--out", type=path_argument, default=Path("replay"), help="folder (default: %(default)s)"
-    )
     return parser.parse_args(arguments)
-
-
-def names_of(options: argparse.Namespace, curves: Curves) -> list[str]:
-    """Return the schedulers to compare on curves, REFERENCE first.
-
-    Raises:
-        ValueError: A name, grace or eta is impossible.
-    """
-    _, count, epochs = curves.accuracy.shape
-    rung_epochs(options.grace, options.eta, epochs)
-    names = options.schedulers or default_schedulers(count, options.eta)
-    for name in names:
-        scheduler_of(name)
-    return [REFERENCE, *(name for name in dict.fromkeys(names) if name != REFERENCE)]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -274,30 +223,26 @@ def _replay(options: argparse.Namespace) -> int:
         if not least <= value <= most:
             limit = f"at least {least}" if value < least else f"at most {most:,}"
             raise ValueError(f"{flag}={value} is not possible; give {limit}")
+    for name in options.schedulers:
+        check_name("--schedulers", name, SCHEDULERS)
+    names = list(dict.fromkeys([REFERENCE, *options.schedulers]))
     families = [read(place) for place in options.curves]  # all of them, before any takes its time
-    compared = [names_of(options, curves) for curves in families]
-    with writing(options.out):
-        options.out.mkdir(parents=True, exist_ok=True)
-    tables = []
-    for curves, names in zip(families, compared, strict=True):
+    for curves in families:
+        rung_epochs(options.grace, options.eta, curves.accuracy.shape[2])
+    for curves in families:
         _, count, epochs = curves.accuracy.shape
         generator = np.random.default_rng(options.seed)
         orders = generator.permuted(np.tile(np.arange(count), (options.orders, 1)), axis=1)
         for workers in options.workers:
             found = replay(curves, names, orders, workers=workers, grace=options.grace, eta=options.eta)
-            table = compare(found, names, generator)
+            table = as_text(compare(found, names, generator))
             print(
                 f"{curves.name}: {counted(count, 'configuration')}, {counted(epochs, 'epoch')}, "
                 f"{counted(len(curves.seeds), 'seed')}, {counted(workers, 'worker')}, "
-                f"{counted(options.orders, 'order')}\n{as_text(table)}\n",
+                f"{counted(options.orders, 'order')}\n{table}\n",
                 flush=True,
             )
-            tables.append(table.assign(family=curves.name, workers=workers))
     print(EXPLAINED)
-    given = {name: getattr(options, name) for name in ("curves", "orders", "eta", "grace", "seed")}
-    with writing(options.out):
-        for file in write(pd.concat(tables, ignore_index=True), given, options.out):
-            print(printable(str(file)))
     return 0
 
 

@@ -25,7 +25,6 @@ from tunefleet.search.asha import Asha
 from tunefleet.search.scheduler import Scheduler
 
 REFERENCE = "ray_asha"  # what the others are compared with
-TOP = "top_"  # a scheduler's name with the number of configurations that it keeps
 Report = dict[str, Any]  # of one epoch, as a trial sends it: epoch, val_accuracy, val_loss, status at the end
 
 
@@ -74,44 +73,6 @@ def simulate(
             train(configuration)
         else:
             free += 1
-
-
-class Halving:
-    """Synchronous successive halving: at each rung all wait for the last one, then the best continue.
-
-    Jamieson and Talwalkar 2016, algorithm 1. Ties are ordered by arrival; a diverged one never continues.
-
-    Args:
-        order: The configurations as they arrive.
-        rungs: Epochs at which all wait, rising; without any, all are trained to the end.
-        keep: How many continue from each rung.
-    """
-
-    def __init__(self, order: Sequence[int], rungs: tuple[int, ...], keep: Sequence[int]) -> None:
-        self._waiting, self._rest = deque(order), deque(zip(rungs, keep, strict=True))
-        self._arrived = {configuration: number for number, configuration in enumerate(order)}
-        self._running, self._values = 0, dict[int, float]()  # values at the next rung
-
-    def next(self) -> int | None:
-        """Return the next one at this rung; None where a worker has to wait for others."""
-        if not self._waiting and not self._running and self._rest:
-            keep = self._rest.popleft()[1]
-            best = sorted(self._values, key=lambda k: (-self._values[k], self._arrived[k]))
-            self._waiting.extend(best[:keep])
-            self._values = {}
-        if not self._waiting:
-            return None
-        self._running += 1
-        return self._waiting.popleft()
-
-    def report(self, configuration: int, report: Report) -> bool:
-        """Return whether the next rung is still ahead."""
-        if "status" not in report:
-            if not self._rest or report["epoch"] < self._rest[0][0]:
-                return True
-            self._values[configuration] = report["val_accuracy"]
-        self._running -= 1
-        return False
 
 
 class RayAsha:
@@ -172,7 +133,7 @@ class Ours:
     ) -> None:
         self._jobs = Scheduler(
             suggest=lambda number, _: {"configuration": order[number]} if number < len(order) else None,
-            asha=Asha(rungs, eta),
+            asha=Asha(() if pruner == "none" else rungs, eta),
             pruner=pruner,
             trials=len(order),
             fixed={},
@@ -195,35 +156,9 @@ class Ours:
 Make = Callable[[Sequence[int], tuple[int, ...], int, int], ReplayedScheduler]  # order, rungs, eta, epochs
 
 
-def _halving(order: Sequence[int], rungs: tuple[int, ...], eta: int, epochs: int) -> ReplayedScheduler:
-    return Halving(order, rungs, [max(1, len(order) // eta**k) for k in range(1, len(rungs) + 1)])
-
-
 SCHEDULERS: dict[str, Make] = {
     REFERENCE: RayAsha,
     "stop": functools.partial(Ours, pruner="stop"),
     "promote": functools.partial(Ours, pruner="promote"),
-    "halving": _halving,
-    "random": lambda order, rungs, eta, epochs: Halving(order, (), ()),  # no pruning: all see all epochs
+    "random": functools.partial(Ours, pruner="none"),  # all see all epochs
 }
-
-
-def scheduler_of(name: str) -> Make:
-    """Return what makes a scheduler: a row of SCHEDULERS, or ``top_K``: the first rung alone.
-
-    Raises:
-        ValueError: The name is unknown.
-    """
-    if name in SCHEDULERS:
-        return SCHEDULERS[name]
-    number = name.removeprefix(TOP)
-    if not name.startswith(TOP) or not number.isdigit() or not int(number):
-        raise ValueError(f"--schedulers {name} is unknown; choose from: {', '.join(SCHEDULERS)}, top_K")
-    return lambda order, rungs, eta, epochs: Halving(order, rungs[:1], [int(number)] * len(rungs[:1]))
-
-
-def default_schedulers(count: int, eta: int) -> list[str]:
-    """Return the names to compare: all rows of SCHEDULERS, ``top_3`` and what is left at a third rung."""
-    *others, last = SCHEDULERS
-    tops = sorted({3, max(1, count // eta**2)})
-    return [*others, *(f"{TOP}{k}" for k in tops if k <= count), last]

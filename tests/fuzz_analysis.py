@@ -227,7 +227,6 @@ def choose_command(
     if kind == "replay":
         number = rng.choice(["-1", "0", "1", "1", "2", "3", str(10**12), "x", ""])
         flag = rng.choice(["--eta", "--grace", "--seed", "--workers", "--orders", "--schedulers"])
-        out = out or ["--out", str(folder / "replay")]
-        return kind, replay.main, [*given, *out, "--orders", "2", "--workers", "2", flag, number]
+        return kind, replay.main, [*given, "--orders", "2", "--workers", "2", flag, number]
     modules = (report, results, wandb_report, replay)
     return kind, rng.choice(modules).main, [rng.choice(["--help", "--nosuch", "--nosuch\n"])]

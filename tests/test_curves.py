@@ -1,7 +1,6 @@
 """Curves of studies: recorded, read and checked."""
 
 import json
-from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -10,12 +9,10 @@ from tests.conftest import ROOT
 from tests.made_study import write_events, write_own_study, write_study
 from tunefleet.analysis.load import load
 from tunefleet.benchmarks.curves import read
-from tunefleet.benchmarks.record import main, new_options
 from tunefleet.benchmarks.replay import main as replay
 from tunefleet.benchmarks.replay import pick, reports_of
-from tunefleet.benchmarks.schedulers import scheduler_of, simulate
-from tunefleet.models.spaces import SPACES
-from tunefleet.search.run import main as run
+from tunefleet.benchmarks.schedulers import SCHEDULERS, simulate
+from tunefleet.search.run import main as search
 
 
 @pytest.fixture
@@ -138,67 +135,18 @@ def test_committed_curves_are_of_64_configurations_with_two_seeds_over_27_epochs
     assert read(str(ROOT / "benchmarks/curves" / name)).accuracy.shape == (2, 64, 27)
 
 
-def points(space, fix, count, seed, seeds):
-    given = {"trials": count, "seed": seed} | ({"fix": fix} if fix else {})
-    return new_options(Namespace(space=space, seeds=seeds), given).points
-
-
-def test_points_are_the_published_best_then_random_ones_each_with_every_seed():
-    made = points("twolayernn", None, count=4, seed=7, seeds=2)
-    assert [point["seed"] for point in made] == [7, 8] * 4
-    assert made[0] == {**SPACES["twolayernn"].start, "seed": 7}
-    configurations = [{**point, "seed": 0} for point in made]
-    assert configurations[::2] == configurations[1::2]
-    assert len({point["lr"] for point in made}) == 4
-    assert made == points("twolayernn", None, count=4, seed=7, seeds=2)
-    fixed = points("convnet", {"hidden": 16, "kernel_size": 3}, count=2, seed=0, seeds=1)
-    assert all("hidden" not in point and "lr" in point for point in fixed)
-    with pytest.raises(ValueError, match="leaves nothing to sample"):
-        points("softmax", dict(SPACES["softmax"].start), count=2, seed=0, seeds=1)
-
-
-def test_recording_is_a_study_without_pruner_and_final_seeds():
-    given = {"trials": 5, "epochs": 3, "seed": 4, "fix": {"lr": 0.1}}
-    options = new_options(Namespace(space="softmax", seeds=2), given)
-    assert (options.pruner, options.rungs, options.final_seeds) == ("none", (), 0)
-    assert (options.trials, options.epochs, options.fix) == (10, 3, {"lr": 0.1})
-    assert {point["seed"] for point in options.points} == {4, 5}
-    default = new_options(Namespace(space="twolayernn", seeds=2), {})
-    assert default.trials == 2 * SPACES["twolayernn"].trials
-
-
-@pytest.mark.parametrize(
-    ("arguments", "needle"),
-    [
-        ([], "give --space"),
-        (["--space", "sofmax"], "did you mean softmax?"),
-        (["--space", "softmax", "--seeds", "0"], "--seeds=0"),
-        (["--space", "softmax", "--trials", "0"], "--trials=0"),
-        (["--resume", "nowhere"], "holds no study"),
-    ],
-)
-def test_bad_input_is_one_line_and_writes_nothing(arguments, needle, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert needle in err
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.fixture(scope="module")
 def recorded(data_dir, tmp_path_factory):
-    """Record six configurations with two seeds over four epochs, then run the same search with promote."""
+    """Record six configurations over four epochs, then run the same search with promote."""
     import ray
 
     folder = tmp_path_factory.mktemp("recorded")
     common = ["--space", "softmax", "--data", "digits", "--trials", "6", "--epochs", "4", "--seed", "3"]
-    common += ["--data-dir", str(data_dir)]
-    search = ["--searcher", "random", "--pruner", "promote", "--concurrency", "1", "--final-seeds", "0"]
+    common += ["--data-dir", str(data_dir), "--searcher", "random", "--final-seeds", "0", "--wandb", "off"]
     try:
-        assert main([*common, "--study-dir", str(folder / "s"), "--concurrency", "2"]) == 0
-        assert run([*common, *search, "--study-dir", str(folder / "p"), "--wandb", "off"]) == 0
+        for pruner, concurrency in (("none", "2"), ("promote", "1")):
+            flags = ["--pruner", pruner, "--concurrency", concurrency, "--study-dir", str(folder / pruner)]
+            assert search([*common, *flags]) == 0
     finally:
         ray.shutdown()
     return folder
@@ -207,11 +155,11 @@ def recorded(data_dir, tmp_path_factory):
 @pytest.mark.ray
 def test_a_real_search_spends_what_its_replay_does(recorded):
     """The same configurations in the same order, one worker: trial by trial the same epochs, and winner."""
-    curves, real = read(str(recorded / "s")), load(recorded / "p")
-    assert curves.accuracy.shape == (2, 6, 4)
+    curves, real = read(str(recorded / "none")), load(recorded / "promote")
+    assert curves.accuracy.shape == (1, 6, 4)
     reports, seconds = reports_of(curves, 0)
     order = list(range(6))
-    seen, _ = simulate(scheduler_of("promote")(order, (1, 3), 3, 4), reports, seconds, workers=1)
+    seen, _ = simulate(SCHEDULERS["promote"](order, (1, 3), 3, 4), reports, seconds, workers=1)
     assert seen.tolist() == real.trials.epochs.tolist()
     assert 6 < sum(seen) < 6 * 4
     assert f"{pick(seen, reports, order):04d}" == real.facts["best"]["trial_id"]

@@ -17,7 +17,6 @@ from tests.made_study import EVIL, change, edit_events, with_changes, write_own_
 from tunefleet.analysis import plots, stats
 from tunefleet.analysis.load import load
 from tunefleet.analysis.report import figures
-from tunefleet.benchmarks.replay import compare
 from tunefleet.metric import Metric
 
 
@@ -120,41 +119,6 @@ def test_diverged_lr_is_a_cross_below_the_curve(study):
     axes = plots.lr_curves([loss]).axes[0]
     assert axes.get_ylabel() == "val_loss"
     assert points(axes)[1] == [(1.0, 0.6)]  # beside the worst
-
-
-def test_interval_of_equal_regrets_is_drawn_in_spite_of_rounding():
-    found = np.full((1, 1, 5, 4), 0.1)
-    table = compare(found, ["ray_asha"], np.random.default_rng(0)).assign(family="softmax", workers=1)
-    table["regret_low"] = table.regret + 1e-17 + np.spacing(0.1)
-    plots.schedulers(table).savefig(io.BytesIO())
-
-
-def test_schedulers_look_different_and_are_drawn_at_epochs_and_regret():
-    found = np.random.default_rng(0).uniform(0.1, 0.2, (3, 2, 20, 4))
-    found[..., 0] = np.array([300, 180, 170])[:, None, None]
-    names = ["ray_asha", "promote", "top_4"]
-    table = compare(found, names, np.random.default_rng(0))
-    rows = [
-        table.assign(family=family, workers=workers) for family in ("softmax", "$x$") for workers in (1, 8)
-    ]
-    figure = plots.schedulers(pd.concat(rows))
-    assert [axes.get_title() for axes in figure.axes] == [
-        "softmax, 1 at once",
-        "softmax, 8 at once",
-        r"\$x\$, 1 at once",
-        r"\$x\$, 8 at once",
-    ]
-    assert legend(figure) == names
-    assert all(axes.get_xlabel() and axes.get_xscale() == "log" for axes in figure.axes)
-    assert "regret" in figure.axes[0].get_ylabel()
-    lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 1]
-    drawn = {(line.get_marker(), line.get_markerfacecolor() == "none"): line for line in lines}
-    assert len(drawn) == 6
-    promote = drawn["o", False]
-    assert promote.get_xdata()[0] == 180
-    assert promote.get_ydata()[0] == pytest.approx(found[1, :, :, 2].mean())
-    assert drawn["o", True].get_ydata()[0] == pytest.approx(found[1, :, :, 3].mean())
-    figure.savefig(io.BytesIO())
 
 
 def drawn(figure):

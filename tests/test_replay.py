@@ -1,6 +1,5 @@
 """Schedulers on hand-written curves: what they spend and pick, counted by hand."""
 
-import json
 import math
 
 import numpy as np
@@ -21,19 +20,12 @@ from tunefleet.benchmarks.replay import (
     replay,
     reports_of,
 )
-from tunefleet.benchmarks.schedulers import (
-    REFERENCE,
-    SCHEDULERS,
-    default_schedulers,
-    scheduler_of,
-    simulate,
-)
+from tunefleet.benchmarks.schedulers import REFERENCE, SCHEDULERS, simulate
 from tunefleet.search.asha import least_epochs, rung_epochs
 from tunefleet.study import write_study
 
 NAN = math.nan
 A, B, C = (0.1, 0.5, 0.9), (0.3, 0.3, 0.3), (0.2, 0.6, 0.8)  # three epochs; eta 3: the only rung is 1
-EVERYONE = [*SCHEDULERS, "top_1"]
 
 
 def curves_of(*seeds, seconds=None):
@@ -48,7 +40,7 @@ def run(name, curves, *, order=None, workers=1, eta=3):
     count, epochs = curves.accuracy.shape[1:]
     order = list(range(count)) if order is None else order
     reports, seconds = reports_of(curves, 0)
-    scheduler = scheduler_of(name)(order, rung_epochs(1, eta, epochs), eta, epochs)
+    scheduler = SCHEDULERS[name](order, rung_epochs(1, eta, epochs), eta, epochs)
     seen, took = simulate(scheduler, reports, seconds, workers)
     return seen.tolist(), took, pick(seen, reports, order)
 
@@ -60,34 +52,13 @@ def ranked_curves(count, epochs):
     )
 
 
-def test_halving_waits_for_all_at_the_rung_and_picks_what_continues():
-    # B leads after one epoch and continues: 3 + 2 epochs, though A would have ended as the best
-    assert run("halving", curves_of([A, B, C])) == ([1, 3, 1], 5, 1)
-
-
-@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 0, 2]])
-def test_halving_is_the_same_in_every_order_without_ties(order):
-    assert run("halving", curves_of([A, B, C]), order=order)[0] == [1, 3, 1]
-
-
-def test_halving_with_two_rungs_by_hand():
-    curves = ranked_curves(9, 9)  # rungs 1 and 3: nine see one epoch, three see three, one sees nine
-    assert run("halving", curves)[0] == [1, 1, 1, 1, 1, 1, 3, 3, 9]
-
-
-@pytest.mark.parametrize(("workers", "seconds"), [(1, 5), (2, 4), (3, 3)])
-def test_halvings_workers_are_idle_until_the_last_one_is_at_the_rung(workers, seconds):
-    # two workers: A and B end at 1, C at 2, then B alone takes two more
-    assert run("halving", curves_of([A, B, C]), workers=workers)[1] == seconds
-
-
 def test_seconds_are_those_of_each_epoch():
     took = [[1.0, 1.0, 1.0], [2.0, 3.0, 4.0], [1.0, 1.0, 1.0]]
     # two workers, nobody pruned: A ends at 3, C follows it until 6; B takes 2 + 3 + 4 = 9
     assert run("random", curves_of([A, B, C], seconds=took), workers=2) == ([3, 3, 3], 9, 0)
-    # halving: A until 1, C until 2, B until 2; B continues for 3 + 4
-    assert run("halving", curves_of([A, B, C], seconds=took), workers=2)[1] == 9
-    assert run("halving", curves_of([A, B, C], seconds=took), workers=1)[1] == 4 + 7
+    # A until 1, C until 2, B until 2; C made a quota of one, which is B's: it continues for 3 + 4
+    assert run("promote", curves_of([A, B, C], seconds=took), workers=2)[1] == 9
+    assert run("promote", curves_of([A, B, C], seconds=took), workers=1)[1] == 4 + 7
 
 
 def test_ray_asha_lets_the_first_pass_and_judges_by_the_others_before():
@@ -129,28 +100,17 @@ def test_promote_spends_the_expected_epochs_where_the_best_come_first(count, epo
     assert picked == count - 1
 
 
-def test_promote_spends_what_halving_does_and_ray_asha_more():
+def test_promote_spends_little_more_than_halving_would_and_ray_asha_more():
     curves, spent = ranked_curves(27, 27), {}
     order = np.random.default_rng(0).permutation(27).tolist()
-    for name in ("promote", "halving", "ray_asha"):
+    for name in ("promote", "ray_asha"):
         spent[name] = sum(run(name, curves, order=order)[0])
-    assert spent["halving"] == 27 + 9 * 2 + 3 * 6 + 18
-    assert spent["halving"] <= spent["promote"] <= spent["halving"] + 26
+    halving = 27 + 9 * 2 + 3 * 6 + 18
+    assert halving <= spent["promote"] <= halving + 26
     assert spent["ray_asha"] > spent["promote"]
 
 
-def test_top_k_compares_once():
-    assert run("top_2", curves_of([A, B, C])) == ([1, 3, 3], 7, 2)
-    assert run("top_1", ranked_curves(9, 9))[0] == [1, 1, 1, 1, 1, 1, 1, 1, 9]
-
-
-def test_default_k_are_three_and_a_ninth():
-    names = default_schedulers(64, 3)
-    assert names == ["ray_asha", "stop", "promote", "halving", "top_3", "top_7", "random"]
-    assert default_schedulers(2, 3) == ["ray_asha", "stop", "promote", "halving", "top_1", "random"]
-
-
-@pytest.mark.parametrize("name", EVERYONE)
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_diverged_curve_ends_and_is_not_picked(name):
     # the best of the first epoch diverges in the second, where the recording ends
     curves = curves_of([(0.9, NAN, NAN), B, (0.2, 0.2, 0.2), (0.1, 0.1, 0.1)])
@@ -160,7 +120,7 @@ def test_a_diverged_curve_ends_and_is_not_picked(name):
     assert took == sum(seen)
 
 
-@pytest.mark.parametrize("name", EVERYONE)
+@pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("workers", [1, 2, 8])
 def test_a_curve_that_diverges_at_once_ranks_last(name, workers):
     lost = (NAN, NAN, NAN)
@@ -169,12 +129,12 @@ def test_a_curve_that_diverges_at_once_ranks_last(name, workers):
     assert picked in (2, 3, 4)
 
 
-@pytest.mark.parametrize("name", EVERYONE)
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_nothing_is_picked_where_all_diverged(name):
     assert run(name, curves_of([[(NAN, NAN, NAN)] * 4][0])) == ([1, 1, 1, 1], 4, None)
 
 
-@pytest.mark.parametrize("name", EVERYONE)
+@pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("workers", [1, 3, 50])
 def test_everyone_is_seen_in_every_order_and_no_worker_does_two_things(name, workers):
     rng = np.random.default_rng(1)
@@ -228,7 +188,6 @@ def test_comparison_is_paired_by_order():
     one, half = table.to_dict("records")
     assert half["epochs_ratio"] == half["epochs_ratio_low"] == half["epochs_ratio_high"] == pytest.approx(0.5)
     assert (one["epochs_ratio_low"], one["epochs_ratio_high"]) == (1, 1)
-    assert half["epochs_high"] - half["epochs_low"] > 5  # unpaired, it is uncertain
     above = [half[f"regret_above{end}"] for end in ("", "_low", "_high")]
     assert above == pytest.approx([0.01] * 3)
     assert math.isnan(half["regret_other_above_low"])
@@ -239,7 +198,7 @@ def test_text_fits_80_columns():
     found = rng.uniform(-0.99, 0.99, (3, 2, 10, 4))
     found[..., 0] = 172_800
     found[..., 1] = 3_600_000
-    text = as_text(compare(found, [REFERENCE, "promote", "top_10"], rng))
+    text = as_text(compare(found, [REFERENCE, "promote", "random"], rng))
     assert all(len(line) <= 80 for line in [*text.splitlines(), *EXPLAINED.splitlines()])
     assert text.splitlines()[1].startswith("ray_asha  172800  1.00 1.00..1.00 3600000")
 
@@ -261,39 +220,37 @@ def write_curves(folder, seeds=2):
     return str(folder)
 
 
-def test_command_prints_a_table_per_number_of_workers_and_writes_figure_and_json(tmp_path, capsys):
-    out = tmp_path / "out"
-    few = ["--orders", "5", "--workers", "1", "2", "--out", str(out)]
-    assert main([write_curves(tmp_path / "three", seeds=1), *few, "--schedulers", "halving"]) == 0
-    text = capsys.readouterr().out
-    assert "three: 3 configurations, 3 epochs, 1 seed, 2 workers, 5 orders" in text
-    assert text.count("halving ") == text.count("ray_asha ") == 2
-    assert max(map(len, text.partition(str(out))[0].splitlines())) <= 80
-    content = json.loads((out / "replay.json").read_text())
-    assert [(row["workers"], row["scheduler"]) for row in content["results"]] == [
-        (1, "ray_asha"),
-        (1, "halving"),
-        (2, "ray_asha"),
-        (2, "halving"),
-    ]
-    halving = content["results"][1]
-    assert (halving["epochs"], halving["seconds"], halving["regret"]) == (5, 2.5, pytest.approx(0.6))
-    assert halving["regret_other"] is None
-    assert (out / "replay.png").stat().st_size > 1000
+def test_command_prints_a_table_per_number_of_workers(tmp_path, capsys):
+    few = ["--orders", "5", "--workers", "1", "2", "--schedulers", "random"]
+    assert main([write_curves(tmp_path / "three", seeds=1), *few]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "three: 3 configurations, 3 epochs, 1 seed, 2 workers, 5 orders" in lines
+    assert [line.split()[0] for line in lines if line.startswith(("ray", "ran"))] == [
+        "ray_asha",
+        "random",
+    ] * 2
+    # 9 epochs of half a second; no regret, and with one seed none on others
+    _, epochs, _, _, seconds, regret, _, other, above = lines[3].split()
+    assert (epochs, seconds, regret, other, above) == ("9", "4.5", "0.00", "-", "-")
 
 
 def test_same_seed_gives_the_same_results(tmp_path, capsys):
     location = write_curves(tmp_path / "three")
-    for out in ("a", "b"):
-        assert main([location, "--orders", "4", "--workers", "2", "--out", str(tmp_path / out)]) == 0
-    assert (tmp_path / "a" / "replay.json").read_text() == (tmp_path / "b" / "replay.json").read_text()
+    texts = []
+    for _ in range(2):
+        assert main([location, "--orders", "4", "--workers", "2"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize(
     ("arguments", "needle"),
     [
-        (["--schedulers", "promot"], "--schedulers promot is unknown; choose from: ray_asha, stop"),
-        (["--schedulers", "top_0"], "--schedulers top_0 is unknown"),
+        (
+            ["--schedulers", "promot"],
+            "--schedulers=promot is unknown; did you mean promote?",
+        ),
         (["--orders", "0"], "--orders=0 is not possible"),
         (["--seed", "-1"], "--seed=-1 is not possible; give at least 0"),
         (["--workers", "2", "-1"], "--workers=-1 is not possible"),
@@ -301,30 +258,20 @@ def test_same_seed_gives_the_same_results(tmp_path, capsys):
         (["--grace", "4"], "--grace=4 exceeds"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(arguments, needle, tmp_path, capsys):
+def test_bad_input_is_one_line(arguments, needle, tmp_path, capsys):
     location = write_curves(tmp_path / "three")
-    assert main([location, "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert main([location, *arguments]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert needle in err
-    assert not (tmp_path / "out").exists()
-
-
-def test_out_that_is_a_file_is_refused_before_anything_is_replayed(tmp_path, capsys):
-    location = write_curves(tmp_path / "three")
-    (tmp_path / "file").write_text("mine")
-    assert main([location, "--out", str(tmp_path / "file")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {tmp_path / 'file'} cannot be written to")
-    assert error.count("\n") == 1
 
 
 def test_ray_asha_is_rays_own_class_and_starts_no_cluster():
     import ray
     from ray.tune.schedulers import AsyncHyperBandScheduler
 
-    scheduler = scheduler_of(REFERENCE)([0], (1,), 3, 3)
+    scheduler = SCHEDULERS[REFERENCE]([0], (1,), 3, 3)
     assert type(scheduler._ray) is AsyncHyperBandScheduler
     assert not ray.is_initialized()
 
