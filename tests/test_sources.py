@@ -226,7 +226,7 @@ def test_a_space_that_a_notebook_imports_comes_from_its_file(folder, monkeypatch
     mine = imported("mine", monkeypatch, folder)
     found = of_module(mine.space)
     assert (found.name, found.reference) == ("mine", "mine.py")
-    assert sorted(found.source.files) == ["helper.py", "mine.py"]
+    assert sorted(found.source.files) == ["helper.py", "late.py", "mine.py"]
 
 
 @pytest.mark.parametrize("change", ["metric", "epochs", "normalise", "first"])
