@@ -46,9 +46,16 @@ def test_a_function_or_a_class_builds_and_names_its_own_arguments():
         (lambda: Space(build, LR, fixed={"epochs": 3}), "epochs cannot be fixed; give --epochs"),
         (lambda: Space(lambda n, s, architecture=1: n, {}), "has the name of a column of the results"),
         (lambda: Space(lambda n, s, test_loss=1: n, {}), "has the name of a column of the results"),
-        (lambda: Space(run=MyRun, ranges={"f1": LR["lr"]}, metric="f1", mode="max"), "f1 is the name of a col"),
-        (lambda: Space(build, LR, normalise="imagenett"), "normalise=imagenett is unknown; did you mean imag"),
+        (
+            lambda: Space(run=MyRun, ranges={"f1": LR["lr"]}, metric="f1", mode="max"),
+            "f1 is the name of a col",
+        ),
+        (
+            lambda: Space(build, LR, normalise="imagenett"),
+            "normalise=imagenett is unknown; did you mean imag",
+        ),
         (lambda: Space(build, LR, normalise=(0.5, 0.5)), "is not possible; give data, imagenet, a function"),
+        (lambda: Space(build, {"width": tune.randint(3, 4)}), "it has one value; fix 3"),
         (lambda: Space(build, LR, fixed={"lr": 0.1}), "lr is in ranges and in fixed"),
         (lambda: Space(build, LR, first={}), "first lacks lr"),
         (lambda: Space(build, LR, first={"lr": 1.0}), "first has lr=1.0, which is not in its range"),
