@@ -17,7 +17,7 @@ from tunefleet.analysis.load import StudyResults
 from tunefleet.analysis.text import clock, listed, mean_and_spread, number, percent, words
 from tunefleet.cli import counted, printable, shell
 from tunefleet.metric import ACCURACY, Metric
-from tunefleet.study import tested, tested_before
+from tunefleet.study import seeds_of, tested, tested_before
 
 GROUPS = {
     "Plain networks": "Trained from scratch on pixels.",
@@ -170,13 +170,11 @@ def cards(study: StudyResults) -> list[tuple[str, str]]:
     shown, known = [], study.facts
     best, final, metric = known.get("best"), known.get("final") or {}, study.metric
     for name, test in tested(final).items():
-        seeds = counted(len(final["seeds"]), "fresh seed")
-        diverged = f", {len(final['diverged'])} of them diverged" if final.get("diverged") else ""
         fraction = Metric(name).bounds is not None
         mean, spread, interval = mean_and_spread(test, fraction=fraction)
         what = "test accuracy" if name == "test_accuracy" else str(printable(name))
         untested = "" if final["test"] else "; there is no test figure"
-        text = f"{what}, mean{' ± sd' if spread else ''} of {seeds}{diverged}{untested}"
+        text = f"{what}, mean{' ± sd' if spread else ''} of {seeds_of(test, final)}{untested}"
         unit = " %" if fraction else ""
         shown.append((text, f"{mean}{spread}{unit}"))
         if interval:

@@ -78,11 +78,8 @@ class StudyResults(Study):
     def trials(self) -> pd.DataFrame:
         """Return a row per trial of the search."""
         table = super().trials
-        chosen = [
-            name for name in self.spec.get("ranges", {}) if name in table and table[name].dtype == object
-        ]
-        cells = {name: table[name].map(_cell) for name in chosen}
-        return table.assign(**cells, node=table.node.map(printable, na_action="ignore"))
+        cells = {name: table[name].map(_cell) for name in table if table[name].dtype == object}
+        return table.assign(**cells).assign(node=table.node.map(printable, na_action="ignore"))
 
     @property
     def name(self) -> str:

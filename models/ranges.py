@@ -106,7 +106,9 @@ def plain_range(name: str, domain: Any) -> Domain:
         if not isinstance(domain, Domain):
             raise ValueError("it is no range")
         if not isinstance(domain, Categorical):
-            interval(domain)
+            found = interval(domain)
+            if found.low == found.high:
+                raise ValueError(f"it has one value; fix {found.value(found.low)}")
             return domain
         if not len(domain.categories):
             raise ValueError("it has no value")

@@ -25,7 +25,7 @@ from tunefleet.models.spaces import SPACES
 from tunefleet.search.asha import expected_epochs
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.scheduler import Scheduler
-from tunefleet.study import Study, tested, tested_before
+from tunefleet.study import Study, seeds_of, tested, tested_before
 
 SHOWN = ("lr", "weight_decay", "momentum", "batch_size", "hidden", "kernel_size", "schedule", "augment")
 TERMINAL_SECONDS = 0.5  # between refreshes
@@ -60,9 +60,7 @@ def print_result(folder: Path, console: Console) -> int:
             low, high = figures["interval95"]
             spread = f" {plus_minus} {rounded(figures['sd'])} sd"
             spread += f", 95 % interval of the mean {rounded(low)} to {rounded(high)}"
-        diverged = f", {len(final['diverged'])} of them diverged" if final["diverged"] else ""
-        seeds = counted(len(final["seeds"]), "fresh seed")
-        print_line(f" {rounded(figures['mean'])}{spread}, {seeds}{diverged}", name)
+        print_line(f" {rounded(figures['mean'])}{spread}, {seeds_of(figures, final)}", name)
     if before := tested_before(study):
         print_line(before)
     if final and final["failed"]:

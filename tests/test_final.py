@@ -8,7 +8,7 @@ from scipy import stats
 from tunefleet.journal import TrialRecord
 from tunefleet.metric import Metric
 from tunefleet.search.execution import keep_best
-from tunefleet.study import final_results, over_seeds
+from tunefleet.study import final_results, over_seeds, seeds_of
 
 
 def final(k, accuracy, status="done"):
@@ -50,6 +50,15 @@ def test_a_diverged_seed_counts_and_a_failed_one_is_named():
     results = final_results(trials.values())
     assert (results["seeds"], results["diverged"], results["failed"]) == ([1, 2], [2], [3])
     assert results["test_accuracy"]["mean"] == pytest.approx(0.3)
+
+
+def test_a_seed_without_a_finite_value_leaves_the_others_their_mean():
+    seeds = [final(k, value) for k, value in enumerate([0.5, None, 0.7])]
+    results = final_results(seeds)
+    assert results["test_accuracy"]["values"] == [0.5, 0.7]
+    assert seeds_of(results["test_accuracy"], results | {"diverged": [1]}) == (
+        "2 of 3 fresh seeds, 1 of them diverged"
+    )
 
 
 def test_study_whose_seeds_all_fail_has_no_accuracy():

@@ -2,6 +2,7 @@
 
 import io
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -83,6 +84,7 @@ def reports(found):
         ({"val_loss": "low"}, r"reports val_loss='low' \(str\); report a number"),
         ({"val_loss": 1.0, "all": torch.ones(2)}, r"reports all=.* \(Tensor\); report a number"),
         ({"val_loss": 1.0, "epoch": 3}, "reports epoch, which the study itself sets; rename it"),
+        ({"val_loss": 1.0, "test_loss": 1.0}, "reports test_loss, which the study itself sets; rename it"),
         ({"val_loss": True}, r"reports val_loss='True' \(bool\)"),
     ],
 )
@@ -104,7 +106,7 @@ def test_a_checkpoint_continues_the_run():
     assert again.reports[0] == run.reports[0]
 
 
-@pytest.mark.parametrize("value", [np.float64(0.5), object()])
+@pytest.mark.parametrize("value", [np.float64(0.5), object(), threading.Lock(), lambda: 0])
 def test_a_state_that_cannot_be_read_back_is_one_line_that_names_it(value):
     class Saves(Tiny):
         def state_dict(self):
@@ -123,6 +125,20 @@ def test_a_test_is_named_after_the_metric_and_may_be_left_out():
         test = None
 
     assert make(Untested).test() == {}
+
+
+def test_an_accuracy_in_percent_is_one_line_that_says_so():
+    class Percent(Tiny):
+        def epoch(self):
+            return {"val_accuracy": 92.1}
+
+        def test(self):
+            return 91.0
+
+    run = make(Percent, Metric("val_accuracy"))
+    for call, value in ((run.epoch, r"epoch\(\) reports 92\.1"), (run.test, r"test\(\) returns 91")):
+        with pytest.raises(ValueError, match=rf"^Percent\.{value}, and val_accuracy is a fraction of 0 to 1"):
+            call()
 
 
 def test_a_class_without_the_methods_is_one_line():

@@ -219,6 +219,16 @@ def test_ctrl_c_is_code_3_without_a_traceback(folder, monkeypatch, capsys):
     assert capsys.readouterr().err == "stopped\n"
 
 
+def test_a_list_that_all_trials_have_is_shown_once(tmp_path):
+    folder = write_study(tmp_path / "made")
+
+    def edit(event):
+        return event | ({"config": event["config"] | {"sizes": [64, 64]}} if "config" in event else {})
+
+    edit_events(folder, edit)
+    assert "sizes [64, 64]" in facts(load(folder))["shared"]
+
+
 def test_counts_of_one_are_singular(tmp_path):
     folder = write_study(tmp_path / "made", trials=1, epochs=1, rungs=())
 

@@ -59,6 +59,7 @@ def test_a_function_or_a_class_builds_and_names_its_own_arguments():
             "normalise=imagenett is unknown; did you mean imag",
         ),
         (lambda: Space(build, LR, normalise=(0.5, 0.5)), "is not possible; give data, imagenet, a function"),
+        (lambda: Space(build, {"width": tune.randint(3, 4)}), "it has one value; fix 3"),
         (lambda: Space(build, LR, fixed={"lr": 0.1}), "lr is in ranges and in fixed"),
         (lambda: Space(build, LR, first={}), "first lacks lr"),
         (lambda: Space(build, LR, first={"lr": 1.0}), "first has lr=1.0, which is not in its range"),

@@ -70,7 +70,7 @@ def evaluate_test(run: TrainingRun, folder: Path | None = None, tag: str = "") -
         tag: Part of the files' names.
 
     Returns:
-        test_accuracy, test_balanced_accuracy, test_macro_f1 (fractions 0..1) and test_loss (own loss).
+        test_accuracy, test_balanced_accuracy, test_macro_f1 (fractions 0..1) and test_loss (the run's own).
     """
     images, mapped = load_split(run.data, "test")
     labels = np.array(mapped)  # torch warns of arrays that it cannot write

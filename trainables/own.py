@@ -117,6 +117,7 @@ class OwnRun:
         value = _number(self.run.test())
         if value is None:
             raise ValueError(f"{self.name}.test() returns no number")
+        self._check_bounds("test() returns", value)
         return {self.metric.test_name: value}
 
     def trained_state(self) -> dict[str, Any]:
@@ -130,10 +131,10 @@ class OwnRun:
             ValueError: It cannot be read back; names the key.
         """
         state = self.run.state_dict()
-        torch.save({"reports": self.reports, "state": state, "values": self.values}, file)
         if not self._is_saved:
-            self._is_saved = True
             self._check_state(state)
+            self._is_saved = True
+        torch.save({"reports": self.reports, "state": state, "values": self.values}, file)
 
     def load(self, file: Path | IO[bytes]) -> None:
         """Read a checkpoint; tensors and plain values only.
@@ -155,7 +156,7 @@ class OwnRun:
             )
         found: dict[str, Any] = {}
         for key, value in reported.items():
-            if key in OURS:
+            if key in (*OURS, self.metric.test_name):
                 raise ValueError(f"{self.name}.epoch() reports {key}, which the study itself sets; rename it")
             number = _number(value)
             if not isinstance(key, str) or number is None:
@@ -169,7 +170,16 @@ class OwnRun:
                 f"{self.name}.epoch() reports no {self.metric.name}, which is the metric; it reports "
                 f"{', '.join(found) or 'nothing'}"
             )
+        self._check_bounds("epoch() reports", found[self.metric.name])
         return found
+
+    def _check_bounds(self, what: str, value: float) -> None:
+        low, high = self.metric.bounds or (-math.inf, math.inf)
+        if value < low or value > high:
+            raise ValueError(
+                f"{self.name}.{what} {value:g}, and {self.metric.name} is a fraction of {low:g} to {high:g}; "
+                "give a fraction, or call the metric otherwise"
+            )
 
     def _check_state(self, state: Any) -> None:
         if not isinstance(state, Mapping):

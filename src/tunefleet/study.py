@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from tunefleet import lookup
-from tunefleet.cli import expanded, writing
+from tunefleet.cli import counted, expanded, writing
 from tunefleet.files import holding, locked, write_whole
 from tunefleet.journal import Journal, TrialRecord, finite, records, winner
 from tunefleet.metric import ACCURACY, Metric
@@ -409,7 +409,8 @@ def final_results(trials: Iterable[TrialRecord], metric: Metric = ACCURACY) -> d
     """Return what the winner's fresh seeds gave; None where none has ended.
 
     A diverged seed is tested like the others, and its accuracy counts: a mean without it would
-    flatter. ``failed`` are the seeds that ended by an error, which say nothing of the winner.
+    flatter. One whose value is not finite has none to count. ``failed`` are the seeds that ended by an
+    error, which say nothing of the winner.
     """
     ended = [trial for trial in trials if trial.is_final and trial.status]
     if not ended:
@@ -417,11 +418,10 @@ def final_results(trials: Iterable[TrialRecord], metric: Metric = ACCURACY) -> d
     tested = [trial for trial in ended if trial.status in ("done", "diverged")]
     last = [trial.reports[trial.epoch] for trial in tested]
     values = {
-        name: [report[name] for report in last]
+        name: [report[name] for report in last if report.get(name) is not None]
         for name in dict.fromkeys((metric.test_name, "test_accuracy", metric.name))
-        if last and all(report.get(name) is not None for report in last)
     }
-    tests = {name: over_seeds(found, Metric(name, metric.mode)) for name, found in values.items()}
+    tests = {name: over_seeds(found, Metric(name, metric.mode)) for name, found in values.items() if found}
     return {
         "seeds": [trial.config["seed"] for trial in tested],
         "diverged": [trial.config["seed"] for trial in tested if trial.status == "diverged"],
@@ -444,6 +444,13 @@ def tested(final: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
     if final["test_accuracy"]:
         figures["test_accuracy"] = final["test_accuracy"]
     return figures
+
+
+def seeds_of(figures: dict[str, Any], final: dict[str, Any]) -> str:
+    """Return whose mean figures are, such as "3 fresh seeds, 1 of them diverged"."""
+    count, seeds = len(figures["values"]), counted(len(final["seeds"]), "fresh seed")
+    diverged = f", {len(final['diverged'])} of them diverged" if final.get("diverged") else ""
+    return f"{f'{count} of ' if count < len(final['seeds']) else ''}{seeds}{diverged}"
 
 
 def _tested(trials: Iterable[TrialRecord]) -> int:
