@@ -142,7 +142,9 @@ def parse_range(text: str) -> Domain:
     try:
         domain: Domain = getattr(tune, kind)(*values)
         check_ranges({"it": domain})
-    except (ValueError, TypeError, AssertionError, OverflowError) as error:
+    except ArithmeticError:  # a step of 0, or numbers that no float holds
+        raise ValueError("its numbers are impossible; give finite ones and a step above 0") from None
+    except (ValueError, TypeError, AssertionError) as error:
         raise ValueError(str(error).removeprefix("the range of it ")) from None
     return domain
 

@@ -278,16 +278,15 @@ class Space:
         )
 
     def ranging(self, ranges: Mapping[str, Domain]) -> Space:
-        """Return the space with other ranges; a first value outside becomes the middle of its range.
+        """Return the space with other ranges; a first or fixed value outside becomes the middle of its range.
 
         Raises:
             ValueError: A name is no hyperparameter that can be searched.
         """
         kept = {key: value for key, value in self.start.items() if key not in ranges}
+        known = {**self.fixed, **self.start}
         moved = {
-            key: self.start[key]
-            if key in self.start and contains(domain, self.start[key])
-            else middle(domain)
+            key: known[key] if key in known and contains(domain, known[key]) else middle(domain)
             for key, domain in ranges.items()
         }
         return replace(
