@@ -29,8 +29,8 @@ GROUPS = {
 COSTS = "Epochs: of a trial that is not pruned (of all trials together). Minutes: of the whole study."
 COMPARED = (
     "Each architecture's best, retrained over fresh seeds: percent of the test images. Published: what the "
-    "space states, of the built-in ones the course report's accuracy on CIFAR-10, to be compared with that of "
-    "CIFAR-10 images only. " + COSTS
+    "space states, of the built-in ones the course report's accuracy on CIFAR-10, to be compared with that "
+    "of CIFAR-10 images only. " + COSTS
 )
 UNTESTED = "Validation accuracy; no fresh seeds were tested."
 SHOWN_WEIGHTS = 64  # filters

@@ -92,7 +92,7 @@ def row(study: dict[str, Any]) -> list[str]:
 
 
 def is_built_in(study: dict[str, Any]) -> bool:
-    """Return whether a study is of a space of this package, not of one of the same name in a person's file."""
+    """Return whether a study is of a space of this package, and not of one in a person's file."""
     return study.get("source") is None
 
 

@@ -86,7 +86,9 @@ def _of_archive(path: Path, size: int, data_dir: Path, skip: Skip) -> Iterator[t
         data_dir.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(dir=data_dir)
     except OSError as error:
-        raise ValueError(f"--data-dir={data_dir} cannot be written ({error.strerror}); give another") from error
+        raise ValueError(
+            f"--data-dir={data_dir} cannot be written ({error.strerror}); give another"
+        ) from error
     with temporary as folder:
         unpacked = archive.unpack(Path(folder) / "unpacked")
         yield from _decoded(unpacked, listing.entries, size, skip, path)

@@ -175,7 +175,9 @@ def parse_range(text: str) -> Domain:
         values = [values[0] if len(values) == 1 and isinstance(values[0], list) else values]
     try:
         return plain_range("it", getattr(tune, kind)(*values))
-    except (ValueError, TypeError, AssertionError, ArithmeticError) as error:
+    except ArithmeticError:  # a step of 0, or numbers that no float holds
+        raise ValueError("its numbers are impossible; give finite ones and a step above 0") from None
+    except (ValueError, TypeError, AssertionError) as error:
         raise ValueError(str(error).removeprefix("the range of it ")) from None
 
 

@@ -326,7 +326,7 @@ class Space:
         )
 
     def ranging(self, ranges: Mapping[str, Domain]) -> Space:
-        """Return the space with other ranges; a first value outside becomes the middle of its range.
+        """Return the space with other ranges; a first or fixed value outside becomes the middle of its range.
 
         Raises:
             ValueError: A name is no hyperparameter that can be searched, or its values have another type.
@@ -335,10 +335,9 @@ class Space:
         for key, domain in ranges.items():
             check_kind(key, domain, self._kind(key))
         kept = {key: value for key, value in self.start.items() if key not in ranges}
+        known = {**self.fixed, **self.start}
         moved = {
-            key: self.start[key]
-            if key in self.start and contains(domain, self.start[key])
-            else middle(domain)
+            key: known[key] if key in known and contains(domain, known[key]) else middle(domain)
             for key, domain in ranges.items()
         }
         return replace(

@@ -52,6 +52,15 @@ SGD = {
     "batch_size": BATCH_SIZE,
 }
 KERNEL_SIZE = tune.choice([3, 5])
+OF_SGD = (
+    "lr over three decades around what works; momentum, weight decay and batch size are the published value "
+    "and usual ones, whose neighbours differ by less than seeds do"
+)
+OF_RESNETS = (
+    "little weight decay, since few steps are taken away from good weights; no batches of 512, whose few "
+    "steps would cost epochs that a ResNet takes minutes for"
+)
+OF_MAPS = f"{OF_RESNETS}; behind maps of 8×8 three poolings fit with a kernel of 3, none with 5"
 
 
 def _resnet(momentum: float) -> dict[str, Domain]:
@@ -59,9 +68,6 @@ def _resnet(momentum: float) -> dict[str, Domain]:
 
     Args:
         momentum: The published one, beside the two usual ones.
-
-    Little weight decay, since few steps are taken away from good weights; no batches of 512, whose
-    few steps would cost epochs that a ResNet takes minutes for.
     """
     return SGD | {
         "weight_decay": tune.choice([0.0, 1e-4, 5e-4, 1e-3]),
@@ -83,6 +89,7 @@ def _row(
     *,
     fixed: Mapping[str, Any] | None = None,
     cpu_image_size: int = SMALLEST_SIZE,
+    why: str = "",
     **others: Any,
 ) -> Space:
     """Return a row: what all thirteen have in common is here, with what was measured of them (docs/log)."""
@@ -98,6 +105,7 @@ def _row(
         micro_batches=True,
         feature_cache=network.frozen,
         cuda_graph=True,
+        why=why or (OF_RESNETS if network.cut else OF_SGD),
         cpu_image_size=cpu_image_size,
         **others,
     )
@@ -126,7 +134,6 @@ _ROWS: dict[str, Space] = {
         epochs=27,
         gpus_per_trial=0.25,
     ),
-    # Adam, as published: its lr lives a decade lower, and it has no momentum to search
     "twolayernn": _row(
         Network("twolayernn", hidden=250),
         "two linear layers on pixels",
@@ -146,12 +153,10 @@ _ROWS: dict[str, Space] = {
         },
         0.5102,
         epochs=27,
+        why="Adam, as published: its lr lives a decade lower, and it has no momentum to search",
         fixed={"optimizer": "adam"},
         gpus_per_trial=0.25,
     ),
-    # 3·hidden channels, whose number is most of the time; one layer sees no more than its kernel, so 7;
-    # momentum is the published one, since without it nothing gets going in these epochs; without warm-up
-    # the best lr lie where some seeds diverge (docs/decisions.md)
     "convnet": _row(
         Network("convnet", hidden=50, kernel_size=5),
         "one convolution, one linear layer",
@@ -174,6 +179,9 @@ _ROWS: dict[str, Space] = {
         0.5836,
         epochs=15,
         trials=24,
+        why="3·hidden channels are most of an epoch's time; one layer sees no more than its kernel, so 7; "
+        "momentum is the published one, without which nothing gets going in these epochs; without warm-up "
+        "the best lr lie where some seeds diverge",  # docs/decisions.md
         fixed={"momentum": 0.9, "warmup_epochs": 1},
         gpus_per_trial=0.5,
     ),
@@ -219,13 +227,13 @@ _ROWS: dict[str, Space] = {
         gpus_per_trial=0.5,
         image_size=128,  # its maps of 8×8 cost two cores 80 s an epoch
     ),
-    # conv2_x leaves 8×8 maps at 32×32: three poolings fit behind a kernel of 3, none behind 5
     "resnet_mymodel": _row(
         Network("mymodel", cut="conv2_x", frozen=True, hidden=128, kernel_size=3),
         "frozen backbone, mymodel head",
         _resnet(0.85) | {"hidden": tune.choice([32, 64, 128])},
         _published(1e-4, 0.85, 128, 0.04, hidden=128),
         0.7917,
+        why=OF_MAPS,
         epochs=27,
         fixed={"kernel_size": 3},
         image_size=64,
@@ -264,6 +272,7 @@ _ROWS: dict[str, Space] = {
         _resnet(0.7) | FINE_TUNING | {"hidden": tune.choice([64, 128])},
         _published(1e-4, 0.7, 128, 0.04, hidden=128, **WITHOUT_SMOOTHING),
         0.8007,
+        why=OF_MAPS,
         epochs=27,
         fixed={"kernel_size": 3},
         image_size=64,

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tunefleet.cli import counted, printable, rounded, shown
-from tunefleet.journal import FAILED, TrialRecord
+from tunefleet.journal import FAILED, TrialRecord, winner
 from tunefleet.models.space import Space
 from tunefleet.models.spaces import SPACES
 from tunefleet.search.asha import expected_epochs
@@ -294,14 +294,18 @@ class Progress:
         searched = sum(trial.epoch for trial in jobs.searched)
         if jobs.search_is_over:
             expected = searched
-        total = max(expected, searched) + options.final_seeds * options.epochs
+        else:  # some of those that are promoted train their epochs again, unseen
+            lost = sum(jobs.trials[trial_id].epoch for trial_id in jobs.without_checkpoint)
+            expected += lost // options.eta
+        seeds, earlier = self._seeds()
+        total = max(expected, searched) + options.final_seeds * options.epochs + earlier
         rate = (done - self.epochs_before) / elapsed if elapsed > 0 else 0.0
         self._note_tests(now)
         return {
             "space": options.space.name,
             "phase": "final" if jobs.search_is_over else "search",
             "counts": counts(jobs.searched, jobs),
-            "finals": counts([trial for trial in jobs.trials.values() if trial.is_final], jobs),
+            "finals": counts(seeds, jobs),
             "testing": len(self.testing_since),
             "final_seeds": options.final_seeds,
             "rungs": {rung: len(values) for rung, values in jobs.asha.values.items()},
@@ -317,6 +321,13 @@ class Progress:
             "trouble": self.trouble(),
         }
 
+    def _seeds(self) -> tuple[list[TrialRecord], int]:
+        """Return the winner's seeds, and the epochs of those of earlier winners of a continued study."""
+        finals = [trial for trial in self.jobs.trials.values() if trial.is_final]
+        best = winner(self.jobs.trials, self.jobs.metric) if finals else None
+        seeds = [trial for trial in finals if best and trial.is_seed_of(best)]
+        return seeds, sum(trial.epoch for trial in finals) - sum(trial.epoch for trial in seeds)
+
     def _note_tests(self, now: float) -> None:
         """Note since when each seed is tested, and how long each test took."""
         jobs = self.jobs
@@ -330,8 +341,7 @@ class Progress:
         """Return the seconds that are left; None: not known, such as how long a first test takes."""
         if not rate or (self.testing_since and not self.test_seconds):
             return None
-        finals = [trial for trial in self.jobs.trials.values() if trial.is_final]
-        untested = self.options.final_seeds - sum(trial.status is not None for trial in finals)
+        untested = self.options.final_seeds - sum(trial.status is not None for trial in self._seeds()[0])
         each = sum(self.test_seconds) / max(1, len(self.test_seconds))
         at_once = max(1, len(self.testing_since))
         elapsed = max((now - since for since in self.testing_since.values()), default=0.0)

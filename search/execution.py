@@ -273,7 +273,10 @@ def scheduler_of(ready: Ready, study: Study) -> Scheduler:
         scheduler.replay(study.events)
     except (KeyError, TypeError) as error:  # a journal of the old form has no checksums
         raise ValueError(f"{study.journal.file} does not fit study.json ({error!r}); restore both") from error
-    for name in [*ready.store.names("checkpoints"), *ready.store.names("logs")]:
+    checkpoints = ready.store.names("checkpoints")
+    unfinished = {trial.trial_id for trial in scheduler.searched if trial.reports and not trial.status}
+    scheduler.without_checkpoint = unfinished - {Path(name).stem for name in checkpoints}
+    for name in [*checkpoints, *ready.store.names("logs")]:
         if Path(name).stem not in scheduler.trials:  # its start is lost; another trial will have its number
             ready.store.remove(name)
     return scheduler

@@ -197,7 +197,12 @@ def configuration(space: Space, source: Path | None) -> tuple[dict[str, Any], di
         raise ValueError(f"--from={source} has no best trial yet; run or resume it first")
     config = {
         name: study["best"]["config"][name]
-        for name in {**space.ranges, **space.fixed, **(study["options"].get("fix") or {})}
+        for name in {
+            **space.ranges,
+            **space.fixed,
+            **study.get("ranges", {}),
+            **(study["options"].get("fix") or {}),
+        }
     }
     return config, {name: study["options"][name] for name in OF_THE_STUDY}
 

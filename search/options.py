@@ -162,6 +162,17 @@ class StudyOptions:
         return self.space.fixing(fix).ranging({name: _range(name, text) for name, text in texts.items()})
 
     @property
+    def moved(self) -> str:
+        """Return a line about the first trial's values that a range has moved; empty where there is none."""
+        before, after = {**self.space.fixed, **self.space.start}, self.searched.start
+        moved = [
+            f"{name} {after[name]}, since {before[name]} is not in its --range"
+            for name in after
+            if name in before and before[name] != after[name]
+        ]
+        return f"the first trial has {'; '.join(moved)}" if moved else ""
+
+    @property
     def rungs(self) -> tuple[int, ...]:
         """Return the epochs at which trials are compared; none without a pruner."""
         assert self.epochs is not None
@@ -315,7 +326,7 @@ class _Pairs(argparse.Action):
     """Turns ``hidden=32 augment=crop`` into a dict of texts; what they mean depends on the space."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        pairs = {}
+        pairs = dict(getattr(namespace, self.dest, None) or {})  # of the same flag, given before
         for pair in values:
             name, equals, text = pair.partition("=")
             if not equals:
@@ -357,6 +368,9 @@ def parse_study(
     flags, unknown = parser.parse_known_args(arguments)
     for word in unknown:
         name = word.lstrip("-").partition("=")[0].replace("-", "_")
+        if name in FIELDS and name in HELP:  # those of a new study, and this is none
+            horizon = ": it is its schedule's horizon" if name == "epochs" else ""
+            parser.error(f"{flag(name)} cannot change when a study is resumed{horizon}")
         if name in FIELDS and word.startswith("--"):
             parser.error(f"{word} is a hyperparameter; to give it to every trial: --fix {name}=VALUE")
     if unknown:

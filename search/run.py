@@ -40,6 +40,7 @@ from tunefleet.search.options import (
     StudyOptions,
     add_options,
     add_storage,
+    flag,
     parse_study,
     parsed,
     study_parser,
@@ -148,6 +149,11 @@ def resume_any(location: str, changes: dict[str, Any], session: Session, wandb: 
     """
     if not (file := Path(location, ALL)).is_file():
         return resume(location, changes, session, wandb=wandb)
+    if extending := [flag(name) for name in EXTENDING if name in changes]:
+        raise ValueError(
+            f"{location} has the studies of all spaces, and {', '.join(extending)} extends one; give its "
+            f"folder: {location}/SPACE"
+        )
     of_all = read_all(file)
     return run_all(file.parent, of_all, changes, session, wandb=of_all["wandb"] | wandb)
 

@@ -200,6 +200,7 @@ def _checked(request: Request, session: Session) -> int:
         from tunefleet.search import execution, preflight, resources
         from tunefleet.search.nodes import check_nodes
 
+    _say("" if request.earlier else request.options.moved, session.console)
     console, earlier, source = session.console, request.earlier, _source(request, session.console)
     with phase(console, "looking at the device"):
         options, settings, machine = _device(request, source, console)

@@ -100,6 +100,7 @@ class Scheduler:
         self.running: set[str] = set()
         self.starting: set[str] = set()  # of these, those that no worker has yet
         self.interrupted: deque[str] = deque()  # at work when the driver died; they go first
+        self.without_checkpoint: set[str] = set()  # unfinished, whose epochs are to be trained again
         self.search_is_over = False
         self.finished = False
 
@@ -266,6 +267,7 @@ class Scheduler:
         trial = self.trials[trial_id]
         self.running.add(trial_id)
         self.starting.add(trial_id)
+        self.without_checkpoint.discard(trial_id)
         self.phases.pop(trial_id, None)
         eager = self.all_eager or trial_id in self.eager
         return Job(trial_id, trial.config, trial.epoch, trial.is_final, eager)

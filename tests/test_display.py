@@ -11,7 +11,7 @@ from rich.console import Console
 from tests.configs import make_options
 from tunefleet.journal import Journal
 from tunefleet.search.asha import Asha
-from tunefleet.search.display import PLAIN_SECONDS, Progress, counts, describe, line, phase, table
+from tunefleet.search.display import PLAIN_SECONDS, Progress, counts, describe, finals, line, phase, table
 from tunefleet.search.scheduler import Scheduler
 from tunefleet.search.suggest import suggest
 
@@ -158,6 +158,27 @@ def test_eta_counts_the_epochs_of_this_run_only(jobs):
     facts = shown.facts(shown.began + 10)
     assert facts["epochs_per_second"] == pytest.approx(0.1)
     assert facts["eta"] == pytest.approx((40 - 3) / 0.1)
+
+
+def test_the_forecast_of_a_continued_study_counts_what_is_trained_again_and_no_earlier_seeds(jobs):
+    shown = progress(jobs, terminal=False)
+    total = shown.facts(1.0)["expected_epochs"]
+    jobs.without_checkpoint = {"0000"}
+    jobs.trials["0000"].reports[6] = {"epoch": 6, "val_accuracy": 0.4}
+    assert shown.facts(1.0)["expected_epochs"] == total + 6 // 3  # one of eta is promoted
+    jobs._job("0000")  # it is, now
+    assert shown.facts(1.0)["expected_epochs"] == total
+    jobs.running.clear()
+    jobs.report("0000", {"epoch": 9, "val_accuracy": 0.5, "status": "done"})
+    jobs.search_is_over = True
+    for number in range(2):
+        job = jobs.next_job()
+        jobs.report(job.trial_id, {"epoch": 9, "status": "done", "test_accuracy": 0.5})
+    assert finals(shown.facts(1.0)).startswith("2 of 2 seeds done")
+    left = shown.facts(1.0)["expected_epochs"] - shown.facts(1.0)["epochs"]
+    jobs.report("0002", {"epoch": 9, "val_accuracy": 0.7, "status": "done"})  # another winner
+    assert finals(shown.facts(1.0)).startswith("0 of 2 seeds done")
+    assert shown.facts(1.0)["expected_epochs"] - shown.facts(1.0)["epochs"] == left + 2 * 9
 
 
 def test_a_seed_on_the_test_images_counts_in_what_is_left(jobs):

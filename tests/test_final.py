@@ -5,10 +5,15 @@ import pytest
 import torch
 from scipy import stats
 
+from tests.finished import made_data, new_study
+from tests.made_study import write_events
 from tunefleet.journal import TrialRecord
 from tunefleet.metric import Metric
-from tunefleet.search.execution import keep_best
-from tunefleet.study import final_results, over_seeds, seeds_of
+from tunefleet.models.spaces import SPACES
+from tunefleet.search.execution import Ready, keep_best, scheduler_of
+from tunefleet.search.resources import Resources
+from tunefleet.study import Study, final_results, over_seeds, seeds_of
+from tunefleet.trainables.device import choose
 
 
 def final(k, accuracy, status="done"):
@@ -121,3 +126,18 @@ def test_a_damaged_network_of_the_winner_costs_no_result(tmp_path, capsys, damag
     keep_best(tmp_path, [final(1, 0.5)])
     assert {path.name for path in best.iterdir()} == {"config.json", "predictions.parquet"}
     assert "best/ has no model.pt: " in capsys.readouterr().out
+
+
+def test_a_continued_study_knows_which_trials_have_no_checkpoint_any_more(tmp_path):
+    space, settings = SPACES["softmax"], choose("cpu", "fp32")
+    data = made_data(tmp_path / "arrays")
+    options = new_study(tmp_path / "study", space, data, settings, weights="none", image_size=32)
+    (tmp_path / "study" / "checkpoints").mkdir()
+    (tmp_path / "study" / "checkpoints" / "0002.pt").touch()
+    config = options.fixed_values() | space.start
+    events = [{"trial_id": f"000{k}", "epoch": 0, "config": config} for k in range(4)]
+    events += [{"trial_id": f"000{k}", "epoch": 1, "val_accuracy": 0.5} for k in range(3)]
+    events[-3]["status"] = "done"
+    write_events(tmp_path / "study", events)
+    ready = Ready(options, tmp_path / "study", data, settings, Resources(1, 1, 0))
+    assert scheduler_of(ready, Study(tmp_path / "study")).without_checkpoint == {"0001"}

@@ -10,8 +10,10 @@ from tests.made_study import spec, write_events
 from tunefleet.cli import rounded
 from tunefleet.journal import TrialRecord
 from tunefleet.metric import Metric
+from tunefleet.models.spaces import SPACES
 from tunefleet.search.lr_study import (
     best_lr,
+    configuration,
     curve_of,
     curve_table,
     extended,
@@ -163,6 +165,22 @@ def test_bad_input_is_one_line_and_writes_nothing(arguments, needle, tmp_path, m
     assert err.count("\n") == 1
     assert needle in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_searched_by_range_alone_is_kept(tmp_path):
+    best = dict(SPACES["softmax"].start) | {"label_smoothing": 0.2, "schedule": "cosine", "seed": 0}
+    ranges = {"label_smoothing": {"low": 0.0, "high": 0.3, "log": False}}
+    options = make_options("softmax", pruner="none").to_dict()
+    write_study(tmp_path, spec(space="softmax", ranges=ranges, options=options))
+    write_events(
+        tmp_path,
+        [
+            {"trial_id": "0000", "epoch": 0, "config": best},
+            {"trial_id": "0000", "epoch": 1, "val_accuracy": 0.5, "status": "done"},
+        ],
+    )
+    config, _ = configuration(SPACES["softmax"], tmp_path)
+    assert config["label_smoothing"] == 0.2
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,10 @@ from PIL import Image
 from tests.configs import make_options
 from tests.made_study import spec
 from tunefleet import mirror
-from tunefleet.models.spaces import SPACES
+from tunefleet.models.spaces import SPACES, find_space
+from tunefleet.search import run as search
 from tunefleet.search import wandb_sync
+from tunefleet.search.options import StudyOptions, parsed
 from tunefleet.search.run import main
 from tunefleet.study import write_study
 
@@ -81,6 +83,10 @@ def write_images(folder, classes=("cat", "dog"), count=6, color=40):
         (["--space", "softmax", "--fix", "learning_rate=0.1"], ["--fix learning_rate is no hyperparameter"]),
         (["--space", "softmax", "--range", "lr=normal(0, 1)"], ["--range lr=normal(0, 1) is not possible"]),
         (["--space", "softmax", "--range", "x=choice(1, 2)"], ["x is neither a hyperparameter"]),
+        (
+            ["--space", "softmax", "--fix", "lr=0.1", "--range", "lr=choice(1, 2)"],
+            ["lr is in --fix and in --r"],
+        ),
         (["--space", "softmax", "--metric", "val_accuracy", "--fix", "epochs=3"], ["give --epochs"]),
         (["--space", "mine.py"], ["mine.py: there is no such file"]),
         (["--space", "softmax", "--study-dir", "/proc/x"], ["/proc/x cannot be made", "give another"]),
@@ -105,6 +111,40 @@ def test_a_hyperparameter_as_a_flag_names_the_one_that_fixes_it(run, capsys):
     err = capsys.readouterr().err
     assert "--lr is a hyperparameter; to give it to every trial: --fix lr=VALUE" in err
     assert err.count("\n") == 1
+
+
+def test_what_a_resumed_study_has_for_good_is_no_hyperparameter_to_fix(capsys):
+    with pytest.raises(SystemExit) as end:
+        search.resume_main(["study", "--epochs", "50"])
+    assert end.value.code == 2
+    said = "error: --epochs cannot change when a study is resumed: it is its schedule's horizon"
+    assert capsys.readouterr().err.startswith(said)
+
+
+def test_a_repeated_flag_adds_to_the_earlier_one():
+    _, options = search.parse(
+        ["--fix", "hidden=32", "--fix", "lr=0.1", "momentum=0.9", "--range", "x=1", "--range", "y=2"]
+    )
+    fix, others = options.pop("fix"), options.popitem()[1]
+    assert (fix, others) == ({"hidden": "32", "lr": "0.1", "momentum": "0.9"}, {"x": "1", "y": "2"})
+
+
+def test_a_range_that_moves_the_first_value_says_so():
+    def moved(*pairs):
+        space = find_space("convnet")
+        return StudyOptions(space, **parsed(search.parse(["--range", *pairs])[1], space)).moved
+
+    first = "the first trial has lr 0.005, since 0.001 is not in its --range"
+    assert moved("lr=choice(0.005, 0.02)", "momentum=choice(0.5, 0.9)") == first
+    assert moved("lr=choice(0.005, 0.02)", "hidden=choice(30)").startswith(f"{first}; hidden 30, ")
+    assert moved("lr=choice(0.001, 0.02)") == ""
+
+
+def test_more_trials_of_all_spaces_are_refused_with_what_to_do(run, tmp_path):
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "all.json").write_text('{"options": {}, "storage": null, "wandb": {}}')
+    said = ["all has the studies of all spaces, and --trials extends one", "all/SPACE"]
+    assert_one_line_error(run("--resume", "all", "--trials", 64, data=None), *said)
 
 
 def test_a_tilde_that_the_shell_left_is_the_home_folder(run, tmp_path, monkeypatch):
@@ -392,6 +432,19 @@ def test_list_spaces_names_all_thirteen(run):
     code, out, _ = run("--list-spaces")
     assert code == 0
     assert sum("published" in line for line in out.splitlines()) == 13
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_a_space_is_listed_with_its_ranges_first_values_and_why(run, name):
+    code, out, _ = run("--list-spaces", name)
+    assert code == 0
+    head, *lines = out.splitlines()
+    space = SPACES[name]
+    assert head == f"{name}: {space.summary}"
+    for key in space.ranges:
+        assert any(re.fullmatch(rf"  {key}: .+; first {space.start[key]}", line) for line in lines), key
+    assert {f"  {key}: always {value}" for key, value in space.fixed.items()} <= set(lines)
+    assert lines[-1] == f"  {space.why}" != "  "
 
 
 def test_all_spaces_go_on_after_one_that_cannot_run(run):

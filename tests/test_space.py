@@ -148,6 +148,21 @@ def test_fixed_values_leave_the_others_searched():
 
 
 @pytest.mark.parametrize(
+    ("before", "text", "first"),
+    [
+        ({"fixed": {"width": 4}}, "choice(2, 4, 6, 8)", 4),  # kept
+        ({"fixed": {"width": 4}}, "choice(5, 6, 7)", 6),
+        ({"ranges": {"width": tune.choice([4, 8])}, "first": {"width": 8}}, "randint(5, 12)", 8),
+        ({"ranges": {"width": tune.choice([4, 8])}, "first": {"width": 8}}, "randint(20, 31)", 25),
+        ({}, "choice(3, 5, 9)", 5),  # neither fixed nor searched
+    ],
+)
+def test_another_range_keeps_a_first_value_inside_and_begins_in_its_middle_else(before, text, first):
+    space = Space(build, **before).ranging({"width": parse_range(text)})
+    assert (space.start, space.fixed, list(space.ranges)) == ({"width": first}, {}, ["width"])
+
+
+@pytest.mark.parametrize(
     ("text", "described"),
     [
         ("loguniform(1e-5, 1e-2)", {"low": 1e-5, "high": 1e-2, "log": True}),
@@ -164,7 +179,17 @@ def test_ranges_are_read_from_text(text, described):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "3", "normal(0, 1)", "choice()", "uniform(1)", "uniform(x, y)", "__import__('os').system('x')"],
+    [
+        "",
+        "3",
+        "normal(0, 1)",
+        "choice()",
+        "quniform(0, 1, 0)",
+        "uniform(0, 1e999)",
+        "uniform(1)",
+        "uniform(x, y)",
+        "__import__('os').system('x')",
+    ],
 )
 def test_text_that_is_no_range_is_one_line_and_runs_nothing(text):
     with pytest.raises(ValueError, match=r"^[^\n]+$"):

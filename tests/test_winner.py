@@ -285,7 +285,9 @@ def test_a_study_without_a_finished_seed_is_refused_with_what_to_do(small, tmp_p
         "study",
         "^study has no finished seed of its winner; train some: tunefleet resume study --final-seeds 4$",
     )
-    write_events(Path("study"), [event | ({"status": "error"} if event.get("epoch") else {}) for event in events])
+    write_events(
+        Path("study"), [event | ({"status": "error"} if event.get("epoch") else {}) for event in events]
+    )
     refused("study", "^study has no winner: no trial has succeeded; search again$")
     write_events(Path("study"), events, "stopped")
     refused("study", "train some: tunefleet resume study$")

@@ -200,7 +200,7 @@ def _open(content: bytes) -> Image.Image:
 
 
 def draft(image: Image.Image, size: int) -> None:
-    """Have a JPEG of another size decoded at 1/2, 1/4 or 1/8 of its own, but no smaller than twice ``size``."""
+    """Have a JPEG of another size decoded at 1/2, 1/4 or 1/8 of it, but no smaller than twice ``size``."""
     if image.size != (size, size):
         image.draft("RGB", (2 * size, 2 * size))
 
