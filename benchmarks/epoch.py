@@ -13,7 +13,7 @@ import argparse
 import statistics
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     capability = torch.backends.cpu.get_cpu_capability()
     print(f"torch {torch.__version__}, {capability}, {options.threads} thread(s), data {data.name}")
-    print(f"settings {settings.to_dict()}")
+    print(f"settings {asdict(settings)}")
     print(f"\n{'':40}{'s measured':>18}{'s per whole epoch':>18}{'obvious / ours':>16}   train_loss")
     arms = f"{'ours':>9}{'obvious':>9}" * 2
     print(f"{'architecture':26}{'images':>7}{'micro':>7}{arms}{'ratio':>8}  range")

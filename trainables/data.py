@@ -53,13 +53,9 @@ class ImageData:
     format_version: int = 1  # FORMAT_VERSION of the code that decoded them
     val_count: int = 0  # of the training images, how many at the end validate; 0: they are drawn
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return what `from_dict` takes, ready for JSON."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "ImageData":
-        """Reverse `to_dict`, also after JSON has made lists of the tuples."""
+        """Reverse `asdict`, also after JSON has made lists of the tuples."""
         return cls(**{name: _hashable(value) for name, value in fields.items()})
 
 
@@ -215,7 +211,7 @@ def allocate_images(folder: Path, counts: tuple[int, int], size: int) -> list[np
 def keep(partial: Path, folder: Path, data: ImageData) -> ImageData:
     """Move the images in a partial folder to their place in the cache."""
     data = replace(data, folder=str(folder))
-    (partial / KEPT / "data.json").write_text(json.dumps(data.to_dict(), indent=2) + "\n")
+    (partial / KEPT / "data.json").write_text(json.dumps(asdict(data), indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)  # a damaged one
     (partial / KEPT).replace(folder)
     return data
