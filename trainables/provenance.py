@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from tunefleet.cli import counted, shell
-from tunefleet.host import cpu_count, contents_of
+from tunefleet.host import contents_of, cpu_count
 
 PACKAGES = ("torch", "torchvision", "ray", "hyperopt", "numpy")  # a result may depend on these
 
