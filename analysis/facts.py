@@ -14,8 +14,8 @@ from PIL import Image
 
 from tunefleet.analysis import results, stats
 from tunefleet.analysis.load import StudyResults
-from tunefleet.analysis.text import clock, listed, mean_and_spread, number, percent, words
-from tunefleet.cli import counted, printable, shell
+from tunefleet.analysis.text import listed, mean_and_spread, number, percent, words
+from tunefleet.cli import clock, counted, printable, shell
 from tunefleet.metric import ACCURACY, Metric
 from tunefleet.study import seeds_of, tested, tested_before
 

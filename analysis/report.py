@@ -36,8 +36,7 @@ from matplotlib.figure import Figure
 from tunefleet.analysis import plots, to_optuna, to_tensorboard
 from tunefleet.analysis.facts import called, comparison, facts
 from tunefleet.analysis.load import StudyResults, load
-from tunefleet.analysis.text import clock
-from tunefleet.cli import Parser, counted, exit_code, path_argument, printable, writing
+from tunefleet.cli import Parser, clock, counted, exit_code, path_argument, printable, writing
 from tunefleet.files import write_whole
 from tunefleet.metric import ACCURACY
 

@@ -68,12 +68,3 @@ def mean_and_spread(test: dict[str, Any], *, fraction: bool = True) -> tuple[str
     digits = 4 if not sd or not mean else max(4, min(12, 2 + math.ceil(math.log10(abs(mean) / sd))))
     spread = "" if sd is None else f" ± {number(sd, 2)}"
     return number(mean, digits), spread, " to ".join(number(end, digits) for end in ends or ())
-
-
-def clock(seconds: float) -> str:
-    """Return 75 as 1 min 15 s."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours:,} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,11 +1,10 @@
-"""Time an epoch of ours beside the obvious training loop's, and compare their accuracy.
+"""Time an epoch of ours beside the obvious training loop's.
 
 Prints, per architecture, seconds per epoch of TrainingRun.train_epoch and of the obvious loop (below,
 ObviousRun), timed in turn (A B B A …), and the ratio; writes nothing but the caches under --data-dir::
 
     python -m tunefleet.benchmarks.epoch --data digits softmax
     python -m tunefleet.benchmarks.epoch --data cifar10 --threads 1
-    python -m tunefleet.benchmarks.epoch --data cifar10 --accuracy --repeat 0
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import argparse
 import statistics
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -32,10 +31,7 @@ from tunefleet.trainables.device import DeviceSettings, choose
 from tunefleet.trainables.preparation import prepare
 from tunefleet.trainables.training import TrainingRun
 
-SEEDS = (0, 1, 2)  # of --accuracy
-ACCURACY_EPOCHS = 3
-EVAL_BATCH = 500  # images, of the obvious loop
-BATCHES = {  # of an epoch that are timed unless --images says more; None: all
+BATCHES = {  # of an epoch that are timed; None: all
     "softmax": None,
     "twolayernn": None,
     "convnet": 4,
@@ -80,37 +76,23 @@ class ObviousRun:
             correct += (logits.argmax(1) == y).sum()
         return loss_sum, correct
 
-    @torch.no_grad()
-    def accuracy(self, images: Tensor, y: Tensor) -> float:
-        """Return the fraction of images ``(N, 3, H, W)`` whose class is predicted."""
-        self.network.eval()
-        correct = 0
-        for part, part_y in zip(images.split(EVAL_BATCH), y.split(EVAL_BATCH), strict=True):
-            x = (part.to(self.device).float() / 255 - self.mean) / self.std
-            correct += int((self.network(x).argmax(1).cpu() == part_y).sum())
-        return correct / len(y)
 
-
-def published(architecture: str, *, weights: str, seed: int = 0) -> TrainConfig:
+def published(architecture: str, *, weights: str) -> TrainConfig:
     """Return the published best of an architecture, without what only one arm has."""
     space = SPACES[architecture].fixing(FIX)
-    fixed = space.fixed_values(epochs=ACCURACY_EPOCHS, image_size=32, weights=weights, seed=seed)
+    fixed = space.fixed_values(epochs=1, image_size=32, weights=weights, seed=0)
     return space.config(fixed | space.start)
 
 
 def both_runs(
-    name: str, seed: int, data: ImageData, settings: DeviceSettings, options: argparse.Namespace
+    name: str, data: ImageData, settings: DeviceSettings, options: argparse.Namespace
 ) -> tuple[TrainingRun, ObviousRun]:
     """Build both arms over the same images, a random part of the training split or all of it."""
-    config = published(name, weights=options.weights, seed=seed)
+    config = published(name, weights=options.weights)
     ours = TrainingRun(config, data, settings, options.data_dir)
     images, labels = load_split(data, "train")
     train, _ = split_validation(labels)
-    wanted = len(train)
-    if options.images == "auto":
-        wanted = (BATCHES[name] or len(train)) * config.batch_size
-    elif options.images != "all":
-        wanted = int(options.images)
+    wanted = (BATCHES[name] or len(train)) * config.batch_size
     if wanted < len(train):
         chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:wanted]
         train, whole = train[chosen.numpy()], ours.inputs.train_x
@@ -123,15 +105,14 @@ def both_runs(
 
 def seconds_line(name: str, data: ImageData, settings: DeviceSettings, options: argparse.Namespace) -> str:
     """Return one row: seconds of both arms, and the median of the pairs' ratios."""
-    arms = both_runs(name, 0, data, settings, options)
-    clock = time.process_time if options.cpu_time else time.perf_counter
+    arms = both_runs(name, data, settings, options)
     seconds: tuple[list[float], list[float]] = ([], [])
     losses = [0.0, 0.0]
     for turn in range(options.repeat + 1):
         for k in (0, 1) if turn % 2 == 0 else (1, 0):
-            began = clock()
+            began = time.perf_counter()
             losses[k] = arms[k].train_epoch()[0].item()  # waits for the device
-            seconds[k].append(clock() - began)
+            seconds[k].append(time.perf_counter() - began)
     ours, obvious = (times[1:] for times in seconds)  # the first turn warms caches and allocators
     ratios = [theirs / mine for mine, theirs in zip(ours, obvious, strict=True)]
     count = len(arms[0].inputs.train_y)
@@ -145,24 +126,6 @@ def seconds_line(name: str, data: ImageData, settings: DeviceSettings, options: 
     )
 
 
-def accuracy_line(name: str, data: ImageData, settings: DeviceSettings, options: argparse.Namespace) -> str:
-    """Return val_accuracy of both arms after a few epochs, over seeds."""
-    images, labels = load_split(data, "train")
-    _, val = split_validation(labels)
-    x, y = torch.from_numpy(images[val]), torch.from_numpy(labels[val])
-    found: tuple[list[float], list[float]] = ([], [])
-    for seed in SEEDS:
-        ours, obvious = both_runs(name, seed, data, settings, options)
-        for _ in range(ACCURACY_EPOCHS):
-            ours.train_epoch()
-            obvious.train_epoch()
-        correct = ours.evaluate(ours.inputs.val_x, ours.inputs.val_y)[1]
-        found[0].append(correct.item() / len(y))
-        found[1].append(obvious.accuracy(x, y))
-    means = "".join(f"   {statistics.mean(arm):.4f} ± {statistics.stdev(arm):.4f}" for arm in found)
-    return f"{name:26}{len(ours.inputs.train_y):7}{means}"
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Return the checked options.
 
@@ -173,15 +136,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("architectures", nargs="*", metavar="ARCH", help=f"of: {', '.join(BATCHES)}")
     parser.add_argument("--data", default="cifar10", help="cifar10, digits, or an image folder or archive")
     parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="cache folder (%(default)s)")
-    parser.add_argument(
-        "--images", default="auto", help="per epoch: a number, all, or auto: as many as are quick"
-    )
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (%(default)s)")
     parser.add_argument("--repeat", type=int, default=3, help="pairs timed, after one untimed (%(default)s)")
-    parser.add_argument(
-        "--cpu-time", action="store_true", help="time CPU seconds instead: on a machine that others load too"
-    )
-    parser.add_argument("--accuracy", action="store_true", help="also compare val_accuracy over seeds")
     parser.add_argument("--weights", default="none", help="of ResNets: imagenet, none or a path")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--precision", default="auto", help="of ours: auto, fp32 or bf16")
@@ -190,9 +146,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name in options.architectures:
         check_name("ARCH", name, BATCHES)
     check_integer("--threads", options.threads, 1)
-    check_integer("--repeat", options.repeat, 0)
-    if options.images not in ("auto", "all") and not (options.images.isdigit() and int(options.images)):
-        raise ValueError(f"--images={options.images} is not possible; give auto, all or a number")
+    check_integer("--repeat", options.repeat, 1)
     return options
 
 
@@ -206,18 +160,12 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     capability = torch.backends.cpu.get_cpu_capability()
     print(f"torch {torch.__version__}, {capability}, {options.threads} thread(s), data {data.name}")
-    print(f"settings {settings.to_dict()}")
-    if options.repeat:
-        print(f"\n{'':40}{'s measured':>18}{'s per whole epoch':>18}{'obvious / ours':>16}   train_loss")
-        arms = f"{'ours':>9}{'obvious':>9}" * 2
-        print(f"{'architecture':26}{'images':>7}{'micro':>7}{arms}{'ratio':>8}  range")
-        for name in options.architectures:
-            print(seconds_line(name, data, settings, options), flush=True)
-    if options.accuracy:
-        print(f"\nval_accuracy after {ACCURACY_EPOCHS} epochs, mean ± sd over {len(SEEDS)} seeds")
-        print(f"{'architecture':26}{'images':>7}   {'ours':18}obvious")
-        for name in options.architectures:
-            print(accuracy_line(name, data, settings, options), flush=True)
+    print(f"settings {asdict(settings)}")
+    print(f"\n{'':40}{'s measured':>18}{'s per whole epoch':>18}{'obvious / ours':>16}   train_loss")
+    arms = f"{'ours':>9}{'obvious':>9}" * 2
+    print(f"{'architecture':26}{'images':>7}{'micro':>7}{arms}{'ratio':>8}  range")
+    for name in options.architectures:
+        print(seconds_line(name, data, settings, options), flush=True)
     return 0
 
 

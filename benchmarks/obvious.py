@@ -3,30 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tunefleet.models.backbones import load_network
+from tunefleet.models.building import Classifier
 from tunefleet.models.space import TrainConfig
 
 SIDE = 32  # pixels, of the images
-
-
-class Frozen(nn.Module):
-    """A network that is not trained; its output is computed again for each batch."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> Frozen:
-        """Stay in evaluation mode: BatchNorm keeps the trained statistics."""
-        return self
-
-    @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the network's output."""
-        out: Tensor = self.network(x)
-        return out
 
 
 def obvious_network(config: TrainConfig, classes: int) -> nn.Module:
@@ -47,7 +30,7 @@ def obvious_network(config: TrainConfig, classes: int) -> nn.Module:
         network = load_network("resnet18", config.weights)
         network.fc = nn.Identity() if name == "resnet_softmax" else nn.Linear(512, classes)
     if name == "resnet_softmax":
-        return nn.Sequential(Frozen(network), nn.Linear(512, classes))
+        return Classifier(network, nn.Linear(512, classes), frozen=True)
     if name == "resnet_softmax_updatable":
         return network
     if name == "softmax":

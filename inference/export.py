@@ -15,7 +15,6 @@ import contextlib
 import io
 import json
 import logging
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -135,7 +134,3 @@ def _main(study: str, file: Path, data_dir: Path | None) -> int:
     side = model.stored_size
     print(f"{file}: uint8 (N, 3, {side}, {side}) -> probabilities (N, {len(model.classes)}), fp32")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

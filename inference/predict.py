@@ -140,7 +140,3 @@ def check_new(name: str, file: Path) -> None:
         raise ValueError(f"{name}={file} exists; give a new file, or remove it")
     if not file.absolute().parent.is_dir():
         raise ValueError(f"{name}={file} cannot be written: there is no folder {file.parent}; make it first")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

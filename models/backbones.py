@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torchvision.models import get_model, get_model_weights, list_models
 
+from tunefleet.cli import expanded
 from tunefleet.models.checks import nearest
 
 IN_CHANNELS = 3  # of the first convolution, whose weights come with the rest
@@ -182,7 +183,7 @@ def weights_file(name: str | None, weights: str) -> Path | None:
         if name not in _torchvision_names():
             return None
         return Path(torch.hub.get_dir(), "checkpoints", Path(_imagenet(name).url).name)
-    return _expanded(weights).absolute()
+    return expanded("weights", weights).absolute()
 
 
 def weights_signature(weights: str) -> tuple[int, ...]:
@@ -195,15 +196,6 @@ def weights_signature(weights: str) -> tuple[int, ...]:
     if status is None:
         return ()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _expanded(weights: str) -> Path:
-    try:
-        return Path(weights).expanduser()
-    except RuntimeError as error:
-        raise ValueError(
-            f"weights={weights!r} has no home folder; set HOME, or give a path without ~"
-        ) from error
 
 
 @lru_cache(maxsize=1)  # a worker builds trial after trial from the same 47 MB
@@ -234,7 +226,7 @@ def _download(name: str) -> object:
 
 
 def _read_file(name: str, weights: str) -> object:
-    path = _expanded(weights)
+    path = expanded("weights", weights)
     try:
         with path.open("rb") as file:
             mappable = zipfile.is_zipfile(

@@ -18,7 +18,7 @@ from rich.segment import ControlType, Segment
 from rich.table import Table
 from rich.text import Text
 
-from tunefleet.cli import counted, printable, rounded, shown
+from tunefleet.cli import clock, counted, printable, rounded, shown
 from tunefleet.journal import FAILED, TrialRecord, winner
 from tunefleet.models.space import Space
 from tunefleet.models.spaces import SPACES
@@ -169,15 +169,6 @@ def _shows(character: str, console: Console) -> bool:
     except (UnicodeEncodeError, LookupError):
         return False
     return True
-
-
-def clock(seconds: float) -> str:
-    """Return 75 as 1 min 15 s."""
-    minutes, rest = divmod(round(seconds), 60)
-    if not minutes:
-        return f"{rest} s"
-    hours, minutes_left = divmod(minutes, 60)
-    return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 class NotebookOutput:

@@ -87,7 +87,7 @@ def create(ready: Ready, prepared: Prepared | None) -> None:
             "ranges": {} if options.points else options.searched.described(),
             "metric": dataclasses.asdict(options.compared),
             **_of_data(ready.data, prepared),
-            "levers": ready.settings.to_dict(),
+            "levers": dataclasses.asdict(ready.settings),
             "seed": options.seed,
             "commit": commit(),
             "versions": versions(),
@@ -247,8 +247,8 @@ def run_facts(ready: Ready, wandb: WandbOptions, changes: Mapping[str, Any], stu
         "resources": dataclasses.asdict(ready.resources),
         "wandb": wandb.remembered(),
     }
-    if ready.settings.to_dict() != study.spec["levers"]:  # resumed on another device
-        run["levers"] = ready.settings.to_dict()
+    if dataclasses.asdict(ready.settings) != study.spec["levers"]:  # resumed on another device
+        run["levers"] = dataclasses.asdict(ready.settings)
     return run
 
 

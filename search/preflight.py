@@ -18,12 +18,12 @@ from ray.tune.search.sample import Categorical, Integer
 from rich.console import Console
 from torch import nn
 
-from tunefleet.cli import counted, printable, shown
+from tunefleet.cli import clock, counted, printable, shown
 from tunefleet.host import cpu_count
 from tunefleet.models.space import FIELDS, TrainConfig
 from tunefleet.models.spaces import default_image_size
 from tunefleet.search.asha import expected_epochs
-from tunefleet.search.display import clock, print_text
+from tunefleet.search.display import print_text
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.resources import INPUTS_SHARE, Machine, Resources
 from tunefleet.search.suggest import suggest

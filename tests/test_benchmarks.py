@@ -293,7 +293,7 @@ def test_table_says_what_was_compared(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.ray
 def test_arms_that_train_by_our_code_find_the_same(tmp_path):
-    arms = ["ours", "tutorial", "tune-plain", "joblib", "optuna-hyperband"]
+    arms = ["ours", "tutorial", "tune-plain", "joblib", "optuna-halving"]
     small = {"family": "softmax", "data": "digits", "weights": "none", "device": "cpu", "workers": 2}
     small |= {"repeat": 1, "trials": 2, "epochs": 1, "images": 300, "out": tmp_path}
     done = subprocess.run(

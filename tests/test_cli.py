@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from tunefleet.cli import Parser, counted, exit_code, printable, shell
+from tunefleet.cli import Parser, clock, counted, exit_code, printable, shell
 
 
 @pytest.mark.parametrize(
@@ -91,3 +91,9 @@ def test_one_is_not_plural():
         "10,000 trials",
     ]
     assert [counted(n, "class", "classes") for n in (1, 2)] == ["1 class", "2 classes"]
+
+
+def test_clock_carries_into_minutes():
+    assert [clock(s) for s in (0.2, 59.4, 59.7, 75, 3600, 4e6)] == [
+        *("0 s", "59 s", "1 min 00 s", "1 min 15 s", "1 h 00 min", "1,111 h 06 min")
+    ]

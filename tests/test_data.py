@@ -14,6 +14,7 @@ import urllib.error
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def test_channel_of_one_value_has_a_deviation_of_exactly_0(tmp_path: Path, cache
 
 def test_image_data_survives_json(tree: Path, cache: Path) -> None:
     data = prepare(str(tree), cache)
-    assert ImageData.from_dict(json.loads(json.dumps(data.to_dict()))) == data
+    assert ImageData.from_dict(json.loads(json.dumps(asdict(data)))) == data
     assert ImageData.from_dict(json.loads((Path(data.folder) / "data.json").read_text())) == data
 
 
@@ -720,7 +721,7 @@ def test_images_of_an_older_format_are_refused_with_that_reason(tree: Path, cach
 
 
 def test_data_of_an_older_study_is_of_the_first_format(tree: Path, cache: Path) -> None:
-    fields = prepare(str(tree), cache).to_dict()
+    fields = asdict(prepare(str(tree), cache))
     del fields["format_version"], fields["notes"]
     assert ImageData.from_dict(fields).format_version == 1
 

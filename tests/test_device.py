@@ -1,6 +1,7 @@
 """How a device is used follows from its flags alone, and no batch is split where that changes the result."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_a_given_precision_is_obeyed(monkeypatch, precision):
 
 def test_settings_survive_json():
     chosen = choose("cpu")
-    assert DeviceSettings(**json.loads(json.dumps(chosen.to_dict()))) == chosen
+    assert DeviceSettings(**json.loads(json.dumps(asdict(chosen)))) == chosen
 
 
 @pytest.mark.parametrize(

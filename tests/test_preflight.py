@@ -13,7 +13,6 @@ from tests.configs import make_config, make_options
 from tunefleet.models.space import Space
 from tunefleet.models.spaces import SPACES
 from tunefleet.search import preflight
-from tunefleet.search.display import clock
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.preflight import (
     Prepared,
@@ -338,10 +337,6 @@ def test_the_disk_that_is_asked_for_is_that_of_the_configs_that_are_sampled(data
     assert disk_needed(options, resources, prepared) == (30 * mean + 5 * most, 35 * most)
     kept = dataclasses.replace(prepared, model_bytes=7)  # of three seeds
     assert disk_needed(options, resources, kept) == (30 * mean + 5 * most + 21, 35 * most + 21)
-
-
-def test_clock_speaks_of_seconds_minutes_and_hours():
-    assert [clock(s) for s in (4.4, 75, 3725)] == ["4 s", "1 min 15 s", "1 h 02 min"]
 
 
 def test_default_folder_is_new_each_time(tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 import pytest
 
 from tunefleet.analysis.text import (
-    clock,
     listed,
     mean_and_spread,
     number,
@@ -69,9 +68,3 @@ def test_seeds_are_summed_up_in_percent_or_in_plain_numbers():
     assert said(1000.25, 0.0125, [1000.1, 1000.4], fraction=False)[:2] == ("1000.25", " ± 0.013")
     assert said(1e29, 0.0, [1e29, 1e29], fraction=False) == ("1e+29", " ± 0", "1e+29 to 1e+29")
     assert said(5.0, None, None, fraction=False) == ("5", "", "")
-
-
-def test_clock_carries_into_minutes():
-    assert [clock(s) for s in (0.2, 59.4, 59.7, 75, 3600, 4e6)] == [
-        *("0 s", "59 s", "1 min 00 s", "1 min 15 s", "1 h 00 min", "1,111 h 06 min")
-    ]

@@ -29,7 +29,7 @@ TEST_FRACTION = 0.2  # of a source that has no test images
 FORMAT_VERSION = 2  # of the decoded folder; raise it when the same source would be decoded differently
 CHANGES = {2: "image files are recognized by content and rotated by their EXIF orientation"}  # per version
 KEPT = "kept"  # in a partial folder: what becomes the decoded folder
-STEP_BYTES = 1 << 18  # hashed and summed at a time, within the processor's cache
+STEP_BYTES = 1 << 18  # summed at a time, within the processor's cache
 
 Progress = Callable[[str, int, int], None]  # phase, items done, items in all; 0 of 0 without a count
 Split = Literal["train", "test"]
@@ -53,13 +53,9 @@ class ImageData:
     format_version: int = 1  # FORMAT_VERSION of the code that decoded them
     val_count: int = 0  # of the training images, how many at the end validate; 0: they are drawn
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return what `from_dict` takes, ready for JSON."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "ImageData":
-        """Reverse `to_dict`, also after JSON has made lists of the tuples."""
+        """Reverse `asdict`, also after JSON has made lists of the tuples."""
         return cls(**{name: _hashable(value) for name, value in fields.items()})
 
 
@@ -215,7 +211,7 @@ def allocate_images(folder: Path, counts: tuple[int, int], size: int) -> list[np
 def keep(partial: Path, folder: Path, data: ImageData) -> ImageData:
     """Move the images in a partial folder to their place in the cache."""
     data = replace(data, folder=str(folder))
-    (partial / KEPT / "data.json").write_text(json.dumps(data.to_dict(), indent=2) + "\n")
+    (partial / KEPT / "data.json").write_text(json.dumps(asdict(data), indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)  # a damaged one
     (partial / KEPT).replace(folder)
     return data
@@ -269,8 +265,7 @@ def describe(
 def _sha256(classes: tuple[str, ...], arrays: list[np.ndarray]) -> str:
     digest = hashlib.sha256(json.dumps([classes, [array.shape for array in arrays]]).encode())
     for array in arrays:
-        for rows in _steps(array):
-            digest.update(array[rows].data)
+        digest.update(array.data)
     return digest.hexdigest()
 
 
@@ -278,8 +273,9 @@ def _statistics(images: np.ndarray) -> tuple[tuple[float, float, float], tuple[f
     """Return mean and standard deviation per channel of uint8 images (N, 3, H, W), in 0..1."""
     total = np.zeros(3, dtype=np.int64)  # whole numbers: the same in any order and on any machine
     squares = np.zeros(3, dtype=np.int64)
-    for rows in _steps(images):
-        part = images[rows].astype(np.int32)
+    step = max(1, STEP_BYTES // images[0].nbytes)
+    for start in range(0, len(images), step):
+        part = images[start : start + step].astype(np.int32)
         total += part.sum(axis=(0, 2, 3), dtype=np.int64)
         squares += np.multiply(part, part, out=part).sum(axis=(0, 2, 3), dtype=np.int64)
     count = images.size // 3
@@ -289,11 +285,6 @@ def _statistics(images: np.ndarray) -> tuple[tuple[float, float, float], tuple[f
     constant = [int(t) ** 2 == count * int(s) for t, s in zip(total, squares, strict=True)]
     std = np.sqrt(np.where(constant, 0, np.maximum(variance, 0)))
     return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
-
-
-def _steps(array: np.ndarray) -> Iterator[slice]:
-    rows = max(1, STEP_BYTES // (array.nbytes // len(array)))
-    return (slice(start, start + rows) for start in range(0, len(array), rows))
 
 
 def _hashable(value: Any) -> Any:

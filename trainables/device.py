@@ -12,7 +12,7 @@ import functools
 import gc
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -86,10 +86,6 @@ class DeviceSettings:
     def autocast(self) -> torch.autocast:
         """Return the context in which networks run."""
         return torch.autocast(self.device, self.dtype, enabled=self.precision == "bf16")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON-able values."""
-        return asdict(self)
 
 
 def choose(device: str = "auto", precision: str = "auto") -> DeviceSettings:

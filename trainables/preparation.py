@@ -31,7 +31,6 @@ from tunefleet.trainables.data import (
     BUILT_IN,
     FORMAT_VERSION,
     KEPT,
-    SPLITS,
     ImageData,
     Progress,
     allocate_images,
@@ -43,7 +42,7 @@ from tunefleet.trainables.data import (
     locked,
     partial_folder,
 )
-from tunefleet.trainables.decoding import Decoder, SourceError, square
+from tunefleet.trainables.decoding import Decoder, SourceError
 from tunefleet.trainables.image_files import Tree, list_files, read_tree, scan
 from tunefleet.trainables.own_images import OwnImages, is_function, load_images
 
@@ -348,42 +347,31 @@ def _prepare_built_in(source: str, data_dir: Path, image_size: int, show: Progre
     with locked(data_dir, show), partial_folder(data_dir) as partial:
         if data := cached(folder, source):
             return data
-        write = _write_cifar10 if source == "cifar10" else _write_digits
-        classes = write(partial / KEPT, data_dir, image_size)
-        return keep(partial, folder, describe(partial / KEPT, source, classes))
+        given = _cifar10(data_dir) if source == "cifar10" else _digits(image_size)
+        images = OwnImages(source, given, None)
+        images.write(partial / KEPT, image_size, show)  # of the digits it draws the test images
+        return keep(partial, folder, describe(partial / KEPT, source, images.classes))
 
 
-def _write_cifar10(folder: Path, data_dir: Path, image_size: int) -> tuple[str, ...]:
+def _cifar10(data_dir: Path) -> dict[str, Any]:
     from torchvision.datasets import CIFAR10  # here, since its import takes 2 s
 
     try:
-        sets = {split: CIFAR10(str(data_dir), train=split == "train", download=True) for split in SPLITS}
+        train, test = (CIFAR10(str(data_dir), train=is_train, download=True) for is_train in (True, False))
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise SourceError(
             f"could not be downloaded ({error}); without a network put cifar-10-python.tar.gz "
             f"into --data-dir={printable(str(data_dir))}, or give --data PATH, a folder or archive of images "
             "train/CLASS/*.png and test/CLASS/*.png"
         ) from error
-    for split, images in sets.items():
-        _write_images(folder, split, map(Image.fromarray, images.data), image_size)
-        np.save(folder / f"{split}_labels.npy", np.array(images.targets, dtype=np.int64))
-    return tuple(sets["train"].classes)
+    splits = {name: (part.data, part.targets) for name, part in (("train", train), ("test", test))}
+    return {**splits, "classes": train.classes}
 
 
-def _write_digits(folder: Path, data_dir: Path, image_size: int) -> tuple[str, ...]:
+def _digits(image_size: int) -> dict[str, Any]:
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    size = (image_size, image_size)
+    digits, size = load_digits(), (image_size, image_size)
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)  # the originals' range is 0..16
-    is_test = draw_test(digits.target)
-    for split, chosen in (("train", ~is_test), ("test", is_test)):
-        images = (Image.fromarray(image).resize(size, Image.Resampling.BILINEAR) for image in grey[chosen])
-        _write_images(folder, split, images, image_size)
-        np.save(folder / f"{split}_labels.npy", digits.target[chosen].astype(np.int64))
-    return tuple(str(name) for name in digits.target_names)
-
-
-def _write_images(folder: Path, split: str, images: Iterable[Image.Image], size: int) -> None:
-    stored = [np.frombuffer(square(image, size), np.uint8).reshape(3, size, size) for image in images]
-    np.save(folder / f"{split}_images.npy", np.stack(stored))
+    images = [Image.fromarray(image).resize(size, Image.Resampling.BILINEAR) for image in grey]
+    return {"train": (np.stack(images), digits.target), "classes": list(map(str, digits.target_names))}

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from tunefleet.cli import counted, shell
-from tunefleet.host import cpu_count
+from tunefleet.host import contents_of, cpu_count
 
 PACKAGES = ("torch", "torchvision", "ray", "hyperopt", "numpy")  # a result may depend on these
 
@@ -63,14 +63,7 @@ def machine_name() -> str:
     """Return what a study's times are to be read with: its GPUs, or its CPUs."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
-    names = re.findall(r"^model name\s*: (.*)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    names = re.findall(r"^model name\s*: (.*)$", contents_of(Path("/proc/cpuinfo")), re.MULTILINE)
     return (
         f"{counted(cpu_count(), 'CPU')}, {names[0] if names else platform.processor() or platform.machine()}"
     )
-
-
-def _read(file: str) -> str:
-    try:
-        return Path(file).read_text()
-    except OSError:
-        return ""

@@ -144,7 +144,3 @@ def _own_values(space: Space, words: list[str]) -> dict[str, Any]:
             raise ValueError(f"{word} is no flag with a value; tunefleet train --help lists the flags")
         values[name] = space.parse(name, text)
     return values
-
-
-if __name__ == "__main__":
-    sys.exit(main())

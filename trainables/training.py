@@ -157,7 +157,8 @@ class TrainingRun:
             a refit are None.
         """
         began = time.perf_counter()
-        train_loss, train_accuracy = _means(*self.train_epoch(), len(self.inputs.train_y))
+        count = len(self.inputs.train_y)
+        train_loss, train_accuracy = (total.item() / count for total in self.train_epoch())
         val_loss: float | None = None
         of_classes: dict[str, float] = {}
         if not self.config.refit:
@@ -448,10 +449,6 @@ def class_metrics(confusion: Tensor) -> dict[str, float]:
         "balanced_accuracy": recall[present].mean().item(),
         "macro_f1": f1[present].mean().item(),
     }
-
-
-def _means(loss_sum: Tensor, correct: Tensor, count: int) -> tuple[float, float]:
-    return loss_sum.item() / count, correct.item() / count
 
 
 def make_optimizer(

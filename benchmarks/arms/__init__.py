@@ -9,5 +9,4 @@ ARMS = {  # name: module, and what it is
     "tune-plain": ("tune_plain", "Ray Tune used well, with our training code"),
     "joblib": ("joblib_pool", "joblib's processes, with our training code; never prunes"),
     "optuna-halving": ("optuna_study", "Optuna in one process, SuccessiveHalvingPruner, our training code"),
-    "optuna-hyperband": ("optuna_study", "Optuna in one process, HyperbandPruner, our training code"),
 }

@@ -1,4 +1,4 @@
-"""Optuna in one process: one trial at a time on all cores, our training code; the arm names the pruner."""
+"""Optuna in one process: one trial at a time on all cores, our training code."""
 
 from __future__ import annotations
 
@@ -7,15 +7,6 @@ import torch
 
 from tunefleet.benchmarks.arms.our_trial import OurTrial
 from tunefleet.benchmarks.task import Row, Task
-
-
-def pruner(task: Task) -> optuna.pruners.BasePruner:
-    """Return an arm's pruner."""
-    if not task.pruning:
-        return optuna.pruners.NopPruner()
-    if task.arm == "optuna-halving":
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
-    return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=task.epochs, reduction_factor=3)
 
 
 def run(task: Task) -> list[Row]:
@@ -38,7 +29,9 @@ def run(task: Task) -> list[Row]:
                 raise optuna.TrialPruned
         return accuracy
 
-    study = optuna.create_study(direction="maximize", pruner=pruner(task))
+    halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+    pruner = halving if task.pruning else optuna.pruners.NopPruner()
+    study = optuna.create_study(direction="maximize", pruner=pruner)
     for index in range(len(task.configurations)):
         study.enqueue_trial({"trial": index})
     study.optimize(objective, n_trials=len(task.configurations))

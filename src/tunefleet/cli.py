@@ -183,6 +183,15 @@ def counted(count: float, noun: str, plural: str = "") -> str:
     return f"{shown} {noun if count == 1 else plural or f'{noun}s'}"
 
 
+def clock(seconds: float) -> str:
+    """Return 75 as 1 min 15 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
 def rounded(value: float, form: str = "f") -> str:
     """Return a number to four digits, and more where it would read 0 or 1 and is neither."""
     digits = 4

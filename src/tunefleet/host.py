@@ -33,7 +33,7 @@ def oom_kills(root: Path = ROOT) -> int:
     counts = [0]
     for folder in _cgroups("memory", root):
         for name in ("memory.events", "memory.oom_control"):  # version 2 and 1
-            for line in _read(folder / name).splitlines():
+            for line in contents_of(folder / name).splitlines():
                 key, _, value = line.partition(" ")
                 if key == "oom_kill" and value.isdigit():
                     counts.append(int(value))
@@ -55,7 +55,7 @@ def driver_gpus() -> tuple[dict[str, str], str]:
     try:
         rows = _query("uuid,name,driver_version")
     except (OSError, subprocess.SubprocessError):  # containers may have the driver alone
-        version = _read(Path("/sys/module/nvidia/version")) or "unknown version"
+        version = contents_of(Path("/sys/module/nvidia/version")) or "unknown version"
         return dict.fromkeys(_listed_by_kernel(), "GPU"), version
     return {row[0]: row[1] for row in rows if len(row) == 3}, rows[0][-1] if rows else "unknown"
 
@@ -98,9 +98,9 @@ def _listed_by_kernel() -> list[str]:
 def _quotas(root: Path) -> Iterator[float]:
     """Yield the CPU quota of each cgroup that has one, in CPUs."""
     for folder in _cgroups("cpu", root):
-        quota, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
+        quota, period = contents_of(folder / "cpu.cfs_quota_us"), contents_of(folder / "cpu.cfs_period_us")
         if not quota:
-            quota, _, period = _read(folder / "cpu.max").partition(" ")
+            quota, _, period = contents_of(folder / "cpu.max").partition(" ")
         if quota.isdigit() and period.isdigit() and int(period):
             yield int(quota) / int(period)
 
@@ -110,7 +110,7 @@ def _cgroups(controller: str, root: Path) -> Iterator[Path]:
 
     In a container /proc may name the host's path, of which only the top is there.
     """
-    for line in _read(root / "proc/self/cgroup").splitlines():
+    for line in contents_of(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
@@ -122,7 +122,8 @@ def _cgroups(controller: str, root: Path) -> Iterator[Path]:
                     yield folder
 
 
-def _read(file: Path) -> str:
+def contents_of(file: Path) -> str:
+    """Return what a file of the kernel says; nothing where it cannot be read."""
     try:
         return file.read_text().strip()
     except OSError:
