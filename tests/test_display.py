@@ -171,7 +171,7 @@ def test_the_forecast_of_a_continued_study_counts_what_is_trained_again_and_no_e
     jobs.running.clear()
     jobs.report("0000", {"epoch": 9, "val_accuracy": 0.5, "status": "done"})
     jobs.search_is_over = True
-    for number in range(2):
+    for _ in range(2):
         job = jobs.next_job()
         jobs.report(job.trial_id, {"epoch": 9, "status": "done", "test_accuracy": 0.5})
     assert finals(shown.facts(1.0)).startswith("2 of 2 seeds done")
