@@ -73,7 +73,7 @@ class StudyResults(Study):
     def trials(self) -> pd.DataFrame:
         """Return a row per trial of the search."""
         table = super().trials
-        cells = {name: table[name].map(_cell) for name in table if table[name].dtype == object}
+        cells = {name: table[name].map(_cell) for name in map(str, table) if table[name].dtype == object}
         return table.assign(**cells).assign(node=table.node.map(printable, na_action="ignore"))
 
     @property
