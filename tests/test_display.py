@@ -171,7 +171,7 @@ def test_the_forecast_of_a_continued_study_counts_what_is_trained_again_and_no_e
     jobs.running.clear()
     jobs.report("0000", {"epoch": 9, "val_accuracy": 0.5, "status": "done"})
     jobs.search_is_over = True
-    for number in range(2):
+    for _ in range(2):
         job = jobs.next_job()
         jobs.report(job.trial_id, {"epoch": 9, "status": "done", "test_accuracy": 0.5})
     assert finals(shown.facts(1.0)).startswith("2 of 2 seeds done")
@@ -199,6 +199,16 @@ def test_a_seed_on_the_test_images_counts_in_what_is_left(jobs):
     jobs.report(second.trial_id, {"phase": "testing"})
     shown.facts(shown.began + 80)
     assert 25 <= shown.facts(shown.began + 110)["eta"] <= 40
+
+
+def test_a_log_says_at_once_what_begins_and_how_much_it_is():
+    console = Console(file=io.StringIO(), width=80, force_terminal=False)
+    with phase(console, "reading photos") as progress:
+        progress("listing files", 0, 0)
+        progress("writing 184 MB under --data-dir,", 0, 60_000)
+        progress("decoding", 10, 60_000)
+    said = "reading photos: writing 184 MB under --data-dir, 0 of 60,000 images"
+    assert console.file.getvalue().splitlines() == ["reading photos", said]
 
 
 def test_a_phase_says_in_a_log_when_it_begins():
