@@ -148,7 +148,8 @@ def phase(console: Console, text: str) -> Iterator[Callable[[str, int, int], Non
         now = time.monotonic()
         if step != current:
             current, step_began = step, now
-        if now - last < (TERMINAL_SECONDS if spinner else PLAIN_SECONDS):
+        begins = total and not done
+        if not begins and now - last < (TERMINAL_SECONDS if spinner else PLAIN_SECONDS):
             return
         last = now
         left = f", about {clock((now - step_began) * (total - done) / done)} left" if done else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -18,7 +19,7 @@ from ray.tune.search.sample import Categorical, Integer
 from rich.console import Console
 from torch import nn
 
-from tunefleet.cli import clock, counted, printable, shown
+from tunefleet.cli import clock, counted, megabytes, printable, shown
 from tunefleet.host import cpu_count
 from tunefleet.models.space import FIELDS, TrainConfig
 from tunefleet.models.spaces import default_image_size
@@ -27,6 +28,7 @@ from tunefleet.search.display import print_text
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.resources import INPUTS_SHARE, Machine, Resources
 from tunefleet.search.suggest import suggest
+from tunefleet.trainables.archives import DAMAGE
 from tunefleet.trainables.data import BUILT_IN, ImageData, Progress
 from tunefleet.trainables.device import DeviceSettings, fitting, free_memory, is_out_of_memory
 from tunefleet.trainables.graph import WARM_UP_STEPS, CaptureError, CaptureMemoryError
@@ -98,7 +100,13 @@ def inputs_bytes(options: StudyOptions, data: ImageData, settings: DeviceSetting
 
 
 def count_images(source: str) -> int:
-    """Return about how many images a source holds, without reading all of it."""
+    """Return about how many images a source holds, without reading all of it; 0 where that cannot be read."""
+    with contextlib.suppress(*DAMAGE):  # an error where the images are read
+        return _count_images(source)
+    return 0
+
+
+def _count_images(source: str) -> int:
     path = Path(source).expanduser()
     if source in BUILT_IN or path.is_dir():
         return BUILT_IN_IMAGES.get(source) or sum(len(files) for _, _, files in os.walk(path))
@@ -362,11 +370,6 @@ def _free(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def megabytes(size: int) -> str:
-    """Return bytes as 609 MB or 1.2 GB."""
-    return f"{size / 1e6:.0f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB"
-
-
 def print_forecast(
     options: StudyOptions,
     folder: Path,
@@ -397,19 +400,21 @@ def print_forecast(
             f"data       {data.name}, {prepared.train_count} train, {prepared.validation_count} validation, "
             f"{data.test_count} test images, {options.image_size} pixels a side",
         )
-        lines[-1:-1] = _costs(options, resources, prepared)
+        lines[-1:-1] = _costs(options, resources, prepared, data)
     for text in lines:
         print_text(console, text)
     return 0
 
 
-def _costs(options: StudyOptions, resources: Resources, prepared: Prepared) -> list[str]:
+def _costs(options: StudyOptions, resources: Resources, prepared: Prepared, data: ImageData) -> list[str]:
     """Return the lines about a study's time and disk."""
+    images = math.prod(data.image_shape) * (data.train_count + data.test_count)
     needed, most = disk_needed(options, resources, prepared)
     lines = [
         f"time       about {clock(forecast(options, resources, prepared)['seconds'])}, from "
         f"{prepared.epoch_seconds:.3g} s an epoch of the first trial",
         f"disk       about {megabytes(needed)} of checkpoints while it runs, at most {megabytes(most)}",
+        f"           {megabytes(images)} of decoded images under --data-dir, which are there now",
     ]
     if prepared.input_bytes:
         lines.append(f"           {megabytes(prepared.input_bytes)} of inputs under --data-dir, once")

@@ -21,7 +21,7 @@ from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
-from tunefleet.cli import expanded, shell
+from tunefleet.cli import expanded, megabytes, shell
 from tunefleet.host import hidden_by_environment
 from tunefleet.lease import NAME as LEASE
 from tunefleet.mirror import fetch_study
@@ -222,7 +222,7 @@ def _checked(request: Request, session: Session) -> int:
         _start_ray(session, share.slots if share.workers > 1 else 0, settings.device)
     prepared = None
     if data:
-        title = f"preparing inputs, at most {preflight.megabytes(input_bytes)}"
+        title = f"preparing inputs, at most {megabytes(input_bytes)}"
         with phase(console, "timing a sample" if request.dry_run else title) as progress:
             threads = share.threads if request.dry_run else None
             arguments = (options, data, settings, threads)

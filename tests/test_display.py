@@ -201,6 +201,16 @@ def test_a_seed_on_the_test_images_counts_in_what_is_left(jobs):
     assert 25 <= shown.facts(shown.began + 110)["eta"] <= 40
 
 
+def test_a_log_says_at_once_what_begins_and_how_much_it_is():
+    console = Console(file=io.StringIO(), width=80, force_terminal=False)
+    with phase(console, "reading photos") as progress:
+        progress("listing files", 0, 0)
+        progress("writing 184 MB under --data-dir,", 0, 60_000)
+        progress("decoding", 10, 60_000)
+    said = "reading photos: writing 184 MB under --data-dir, 0 of 60,000 images"
+    assert console.file.getvalue().splitlines() == ["reading photos", said]
+
+
 def test_a_phase_says_in_a_log_when_it_begins():
     console = Console(file=io.StringIO(), width=80, force_terminal=False)
     with phase(console, "starting Ray"):

@@ -1,6 +1,8 @@
 import dataclasses
+import os
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -322,6 +324,17 @@ def test_images_are_counted_without_reading_them_all(tmp_path):
     for kind in ("zip", "gztar"):
         packed = shutil.make_archive(str(tmp_path / kind), kind, tmp_path / "images")
         assert count_images(packed) in (30, 32, 33)  # folders are members, too
+
+
+def test_what_is_no_archive_is_left_to_where_images_are_read(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.png").write_bytes(os.urandom(50_000))
+    for kind in ("zip", "gztar"):
+        packed = Path(shutil.make_archive(str(tmp_path / kind), kind, tmp_path / "images"))
+        packed.write_bytes(packed.read_bytes()[:30_000])
+        assert count_images(str(packed)) == 0
+    (tmp_path / "notes.txt").write_text("no images")
+    assert count_images(str(tmp_path / "notes.txt")) == count_images(str(tmp_path / "nothing")) == 0
 
 
 def test_the_disk_that_is_asked_for_is_that_of_the_configs_that_are_sampled(data_dir):

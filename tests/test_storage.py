@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
+import tunefleet
 from tests.made_study import spec
 from tests.object_store import faulty_store, object_store
 from tests.test_scheduler import make_jobs
@@ -166,6 +167,7 @@ def test_a_study_is_brought_back_unless_the_copy_here_knows_more(storage, tmp_pa
     start(folder, 3)
     fetch_study(storage.location)
     assert len(Journal(folder / "reports.jsonl").read()) == 3
+    assert tunefleet.load(storage.location).folder == folder
     with pytest.raises(ValueError, match="holds no study"):
         fetch_study(f"{storage.location}/nothing")
     whole = {file.name: file.read_bytes() for file in folder.iterdir()}

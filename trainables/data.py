@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from filelock import Timeout
 
-from tunefleet.cli import printable
+from tunefleet.cli import megabytes, printable
 from tunefleet.files import holding
 from tunefleet.trainables.decoding import SourceError
 
@@ -190,8 +190,8 @@ def partial_folder(data_dir: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def allocate_images(folder: Path, counts: tuple[int, int], size: int) -> list[np.memmap]:
-    """Create the files of training and test images, uint8 (N, 3, size, size).
+def allocate_images(folder: Path, counts: tuple[int, int], size: int, show: Progress) -> list[np.memmap]:
+    """Say what the files of training and test images take, uint8 (N, 3, size, size), and create them.
 
     Raises:
         SourceError: The disk is too small.
@@ -202,6 +202,7 @@ def allocate_images(folder: Path, counts: tuple[int, int], size: int) -> list[np
             f"needs {needed:,} bytes for {sum(counts):,} images of {size} × {size} pixels, and --data-dir "
             f"has {free:,} free; free some, or give another --data-dir or a smaller --image-size"
         )
+    show(f"writing {megabytes(needed)} under --data-dir,", 0, sum(counts))
     return [
         allocate(folder / f"{split}_images.npy", np.uint8, (count, 3, size, size))
         for split, count in zip(SPLITS, counts, strict=True)

@@ -169,7 +169,7 @@ class OwnImages:
         """Write splits, of each the images that test apart from the others."""
         is_test = np.concatenate([chosen for _, chosen in plan])
         labels, done, filled = np.zeros(len(is_test), dtype=np.int64), 0, [0, 0]
-        arrays = allocate_images(folder, (int((~is_test).sum()), int(is_test.sum())), size)
+        arrays = allocate_images(folder, (int((~is_test).sum()), int(is_test.sum())), size, show)
         for split, _ in plan:
             for images, part in split.parts(size, resize=resize):
                 rows = slice(done, done + len(part))

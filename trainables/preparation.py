@@ -69,8 +69,8 @@ def prepare(
         data_dir: Where downloads and decoded images are kept.
         image_size: Pixels per side to which larger, not square or differently sized images are resized.
         progress: Called at the start of a phase and during it. Phases: "listing files", "12 % of the
-            archive", "unpacking", "waiting for another process", "comparing" (with images decoded before)
-            and "decoding".
+            archive", "unpacking", "waiting for another process", "comparing" (with images decoded before),
+            "writing 184 MB under --data-dir," and "decoding".
         processes: Processes that decode; None: one per CPU that this process may use.
         earlier: A resumed study's images; where they are, no function is called.
 
@@ -247,7 +247,8 @@ class _Files:
             zip(self.tree.entries, self.is_test.astype(int).tolist(), self.rows.tolist(), strict=True)
         )
         content, rotated = hashlib.sha256(), 0
-        self.show(phase, 0, len(sizes))
+        if not options:
+            self.show(phase, 0, len(sizes))
         arguments = {"source": str(self.source), **options}
         answers = _decode(arguments, [images[part] for part in parts], self.partial, processes)
         with contextlib.closing(answers):
@@ -266,7 +267,7 @@ class _Files:
     def _allocate(self, size: int) -> list[tuple[str, int]]:
         """Return per split the file for its images and the offset of the first."""
         tests = int(self.is_test.sum())
-        arrays = allocate_images(self.folder, (len(self.is_test) - tests, tests), size)
+        arrays = allocate_images(self.folder, (len(self.is_test) - tests, tests), size, self.show)
         return [(str(array.filename), array.offset) for array in arrays]
 
 

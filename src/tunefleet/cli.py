@@ -192,6 +192,11 @@ def clock(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
+def megabytes(size: int) -> str:
+    """Return bytes as 609 MB or 1.2 GB."""
+    return f"{size / 1e6:.0f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB"
+
+
 def rounded(value: float, form: str = "f") -> str:
     """Return a number to four digits, and more where it would read 0 or 1 and is neither."""
     digits = 4

@@ -258,10 +258,13 @@ class Study:
 def load(folder: Path | str) -> Study:
     """Return a study, finished or not, as its folder has it; nothing of the person's code is imported.
 
+    Args:
+        folder: The study's; of one under a URL, the files are copied to studies/NAME first.
+
     Raises:
         ValueError: The folder holds no study, or a damaged one.
     """
-    return Study(expanded("study", folder))
+    return Study(expanded("study", lookup("mirror", "fetch_study")(str(folder))))
 
 
 def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
