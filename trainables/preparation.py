@@ -373,5 +373,5 @@ def _digits(image_size: int) -> dict[str, Any]:
 
     digits, size = load_digits(), (image_size, image_size)
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)  # the originals' range is 0..16
-    images = [Image.fromarray(image).resize(size, Image.Resampling.BILINEAR) for image in grey]
+    images = [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)) for image in grey]
     return {"train": (np.stack(images), digits.target), "classes": list(map(str, digits.target_names))}
