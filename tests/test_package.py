@@ -86,6 +86,7 @@ def test_a_folder_that_contains_a_clone_imports_the_package_and_not_the_clone(tm
     assert done.stdout == "tunefleet.study\n", done.stderr
 
 
+@pytest.mark.slow
 def test_types_are_known_outside_the_clone(tmp_path):
     (tmp_path / "mine.py").write_text(
         "from tunefleet import Study\nstudy = Study('x')\nreveal_type(study.seconds)\nstudy.nothing\n"

@@ -105,6 +105,7 @@ def test_a_signal_to_all_processes_of_a_study_stops_it_within_ten_seconds(cli, t
     assert len(table(folder)) == 1 + 12
 
 
+@pytest.mark.slow
 def test_a_study_continues_on_another_device_and_keeps_that_it_did(cli, tmp_path):
     process = cli(*STUDY, "--study-dir", "study", "--pruner", "none", "--precision", "fp32")
     folder = tmp_path / "study"
