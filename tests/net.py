@@ -98,8 +98,15 @@ def main() -> int:
                 run(checkout, space, study, location / f"data-{name}")
                 found[name] = outcome(study)
             old, new = found["old"], found["new"]
-            other = [name for name in old | new if old.get(name) != new.get(name)]
+            columns = {name.partition(" ")[2] for name in old.keys() ^ new.keys() if " epoch " not in name}
+            other = [
+                name
+                for name in old | new
+                if name.partition(" ")[2] not in columns and old.get(name) != new.get(name)
+            ]
             print(f"{space}: {len(old)} values, {len(other)} differ", flush=True)
+            if columns:
+                print(f"    columns of one of them: {', '.join(sorted(columns))}")
             for name in other[:10]:
                 print(f"    {name}: {old.get(name)} -> {new.get(name)}")
             code |= bool(other)
