@@ -53,10 +53,10 @@ def test_a_stopped_cell_raises_keyboard_interrupt_after_the_folder_is_printed_ea
     for _ in range(2):
         before = signal.getsignal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
-            api._run(work, tmp_path)
+            api._run(work)
         assert f"stopped; nothing is lost. To resume: tunefleet resume {tmp_path}" in capsys.readouterr().err
         assert signal.getsignal(signal.SIGINT) == before  # the next cell, too, can be stopped
-    assert api._run(lambda session: 0, tmp_path).forecast == {}
+    assert api._run(lambda session: 0).forecast == {}
 
 
 def raise_connection_error():
