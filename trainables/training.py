@@ -304,13 +304,15 @@ class TrainingRun:
     @torch.inference_mode()
     def predict_and_loss(self, images: np.ndarray, labels: Tensor) -> tuple[Tensor, float]:
         """Return class probabilities ``(N, classes)``, on the CPU, of test images, and their mean loss."""
-        probabilities, loss_sum, start = [], 0.0, 0
+        # written in place: what is kept of each batch would leave holes between what the next ones take
+        probabilities = torch.empty(len(labels), len(self.data.classes))
+        loss_sum, start = 0.0, 0
         for logits in self._test_logits(images):
             y = labels[start : start + len(logits)].to(self.device)
             loss_sum += self._loss_sum(logits, y).item()
-            probabilities.append(logits.softmax(1).cpu())
+            probabilities[start : start + len(logits)] = logits.softmax(1)
             start += len(logits)
-        return torch.cat(probabilities), loss_sum / len(labels)
+        return probabilities, loss_sum / len(labels)
 
     @torch.inference_mode()
     def _test_logits(self, images: np.ndarray) -> Iterator[Tensor]:
