@@ -37,11 +37,11 @@ SCHEDULES = ("constant", "cosine")
 AUGMENTS = ("none", "crop", "crop_flip")  # a mirrored digit is another sign: flips are a choice of their own
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # what torchvision's weights were trained with
 OF_EVERY_RUN = ("architecture", "epochs", "seed", "refit")  # keys of a trial's config that no space sets
-RESERVED = (  # names of a trial's columns and of a report's values
+OF_A_REPORT = (  # what the study itself records of a trial and of each of its reports
     *("trial_id", "status", "rung", "seconds", "node", "epoch", "diverged", "error", "pid", "gpu", "phase"),
-    *("train_loss", "train_accuracy", "epoch_seconds", "finished_at", "config", "lost", "promoted_from"),
-    *("architecture", "run", "space", "build"),
+    *("epoch_seconds", "finished_at", "config", "lost", "promoted_from", "run"),
 )
+RESERVED = (*OF_A_REPORT, "train_loss", "train_accuracy", "architecture", "space", "build")
 FIRST_EDITION = ("hidden", "kernel_size")  # in every config then, null where the network has no such one
 ESSENCE = ("build", "run", "normalise", "cuda_graph")  # what workers take from a space's source
 TRAITS = ("channels_last", "micro_batches", "feature_cache")

@@ -100,11 +100,12 @@ class Workers:
 
     def wait(self, tune_id: str) -> bool:
         """Return whether a worker is free and is kept until there is a job."""
-        if self.free:
-            self.free -= 1
-            self.given += 1
-            self.waiting[tune_id] = time.monotonic() + WAIT_MAX
-        return tune_id in self.waiting
+        if not self.free:
+            return False
+        self.free -= 1
+        self.given += 1
+        self.waiting[tune_id] = time.monotonic() + WAIT_MAX
+        return True
 
     def keep_waiting(self, tune_id: str) -> bool:
         """Return whether there is still no job for a waiting worker."""
@@ -119,8 +120,9 @@ class Workers:
     def _draw_job(self) -> Job | None:
         if self.given >= ROUND and all(seconds < START_SECONDS for seconds in self._seconds):
             self.round_is_over = True
-        slots = 1 if self.memory.suspects else self._slots()
-        if self.round_is_over or len(self.at_work) + len(self.waiting) >= slots:
+        slots = self._slots()
+        is_full = len(self.at_work) + len(self.waiting) >= slots
+        if self.round_is_over or is_full or (self.memory.suspects and self.at_work):
             return None
         job = self.jobs.next_job()
         if job:

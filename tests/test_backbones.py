@@ -49,7 +49,7 @@ def error_of(weights: Path | str) -> str:
         load_network("resnet18", str(weights))
     message = str(raised.value)
     assert "\n" not in message
-    assert message.replace("'", "").startswith(f"weights={weights} ")
+    assert message.startswith(f"weights={str(weights)!r} ")
     return message
 
 

@@ -136,6 +136,41 @@ def test_a_small_neighbour_is_never_charged_and_the_large_trial_is_found_alone(w
     assert start(workers)  # two at a time again
 
 
+def test_workers_that_wait_do_not_keep_a_suspect_from_its_turn(workers):
+    workers = workers(slots=3)
+    first, second, third = (start(workers) for _ in range(3))
+    lose(workers, first, OUT)
+    for trial_id, tune_id in ((second, "a"), (third, "b")):
+        assert not report(workers, trial_id)  # it has to yield
+        workers.free += 1  # as Tune's end of a job does
+        if trial_id == second:
+            assert workers.next_job() is None  # the third one is still at work
+            assert workers.wait(tune_id)
+    assert workers.next_job().trial_id in (first, second, third)
+    assert workers.next_job() is None  # one at a time
+
+
+def test_a_waiting_worker_is_called_for_the_next_job_and_let_go_in_the_end(workers, monkeypatch):
+    workers, now, ready = workers(slots=2), [0.0], []
+    job = workers.jobs.next_job()
+    monkeypatch.setattr(workers.jobs, "next_job", lambda: ready.pop() if ready else None)
+    monkeypatch.setattr("tunefleet.search.engine.time.monotonic", lambda: now[0])
+    assert not workers.wait("new")  # no worker has ended a job
+    workers.free = 1
+    assert workers.wait("a")
+    assert not workers.wait("b")  # it was the only one
+    assert workers.keep_waiting("a")
+    ready.append(job)
+    assert not workers.keep_waiting("a")
+    assert workers.next_job() == job
+    workers.end(job.trial_id)
+    workers.free = 1
+    assert workers.wait("c")
+    now[0] = engine.WAIT_MAX + 1
+    assert not workers.keep_waiting("c")
+    assert not workers.wait("d")  # its place is free for another study, or for a smaller cluster
+
+
 def test_a_suspect_that_continues_alone_is_not_stopped_when_it_is_the_last(workers):
     workers = workers()
     first, second = start(workers), start(workers)

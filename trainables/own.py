@@ -24,37 +24,11 @@ from typing import IO, Any
 import torch
 
 from tunefleet.metric import Metric
-from tunefleet.models.space import OF_EVERY_RUN, Space
+from tunefleet.models.space import OF_A_REPORT, OF_EVERY_RUN, Space
 from tunefleet.trainables.training import read_checkpoint
 
 METHODS = ("epoch", "state_dict", "load_state_dict")
-OURS = (  # keys of a report that the study itself sets
-    *(
-        "trial_id",
-        "status",
-        "epoch",
-        "epoch_seconds",
-        "finished_at",
-        "diverged",
-        "node",
-        "pid",
-        "gpu",
-        "error",
-    ),
-    *(
-        "phase",
-        "config",
-        "lost",
-        "promoted_from",
-        "run",
-        "n",
-        "crc",
-        "test_accuracy",
-        "seconds",
-        "rung",
-        "epochs",
-    ),
-)
+OURS = (*OF_A_REPORT, "n", "crc", "epochs", "test_accuracy")  # no keys of a person's report
 
 
 class OwnRun:

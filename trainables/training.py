@@ -297,36 +297,28 @@ class TrainingRun:
             confusion.index_add_(0, pairs, torch.ones_like(pairs))
         return self.group.total(loss_sum, confusion.view(classes, classes))
 
-    def predict(self, images: np.ndarray) -> Tensor:
-        """Return class probabilities ``(N, classes)``, on the CPU, of test images."""
-        return torch.cat([logits.softmax(1).cpu() for logits in self._test_logits(images)])
-
     @torch.inference_mode()
     def predict_and_loss(self, images: np.ndarray, labels: Tensor) -> tuple[Tensor, float]:
-        """Return class probabilities ``(N, classes)``, on the CPU, of test images, and their mean loss."""
-        # written in place: what is kept of each batch would leave holes between what the next ones take
-        probabilities = torch.empty(len(labels), len(self.data.classes))
-        loss_sum, start = 0.0, 0
-        for logits in self._test_logits(images):
-            y = labels[start : start + len(logits)].to(self.device)
-            loss_sum += self._loss_sum(logits, y).item()
-            probabilities[start : start + len(logits)] = logits.softmax(1)
-            start += len(logits)
-        return probabilities, loss_sum / len(labels)
-
-    @torch.inference_mode()
-    def _test_logits(self, images: np.ndarray) -> Iterator[Tensor]:
-        """Yield float32 logits ``(N, classes)`` of batches of test images, on the device.
+        """Return class probabilities ``(N, classes)``, on the CPU, of test images, and their mean loss.
 
         Args:
             images: uint8 ``(N, 3, H, W)``, of which a batch at a time is read.
+            labels: int64 ``(N,)``.
         """
         if self.inputs.kind == "features" and self.config.weights != "none":  # else each seed has its own
             x = cached_features(self.config, self.data, self.settings, self.data_dir, images)
             batches = self._logits(self.network, self.to_network, x)
         else:
             batches = self._logits(self.model, self.pipeline, mapped_tensor(images))
-        yield from (logits.float() for logits in batches)
+        # written in place: what is kept of each batch would leave holes between what the next ones take
+        probabilities = torch.empty(len(labels), len(self.data.classes))
+        loss_sum, start = 0.0, 0
+        for logits in batches:
+            end = start + len(logits)
+            loss_sum += self._loss_sum(logits.float(), labels[start:end].to(self.device)).item()
+            probabilities[start:end] = logits.float().softmax(1)
+            start = end
+        return probabilities, loss_sum / len(labels)
 
     def _logits(
         self, network: nn.Module, prepare_batch: Callable[[Tensor], Tensor], x: Tensor
