@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from tests.configs import least_epochs
 from tests.made_study import spec, write_events
 from tunefleet.benchmarks.curves import Curves
 from tunefleet.benchmarks.replay import (
@@ -28,7 +29,7 @@ from tunefleet.benchmarks.schedulers import (
     scheduler_of,
     simulate,
 )
-from tunefleet.search.asha import least_epochs, rung_epochs
+from tunefleet.search.asha import rung_epochs
 from tunefleet.study import write_study
 
 NAN = math.nan
