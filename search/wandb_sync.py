@@ -54,13 +54,10 @@ from tunefleet.search.wandb_options import (
     take_flags,
 )
 from tunefleet.store import within
-from tunefleet.study import Study, is_number_of, read_study, tested
+from tunefleet.study import REPORTED, Study, is_number_of, read_study, tested
 
 STUDY = "study"  # the key of the study's own run, beside trial ids
-COLUMNS = (  # of a row, those of epochs.parquet; then come further numbers that were reported
-    *("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy"),
-    *("lr", "epoch_seconds", "finished_at"),
-)
+COLUMNS = tuple(REPORTED)[1:]  # of a row, without trial_id; then come further numbers that were reported
 UNFINISHED = ("running", "paused")
 NO_ROOM = "there is no room under wandb/"
 NICENESS = 10  # beside a study: trials come first

@@ -257,7 +257,3 @@ def main(arguments: list[str] | None = None) -> int:
         return int(bool(left))
 
     return exit_code(push)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
