@@ -56,7 +56,6 @@ START_SECONDS = 3.0  # that a worker takes to start, about
 WAIT_MAX = 30.0  # seconds that a worker waits for a job
 RECENT = 20  # epochs that must all be shorter than that for a round to end
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
-PENDING_MAX = 1000  # of Tune's trials; the searcher offers far fewer
 
 
 class Workers:
@@ -244,10 +243,6 @@ class JobSearcher(Searcher):
         """Write nothing: reports.jsonl is what a study resumes from."""
         Path(checkpoint_path).touch()
 
-    def restore(self, checkpoint_path: str) -> None:
-        """Refuse; Tune never calls this."""
-        raise NotImplementedError("studies resume from reports.jsonl")
-
 
 class TuneScheduler(FIFOScheduler):
     """Pass reports and losses on, and stop a trial when the study does.
@@ -360,9 +355,9 @@ def run_jobs(
         resources: How many trials run at once, and what each gets.
         on_step: Called without arguments at each turn of the loop.
     """
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(PENDING_MAX)
     if resources.workers == 1:
-        trainable = tune.with_resources(tune.with_parameters(Trial, context=context), resources.of_trial)
+        share = tune.PlacementGroupFactory([resources.of_worker])
+        trainable = tune.with_resources(tune.with_parameters(Trial, context=context), share)
     else:
         group = tune.with_parameters(
             drive, context=context, workers=resources.workers, resources=resources.of_worker
