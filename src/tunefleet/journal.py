@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from tunefleet.cli import shell
-from tunefleet.files import write_whole
+from tunefleet.files import read_whole, write_whole
 from tunefleet.metric import ACCURACY, Metric
 
 FINAL = "final-"  # trial ids of the winner's retrained seeds begin so
@@ -157,12 +157,7 @@ class Journal:
 
     def _lines(self) -> list[bytes]:
         """Return the file's lines, the last one being what follows the last line end."""
-        try:
-            return self.file.read_bytes().split(b"\n")
-        except FileNotFoundError:
-            return [b""]
-        except OSError as error:
-            raise ValueError(f"{self.file} cannot be read ({error}); restore it from a copy") from None
+        return (read_whole(self.file) or b"").split(b"\n")
 
 
 def _line(event: dict[str, Any], last: int) -> bytes:
