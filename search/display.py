@@ -82,6 +82,12 @@ def print_text(console: Console, text: str, head: str = "", style: str = "bold")
     console.print(Text.assemble((head, style), printable(text)), soft_wrap=True)
 
 
+def say(line: str, console: Console) -> None:
+    """Print a line, if there is one."""
+    if line:
+        print_text(console, line)
+
+
 def _counts(of: dict[str, int]) -> str:
     return ", ".join(f"{number} {name}" for name, number in of.items())
 
