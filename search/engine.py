@@ -1,13 +1,9 @@
 """Run a study's jobs on Ray Tune: one job is one Tune trial on a reused worker.
 
 Tune starts workers, places them on CPUs, GPUs and nodes, and notices when one is lost. What they do is
-decided by ``Scheduler``, to which a searcher and a scheduler pass everything on. Four traps of Ray 2.60:
+decided by ``Scheduler``, to which a searcher and a scheduler pass everything on. Each trial is offered once,
+and only while a slot is free (docs/decisions.md). Two more traps of Ray 2.60:
 
-- With ``reuse_actors`` Tune gives a just-freed worker to a pending trial whose own worker is still starting,
-  and kills that one: short trials then all run on one worker. So each trial is offered once, and the searcher
-  offers another as soon as a worker is free.
-- A custom searcher gets one pending trial, so workers start one after another, unless
-  ``TUNE_MAX_PENDING_TRIALS_PG`` says otherwise.
 - Of workers without a trial ``reuse_actors`` keeps one and ends the others; a new one takes seconds to start.
   So a worker that is free waits in a trial of Tune's that does nothing, for ``WAIT_MAX`` seconds.
 - ``fit()`` keeps every trial and goes over all of them, and it ends where Ray kills a worker for lack of

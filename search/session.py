@@ -1,9 +1,7 @@
 """A command at work: what its studies print to, and what a signal does, which depends on how far a study is.
 
-A command runs in a thread of its own, and the main thread does nothing but listen: Ctrl-C and SIGTERM are
-answered within seconds whatever the thread waits for. systemd, scancel and containers signal every process at
-once, so Ray may be gone before its driver gets the signal, and then Ray's calls return after minutes, if at
-all. For the same reason the main thread watches what the study cannot do without.
+A command runs in a thread, and the main thread listens, and watches what the study cannot do without
+(docs/decisions.md).
 """
 
 from __future__ import annotations

@@ -1,21 +1,8 @@
 """reports.jsonl: what happened in a study, one JSON line per event, appended before anything acts on it.
 
-Six kinds of line, distinguished by their keys, in the order in which they happened:
-
-- a process begins to run the study: ``{"run": {…}}``, what differs from study.json and from earlier runs
-- a trial starts: ``{"trial_id", "epoch": 0, "config"}``
-- a report: ``{"trial_id", "epoch": n, "val_accuracy", …}``, its last one with a ``"status"``
-- a paused trial continues: ``{"trial_id", "promoted_from": rung}``
-- a trial's worker is lost, and another continues the trial: ``{"trial_id", "lost": cause, "error"}``, with
-  its ``"gpu"`` where it was on one
-- a trial ends without a report: ``{"trial_id", "status", "error"}``
-
-Each line ends with its number ``"n"`` and with ``"crc"``, the CRC-32 of what precedes it, so a line that was
-changed, lost, repeated or moved is noticed. A journal whose first line has neither is of the old form: it is
-read as it is, and continued without them.
-
-Rungs, tables and resuming are rebuilt from this file alone. A repeated (trial, epoch) replaces the
-earlier line. Numbers that are not finite are null, so every line is JSON to every reader.
+README.md lists the kinds of lines. Each ends with its number ``"n"`` and with ``"crc"``, the CRC-32 of what
+precedes it; a journal whose first line has neither is of the old form, and is read and continued as it is.
+Rungs, tables and resuming are rebuilt from this file alone. A repeated (trial, epoch) replaces the earlier.
 """
 
 from __future__ import annotations
