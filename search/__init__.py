@@ -26,6 +26,7 @@ _ENVIRONMENT = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # they are in reports.jsonl
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # search/run.py answers Ctrl-C within seconds
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # Tune's own snapshots are never read
+    "TUNE_MAX_PENDING_TRIALS_PG": "1000",  # or workers start one after another; far fewer are offered
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     # glibc gives freed activations back to the kernel after every micro-batch, and has them zeroed again
     # for the next: up to a third of convnet's step (docs/log). Bytes.

@@ -135,18 +135,6 @@ class Asha:
         return settled
 
 
-def least_epochs(trials: int, rungs: tuple[int, ...], eta: int, epochs: int) -> int:
-    """Return the fewest epochs that ``promote`` can spend on n trials, none of which fails.
-
-    One trial in eta of each rung continues, at least one: trials·r₀ + (trials // eta)·(r₁ - r₀) + …
-    """
-    spent, reached, alive = 0, 0, trials
-    for rung in (*rungs, epochs):
-        spent += alive * (rung - reached)
-        reached, alive = rung, max(1, alive // eta)
-    return spent
-
-
 @functools.lru_cache
 def expected_epochs(trials: int, rungs: tuple[int, ...], eta: int, epochs: int, pruner: str) -> int:
     """Return the epochs that a search of n trials spends on average, from simulated searches.

@@ -26,7 +26,7 @@ import ray
 
 from tunefleet.cli import printable, shell
 from tunefleet.files import is_full
-from tunefleet.host import cpu_count, may_be_used
+from tunefleet.host import cpu_count, process_start
 
 PROCESSES = ("gcs_server", "raylet")  # of a Ray on this host, without which there is none
 WATCH_SECONDS = 1.0  # between looks at them
@@ -48,15 +48,6 @@ def is_local() -> bool:
     if ray.is_initialized():
         return ray.get_runtime_context().gcs_address in _started
     return (os.environ.get("RAY_ADDRESS") or "local") == "local"
-
-
-def _gpu_count(device: str) -> int:
-    """Return how many GPUs of this host Ray may hand out: those that trials are planned on."""
-    if device == "cpu" or not may_be_used():
-        return 0
-    import torch  # takes seconds, for which hosts without a GPU need not wait
-
-    return torch.cuda.device_count()
 
 
 def connect(trial_slots: int = 0, device: str = "auto") -> None:
@@ -83,10 +74,12 @@ def connect(trial_slots: int = 0, device: str = "auto") -> None:
     own: dict[str, Any] = {}
     variables = _local_variables(trial_slots) if local else {}
     if local:
+        import torch  # a study has imported it by now; where a cluster is joined, that takes seconds
+
         check_limits()
         own = {
             "num_cpus": cpu_count(),
-            "num_gpus": _gpu_count(device),
+            "num_gpus": 0 if device == "cpu" else torch.cuda.device_count(),  # as trials are planned
             "object_store_memory": OBJECT_STORE_BYTES,
             "resources": {TRIAL_SLOT: trial_slots} if trial_slots else None,
             "include_dashboard": bool(trial_slots),
@@ -236,13 +229,12 @@ def _from_our_code() -> Iterator[None]:
     Ray (2.60) puts it before all else on its workers' path, and a user's own queue.py there would be taken
     for Python's.
     """
-    before, arguments = Path.cwd(), sys.argv
-    os.chdir(Path(__file__).parents[2])
+    arguments = sys.argv
     sys.argv = [printable(argument) for argument in arguments]  # Ray notes them, too, and takes UTF-8 only
     try:
-        yield
+        with contextlib.chdir(Path(__file__).parents[2]):
+            yield
     finally:
-        os.chdir(before)
         sys.argv = arguments
 
 
@@ -279,7 +271,7 @@ class RayWatch:
         if now - self.looked_at < (CLUSTER_WATCH_SECONDS if self.address else WATCH_SECONDS):
             return ""
         self.looked_at = now
-        if gone := [name for pid, name in self.processes.items() if not _is_alive(pid)]:
+        if gone := [name for pid, name in self.processes.items() if process_start(pid) is None]:
             return f"Ray's {gone[0]} has ended"
         if self.address is None:
             return ""
@@ -310,9 +302,3 @@ def _children(names: Collection[str]) -> dict[int, str]:
             if name in names and int(rest.split()[1]) == os.getpid():
                 found[int(file.parent.name)] = name
     return found
-
-
-def _is_alive(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
-    return False

@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console, Group
 from rich.control import Control
@@ -27,7 +26,7 @@ from tunefleet.search.options import StudyOptions
 from tunefleet.search.scheduler import Scheduler
 from tunefleet.study import Study, seeds_of, tested, tested_before
 
-SHOWN = ("lr", "weight_decay", "momentum", "batch_size", "hidden", "kernel_size", "schedule", "augment")
+STATES = ("starting", "running", "paused", "pruned", "done", "diverged", "out_of_memory", "error")
 TERMINAL_SECONDS = 0.5  # between refreshes
 PLAIN_SECONDS = 5.0  # between lines in a log file
 
@@ -80,6 +79,12 @@ def print_result(folder: Path, console: Console) -> int:
 def print_text(console: Console, text: str, head: str = "", style: str = "bold") -> None:
     """Print a line with a head that stands out; a user's text in it is no markup and breaks no line."""
     console.print(Text.assemble((head, style), printable(text)), soft_wrap=True)
+
+
+def say(line: str, console: Console) -> None:
+    """Print a line, if there is one."""
+    if line:
+        print_text(console, line)
 
 
 def _counts(of: dict[str, int]) -> str:
@@ -211,6 +216,7 @@ class Progress:
     ) -> None:
         self.jobs, self.options, self.console = jobs, options, console
         self.trouble = trouble
+        self.names = list(options.points[0] if options.points else options.searched.ranges)
         live = console.is_terminal and not console.is_dumb_terminal
         self.live: Live | NotebookOutput | None = None
         if console.is_jupyter:
@@ -253,14 +259,16 @@ class Progress:
         if now - self.shown_at < (TERMINAL_SECONDS if self.live else PLAIN_SECONDS):
             return
         self.shown_at = now
-        facts = self.facts(now)
+        title = f"{self.options.space.name} {'final' if self.jobs.search_is_over else 'search'}"
+        rows = self.rows(now)
         if self.live:
-            shown = table(facts)
+            shown = table(title, rows)
             self.live.update(shown, refresh=True)
             lines = self.console.render_lines(shown, pad=False)
             self.drawn = [Segment.get_line_length(drawn) for drawn in lines]
         else:
-            print_text(self.console, line(facts))
+            line = "; ".join(f"{label} {text}".strip() for label, text in rows)
+            print_text(self.console, line, f"{title}: ")
 
     def _erase_wrapped(self) -> None:
         """Erase the rows that the table has gained where its terminal has become narrower.
@@ -275,13 +283,11 @@ class Progress:
             self.console.control(Control(*first, *up * gained))
             self.drawn = []
 
-    def facts(self, now: float) -> dict[str, Any]:
-        """Return everything that is shown."""
+    def rows(self, now: float) -> list[tuple[str, str]]:
+        """Return what is shown, each line with its label."""
         jobs, options = self.jobs, self.options
-        assert options.trials is not None
         assert options.epochs is not None
-        elapsed = now - self.began
-        done = epochs_of(jobs)
+        elapsed, done, numbers = now - self.began, epochs_of(jobs), counts(jobs.searched, jobs)
         expected = expected_epochs(jobs.max_trials, options.rungs, options.eta, options.epochs, jobs.pruner)
         searched = sum(trial.epoch for trial in jobs.searched)
         if jobs.search_is_over:
@@ -289,29 +295,45 @@ class Progress:
         else:  # some of those that are promoted train their epochs again, unseen
             lost = sum(jobs.trials[trial_id].epoch for trial_id in jobs.without_checkpoint)
             expected += lost // options.eta
-        seeds, earlier = self._seeds()
+        _, earlier = self._seeds()
         total = max(expected, searched) + options.final_seeds * options.epochs + earlier
         rate = (done - self.epochs_before) / elapsed if elapsed > 0 else 0.0
         self._note_tests(now)
-        return {
-            "space": options.space.name,
-            "phase": "final" if jobs.search_is_over else "search",
-            "counts": counts(jobs.searched, jobs),
-            "finals": counts(seeds, jobs),
-            "testing": len(self.testing_since),
-            "final_seeds": options.final_seeds,
-            "rungs": {rung: len(values) for rung, values in jobs.asha.values.items()},
-            "started": len(jobs.searched),
-            "trials": jobs.max_trials,
-            "epochs": done,
-            "expected_epochs": total,
-            "epochs_per_second": rate,
-            "elapsed": elapsed,
-            "eta": self._left(total - done, rate, now),
-            "best": jobs.best_yet,
-            "metric": jobs.metric.name,
-            "trouble": self.trouble(),
-        }
+        left = self._left(total - done, rate, now)
+        states = ", ".join(f"{numbers[state]} {state}" for state in STATES if numbers[state])
+        rows = [
+            ("trials", f"{len(jobs.searched)} of {jobs.max_trials} started"),
+            ("", states + ("" if rate else "; no epoch done yet")),
+            ("final", self._finals() if jobs.search_is_over else ""),
+            ("rungs", "  ".join(f"epoch {rung}: {len(found)}" for rung, found in jobs.asha.values.items())),
+            ("epochs", f"{done} of about {total}, {rate:.2g} a second"),
+            ("time", f"{clock(elapsed)}, left: {'unknown yet' if left is None else clock(left)}"),
+            ("best", self._best()),
+            ("waiting", self.trouble()),
+        ]
+        return [(label, printable(text)) for label, text in rows if text]
+
+    def _finals(self) -> str:
+        """Return how far the winner's seeds are."""
+        seeds = counts(self._seeds()[0], self.jobs)
+        testing = len(self.testing_since)
+        tested = f", {testing} on the test images" if testing else ""
+        training = seeds["starting"] + seeds["running"] - testing
+        of = counted(self.options.final_seeds, "seed")
+        return f"{seeds['done']} of {of} done, {training} training{tested}"
+
+    def _best(self) -> str:
+        """Return the best value yet in words."""
+        if self.jobs.best_yet is None:
+            return "none yet"
+        value, epoch, trial = self.jobs.best_yet
+        found = {name: trial.config[name] for name in self.names if name in trial.config}
+        values = ", ".join(
+            f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in found.items()
+        )
+        after = f"after {counted(epoch, 'epoch')} (trial {trial.trial_id}{values and ': ' + values})"
+        return f"{self.jobs.metric.name} {rounded(value)} {after}"
 
     def _seeds(self) -> tuple[list[TrialRecord], int]:
         """Return the winner's seeds, and the epochs of those of earlier winners of a continued study."""
@@ -352,73 +374,16 @@ def counts(trials: list[TrialRecord], jobs: Scheduler) -> Counter[str]:
     return Counter(map(state_of, trials))
 
 
-def finals(facts: dict[str, Any]) -> str:
-    """Return how far the winner's seeds are."""
-    seeds, testing = facts["finals"], facts["testing"]
-    tested = f", {testing} on the test images" if testing else ""
-    training = seeds["starting"] + seeds["running"] - testing
-    return f"{seeds['done']} of {counted(facts['final_seeds'], 'seed')} done, {training} training{tested}"
-
-
 def epochs_of(jobs: Scheduler) -> int:
     """Return the epochs reported so far, the final seeds' included."""
     return sum(trial.epoch for trial in jobs.trials.values())
 
 
-def describe(best: tuple[float, int, TrialRecord] | None) -> str:
-    """Return the highest value yet in words."""
-    if best is None:
-        return "none yet"
-    value, epoch, trial = best
-    config = trial.config
-    values = ", ".join(
-        f"{name} {config[name]:.3g}" if isinstance(config[name], float) else f"{name} {config[name]}"
-        for name in SHOWN
-        if config.get(name) is not None
-    )
-    return f"{rounded(value)} after {counted(epoch, 'epoch')} (trial {trial.trial_id}: {values})"
-
-
-def line(facts: dict[str, Any]) -> str:
-    """Return the state as one line."""
-    states = ", ".join(f"{number} {status}" for status, number in sorted(facts["counts"].items()))
-    if facts["phase"] == "final":
-        states += f"; {finals(facts)}"
-    best, trouble = facts["best"], facts["trouble"]
-    value = rounded(best[0]) if best else "-"
-    left = f", about {clock(facts['eta'])} left" if facts["eta"] else ""
-    trials = f"{facts['started']}/{counted(facts['trials'], 'trial')}"
-    epochs = f"{facts['epochs']}/{counted(facts['expected_epochs'], 'epoch')}"
-    return (
-        f"{facts['space']} {facts['phase']}: {trials} ({states}), "
-        + ("" if facts["epochs_per_second"] else "no epoch done yet, ")
-        + f"{epochs}, {facts['epochs_per_second']:.2g} epochs/s, "
-        f"best {facts['metric']} {value}, {clock(facts['elapsed'])}{left}"
-        + (f"; {trouble}" if trouble else "")
-    )
-
-
-def table(facts: dict[str, Any]) -> Group:
-    """Return the state as a table that fits 80 columns."""
-    numbers = facts["counts"]
+def table(title: str, rows: list[tuple[str, str]]) -> Group:
+    """Return rows as a table that fits 80 columns."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold")
     grid.add_column()
-    grid.add_row("trials", f"{facts['started']} of {facts['trials']} started")
-    states = ("starting", "running", "paused", "pruned", "done", "diverged", "out_of_memory", "error")
-    waiting = "" if facts["epochs_per_second"] else "; no epoch done yet"
-    grid.add_row("", ", ".join(f"{numbers[state]} {state}" for state in states if numbers[state]) + waiting)
-    if facts["phase"] == "final":
-        grid.add_row("final", finals(facts))
-    if facts["rungs"]:
-        grid.add_row("rungs", "  ".join(f"epoch {rung}: {number}" for rung, number in facts["rungs"].items()))
-    grid.add_row(
-        "epochs",
-        f"{facts['epochs']} of about {facts['expected_epochs']}, {facts['epochs_per_second']:.2g} a second",
-    )
-    left = clock(facts["eta"]) if facts["eta"] is not None else "unknown yet"
-    grid.add_row("time", f"{clock(facts['elapsed'])}, left: {left}")
-    grid.add_row("best", describe(facts["best"]))
-    if facts["trouble"]:
-        grid.add_row("waiting", Text(printable(facts["trouble"]), style="yellow"))
-    return Group(Text(f"{facts['space']}: {facts['phase']}", style="bold cyan"), grid)
+    for label, text in rows:
+        grid.add_row(label, Text(text, style="yellow" if label == "waiting" else ""))
+    return Group(Text(title, style="bold cyan"), grid)

@@ -1,13 +1,9 @@
 """Run a study's jobs on Ray Tune: one job is one Tune trial on a reused worker.
 
 Tune starts workers, places them on CPUs, GPUs and nodes, and notices when one is lost. What they do is
-decided by ``Scheduler``, to which a searcher and a scheduler pass everything on. Four traps of Ray 2.60:
+decided by ``Scheduler``, to which a searcher and a scheduler pass everything on. Each trial is offered once,
+and only while a slot is free (docs/decisions.md). Two more traps of Ray 2.60:
 
-- With ``reuse_actors`` Tune gives a just-freed worker to a pending trial whose own worker is still starting,
-  and kills that one: short trials then all run on one worker. So each trial is offered once, and the searcher
-  offers another as soon as a worker is free.
-- A custom searcher gets one pending trial, so workers start one after another, unless
-  ``TUNE_MAX_PENDING_TRIALS_PG`` says otherwise.
 - Of workers without a trial ``reuse_actors`` keeps one and ends the others; a new one takes seconds to start.
   So a worker that is free waits in a trial of Tune's that does nothing, for ``WAIT_MAX`` seconds.
 - ``fit()`` keeps every trial and goes over all of them, and it ends where Ray kills a worker for lack of
@@ -56,7 +52,6 @@ START_SECONDS = 3.0  # that a worker takes to start, about
 WAIT_MAX = 30.0  # seconds that a worker waits for a job
 RECENT = 20  # epochs that must all be shorter than that for a round to end
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
-PENDING_MAX = 1000  # of Tune's trials; the searcher offers far fewer
 
 
 class Workers:
@@ -246,10 +241,6 @@ class JobSearcher(Searcher):
         """Write nothing: reports.jsonl is what a study resumes from."""
         Path(checkpoint_path).touch()
 
-    def restore(self, checkpoint_path: str) -> None:
-        """Refuse; Tune never calls this."""
-        raise NotImplementedError("studies resume from reports.jsonl")
-
 
 class TuneScheduler(FIFOScheduler):
     """Pass reports and losses on, and stop a trial when the study does.
@@ -362,9 +353,9 @@ def run_jobs(
         resources: How many trials run at once, and what each gets.
         on_step: Called without arguments at each turn of the loop.
     """
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(PENDING_MAX)
     if resources.workers == 1:
-        trainable = tune.with_resources(tune.with_parameters(Trial, context=context), resources.of_trial)
+        share = tune.PlacementGroupFactory([resources.of_worker])
+        trainable = tune.with_resources(tune.with_parameters(Trial, context=context), share)
     else:
         group = tune.with_parameters(
             drive, context=context, workers=resources.workers, resources=resources.of_worker

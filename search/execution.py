@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib
@@ -11,7 +10,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from tunefleet.mirror import Mirror
 from tunefleet.models.sources import write
 from tunefleet.search.asha import Asha
 from tunefleet.search.connection import RayWatch
-from tunefleet.search.display import Progress, print_text
+from tunefleet.search.display import Progress, print_text, say
 from tunefleet.search.engine import run_jobs
 from tunefleet.search.failures import named
 from tunefleet.search.options import StudyOptions
@@ -113,7 +112,7 @@ def _of_data(data: ImageData | None, prepared: Prepared | None) -> dict[str, Any
 
 
 class OpenStudy:
-    """A study that this process runs: it holds the lock until ``end``.
+    """A study that this process runs: it holds the lock until ``end``, or until its context is left.
 
     Args:
         folder: The study's.
@@ -132,6 +131,12 @@ class OpenStudy:
         self._began = time.time()
         if torn := self.study.journal.drop_torn_line():
             print(f"reports.jsonl: dropped its last line, of which only {torn} bytes had been written")
+
+    def __enter__(self) -> OpenStudy:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.end("stopped" if kind else "done")
 
     def begin(self, run: Mapping[str, Any]) -> None:
         """Record what differs in this run, and that the study is running."""
@@ -175,7 +180,7 @@ def run(ready: Ready, session: Session, wandb: WandbOptions, changes: Mapping[st
     live_upload = LiveUpload(ready.folder, wandb)
     mirror = Mirror(ready.folder, ready.store, functools.partial(print_text, console))
     ray_watch = RayWatch()
-    with open_study(ready.folder) as study:
+    with OpenStudy(ready.folder) as study:
 
         def stop(progress: Progress | None, reason: str) -> int:
             study.study.journal.close()
@@ -211,10 +216,10 @@ def run(ready: Ready, session: Session, wandb: WandbOptions, changes: Mapping[st
     if scheduler.avoided:
         print_text(console, f"nodes excluded after repeated failures: {named(scheduler.avoided)}")
     session.stops.change(live_upload.give_up)
-    _say(live_upload.end(END_SECONDS), console)
+    say(live_upload.end(END_SECONDS), console)
     session.stops.change(lambda reason: mirror.give_up())
     left = mirror.finish()
-    _say(left, console)
+    say(left, console)
     return code or int(bool(left))
 
 
@@ -225,18 +230,6 @@ def _print_start(ready: Ready, console: Console) -> None:
         on, device = f" on {ready.data.name}", f"{device} {ready.settings.precision}"
     at_once = f"{ready.resources.slots} at once, {device} -> {shown(ready.location)}"
     print_text(console, f"{on}: {trials} of up to {epochs}, {at_once}", options.space.name)
-
-
-@contextlib.contextmanager
-def open_study(folder: Path) -> Iterator[OpenStudy]:
-    """Context manager: have a study's lock, and end the study however the body ends."""
-    study = OpenStudy(folder)
-    status = "stopped"
-    try:
-        yield study
-        status = "done"
-    finally:
-        study.end(status)
 
 
 def run_facts(ready: Ready, wandb: WandbOptions, changes: Mapping[str, Any], study: Study) -> dict[str, Any]:
@@ -365,8 +358,8 @@ def _end_early(
         return tell_stopped(ready.folder, session, reason)  # its URL may not have it yet
     left = mirror.finish(STOP_SECONDS)
     tell_stopped(ready.folder if left and not mirror.lost else ready.location, session, reason)
-    _say(live_upload.end(STOP_SECONDS), session.console)
-    _say(left, session.console)
+    say(live_upload.end(STOP_SECONDS), session.console)
+    say(left, session.console)
     return 3
 
 
@@ -378,8 +371,3 @@ def tell_stopped(location: Path | str, session: Session, reason: str) -> int:
     else:
         print(f"\nstopped; nothing is lost. To resume: {resume_by}", file=sys.stderr)
     return 3
-
-
-def _say(line: str, console: Console) -> None:
-    if line:
-        print_text(console, line)

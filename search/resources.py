@@ -58,11 +58,6 @@ class Resources:
         return max(1, int(self.cpus_per_trial / self.workers))
 
     @property
-    def of_trial(self) -> dict[str, float]:
-        """Return the resources of one trial as Tune takes them."""
-        return {"cpu": self.cpus_per_trial} | ({"gpu": self.gpus_per_trial} if self.gpus_per_trial else {})
-
-    @property
     def of_worker(self) -> dict[str, float]:
         """Return the resources of one worker as Train takes them."""
         of_worker = {"CPU": self.cpus_per_trial / self.workers}

@@ -29,7 +29,7 @@ from tunefleet.models.sources import collected
 from tunefleet.models.space import Space
 from tunefleet.models.spaces import recorded_space
 from tunefleet.search.connection import RayWatch, connect, is_local
-from tunefleet.search.display import phase, print_text
+from tunefleet.search.display import phase, print_text, say
 from tunefleet.search.options import EXTENDING, RESUMABLE, StudyOptions, check_given, flag
 from tunefleet.search.session import Session
 from tunefleet.search.wandb_options import WandbOptions
@@ -147,7 +147,7 @@ def resume(
     if space is None:
         data_dir = changes.get("data_dir") or study.spec["options"].get("data_dir", "")
         space, line = recorded_space(study.spec, study.folder, data_dir)
-        _say(line, session.console)
+        say(line, session.console)
     check_given(space, changes)
     values = study.spec["options"] | changes | {"space": space}
     options = _absolute(_from_file(StudyOptions, values, folder))
@@ -200,7 +200,7 @@ def _checked(request: Request, session: Session) -> int:
         from tunefleet.search import execution, preflight, resources
         from tunefleet.search.nodes import check_nodes
 
-    _say("" if request.earlier else request.options.moved, session.console)
+    say("" if request.earlier else request.options.moved, session.console)
     console, earlier, source = session.console, request.earlier, _source(request, session.console)
     with phase(console, "looking at the device"):
         options, settings, machine = _device(request, source, console)
@@ -211,11 +211,11 @@ def _checked(request: Request, session: Session) -> int:
         version = earlier.spec["data"].get("format_version", 1)  # of how images are decoded
         check_sha256(data, options.data, earlier.spec["data_sha256"], version)
     share = resources.plan(options, settings, machine)
-    _say(resources.waiting(options, share), console)
+    say(resources.waiting(options, share), console)
     input_bytes = preflight.inputs_bytes(options, data, settings) if data else 0
     if earlier is None or "device" in request.changes:
         settings, line = resources.place_inputs(settings, share, input_bytes, machine.gpu_bytes)
-        _say(line, console)
+        say(line, console)
     if machine.nodes and data:
         check_nodes(options, request.shared, data, settings, console)
     if machine.nodes or settings.device == "cuda" or not request.dry_run:
@@ -231,7 +231,7 @@ def _checked(request: Request, session: Session) -> int:
             else:
                 prepared = preflight.prepare(*arguments, progress)
         share, line = resources.fit_memory(share, prepared.peak_bytes, prepared.gpu_bytes)
-        _say(line, console)
+        say(line, console)
         if not earlier and not options.storage:
             preflight.check_disk(request.folder, *preflight.disk_needed(options, share, prepared))
     if request.dry_run:
@@ -268,14 +268,14 @@ def _device(request: Request, source: str | OwnImages, console: Console) -> tupl
     settings, machine = resources.look_at_device(options, resources.find_machine(options.device))
     if before:
         if settings != before:
-            _say(
+            say(
                 f"trained on {before.device} {before.precision} so far, continues on {settings.device} "
                 f"{settings.precision}: numbers may differ from those of one device",
                 console,
             )
         return options, settings, machine
     if settings.device == "cpu" and options.device == "auto" and hidden_by_environment():
-        _say("CUDA_VISIBLE_DEVICES hides every GPU: training on CPUs", console)
+        say("CUDA_VISIBLE_DEVICES hides every GPU: training on CPUs", console)
     if options.space.trains_images:
         options = preflight.settle_image_size(options, settings, machine, source)
     return resources.settle(options, settings, machine), settings, machine
@@ -377,11 +377,6 @@ def _on_a_node(
 
 def _put(queue: Queue, *step: Any) -> None:
     queue.put_nowait(step)
-
-
-def _say(line: str, console: Console) -> None:
-    if line:
-        print_text(console, line)
 
 
 def _absolute(options: StudyOptions) -> StudyOptions:

@@ -1,16 +1,13 @@
 """A command at work: what its studies print to, and what a signal does, which depends on how far a study is.
 
-A command runs in a thread of its own, and the main thread does nothing but listen: Ctrl-C and SIGTERM are
-answered within seconds whatever the thread waits for. systemd, scancel and containers signal every process at
-once, so Ray may be gone before its driver gets the signal, and then Ray's calls return after minutes, if at
-all. For the same reason the main thread watches what the study cannot do without.
+A command runs in a thread, and the main thread listens, and watches what the study cannot do without
+(docs/decisions.md).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import signal
 import sys
 import threading
@@ -53,32 +50,6 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-class _Runner:
-    """A thread that runs one command after another, and lives as long as the process.
-
-    The system ends Ray's servers with the thread that started them (PR_SET_PDEATHSIG, Linux), and a second
-    command of this process may find them useful.
-    """
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name="command", daemon=True).start()
-
-    def start(self, work: Callable[[], None]) -> None:
-        """Run what never raises; ``done`` is set when it has ended."""
-        self.done.clear()
-        self._work.put(work)
-
-    def _run(self) -> None:
-        while True:
-            self._work.get()()
-            self.done.set()
-
-
-_idle: list[_Runner] = []
-
-
 class Stops:
     """What stops one command, and what is then done.
 
@@ -112,11 +83,19 @@ class Stops:
             except BaseException as error:  # noqa: BLE001  raised again below, in the main thread
                 ended.append(error)
 
-        runner = _idle.pop() if _idle else _Runner()
+        works, done = [work], threading.Event()
+
+        def serve() -> None:
+            works.pop()()  # and hold no study afterwards
+            done.set()
+            # the system ends Ray's servers with the thread that started them (PR_SET_PDEATHSIG, Linux), and a
+            # second command of this process may find them useful
+            threading.Event().wait()
+
         with self._listening() as listen:
-            runner.start(work)
+            threading.Thread(target=serve, name="command", daemon=True).start()
             while not ended:
-                runner.done.wait(TICK_SECONDS)
+                done.wait(TICK_SECONDS)
                 if (code := self._look(listen)) is not None:
                     return code
             if isinstance(ended[0], Exception) and not isinstance(ended[0], ValueError):
@@ -126,7 +105,6 @@ class Stops:
                     time.sleep(TICK_SECONDS)
                     if (code := self._look(listen)) is not None:
                         return code
-        _idle.append(runner)
         if isinstance(ended[0], BaseException):
             raise ended[0]
         return ended[0]

@@ -108,9 +108,7 @@ def _tpe(ranges: Ranges, number: int, observations: Sequence[Observation], draw_
         space[name] = (
             hp.loguniform(name, math.log(low), math.log(high)) if found.log else hp.uniform(name, low, high)
         )
-    trials = hyperopt.Trials()
-    trials.insert_trial_docs([_document(ranges, k, seen) for k, seen in enumerate(observations)])
-    trials.refresh()
+    trials = hyperopt.trials_from_docs([_document(ranges, k, seen) for k, seen in enumerate(observations)])
     (new,) = tpe.suggest(
         [number],
         hyperopt.Domain(lambda config: 0, space),
@@ -144,7 +142,6 @@ def _document(ranges: Ranges, number: int, seen: Observation) -> dict[str, Any]:
     return {
         "tid": number,
         "state": 2 if loss is not None else 1,  # hyperopt's JOB_STATE_DONE, JOB_STATE_RUNNING
-        "spec": None,
         "result": {"status": "ok", "loss": loss} if loss is not None else {"status": "new"},
         "misc": {
             "tid": number,
@@ -152,9 +149,6 @@ def _document(ranges: Ranges, number: int, seen: Observation) -> dict[str, Any]:
             "idxs": {name: [number] * len(value) for name, value in values.items()},
             "vals": values,
         },
-        "exp_key": None,
-        "owner": None,
         "version": 0,
-        "book_time": None,
-        "refresh_time": None,
+        **dict.fromkeys(("spec", "exp_key", "owner", "book_time", "refresh_time")),
     }

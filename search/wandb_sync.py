@@ -5,15 +5,11 @@
     tunefleet sync studies/NAME             # uploads what W&B does not have yet
     tunefleet sync studies/NAME --offline   # writes offline runs into the folder instead
 
-There is one run per trial and one for the study. All of it is read from the study's folder, never from W&B's
-own files, so whatever happens to W&B, the same runs can be uploaded again: a run is opened with
-``resume="allow"``, the server says how many rows it has and gets the rest, so each row arrives once. Then the
-server reports what it has; only that counts as synced and is noted in ``wandb/state.json``. Exit code 0: W&B
-has everything, 1: something is missing, 2: bad input.
+There is one run per trial and one for the study, all of it read from the study's folder; why, and what counts
+as synced, is in docs/decisions.md. Exit code 0: W&B has everything, 1: something is missing, 2: bad input.
 
-Beside a running study the same happens over and over, in a process of its own at low priority. It may hang,
-crash or never start: the study does not notice. Only this file of search/ imports wandb (0.31), which takes a
-second of CPU, and only where there is something to upload.
+Beside a running study the same happens over and over, in a process at low priority that the study does not
+need. Only this file of search/ imports wandb (0.31), which takes a second of CPU, and only to upload.
 """
 
 from __future__ import annotations
@@ -54,13 +50,10 @@ from tunefleet.search.wandb_options import (
     take_flags,
 )
 from tunefleet.store import within
-from tunefleet.study import Study, is_number_of, read_study, tested
+from tunefleet.study import REPORTED, Study, is_number_of, read_study, tested
 
 STUDY = "study"  # the key of the study's own run, beside trial ids
-COLUMNS = (  # of a row, those of epochs.parquet; then come further numbers that were reported
-    *("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy"),
-    *("lr", "epoch_seconds", "finished_at"),
-)
+COLUMNS = tuple(REPORTED)[1:]  # of a row, without trial_id; then come further numbers that were reported
 UNFINISHED = ("running", "paused")
 NO_ROOM = "there is no room under wandb/"
 NICENESS = 10  # beside a study: trials come first

@@ -24,3 +24,15 @@ def make_model(name, *arguments, **own):
 def own_arguments(name):
     """Returns the arguments of its own that a built-in network's head takes."""
     return tuple(name for name in SPACES[name].arguments if name != "backbone")
+
+
+def least_epochs(trials, rungs, eta, epochs):
+    """Returns the fewest epochs that `promote` can spend on n trials, none of which fails.
+
+    One trial in eta of each rung continues, at least one: trials·r₀ + (trials // eta)·(r₁ - r₀) + …
+    """
+    spent, reached, alive = 0, 0, trials
+    for rung in (*rungs, epochs):
+        spent += alive * (rung - reached)
+        reached, alive = rung, max(1, alive // eta)
+    return spent

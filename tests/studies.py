@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tunefleet.search.execution import Ready, context_of, create, open_study, run_facts, scheduler_of
+from tunefleet.search.execution import OpenStudy, Ready, context_of, create, run_facts, scheduler_of
 from tunefleet.search.options import StudyOptions
 from tunefleet.search.preflight import prepare as preflight
 from tunefleet.search.resources import Machine, Resources, settle
@@ -25,6 +25,6 @@ def digits_study(
     ready = Ready(options, folder, data, settings, resources)
     if not (folder / "study.json").exists():
         create(ready, preflight(options, data, settings))
-    with open_study(folder) as study:
+    with OpenStudy(folder) as study:
         study.begin(run_facts(ready, WandbOptions(mode="off"), {}, study.study))
         yield scheduler_of(ready, study.study), context_of(ready)

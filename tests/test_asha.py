@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from tunefleet.search.asha import WORST, Asha, least_epochs, rung_epochs
+from tunefleet.search.asha import WORST, Asha, rung_epochs
 
 WORST_FIRST = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 BEST_FIRST = WORST_FIRST[::-1]
@@ -264,18 +264,3 @@ def test_state_is_a_function_of_the_reports():
         again.record(*report)
     assert (first.values, first.promoted) == (again.values, again.promoted)
     assert first.values == {1: {"a": 0.3, "b": WORST, "c": 0.5}, 3: {"c": 0.6}}
-
-
-@pytest.mark.parametrize(
-    ("trials", "rungs", "epochs", "spent"),
-    [
-        (9, (1, 3), 9, 9 * 1 + 3 * 2 + 1 * 6),
-        (12, (1, 3), 9, 12 * 1 + 4 * 2 + 1 * 6),
-        (32, (1, 3, 9), 27, 32 * 1 + 10 * 2 + 3 * 6 + 1 * 18),
-        (2, (1, 3), 9, 2 * 1 + 1 * 2 + 1 * 6),  # at least one continues
-        (1, (1, 3), 9, 9),
-        (10, (), 9, 90),
-    ],
-)
-def test_expected_epochs_sum_over_the_rungs(trials, rungs, epochs, spent):
-    assert least_epochs(trials, rungs, 3, epochs) == spent

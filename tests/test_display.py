@@ -11,7 +11,7 @@ from rich.console import Console
 from tests.configs import make_options
 from tunefleet.journal import Journal
 from tunefleet.search.asha import Asha
-from tunefleet.search.display import PLAIN_SECONDS, Progress, counts, describe, finals, line, phase, table
+from tunefleet.search.display import PLAIN_SECONDS, Progress, counts, phase, table
 from tunefleet.search.scheduler import Scheduler
 from tunefleet.search.suggest import suggest
 
@@ -44,6 +44,11 @@ def progress(jobs, terminal):
     return Progress(jobs, make_options("softmax", trials=9, epochs=9, final_seeds=2), console)
 
 
+def rows(shown, seconds=10):
+    """What is shown some seconds after the beginning, by label."""
+    return dict(shown.rows(shown.began + seconds))
+
+
 def test_counts_tell_what_each_trial_is_doing(jobs):
     assert counts(jobs.searched, jobs) == {"paused": 1, "diverged": 1, "starting": 1}
     jobs.starting.discard("0002")  # a worker has it
@@ -54,11 +59,16 @@ def test_counts_tell_what_each_trial_is_doing(jobs):
 
 def test_plain_line_carries_trials_epochs_best_and_time(jobs):
     shown = progress(jobs, terminal=False)
-    text = line(shown.facts(shown.began + 10))
+    shown.began -= 10
+    shown.update()
+    text = shown.console.file.getvalue()
+    assert text.startswith(
+        "softmax search: trials 3 of 9 started; 1 starting, 1 paused, 1 diverged; no epoch"
+    )
     # 9 trials: at least 9·1 + 3·2 + 1·6 = 21 epochs, 22 on average, and 2 seeds of 9; both epochs were
     # reported before this display
-    assert "3/9 trials (1 diverged, 1 paused, 1 starting), no epoch done yet, 2/40 epochs" in text
-    assert "best val_accuracy 0.4321, 10 s" in text
+    assert "epochs 2 of about 40, 0 a second; time 10 s, left: unknown yet; best val_accuracy 0.4321" in text
+    assert "lr 0.01" in text
 
 
 def test_plain_lines_come_some_seconds_apart(jobs):
@@ -73,7 +83,7 @@ def test_plain_lines_come_some_seconds_apart(jobs):
 
 def test_table_fits_eighty_columns_and_names_the_best(jobs):
     shown = progress(jobs, terminal=True)
-    shown.console.print(table(shown.facts(shown.began + 10)))
+    shown.console.print(table("softmax search", shown.rows(shown.began + 10)))
     text = shown.console.file.getvalue()
     assert "0.4321 after 1 epoch (" in text
     assert "epoch 1: 2" in text
@@ -133,14 +143,13 @@ def test_the_best_that_is_shown_never_falls(jobs):
     jobs.report("0002", {"epoch": 1, "val_accuracy": 0.7})
     jobs.trials["0002"].reports[2] = {"epoch": 2, "val_accuracy": 0.2}
     shown = progress(jobs, terminal=False)
-    assert "best val_accuracy 0.7000" in line(shown.facts(shown.began + 10))
-    assert "0.7000 after 1 epoch (trial 0002" in describe(jobs.best_yet)
+    assert "val_accuracy 0.7000 after 1 epoch (trial 0002" in rows(shown)["best"]
 
 
 def test_a_value_of_zero_is_a_value(jobs):
     jobs.best_yet = None
     jobs.report("0002", {"epoch": 1, "val_accuracy": 0.0})
-    assert "0.0000 after 1 epoch (trial 0002" in describe(jobs.best_yet)
+    assert "0.0000 after 1 epoch (trial 0002" in rows(progress(jobs, terminal=False))["best"]
 
 
 def test_a_dumb_terminal_gets_lines(jobs, monkeypatch):
@@ -148,37 +157,42 @@ def test_a_dumb_terminal_gets_lines(jobs, monkeypatch):
     shown = progress(jobs, terminal=True)
     with shown:
         shown.update()
-    assert "softmax search: 3/9 trials" in " ".join(shown.console.file.getvalue().split())
+    assert "softmax search: trials 3 of 9" in " ".join(shown.console.file.getvalue().split())
 
 
 def test_eta_counts_the_epochs_of_this_run_only(jobs):
     shown = progress(jobs, terminal=False)
-    assert shown.facts(shown.began + 10)["eta"] is None  # resumed just now: no rate yet
+    assert rows(shown)["time"] == "10 s, left: unknown yet"  # resumed just now: no rate yet
     jobs.report("0002", {"epoch": 1, "val_accuracy": 0.1})
-    facts = shown.facts(shown.began + 10)
-    assert facts["epochs_per_second"] == pytest.approx(0.1)
-    assert facts["eta"] == pytest.approx((40 - 3) / 0.1)
+    assert rows(shown)["epochs"] == "3 of about 40, 0.1 a second"
+    assert rows(shown)["time"] == "10 s, left: 6 min 10 s"  # 37 epochs
 
 
 def test_the_forecast_of_a_continued_study_counts_what_is_trained_again_and_no_earlier_seeds(jobs):
     shown = progress(jobs, terminal=False)
-    total = shown.facts(1.0)["expected_epochs"]
+
+    def epochs():
+        done, total = re.match(r"(\d+) of about (\d+)", rows(shown)["epochs"]).groups()
+        return int(done), int(total)
+
+    _, total = epochs()
     jobs.without_checkpoint = {"0000"}
     jobs.trials["0000"].reports[6] = {"epoch": 6, "val_accuracy": 0.4}
-    assert shown.facts(1.0)["expected_epochs"] == total + 6 // 3  # one of eta is promoted
+    assert epochs()[1] == total + 6 // 3  # one of eta is promoted
     jobs._job("0000")  # it is, now
-    assert shown.facts(1.0)["expected_epochs"] == total
+    assert epochs()[1] == total
     jobs.running.clear()
     jobs.report("0000", {"epoch": 9, "val_accuracy": 0.5, "status": "done"})
     jobs.search_is_over = True
     for _ in range(2):
         job = jobs.next_job()
         jobs.report(job.trial_id, {"epoch": 9, "status": "done", "test_accuracy": 0.5})
-    assert finals(shown.facts(1.0)).startswith("2 of 2 seeds done")
-    left = shown.facts(1.0)["expected_epochs"] - shown.facts(1.0)["epochs"]
+    assert rows(shown)["final"].startswith("2 of 2 seeds done")
+    done, total = epochs()
     jobs.report("0002", {"epoch": 9, "val_accuracy": 0.7, "status": "done"})  # another winner
-    assert finals(shown.facts(1.0)).startswith("0 of 2 seeds done")
-    assert shown.facts(1.0)["expected_epochs"] - shown.facts(1.0)["epochs"] == left + 2 * 9
+    assert rows(shown)["final"].startswith("0 of 2 seeds done")
+    later, now = epochs()
+    assert now - later == total - done + 2 * 9
 
 
 def test_a_seed_on_the_test_images_counts_in_what_is_left(jobs):
@@ -191,14 +205,14 @@ def test_a_seed_on_the_test_images_counts_in_what_is_left(jobs):
         for epoch in range(1, 9):
             jobs.report(job.trial_id, {"epoch": epoch, "val_accuracy": None})
     jobs.report(first.trial_id, {"phase": "testing"})
-    facts = shown.facts(shown.began + 10)
-    assert facts["testing"] == 1
-    assert facts["eta"] is None  # nobody knows how long a test takes
+    assert rows(shown)["final"] == "0 of 2 seeds done, 1 training, 1 on the test images"
+    assert rows(shown)["time"] == "10 s, left: unknown yet"  # nobody knows how long a test takes
     jobs.report(first.trial_id, {"epoch": 9, "status": "done", "test_accuracy": 0.5})
-    assert shown.facts(shown.began + 70)["eta"] >= 60  # the other seed's
+    # 1 epoch at 26 in 70 s, and the other seed's test, of 60 s
+    assert rows(shown, 70)["time"] == "1 min 10 s, left: 1 min 03 s"
     jobs.report(second.trial_id, {"phase": "testing"})
-    shown.facts(shown.began + 80)
-    assert 25 <= shown.facts(shown.began + 110)["eta"] <= 40
+    rows(shown, 80)
+    assert rows(shown, 110)["time"] == "1 min 50 s, left: 34 s"  # 1 epoch at 26 in 110 s, 30 s of a test
 
 
 def test_a_log_says_at_once_what_begins_and_how_much_it_is():
@@ -232,4 +246,4 @@ def test_a_phase_is_shown_on_every_terminal(encoding, terminal, monkeypatch):
 
 def test_the_best_reads_1_only_where_it_is(jobs):
     jobs.report("0002", {"epoch": 1, "val_accuracy": 0.99996})
-    assert "0.99996 after 1 epoch" in describe(jobs.best_yet)
+    assert "0.99996 after 1 epoch" in rows(progress(jobs, terminal=False))["best"]

@@ -84,13 +84,13 @@ def test_lease_is_renewed_until_it_is_given_back(storage):
 
 def test_lease_of_a_dead_process_of_this_host_is_taken_at_once(storage):
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    write_lease(storage, **module._host(), pid=process.pid, started=module._started(process.pid))
+    write_lease(storage, **module._host(), pid=process.pid, started=module.process_start(process.pid))
     with pytest.raises(
         ValueError, match=rf"is driven by process {process.pid} on .*; wait for it or stop it"
     ):
         check_lease(storage)
     process.kill()  # and nobody has waited for it: a zombie is dead
-    until(lambda: module._started(process.pid) is None)
+    until(lambda: module.process_start(process.pid) is None)
     lease = Lease(storage, pytest.fail)
     lease.take()
     assert not lease.lost
@@ -262,7 +262,7 @@ def test_mirror_by_hand_does_not_replace_what_another_driver_has_continued(stora
     storage.write((tmp_path / "other" / "reports.jsonl").read_bytes(), "reports.jsonl")
     assert mirror_command([str(tmp_path / "study")]) == 2
     assert "knows more of the study" in capsys.readouterr().err
-    write_lease(storage, **module._host(), pid=os.getppid(), started=module._started(os.getppid()))
+    write_lease(storage, **module._host(), pid=os.getppid(), started=module.process_start(os.getppid()))
     assert mirror_command([str(tmp_path / "study")]) == 2
     assert "is driven by process" in capsys.readouterr().err
 

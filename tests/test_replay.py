@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from tests.configs import least_epochs
 from tests.made_study import spec, write_events
 from tunefleet.benchmarks.curves import Curves
 from tunefleet.benchmarks.replay import (
@@ -21,7 +22,7 @@ from tunefleet.benchmarks.replay import (
     reports_of,
 )
 from tunefleet.benchmarks.schedulers import REFERENCE, SCHEDULERS, simulate
-from tunefleet.search.asha import least_epochs, rung_epochs
+from tunefleet.search.asha import rung_epochs
 from tunefleet.study import write_study
 
 NAN = math.nan

@@ -9,10 +9,11 @@ import random
 import pytest
 from ray import tune
 
+from tests.configs import least_epochs
 from tests.made_study import spec
 from tunefleet.journal import FINAL, Journal, records, winner
 from tunefleet.metric import ACCURACY
-from tunefleet.search.asha import PRUNERS, Asha, least_epochs, rung_epochs
+from tunefleet.search.asha import PRUNERS, Asha, rung_epochs
 from tunefleet.search.scheduler import Scheduler
 from tunefleet.search.suggest import SEARCHERS, Observation, suggest
 from tunefleet.study import write_study, write_tables

@@ -91,3 +91,13 @@ def write_whole(file: Path, content: bytes) -> None:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def read_whole(file: Path) -> bytes | None:
+    """Return the content of a study's file; None where there is none. ValueError: it cannot be read."""
+    try:
+        return file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error}); restore it from a copy") from None

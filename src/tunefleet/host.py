@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -40,14 +39,15 @@ def oom_kills(root: Path = ROOT) -> int:
     return max(counts)
 
 
+def process_start(pid: int) -> str | None:
+    """Return when a process started, in ticks since the boot; None: it has ended."""
+    fields = contents_of(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
+    return None if not fields or fields[0] in "ZX" else fields[19]  # a zombie, dead
+
+
 def hidden_by_environment() -> bool:
     """Return whether CUDA_VISIBLE_DEVICES hides every GPU."""
     return os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in HIDDEN
-
-
-def may_be_used() -> bool:
-    """Return whether this host may have a usable GPU, without importing CUDA: whether there is a driver."""
-    return not hidden_by_environment() and bool(shutil.which("nvidia-smi") or _listed_by_kernel())
 
 
 def driver_gpus() -> tuple[dict[str, str], str]:

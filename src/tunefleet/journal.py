@@ -1,21 +1,8 @@
 """reports.jsonl: what happened in a study, one JSON line per event, appended before anything acts on it.
 
-Six kinds of line, distinguished by their keys, in the order in which they happened:
-
-- a process begins to run the study: ``{"run": {…}}``, what differs from study.json and from earlier runs
-- a trial starts: ``{"trial_id", "epoch": 0, "config"}``
-- a report: ``{"trial_id", "epoch": n, "val_accuracy", …}``, its last one with a ``"status"``
-- a paused trial continues: ``{"trial_id", "promoted_from": rung}``
-- a trial's worker is lost, and another continues the trial: ``{"trial_id", "lost": cause, "error"}``, with
-  its ``"gpu"`` where it was on one
-- a trial ends without a report: ``{"trial_id", "status", "error"}``
-
-Each line ends with its number ``"n"`` and with ``"crc"``, the CRC-32 of what precedes it, so a line that was
-changed, lost, repeated or moved is noticed. A journal whose first line has neither is of the old form: it is
-read as it is, and continued without them.
-
-Rungs, tables and resuming are rebuilt from this file alone. A repeated (trial, epoch) replaces the
-earlier line. Numbers that are not finite are null, so every line is JSON to every reader.
+README.md lists the kinds of lines. Each ends with its number ``"n"`` and with ``"crc"``, the CRC-32 of what
+precedes it; a journal whose first line has neither is of the old form, and is read and continued as it is.
+Rungs, tables and resuming are rebuilt from this file alone. A repeated (trial, epoch) replaces the earlier.
 """
 
 from __future__ import annotations
@@ -32,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tunefleet.cli import shell
-from tunefleet.files import write_whole
+from tunefleet.files import read_whole, write_whole
 from tunefleet.metric import ACCURACY, Metric
 
 FINAL = "final-"  # trial ids of the winner's retrained seeds begin so
@@ -109,7 +96,8 @@ class Journal:
         for number, line in enumerate(lines, start=1):
             try:
                 event = _opened(line, number) if numbered else _parsed(line)
-                _check(event, started)
+                if not numbered:
+                    _check(event, started)
             except (ValueError, RecursionError) as error:
                 raise DamagedError(
                     f"{self.file} line {number} is damaged ({error}); {self._remedy(number - 1)}"
@@ -156,12 +144,7 @@ class Journal:
 
     def _lines(self) -> list[bytes]:
         """Return the file's lines, the last one being what follows the last line end."""
-        try:
-            return self.file.read_bytes().split(b"\n")
-        except FileNotFoundError:
-            return [b""]
-        except OSError as error:
-            raise ValueError(f"{self.file} cannot be read ({error}); restore it from a copy") from None
+        return (read_whole(self.file) or b"").split(b"\n")
 
 
 def _line(event: dict[str, Any], last: int) -> bytes:
@@ -195,48 +178,30 @@ def _parsed(line: bytes) -> dict[str, Any]:
 
 
 def _check(event: dict[str, Any], started: set[str]) -> None:
-    """Raise ValueError for an event that no study writes after the trials started so far."""
-    if "run" in event:
-        if event.keys() != {"run"} or not isinstance(event["run"], dict):
-            raise ValueError("it is no run of a study")
-        return
+    """Raise ValueError for a line of the old form that no study writes after the trials started so far."""
     trial_id, epoch, status = event.get("trial_id"), event.get("epoch"), event.get("status")
-    if not isinstance(trial_id, str) or not re.fullmatch(r"[\w-]+", trial_id):
+    if "run" in event:
+        whole = event.keys() == {"run"} and isinstance(event["run"], dict)
+    elif not isinstance(trial_id, str) or not re.fullmatch(r"[\w-]+", trial_id):
         raise ValueError("it names no trial")
-    if _is_count(epoch) and epoch == 0:
-        if event.keys() != {"trial_id", "epoch", "config"} or not isinstance(event["config"], dict):
-            raise ValueError("it is no start of a trial")
-        if trial_id in started:
-            raise ValueError(f"trial {trial_id} starts a second time")
+    elif (trial_id in started) == (epoch == 0):
+        raise ValueError(f"trial {trial_id} {'starts a second time' if epoch == 0 else 'has not started'}")
+    elif epoch == 0:
+        whole = event.keys() == {"trial_id", "epoch", "config"} and isinstance(event["config"], dict)
         started.add(trial_id)
-        return
-    if trial_id not in started:
-        raise ValueError(f"trial {trial_id} has not started")
-    if "epoch" in event:
-        tested = trial_id.startswith(FINAL) and status in ("done", "diverged")
-        whole = (
-            _is_count(epoch)
-            and status in (None, *STATUSES)
-            and all(_is_number(event, name) for name in NUMBERS)
-            and not (tested and event.get("test_accuracy") is None and "tested" not in event)
-        )
-    elif "promoted_from" in event:
-        whole = _is_count(event["promoted_from"])
-    elif "lost" in event:
-        whole = isinstance(event["lost"], str)
     else:
-        whole = status in STATUSES
+        counts = [event[name] for name in ("epoch", "promoted_from") if name in event]
+        numbers = [event[name] for name in NUMBERS if event.get(name) is not None]
+        untested = event.get("test_accuracy") is None and "tested" not in event
+        whole = (
+            (status in STATUSES or (status is None and bool(counts or "lost" in event)))
+            and all(type(count) is int and 0 <= count < 2**31 for count in counts)
+            and all(type(x) in (int, float) and abs(x) <= sys.float_info.max for x in numbers)
+            and isinstance(event.get("lost", ""), str)
+            and not (trial_id.startswith(FINAL) and status in ("done", "diverged") and untested)
+        )
     if not whole:
         raise ValueError("it is no event of a study")
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**31
-
-
-def _is_number(event: dict[str, Any], name: str) -> bool:
-    value = event.get(name)
-    return value is None or (type(value) in (int, float) and abs(value) <= sys.float_info.max)
 
 
 def finite(value: Any) -> Any:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tunefleet.host import process_start
 from tunefleet.store import BRIEF_SECONDS, Store, StoreError
 
 NAME = "lease.json"
@@ -39,7 +40,7 @@ class Lease:
         self.lost = ""  # to which driver, in a sentence
         self._failing: tuple[float, str] | None = None  # since when the store is out of reach, and why
         pid = os.getpid()
-        self._identity = {"id": uuid.uuid4().hex, "pid": pid, "started": _started(pid), **_host()}
+        self._identity = {"id": uuid.uuid4().hex, "pid": pid, "started": process_start(pid), **_host()}
         self._ended, self._writing = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
@@ -155,7 +156,7 @@ def check_lease(store: Store) -> dict[str, Any] | None:
     found = read_lease(store)
     if not found or found.get("host") != _host()["host"]:
         return found
-    if found["pid"] == os.getpid() or _started(found["pid"]) != found.get("started"):
+    if found["pid"] == os.getpid() or process_start(found["pid"]) != found.get("started"):
         return None  # it has ended, or was this very process, at an earlier attempt
     raise ValueError(f"{store.location} is driven by {_named(found)}; wait for it or stop it")
 
@@ -169,12 +170,3 @@ def _host() -> dict[str, str]:
     name = socket.gethostname()
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return {"name": name, "host": f"{name} {boot} {Path('/proc/self/ns/pid').readlink()}"}
-
-
-def _started(pid: int) -> str | None:
-    """Return when a process started, in ticks since the boot; None: it has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]  # a zombie, dead

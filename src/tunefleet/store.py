@@ -13,6 +13,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -197,27 +198,23 @@ def within(seconds: float, action: Callable[[], T], given_up: threading.Event | 
     Raises:
         TimeoutError: It does not return, and its thread is left behind.
     """
-    results: list[T] = []
-    errors: list[BaseException] = []
+    future: Future[T] = Future()
 
     def run() -> None:
         try:
-            results.append(action())
+            future.set_result(action())
         except BaseException as error:  # noqa: BLE001  raised below, in the thread that waits
-            errors.append(error)
+            future.set_exception(error)
 
-    thread = threading.Thread(target=run, name="limited", daemon=True)
-    thread.start()
+    threading.Thread(target=run, name="limited", daemon=True).start()
     end = time.monotonic() + seconds
-    while thread.is_alive() and (left := end - time.monotonic()) > 0:
+    while not future.done():
         if given_up and given_up.is_set():
             raise TimeoutError("interrupted")
-        thread.join(min(left, GIVEN_UP_SECONDS))
-    if errors:
-        raise errors[0]
-    if not results:
-        raise TimeoutError(f"no answer within {seconds:.0f} s")
-    return results[0]
+        if (left := end - time.monotonic()) <= 0:
+            raise TimeoutError(f"no answer within {seconds:.0f} s")
+        wait([future], min(left, GIVEN_UP_SECONDS))
+    return future.result()
 
 
 def reason(error: BaseException) -> str:

@@ -16,7 +16,7 @@ import math
 import operator
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from tunefleet import lookup
 from tunefleet.cli import counted, expanded, writing
-from tunefleet.files import holding, locked, write_whole
+from tunefleet.files import holding, locked, read_whole, write_whole
 from tunefleet.journal import Journal, TrialRecord, finite, records, winner
 from tunefleet.metric import ACCURACY, Metric
 
@@ -275,7 +275,7 @@ def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         ValueError: There is no study, or a file is damaged.
     """
-    content, result = _read(folder / "study.json"), _read(folder / "result.json")
+    content, result = read_whole(folder / "study.json"), read_whole(folder / "result.json")
     if content is None:
         raise ValueError(f"{folder} holds no study: there is no study.json in it")
     spec = parse(content, str(folder / "study.json"), SPEC)
@@ -337,7 +337,9 @@ def write_tables(folder: Path, **standing: Any) -> Study:
     Raises:
         ValueError: As ``Study``.
     """
-    with _alone(folder):
+    with contextlib.ExitStack() as stack:  # another process may write them, from an older journal
+        with contextlib.suppress(Timeout):  # the other one was stopped; a study's end does not wait for it
+            stack.enter_context(holding(folder / ".collect.lock", TABLE_SECONDS))
         study = Study(folder)
         if standing:
             write_result(study, **standing)
@@ -363,28 +365,9 @@ def lock_study(folder: Path) -> FileLock:
         raise ValueError(f"{folder} cannot be locked ({error}); give a folder on another disk") from None
 
 
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Context manager: no other process writes the tables meanwhile, from an older journal."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(Timeout):  # the other one was stopped; a study's end does not wait for it
-            stack.enter_context(holding(folder / ".collect.lock", TABLE_SECONDS))
-        yield
-
-
 def _spec(content: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Return study.json with what later runs changed, without the results that old ones hold."""
-    old = (
-        "status",
-        "seconds",
-        "events",
-        "trials",
-        "statuses",
-        "epochs_spent",
-        "epochs_unpruned",
-        "lost_workers",
-    )
-    spec = {k: v for k, v in content.items() if k not in (*old, "busy_fraction", "best", "final", "lr_study")}
+    spec = {k: v for k, v in content.items() if k not in RESULTS}
     for run in runs:
         new = {key: value for key, value in run.items() if key != "at"}
         spec |= new | {"options": spec["options"] | run.get("options", {})}
@@ -525,15 +508,6 @@ def _reports(trials: Iterable[TrialRecord], metric: Metric) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(columns)).astype(columns)
 
 
-def _read(file: Path) -> bytes | None:
-    try:
-        return file.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read ({error}); restore it from a copy") from None
-
-
 def parse(content: bytes, location: str, shape: dict[str, Any]) -> dict[str, Any]:
     """Return what a JSON file of a study holds, without its checksum.
 
@@ -566,27 +540,24 @@ def _crc(content: str) -> str:
     return f"{zlib.crc32(content.encode()):08x}"
 
 
-def _check(found: Any, shape: Any, location: str) -> None:
+def _check(value: Any, shape: Any, location: str, name: str = "it") -> None:
     """Raise ValueError where a file does not hold what it has to."""
-    try:
-        _check_value(found, shape, "it")
-    except ValueError as error:
-        raise ValueError(f"{location} is damaged ({error}); restore it from a copy") from None
-
-
-def _check_value(value: Any, shape: Any, name: str) -> None:
     if isinstance(shape, tuple):
-        return None if value is None else _check_value(value, shape[1], name)
+        if value is None:
+            return
+        shape = shape[1]
     kind: Any = dict if isinstance(shape, dict) else list if isinstance(shape, list) else shape
     fits = isinstance(value, (int, float) if kind is float else kind)
+    error = ""
     if not fits or isinstance(value, bool) != (kind is bool):  # a bool is an int to Python
-        raise ValueError(f"{name} is {str(value)[:40]!r}, and has to be {KINDS[kind]}")
-    if isinstance(shape, dict):
+        error = f"{name} is {str(value)[:40]!r}, and has to be {KINDS[kind]}"
+    elif kind is dict and (lacking := [key for key in shape if key not in value]):
+        error = f"{name} lacks {lacking[0]}"
+    if error:
+        raise ValueError(f"{location} is damaged ({error}); restore it from a copy")
+    if kind is dict:
         for key, of in shape.items():
-            if key not in value:
-                raise ValueError(f"{name} lacks {key}")
-            _check_value(value[key], of, key)
-    elif isinstance(shape, list):
+            _check(value[key], of, location, key)
+    elif kind is list:
         for item in value:
-            _check_value(item, shape[0], name)
-    return None
+            _check(item, shape[0], location, name)
