@@ -2,6 +2,7 @@
 
 import pickle
 import sys
+from pathlib import Path
 
 import pytest
 from ray import tune
@@ -10,6 +11,7 @@ from tunefleet.models import sources
 from tunefleet.models.sources import collected, pickled, restored, write
 from tunefleet.models.space import Space
 from tunefleet.models.spaces import find_space
+from tunefleet.search.options import StudyOptions
 
 FILE = """
 from ray import tune
@@ -157,3 +159,22 @@ def test_a_script_that_searches_when_it_is_imported_is_one_line(folder):
     with pytest.raises(ValueError, match=r"mine\.py line \d+: .*under: if __name__ == '__main__':") as error:
         find_space("mine.py")
     assert "\n" not in str(error.value)
+
+
+def test_an_argument_is_added_to_a_persons_network_in_one_line_of_one_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(
+        "from ray import tune\nfrom torch import nn\nfrom tunefleet import Space\n\n"
+        "def layers(classes, *others):\n"
+        "    return nn.Sequential(nn.Flatten(), *others, nn.LazyLinear(classes))\n\n"
+        "space = Space(lambda n, s: layers(n), {'lr': tune.choice([0.1])})\n"
+    )
+    assert list(find_space("mine.py").ranges) == ["lr"]
+    *others, _ = Path("mine.py").read_text().splitlines()
+    line = "space = Space(lambda n, s, rate: layers(n, nn.Dropout(rate)), {'rate': tune.uniform(0.1, 0.9)})"
+    Path("mine.py").write_text("\n".join([*others, line]))
+    options = StudyOptions(find_space("mine.py"), image_size=32)
+    values = options.fixed_values() | options.suggest(0, [])
+    assert values["rate"] == 0.5
+    assert options.space.network(2, (3, 8, 8), options.space.config(values))[1].p == 0.5
+    assert options.space.parse("rate", "0.25") == 0.25
