@@ -11,6 +11,7 @@ from sklearn.datasets import load_digits
 
 from tests.conftest import ROOT
 from tests.images import pack
+from tunefleet.study import Study
 
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -41,6 +42,8 @@ def run_blocks(name, folder, data_dir):
         done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{text}\n{done.stdout}{done.stderr}"
         outputs.append(done.stdout)
+    studies = [Study(file.parent) for file in folder.rglob("study.json")]
+    assert all(len(study.searched) <= 2 for study in studies)  # they are to be quick
     return outputs
 
 
@@ -91,7 +94,7 @@ def test_the_blocks_of_own_network_run(tmp_path, data_dir):
 @pytest.mark.ray
 def test_the_blocks_of_python_run(tmp_path, data_dir):
     (printed,) = run_blocks("python.md", tmp_path, data_dir)
-    assert printed.splitlines()[-1] == "3"
+    assert printed.splitlines()[-1] == "2"
 
 
 @pytest.mark.slow

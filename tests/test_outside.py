@@ -7,10 +7,12 @@ import sys
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from tunefleet.study import Study
+from tunefleet.trainables.data import draw_test
 
 pytestmark = pytest.mark.ray
 
@@ -91,7 +93,7 @@ space = Space(
     ranges={"lr": tune.choice([0.01, 0.03, 1e6]), "width": tune.choice([4, 13, 16])},
     metric="val_mse",
     mode="min",
-    trials=10,
+    trials=16,
     epochs=9,
 )
 """
@@ -99,19 +101,24 @@ space = Space(
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder with mine.py, a models.py that it imports, and 300 small JPEGs of two classes."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text(MINE)
-    (tmp_path / "models.py").write_text(MODELS)
     (tmp_path / "own.py").write_text(OWN)
+    return write_strangers_files(tmp_path)
+
+
+def write_strangers_files(folder):
+    """Writes mine.py, a models.py that it imports, and 300 small JPEGs of two classes."""
+    folder.mkdir(exist_ok=True)
+    (folder / "mine.py").write_text(MINE)
+    (folder / "models.py").write_text(MODELS)
     rng = np.random.default_rng(0)
     for k in range(300):
         name = ("dark", "light")[k % 2]
-        file = tmp_path / "photos" / name / f"{k}.jpg"
+        file = folder / "photos" / name / f"{k}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 128, (24, 24, 3), dtype=np.uint8) + np.uint8(100 * (k % 2))
         Image.fromarray(pixels).save(file)
-    return tmp_path
+    return folder
 
 
 def tunefleet(folder, *words, **options):
@@ -167,6 +174,11 @@ def test_a_strangers_network_from_search_to_report(folder):
     table = done(tunefleet(folder, "predict", "study", "photos")).splitlines()
     assert (len(table), table[0]) == (1 + 300, "path,class,p_dark,p_light")
     assert sum(row.split("/")[1] == row.split(",")[1] for row in table[1:]) > 0.8 * 300
+    labels = [row.split("/")[1] == "light" for row in table[1:]]
+    ours = pd.DataFrame([row.split(",") for row in table[1:]])[draw_test(np.array(labels))]
+    tested = pd.read_parquet(folder / "study" / "best" / "predictions.parquet")
+    assert ours[1].tolist() == [("dark", "light")[k] for k in tested["predicted"]]
+    np.testing.assert_allclose(ours[[2, 3]].astype(float), tested[["p0", "p1"]], atol=1e-3)
     assert "probabilities (N, 2)" in done(tunefleet(folder, "export", "study", "model.pt2"))
 
 
@@ -195,7 +207,7 @@ def test_a_training_of_its_own_is_searched_pruned_killed_and_tested(folder):
         "--study-dir",
         "study",
         "--wandb",
-        "off",
+        "offline",
         "--final-seeds",
         2,
         "--concurrency",
@@ -220,6 +232,16 @@ def test_a_training_of_its_own_is_searched_pruned_killed_and_tested(folder):
         assert sorted(set(epochs)) == list(range(1, trial.epoch + 1))  # promoted and resumed ones append
         if trial.status == "error":
             assert trial.error.startswith(f"what it printed is in logs/{trial.trial_id}.txt\n")
+    assert len(study.searched) == 16  # the last six of them TPE's
+    low, high = study.test["interval95"]
+    assert low < study.test["mean"] < high
+    assert list((folder / "study" / "wandb").glob("offline-run-*"))
+    done(tunefleet(folder, "report", "study"))
+    page = (folder / "study" / "report.html").read_text()
+    assert "val_mse" in page
+    assert "Misclassified" not in page
+    assert "tensorboard" in done(tunefleet(folder, "report", "study", "--tensorboard"))
+    assert "added to" in done(tunefleet(folder, "report", "study", "--optuna", "sqlite:///all.db"))
     assert study.model().test() == pytest.approx(study.test["values"][0])
     assert "best val_mse" in out
     assert "test_mse" in out

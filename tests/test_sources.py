@@ -5,6 +5,7 @@ import importlib
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -15,6 +16,7 @@ from tunefleet.models.origin import of_module, pickled
 from tunefleet.models.sources import collected, restored, write
 from tunefleet.models.space import Space
 from tunefleet.models.spaces import find_space
+from tunefleet.search.options import StudyOptions
 
 FILE = """
 from ray import tune
@@ -255,3 +257,22 @@ print(pickle.load(sys.stdin.buffer).build.__globals__["helper"].features((3, 2))
         [sys.executable, "-c", code], input=content, cwd="elsewhere", stdout=subprocess.PIPE
     )
     assert done.stdout == b"6\n"
+
+
+def test_an_argument_is_added_to_a_persons_network_in_one_line_of_one_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(
+        "from ray import tune\nfrom torch import nn\nfrom tunefleet import Space\n\n"
+        "def layers(classes, *others):\n"
+        "    return nn.Sequential(nn.Flatten(), *others, nn.LazyLinear(classes))\n\n"
+        "space = Space(lambda n, s: layers(n), {'lr': tune.choice([0.1])})\n"
+    )
+    assert list(find_space("mine.py").ranges) == ["lr"]
+    *others, _ = Path("mine.py").read_text().splitlines()
+    line = "space = Space(lambda n, s, rate: layers(n, nn.Dropout(rate)), {'rate': tune.uniform(0.1, 0.9)})"
+    Path("mine.py").write_text("\n".join([*others, line]))
+    options = StudyOptions(find_space("mine.py"), image_size=32)
+    values = options.fixed_values() | options.suggest(0, [])
+    assert values["rate"] == 0.5
+    assert options.space.network(2, (3, 8, 8), options.space.config(values))[1].p == 0.5
+    assert options.space.parse("rate", "0.25") == 0.25

@@ -3,11 +3,13 @@
 import csv
 import json
 import os
+import shutil
 
 import pytest
 
 from tests.cluster.lab import Lab, until, why_not
 from tests.cluster.test_files import load
+from tests.test_outside import write_strangers_files
 
 pytestmark = [
     pytest.mark.cluster,
@@ -18,8 +20,11 @@ FILE = "cluster/onprem.yaml"
 V1 = {"RAY_UP_enable_autoscaler_v2": "0"}
 PROVIDER = load("onprem.yaml")["provider"]
 HEAD, WORKERS = PROVIDER["head_ip"], PROVIDER["worker_ips"]
+SUBMIT = (
+    *("ray", "job", "submit", "--address", "http://127.0.0.1:8265", "--working-dir", "src", "--"),
+    *("python", "-m", "tunefleet"),
+)
 OWN = "/run/tunefleet"  # a folder that each machine has for itself
-SERVER = "http://127.0.0.1:8265"
 
 
 def test_a_study_runs_on_two_workers_by_ssh():
@@ -36,8 +41,7 @@ def test_a_study_runs_on_two_workers_by_ssh():
 
         until(all_joined, 120, every=3)
         printed = lab.run(
-            *("ray", "job", "submit", "--address", SERVER, "--working-dir", "src", "--"),
-            *("python", "-m", "tunefleet", "search", "softmax", "--data", "digits", "--storage", lab.shared),
+            *(*SUBMIT, "search", "softmax", "--data", "digits", "--storage", lab.shared),
             *("--data-dir", OWN),
             *("--trials", 8, "--epochs", 9, "--final-seeds", 1, "--cpus-per-trial", cpus),  # one per worker
             timeout=180,
@@ -50,6 +54,7 @@ def test_a_study_runs_on_two_workers_by_ssh():
         assert {trial["status"] for trial in trials} <= {"done", "pruned", "diverged"}
         assert {trial["node"] for trial in trials} == {f"node-{ip.replace('.', '-')}" for ip in WORKERS}
         assert json.loads((study / "result.json").read_text())["status"] == "done"
+        _search_a_strangers_network(lab, cpus)
         for address in WORKERS:  # the head decoded them, and its /run is not theirs
             assert "data.json" in lab.ssh(address, f"ls {OWN}/decoded/*"), "no images were sent"
         for address in (HEAD, *WORKERS):
@@ -58,3 +63,27 @@ def test_a_study_runs_on_two_workers_by_ssh():
             assert (home / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
         lab.run("ray", "down", "-y", FILE, env=V1, timeout=90)
         assert not lab.processes(HEAD, "raylet"), "ray down left Ray on the head"
+
+
+def _search_a_strangers_network(lab: Lab, cpus: int) -> None:
+    """mine.py and its neighbour, which no worker has: searched, predicted with and exported."""
+    given, studies = write_strangers_files(lab.shared / "given"), lab.shared / "studies"
+    lab.ssh(HEAD, f"cp -r {given} /run/mine")
+    shutil.move(given / "photos", lab.laptop / "photos")
+    shutil.rmtree(given)
+    printed = lab.run(
+        *(*SUBMIT, "search", "/run/mine/mine.py", "--data", "/run/mine/photos", "--storage", studies),
+        *("--data-dir", OWN, "--trials", 4, "--epochs", 3, "--final-seeds", 1, "--cpus-per-trial", cpus),
+        timeout=180,
+    )
+    assert "test_accuracy" in printed
+    (study,) = studies.iterdir()
+    with (study / "trials.csv").open() as file:
+        assert {row["status"] for row in csv.DictReader(file)} <= {"done", "pruned", "diverged"}
+    here = ("python", "-m", "tunefleet")
+    table = lab.run(
+        *here, "predict", study, lab.laptop / "photos", "--data-dir", lab.laptop / "data", timeout=90
+    )
+    assert len(table.splitlines()) == 1 + 300
+    exported = lab.run(*here, "export", study, lab.laptop / "mine.pt2", timeout=90)
+    assert "probabilities (N, 2)" in exported
