@@ -42,12 +42,7 @@ def rung_epochs(grace: int, eta: int, epochs: int) -> tuple[int, ...]:
 
 
 class Asha:
-    """The rungs of one study.
-
-    Args:
-        rungs: Epochs at which to decide, rising; none means no pruning.
-        eta: Keep the top 1/eta of the trials at each rung.
-    """
+    """The rungs of one study: rising epochs, none without pruning, each with its top 1/eta of the trials."""
 
     def __init__(self, rungs: tuple[int, ...], eta: int) -> None:
         self.rungs = rungs

@@ -130,10 +130,6 @@ def list_space(space: Space, console: Console) -> int:
 def phase(console: Console, text: str) -> Iterator[Callable[[str, int, int], None]]:
     """Context manager: show a phase before the trials, in place in a terminal, as lines elsewhere.
 
-    Args:
-        console: Where to.
-        text: The phase.
-
     Gives ``progress(step, done, total)``, which shows a part of the phase and its count of images; 0 of 0 for
     a part without one.
     """
@@ -200,11 +196,8 @@ class NotebookOutput:
 class Progress:
     """Shows one study; ``update`` may be called as often as one likes.
 
-    Args:
-        jobs: The study.
-        options: The study's.
-        console: Where to; a terminal and a notebook get the table, in place, anything else plain lines.
-        trouble: Returns what the study waits for, in a few words; nothing where it does not.
+    A terminal and a notebook get the table, in place, anything else plain lines. ``trouble`` returns what the
+    study waits for, in a few words; nothing where it does not.
     """
 
     def __init__(

@@ -57,10 +57,8 @@ CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN
 class Workers:
     """Where each trial is at work, and what its reports and its loss mean. Outlives the rounds.
 
-    Args:
-        jobs: The study's decisions.
-        slots: Returns how many trials may be at work.
-        nodes: Excludes nodes; None: where trials run is not Tune's to say.
+    ``slots`` returns how many trials may be at work; ``nodes`` excludes nodes that fail (None: none is
+    excluded).
     """
 
     def __init__(self, jobs: Scheduler, slots: Callable[[], int], nodes: NodeFailures | None) -> None:
@@ -243,12 +241,7 @@ class JobSearcher(Searcher):
 
 
 class TuneScheduler(FIFOScheduler):
-    """Pass reports and losses on, and stop a trial when the study does.
-
-    Args:
-        workers: To which they are passed.
-        share: A trial's resources, for the placement of trials that avoid a node.
-    """
+    """Pass reports and losses on, and stop a trial when the study does; ``share`` is a trial's resources."""
 
     def __init__(self, workers: Workers, share: dict[str, float]) -> None:
         super().__init__()
@@ -345,13 +338,9 @@ class WithoutRaylets:
 def run_jobs(
     jobs: Scheduler, context: TrialContext, *, resources: Resources, on_step: Callable[[], None]
 ) -> None:
-    """Run all jobs of a study on the connected Ray cluster; return when none is left.
+    """Run all jobs of a study on the connected Ray; return when none is left.
 
-    Args:
-        jobs: The study's decisions.
-        context: What its trials share.
-        resources: How many trials run at once, and what each gets.
-        on_step: Called without arguments at each turn of the loop.
+    ``on_step`` is called at each turn of the loop.
     """
     if resources.workers == 1:
         share = tune.PlacementGroupFactory([resources.of_worker])

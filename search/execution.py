@@ -148,10 +148,8 @@ class OpenStudy:
     def end(self, status: str) -> bool:
         """Write the study's tables, status and seconds, and release its lock; only the first call does.
 
-        Of a study that had ended earlier and has not begun again, nothing is written.
-
-        Returns:
-            Whether it had begun.
+        Of a study that had ended earlier and has not begun again, nothing is written. Return whether it had
+        begun.
         """
         with self._ending:
             try:
@@ -167,14 +165,7 @@ class OpenStudy:
 
 
 def run(ready: Ready, session: Session, wandb: WandbOptions, changes: Mapping[str, Any]) -> int:
-    """Run a study to its end, or until it is stopped, and print its results; return the exit code.
-
-    Args:
-        ready: The study.
-        session: The command.
-        wandb: What is uploaded to W&B.
-        changes: Options that were given when it was resumed.
-    """
+    """Run a study to its end, or until it is stopped, and print its results; return the exit code."""
     options, console = ready.options, session.console
     _print_start(ready, console)
     live_upload = LiveUpload(ready.folder, wandb)

@@ -114,8 +114,7 @@ def named(node_ids: frozenset[str]) -> str:
 class NodeFailures:
     """Exclude nodes that fail whatever trial they get, while there are others.
 
-    Args:
-        alive: Returns the ids of the nodes there are.
+    ``alive`` returns the ids of all nodes that are up.
     """
 
     def __init__(self, alive: Callable[[], frozenset[str]] = alive) -> None:
@@ -136,11 +135,7 @@ class NodeFailures:
 
 
 class GpuFailures:
-    """Count the workers lost on each GPU. Ray chooses a trial's GPU, so a bad one is only reported.
-
-    Args:
-        clock: Seconds.
-    """
+    """Count the workers lost on each GPU. Ray chooses a trial's GPU, so a bad one is only reported."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
@@ -154,15 +149,10 @@ class GpuFailures:
         self.in_a_row.pop(gpu, None)
 
     def lose(self, gpu: str, cause: str) -> tuple[str, str]:
-        """Record that a worker was lost on a GPU.
+        """Record that a worker was lost on a GPU; return the cause and a line to print.
 
-        Args:
-            gpu: Its UUID.
-            cause: gpu or worker.
-
-        Returns:
-            The cause, ``neighbour`` if a CUDA error took another worker of this GPU a moment ago; and a line
-            for the user, or nothing.
+        ``cause`` is ``gpu`` or ``worker``. The one returned is ``neighbour`` if a CUDA error took another
+        worker of this GPU a moment ago; the line may be empty.
         """
         self.seen.add(gpu)
         now, before = self.clock(), self._failed_at.get(gpu)

@@ -240,11 +240,7 @@ def _problems(
 
 
 def _send(nodes: list[Node], answers: dict[str, dict[str, Any]]) -> None:
-    """Send the files that nodes lack, in parts, each once into the object store.
-
-    Raises:
-        ValueError: A node cannot write them.
-    """
+    """Send the files that nodes lack, in parts, each once into the object store."""
     for file in sorted({file for node in nodes for file in answers[node.node_id]["lacks"]}):
         lacking = [node for node in nodes if file in answers[node.node_id]["lacks"]]
         size = Path(file).stat().st_size

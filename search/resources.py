@@ -93,11 +93,7 @@ def node_sizes() -> tuple[tuple[float, float], ...]:
 
 
 def _wait_for(bundles: list[dict[str, float]]) -> None:
-    """Wait until an autoscaler has started nodes with room for these, which it does for what waits.
-
-    Raises:
-        ValueError: It did not.
-    """
+    """Wait until an autoscaler has started nodes with room for these, which it does for what waits."""
     group = placement_group(bundles)
     came = group.wait(NODE_SECONDS)
     remove_placement_group(group)
@@ -292,11 +288,7 @@ def place_inputs(
 ) -> tuple[DeviceSettings, str]:
     """Return the settings with the inputs on the GPU or on the host, and a line where on the host.
 
-    Args:
-        settings: As chosen.
-        resources: As planned.
-        input_bytes: What the inputs of one trial take.
-        free: Bytes of a GPU; None: not known.
+    ``input_bytes`` are those of one trial, ``free`` those of a GPU, None where not known.
     """
     at_once = _at_once(resources)
     if settings.device != "cuda" or free is None or at_once * input_bytes <= INPUTS_SHARE * free:
@@ -316,10 +308,8 @@ def _at_once(resources: Resources) -> int:
 def fit_memory(resources: Resources, peak_bytes: int | None, free: int | None) -> tuple[Resources, str]:
     """Return the resources with as many trials on each GPU as its memory holds, and a line where fewer.
 
-    Args:
-        resources: As planned.
-        peak_bytes: What the largest trial of the ranges takes in torch's allocator; None: more than it has.
-        free: Bytes of a GPU that is to be shared, as a process sees them that is on it; None: not known.
+    ``peak_bytes`` is what the largest trial of the ranges takes in torch's allocator, None: more than it has;
+    ``free`` is what a process sees free on a GPU that is to be shared, None: not known.
     """
     if not resources.gpus_per_trial > 0 or free is None:
         return resources, ""

@@ -147,14 +147,7 @@ class Scheduler:
         return True
 
     def lose(self, trial_id: str, cause: str, error: str, gpu: str | None = None) -> None:
-        """Record a lost worker: requeue the trial, or fail it after ``max_failures``.
-
-        Args:
-            trial_id: The trial.
-            cause: As search/failures.py names it.
-            error: Its text.
-            gpu: The UUID of the worker's GPU; None: it had none.
-        """
+        """Record a worker lost by a cause of failures.py: requeue the trial, or fail it."""
         if cause == "disk":
             self._stop_as_full(error.strip().rpartition("\n")[2])
         elif cause == "store":

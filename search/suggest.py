@@ -42,13 +42,8 @@ def suggest(
 ) -> dict[str, Any] | None:
     """Return a value for each range, as Python numbers and strings; None: a grid is exhausted.
 
-    Args:
-        searcher: tpe, random or grid.
-        ranges: What is searched, by hyperparameter.
-        first: The point of trial 0, a value for each range; None: there is none.
-        seed: Of the study's suggestions.
-        number: The trial's, from 0.
-        observations: All earlier trials, in the order of their numbers.
+    ``first`` is the point of trial 0, if any; ``number`` is the trial's, from 0; ``observations`` are those
+    of all earlier trials, in the order of their numbers.
     """
     if first is not None and number == 0:
         return dict(first)

@@ -227,10 +227,7 @@ def legible(text: str, longest: int = LONGEST_NAME) -> str:
 class Uploader:
     """Uploads what W&B lacks and keeps the runs of unfinished trials open, so that they are live.
 
-    Args:
-        folder: The study's.
-        options: Where to.
-        path: The same folder as wandb can pass it on.
+    ``path`` is the study's folder as wandb can pass it on.
     """
 
     def __init__(self, folder: Path, options: WandbOptions, path: Path) -> None:
@@ -244,9 +241,8 @@ class Uploader:
     def upload(self, *, live: bool, doubt: bool = False) -> bool:
         """Upload what is missing; return whether that worked. If not, the state's ``error`` says why.
 
-        Args:
-            live: Leave the runs of unfinished trials open; else close all.
-            doubt: Ask the server about every run again: it may have lost some since.
+        ``live`` leaves the runs of unfinished trials open; ``doubt`` asks the server about every run again:
+        it may have lost some since.
         """
         import wandb
         from wandb.sdk.lib.service.service_connection import WandbApiFailedError
@@ -560,12 +556,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class LiveUpload:
-    """The upload beside one study, a process that the study waits for only at its end.
-
-    Args:
-        folder: The study's.
-        options: Where its runs go; with mode off there is no process.
-    """
+    """The upload beside one study, a process that the study waits for only at its end; none with mode off."""
 
     def __init__(self, folder: Path, options: WandbOptions) -> None:
         self.folder, self.options = folder, options
@@ -598,11 +589,7 @@ class LiveUpload:
         self.given_up = True
 
     def end(self, seconds: float) -> str:
-        """End the process, which may take some seconds to upload the rest.
-
-        Returns:
-            How complete the study is in W&B and what to do about it; nothing with mode off.
-        """
+        """End the process after its last uploads; return how complete W&B is, nothing with mode off."""
         if self.options.mode == "off":
             return ""
         try:

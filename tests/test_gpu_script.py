@@ -69,7 +69,7 @@ def script(tmp_path):
             cwd=ROOT,
             env=os.environ
             | {name: str(tmp_path / location) for name, location in places.items()}
-            | {"PYTHON": str(python), "CALLS": str(calls), "DEVICE": "cpu", "STOP_SECONDS": "1", "LANES": "2"}
+            | {"PYTHON": str(python), "CALLS": str(calls), "DEVICE": "cpu", "STOP_SECONDS": "5", "LANES": "2"}
             | {"DATA": "digits", "WEIGHTS": "none", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
             | variables,
             capture_output=True,

@@ -94,7 +94,7 @@ def write_whole(file: Path, content: bytes) -> None:
 
 
 def read_whole(file: Path) -> bytes | None:
-    """Return the content of a study's file; None where there is none. ValueError: it cannot be read."""
+    """Return what a study's file holds; None where there is none. ValueError: it cannot be read."""
     try:
         return file.read_bytes()
     except (FileNotFoundError, NotADirectoryError):

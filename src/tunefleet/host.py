@@ -18,11 +18,7 @@ SMI_SECONDS = 20.0  # nvidia-smi without its daemon takes some on a host of eigh
 
 
 def cpu_count(root: Path = ROOT) -> int:
-    """Return the CPUs this process may use: at least 1, at most its affinity and its cgroups' quotas.
-
-    Args:
-        root: Where /proc and /sys are.
-    """
+    """Return the CPUs this process may use: at least 1, at most its affinity and its cgroups' quotas."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.floor(min([affinity, *_quotas(root)])))
 

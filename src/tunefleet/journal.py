@@ -156,11 +156,7 @@ def _line(event: dict[str, Any], last: int) -> bytes:
 
 
 def _opened(line: bytes, number: int) -> dict[str, Any]:
-    """Return the event of a line, without number and checksum.
-
-    Raises:
-        ValueError: The line is not as it was written, or not where.
-    """
+    """Return the event of a line, without number and checksum, which have to fit."""
     body, _, crc = line.rpartition(CRC)
     if crc != b'%08x"}' % zlib.crc32(body):
         raise ValueError("its checksum is wrong")

@@ -28,12 +28,7 @@ POLL_SECONDS = 2.0
 
 
 class Lease:
-    """The right to drive one study.
-
-    Args:
-        store: The study's.
-        say: Tells the user what is waited for.
-    """
+    """The right to drive one study; ``say`` tells the user what is waited for."""
 
     def __init__(self, store: Store, say: Callable[[str], None]) -> None:
         self.store, self.say = store, say
@@ -98,11 +93,7 @@ class Lease:
         return f"{self._failing[1]} for {time.monotonic() - self._failing[0]:.0f} s; transfers wait"
 
     def _wait_until_stale(self, found: dict[str, Any]) -> None:
-        """Return once another driver's lease has not been renewed for long.
-
-        Raises:
-            ValueError: That driver lives.
-        """
+        """Return once another driver's lease is not renewed for long; a driver that lives is an error."""
         if time.time() - found.get("at", time.time()) > FORGOTTEN_SECONDS:
             return
         driven = f"{self.store.location} is driven by {_named(found)}"

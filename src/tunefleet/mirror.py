@@ -34,10 +34,7 @@ LOCAL_ONLY = ("checkpoints", "logs", "ray")  # Tune's files, and what workers wr
 class Mirror:
     """Copies one study's folder to its store, for the driver that has the study's lease.
 
-    Args:
-        folder: The driver's.
-        store: The study's; where it is the folder, nothing is copied.
-        say: Tells the user what is waited for.
+    Where the store is the folder, nothing is copied. ``say`` tells the user what is waited for.
     """
 
     def __init__(self, folder: Path, store: Store, say: Callable[[str], None] = print) -> None:
@@ -99,8 +96,7 @@ class Mirror:
     def finish(self, patience: float | None = None) -> str:
         """Copy the rest and release the lease; return what to tell the user, nothing where all is there.
 
-        Args:
-            patience: Seconds for which each file is tried; None: the store's, after a word to the user.
+        ``patience``: seconds for which each file is tried; None: the store's, after a word to the user.
         """
         if self.lease is None:
             return ""
