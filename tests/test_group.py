@@ -21,7 +21,11 @@ EPOCHS = 1
 # A small lr for the ResNet: with 1e-3, two threads instead of one change its loss by half a percent, while
 # at 2e-5 a gradient of double the size would still change it by 0.2 %.
 CASES = {
-    "finetune": (2, FP32, make_config("resnet_finetune", batch_size=128, lr=2e-5, momentum=0.9, seed=1)),
+    "finetune": (
+        2,
+        FP32,
+        make_config("resnet_finetune", batch_size=128, lr=2e-5, momentum=0.9, image_size=16, seed=1),
+    ),
     "features": (2, FP32, make_config("resnet_softmax", batch_size=100, lr=0.01, seed=1)),
     "in parts, augmented": (
         2,

@@ -209,6 +209,7 @@ def test_a_study_that_cannot_continue_is_left_as_it_was(tmp_path, capsys):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_study_at_the_edge_warns_and_extends(data_dir, tmp_path, monkeypatch, capsys):
     """Too small lrs: the best is at the upper edge; --extend adds three values there and resumes."""
     import ray

@@ -88,9 +88,9 @@ def test_study_folder_holds_what_the_readme_says(undisturbed):
 
 
 def test_a_signal_to_all_processes_of_a_study_stops_it_within_ten_seconds(cli, tmp_path):
-    process = cli(*STUDY, "--study-dir", "study", "--pruner", "none")
+    process = cli(*STUDY, "--trials", 4, "--study-dir", "study", "--pruner", "none")
     folder = tmp_path / "study"
-    wait_for_lines(folder, 40, process)
+    wait_for_lines(folder, 20, process)
     began = time.monotonic()
     os.killpg(process.pid, signal.SIGTERM)  # as timeout, scancel and a container's stop do
     code, _, err = finish(process)
@@ -102,7 +102,7 @@ def test_a_signal_to_all_processes_of_a_study_stops_it_within_ten_seconds(cli, t
     assert (folder / "trials.csv").exists()
     code, _, err = finish(cli("--resume", "study"))
     assert code == 0, err
-    assert len(table(folder)) == 1 + 12
+    assert len(table(folder)) == 1 + 4
 
 
 @pytest.mark.slow

@@ -252,6 +252,7 @@ def test_a_trial_continues_on_another_node(storage, data_dir, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_study_in_a_store_is_complete_there_and_continues_from_there(bucket, cli, tmp_path, monkeypatch):
     arguments = ("--space", "softmax", "--data", "digits", "--trials", 6, "--epochs", 9, "--concurrency", 1)
     arguments = (*arguments, "--final-seeds", 1, "--wandb", "off")

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import subprocess
 
 import pytest
 
@@ -66,21 +67,38 @@ def test_a_study_runs_on_two_workers_by_ssh():
 
 
 def _search_a_strangers_network(lab: Lab, cpus: int) -> None:
-    """mine.py and its neighbour, which no worker has: searched, predicted with and exported."""
+    """mine.py and its neighbour, which no worker has: searched, killed, resumed, and its winner used."""
     given, studies = write_strangers_files(lab.shared / "given"), lab.shared / "studies"
     lab.ssh(HEAD, f"cp -r {given} /run/mine")
     shutil.move(given / "photos", lab.laptop / "photos")
     shutil.rmtree(given)
-    printed = lab.run(
+    search = lab.start(
         *(*SUBMIT, "search", "/run/mine/mine.py", "--data", "/run/mine/photos", "--storage", studies),
         *("--data-dir", OWN, "--trials", 4, "--epochs", 3, "--final-seeds", 1, "--cpus-per-trial", cpus),
-        timeout=180,
+        *("--wandb", "offline"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
     )
-    assert "test_accuracy" in printed
+
+    def has_reported():
+        assert search.poll() is None
+        return any(b"epoch_seconds" in file.read_bytes() for file in studies.glob("*/reports.jsonl"))
+
+    until(has_reported, 120)
+    lab.ssh(HEAD, "pkill -KILL -f '[t]unefleet search'")  # it sees that machine's processes only
+    assert search.wait(60) != 0
     (study,) = studies.iterdir()
+    assert not (study / "trials.csv").exists()
+    lab.ssh(HEAD, "rm /run/mine/*.py")  # the study has a copy
+    printed = lab.run(*SUBMIT, "resume", study, "--data-dir", OWN, timeout=180)
+    assert "test_accuracy" in printed
     with (study / "trials.csv").open() as file:
-        assert {row["status"] for row in csv.DictReader(file)} <= {"done", "pruned", "diverged"}
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4 + 1
+    assert {row["status"] for row in rows} <= {"done", "pruned", "diverged"}
+    assert list((study / "wandb").glob("offline-run-*"))
     here = ("python", "-m", "tunefleet")
+    assert "report.html" in lab.run(*here, "report", study, timeout=90)
     table = lab.run(
         *here, "predict", study, lab.laptop / "photos", "--data-dir", lab.laptop / "data", timeout=90
     )
