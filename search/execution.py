@@ -42,7 +42,7 @@ from tunefleet.study import Study, lock_study, write_result, write_study, write_
 from tunefleet.trainables.data import ImageData
 from tunefleet.trainables.device import DeviceSettings
 from tunefleet.trainables.evaluate import MODEL_FILE, result_files
-from tunefleet.trainables.provenance import command_line, commit, machine_name, versions
+from tunefleet.trainables.provenance import command_line, commit, machine_name, versions, versions_of_extras
 from tunefleet.trainables.training import DamagedCheckpointError, read_checkpoint
 from tunefleet.trainables.trial import TrialContext
 
@@ -89,7 +89,7 @@ def create(ready: Ready, prepared: Prepared | None) -> None:
             "levers": dataclasses.asdict(ready.settings),
             "seed": options.seed,
             "commit": commit(),
-            "versions": versions(),
+            "versions": versions() | versions_of_extras(),
             "machine": machine_name(),
             "command": command_line(),
             "started_at": time.time(),

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import numpy as np
 import pandas as pd
@@ -193,6 +194,7 @@ def test_another_backbone_is_searched_reported_and_predicted_with(folder, backbo
     study = Study(folder / "study")
     assert [trial.status for trial in study.searched] == ["done"] * 2
     assert study.best["backbone"] == backbone
+    assert not backbone.startswith("timm:") or study.spec["versions"]["timm"] == version("timm")
     assert f"backbone {backbone}" in (row := done(tunefleet(folder, "results", "study")))
     assert "58.35" not in row.split("resnet_twolayernn")[0]  # published, of ResNet-18
     table = done(tunefleet(folder, "predict", "study", "photos")).splitlines()

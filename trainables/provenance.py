@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
@@ -17,13 +18,22 @@ from tunefleet.cli import counted, shell
 from tunefleet.host import contents_of, cpu_count
 
 PACKAGES = ("torch", "torchvision", "ray", "hyperopt", "numpy")  # a result may depend on these
+EXTRAS = ("timm",)  # and on these, where they are installed
 
 
 def versions() -> dict[str, str]:
-    """Return the version of Python and of each of PACKAGES."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES} | {
-        "python": platform.python_version()
-    }
+    """Return the version of Python and of each of PACKAGES, in which all nodes of a cluster must agree."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return found | {"python": platform.python_version()}
+
+
+def versions_of_extras() -> dict[str, str]:
+    """Return the version of each of EXTRAS that is installed."""
+    found = {}
+    for name in EXTRAS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def command_line() -> str:
