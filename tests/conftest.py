@@ -1,5 +1,6 @@
 """Fixtures that several files share: a cache folder for the whole run, and studies of digits."""
 
+import ast
 import functools
 import os
 import re
@@ -18,6 +19,7 @@ os.environ.setdefault(LOOPBACK_ONLY := "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")
 import tunefleet.search  # noqa: F401  sets Ray's variables, which Ray reads when it is imported, here or by a test
 
 ROOT = Path(__file__).parents[1]
+WITH_RAY = re.compile(r"pytest\.mark\.(ray|cluster)\b")
 os.environ |= {"WANDB_MODE": "disabled", "WANDB_ERROR_REPORTING": "false"}  # tests of W&B say otherwise
 
 
@@ -28,25 +30,37 @@ def ray_logs(driver):
 
 
 @functools.cache
-def _with_ray(file):
-    """Tells whether tests of a file need Ray, machines or a GPU, of which there is one for all."""
-    return file.parent.name == "gpu" or bool(re.search(r"pytest\.mark\.(ray|cluster)\b", file.read_text()))
+def _tests_with_ray(file):
+    """Returns the names of a file's tests that need Ray or machines, of which there is one for all."""
+    nodes = ast.parse(file.read_text()).body
+    marks = [ast.unparse(node) for node in nodes if isinstance(node, ast.Assign)]
+    whole = any(mark.startswith("pytestmark") and WITH_RAY.search(mark) for mark in marks)
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    return {
+        function.name
+        for function in functions
+        if whole or any(WITH_RAY.search(ast.unparse(decorator)) for decorator in function.decorator_list)
+    }
+
+
+def _with_ray(nodeid):
+    path, _, name = nodeid.partition("::")
+    return path.startswith("tests/gpu/") or name.partition("[")[0] in _tests_with_ray(ROOT / path)
 
 
 def pytest_collection_modifyitems(items):
-    """The files with Ray come first: they take longest."""
-    items.sort(key=lambda item: not _with_ray(item.path))
+    """Tests with Ray come first: they take longest."""
+    items.sort(key=lambda item: not _with_ray(item.nodeid))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """With ``-n 2`` one process has all files with Ray, the other one file after another of the rest."""
+    """With ``-n 2`` one process has all tests with Ray, the other one file after another of the rest."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            file = ROOT / nodeid.partition("::")[0]
-            return "ray" if _with_ray(file) else str(file)
+            return "ray" if _with_ray(nodeid) else nodeid.partition("::")[0]
 
     config.option.loadscopereorder = False
     return ByFile(config, log)
@@ -54,7 +68,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 def pytest_runtest_setup(item):
     """Beside tests with Ray the others come second: Ray's workers run at nice 15 and would starve."""
-    if hasattr(item.config, "workerinput") and not _with_ray(item.path):  # a process of xdist's
+    if hasattr(item.config, "workerinput") and not _with_ray(item.nodeid):  # a process of xdist's
         os.nice(19)  # the most there is, however often
 
 
