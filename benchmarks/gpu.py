@@ -189,7 +189,9 @@ def share_lines(
     barrier = context.Barrier(max(AT_ONCE), timeout=WAIT_SECONDS)
     speeds = context.Array("d", len(spaces) * len(AT_ONCE) * max(AT_ONCE))
     arguments = (barrier, speeds, data, settings, data_dir, weights, spaces)
-    workers = [context.Process(target=share, args=(rank, *arguments)) for rank in range(max(AT_ONCE))]
+    workers = [  # daemons, or they go on after a Ctrl-C
+        context.Process(target=share, args=(rank, *arguments), daemon=True) for rank in range(max(AT_ONCE))
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:

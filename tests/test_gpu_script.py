@@ -2,11 +2,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
 import time
 
+import psutil
 import pytest
 
 from tests.configs import make_options
@@ -152,6 +154,28 @@ def test_a_measurement_is_taken_again_at_another_commit(script, tmp_path):
     (tmp_path / "old" / "share.txt").write_text(f"complete {commit}\n")
     done, _ = script("share", results="old", out="again")
     assert "share: is there" in done.stdout
+
+
+def test_trials_that_share_a_device_end_with_their_measurement(data_dir):
+    command = ["share", "--data", "digits", "--data-dir", data_dir, "--device", "cpu", "--weights", "none"]
+    measurement = subprocess.Popen(
+        [sys.executable, "-m", "tunefleet.benchmarks.gpu", *map(str, command)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def trials():
+        children = psutil.Process(measurement.pid).children()
+        return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+
+    while len(started := trials()) < max(gpu.AT_ONCE):
+        assert measurement.poll() is None
+        time.sleep(0.1)
+    measurement.send_signal(signal.SIGINT)
+    assert measurement.wait(30) == 3
+    assert not any(trial.is_running() for trial in started)
 
 
 def test_an_unknown_part_is_refused(script):
