@@ -175,7 +175,7 @@ def test_trials_that_share_a_device_end_with_their_measurement(data_dir):
         time.sleep(0.1)
     measurement.send_signal(signal.SIGINT)
     assert measurement.wait(30) == 3
-    assert not any(trial.is_running() for trial in started)
+    assert psutil.wait_procs(started, 10)[1] == []
 
 
 def test_an_unknown_part_is_refused(script):
