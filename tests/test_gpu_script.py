@@ -71,7 +71,7 @@ def script(tmp_path):
             cwd=ROOT,
             env=os.environ
             | {name: str(tmp_path / location) for name, location in places.items()}
-            | {"PYTHON": str(python), "CALLS": str(calls), "DEVICE": "cpu", "STOP_SECONDS": "5", "LANES": "2"}
+            | {"PYTHON": str(python), "CALLS": str(calls), "DEVICE": "cpu", "STOP_SECONDS": "1", "LANES": "2"}
             | {"DATA": "digits", "WEIGHTS": "none", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
             | variables,
             capture_output=True,
@@ -92,7 +92,8 @@ def studies_in(archive):
 
 def test_rows_stop_at_their_bound_and_the_next_run_skips_what_is_there_and_resumes(script, tmp_path):
     began = time.monotonic()
-    done, calls = script("rows", BOUND="20", ROWS="softmax convnet twolayernn", SLOW="convnet")
+    bounds = {"BOUND": "20", "STOP_SECONDS": "5"}
+    done, calls = script("rows", ROWS="softmax convnet twolayernn", SLOW="convnet", **bounds)
     assert time.monotonic() - began < 40
     assert done.returncode == 1, done.stderr
     assert len(calls) == 3
